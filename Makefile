@@ -1,0 +1,59 @@
+# `make` or `make help` lists the targets. Set-up runs once per environment: a stamp file in it records that.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SETUP_FILES := pyproject.toml setup.py constraints.txt
+
+# A second Triton, that of the oldest supported PyTorch, for ahead-of-time compilation only. It is not on the
+# path, so that nothing imports it by accident; the compile tests find it through FASTATTN_TRITON_3_6.
+TRITON_3_6 := $(CURDIR)/.cache/triton-3.6.0
+export FASTATTN_TRITON_3_6 = $(TRITON_3_6)
+# Its wheel fits one Python version: the stamp names that version, so another one installs anew.
+TRITON_3_6_STAMP := $(TRITON_3_6)/.stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+
+.DEFAULT_GOAL := help
+.PHONY: help env test demo lint types compile-report bench-overhead clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+env: $(VENV)/.stamp-dev  ## make .venv with the package (editable), test, example and lint tools
+
+test: $(VENV)/.stamp-test $(TRITON_3_6_STAMP)  ## install what the tests need and run them all
+# One thread in each of the two processes: more would compete for the same cores.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+demo: $(VENV)/.stamp-examples  ## install and run the forecasting example
+	$(BIN)/python -m examples.forecast
+
+lint: $(VENV)/.stamp-dev  ## ruff
+	$(BIN)/ruff check .
+
+types: $(VENV)/.stamp-dev  ## pyright over fastattn and kernels
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+compile-report: $(VENV)/.stamp-test $(TRITON_3_6_STAMP)  ## compile every kernel for every target, no GPU needed
+	$(BIN)/python -m benchmarks.compile_report
+
+bench-overhead: $(VENV)/.stamp-test  ## what a call costs over PyTorch's own function on a tiny input
+	$(BIN)/python -m benchmarks.bench_overhead
+
+clean:  ## remove the environment, caches and build output
+	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks fastattn/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# .stamp-test, .stamp-examples, .stamp-dev: the package with the extras of that name
+$(VENV)/.stamp-%: $(SETUP_FILES) | $(BIN)/python
+	$(PIP) --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+$(TRITON_3_6_STAMP): | $(BIN)/python
+	rm -rf $(TRITON_3_6)
+	$(PIP) --no-deps --target $(TRITON_3_6) triton==3.6.0
+	touch $@

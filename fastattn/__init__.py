@@ -1,0 +1,19 @@
+"""fastattn: one fused attention operator for PyTorch, the layers built on it, and the proof that both are right."""
+
+from . import nn
+from .backends import Explanation
+from .convert import ConversionReport, convert, revert
+from .functional import attention, explain, scaled_dot_product_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConversionReport",
+    "Explanation",
+    "attention",
+    "convert",
+    "explain",
+    "nn",
+    "revert",
+    "scaled_dot_product_attention",
+]

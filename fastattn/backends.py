@@ -1,0 +1,153 @@
+"""Which backends can serve a call, and why not: pure functions of the spec. `choose` is what `explain` prints."""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+
+import torch
+
+from .spec import AttentionSpec
+
+BACKENDS = ("triton", "cuda", "torch", "reference")
+
+
+@functools.cache
+def _triton_missing() -> bool:
+    return importlib.util.find_spec("triton") is None
+
+
+def _interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors. Slow: for tests of the kernels."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _triton_reasons(spec: AttentionSpec) -> list[str]:
+    reasons = []
+    if _triton_missing():
+        reasons.append("the triton package is not installed")
+    device = spec.q.device
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            major, minor = torch.cuda.get_device_capability(device)
+            reasons.append(f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}")
+    elif not (device.type == "cpu" and _interpreting()):
+        reasons.append(f"runs on CUDA and ROCm devices, the tensors are on {device.type!r}")
+    if spec.q.dtype == torch.float64:
+        reasons.append("float64 is served by the torch and reference backends")
+    if spec.q.shape[3] > 256 or spec.v.shape[3] > 256:
+        reasons.append(f"head dims up to 256, got D = {spec.q.shape[3]}, Dv = {spec.v.shape[3]}")
+    return reasons
+
+
+def _cuda_reasons(spec: AttentionSpec) -> list[str]:
+    return ["this version has no CUDA C++ kernels yet"]
+
+
+def _torch_reasons(spec: AttentionSpec) -> list[str]:
+    """What keeps PyTorch's fused kernel from computing exactly this spec without an Lq x Lk buffer."""
+    reasons = []
+    q, k, _, mask, bias, causal, q_offset, q_offset_tensor, _, dropout_p, return_lse = spec
+    if dropout_p:
+        reasons.append("its dropout is not a function of (seed, b, h, i, j)")
+    if return_lse:
+        reasons.append("it does not return lse")
+    if causal and (q_offset_tensor is not None or q_offset != 0):
+        reasons.append("its causal mask is top-left only (q_offset == 0)")
+    if q.numel() == 0 or k.numel() == 0:
+        reasons.append("empty tensors")
+    if mask is not None or bias is not None:
+        if q.device.type != "cpu":
+            reasons.append("a mask or bias is exact only in its CPU kernel")
+        elif mask is not None and bias is not None:
+            joint = torch.broadcast_shapes(mask.shape, bias.shape).numel()
+            if joint > max(mask.numel(), bias.numel()):
+                reasons.append("mask and bias together would need a larger buffer than either")
+        if spec.needs_dbias:
+            reasons.append("it has no fused gradient for the bias")
+    return reasons
+
+
+def _reference_reasons(spec: AttentionSpec) -> list[str]:
+    return []
+
+
+_REASONS = {
+    "triton": _triton_reasons,
+    "cuda": _cuda_reasons,
+    "torch": _torch_reasons,
+    "reference": _reference_reasons,
+}
+
+# Order of preference. On CPU, Triton only ever interprets: never a default.
+_PREFERENCE = {"cuda": ("triton", "torch", "reference")}
+_PREFERENCE_ELSEWHERE = ("torch", "reference")
+
+
+def reasons_against(backend: str, spec: AttentionSpec) -> list[str]:
+    """Why ``backend`` cannot serve ``spec``; empty if it can.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if backend not in _REASONS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
+    return _REASONS[backend](spec)
+
+
+def choose(spec: AttentionSpec, backend: str | None = None) -> str:
+    """The backend that serves ``spec``: the one asked for, or the first in order of preference that can.
+
+    Raises:
+        ValueError: the backend asked for does not exist or cannot serve ``spec``, with every reason.
+    """
+    if backend is None:
+        for name in _PREFERENCE.get(spec.q.device.type, _PREFERENCE_ELSEWHERE):
+            if not _REASONS[name](spec):
+                return name
+    elif reasons := reasons_against(backend, spec):
+        raise ValueError(f"backend {backend!r} cannot serve this call: {'; '.join(reasons)}")
+    return backend or "reference"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a call, and for each other one the reasons why it does not; ``str()`` is a table."""
+
+    backend: str
+    reasons: dict[str, list[str]]
+    """Backend name -> why it cannot serve the call; empty for one that could."""
+    call: str
+
+    def __str__(self) -> str:
+        lines = [self.call]
+        for name in BACKENDS:
+            if name == self.backend:
+                verdict = "<- chosen"
+                if name == "reference":
+                    verdict += ": eager PyTorch in blocks of queries, memory O(block x Lk)"
+            else:
+                verdict = "; ".join(self.reasons[name]) or "could serve it, not preferred here"
+            lines.append(f"  {name:<10} {verdict}")
+        return "\n".join(lines)
+
+
+def explain(spec: AttentionSpec, backend: str | None = None) -> Explanation:
+    """What `choose` decides for ``spec``, with reasons. An explicit ``backend`` that cannot serve it raises."""
+    q, k, v = spec.q, spec.k, spec.v
+    parts = [
+        f"q {tuple(q.shape)} k {tuple(k.shape)} v {tuple(v.shape)} {str(q.dtype).removeprefix('torch.')} on {q.device}"
+    ]
+    if spec.causal:
+        parts.append(f"causal, q_offset={'per batch entry' if spec.q_offset_tensor is not None else spec.q_offset}")
+    for name, operand in (("mask", spec.mask), ("bias", spec.bias)):
+        if operand is not None:
+            parts.append(f"{name} {tuple(operand.shape)}")
+    if spec.needs_dbias:
+        parts.append("gradient of the bias")
+    if spec.dropout_p:
+        parts.append(f"dropout {spec.dropout_p}")
+    if spec.return_lse:
+        parts.append("lse")
+    chosen = choose(spec, backend)
+    return Explanation(chosen, {name: reasons_against(name, spec) for name in BACKENDS}, ", ".join(parts))

@@ -1,0 +1,305 @@
+"""Multi-head attention: torch.nn.MultiheadAttention's interface on the fused operator.
+
+Dimensions in comments: N batch, L query length, S key length, E embedding, H heads, D = E / H.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.functional import attention
+
+__all__ = ["MultiheadAttention"]
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """Drop-in replacement for `torch.nn.MultiheadAttention` (Vaswani et al. 2017, section 3.2.2) on `fastattn.attention`.
+
+    Constructor, parameter names, initialisation, state dict and error texts are torch.nn's: the class inherits them, and adds no
+    state but one inert hook. It differs on purpose in this:
+
+    - A query with nothing to attend to (all keys padded, say) gives 0 before `out_proj`, and finite gradients, with
+      and without `need_weights`. torch.nn gives NaN.
+    - `attn_mask` and `key_padding_mask` are not expanded to a (N*H, L, S) tensor, and may differ in type without a warning.
+    - The layer runs the same code in training and evaluation, and no layer of torch.nn that holds it can bypass it.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        block_fast_path(self)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `query` to `key` and `value`.
+
+        Args:
+            query: (N, L, E) with `batch_first`, else (L, N, E); or (L, E) unbatched. Any floating dtype.
+            key: (N, S, kdim), (S, N, kdim) or (S, kdim).
+            value: (N, S, vdim), (S, N, vdim) or (S, vdim).
+            key_padding_mask: (N, S), or (S) unbatched. Boolean: True = ignore this key. Float: added to the scores.
+            need_weights: also return the attention weights. They cost O(L S) memory; False takes the fused operator.
+            attn_mask: (L, S) or (N*H, L, S). Boolean: True = may not attend. Float: added to the scores.
+            average_attn_weights: return the weights averaged over heads.
+            is_causal: the caller's promise that `attn_mask`, which must be given, is the causal mask (row i sees keys 0..i). With
+                `need_weights=False` the mask is then not read: the operator makes its own, and skips what lies above
+                the diagonal. Two cases read the mask nevertheless: `need_weights=True`, and a layer with `add_bias_kv`
+                or `add_zero_attn`, whose extra keys every query may see.
+
+        Returns:
+            The output, of the shape of `query`, and the weights after dropout: (N, L, S), with
+            `average_attn_weights=False` (N, H, L, S), without N if unbatched, or None with `need_weights=False`.
+
+        Raises:
+            AssertionError, RuntimeError: shapes or dtypes that do not fit, with torch.nn's texts.
+            TypeError: nested tensors, but for self-attention on the strided ones that torch.nn.TransformerEncoder makes.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            has_mask = key_padding_mask is not None or attn_mask is not None
+            if has_mask or need_weights or query is not key or key is not value:
+                raise TypeError(_NO_NESTED)
+            return self._forward_nested(query), None
+
+        check_mask_dtype(key_padding_mask, "key_padding_mask")
+        check_mask_dtype(attn_mask, "attn_mask")
+        is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
+                "`generate_square_subsequent_mask` to create this mask."
+            )
+        self._check_embeddings(query, key, value, is_batched)
+
+        def split_heads(x: Tensor) -> Tensor:
+            x = x.unflatten(-1, (self.num_heads, self.head_dim))
+            if not is_batched:
+                x = x.unsqueeze(0)
+            elif not self.batch_first:
+                x = x.transpose(0, 1)
+            return x.transpose(1, 2)
+
+        q, k, v = map(split_heads, self._project(query, key, value))  # (N, H, L, D), twice (N, H, S, D): views
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, _as_key(self.bias_k, k)], dim=2)
+            v = torch.cat([v, _as_key(self.bias_v, v)], dim=2)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        extra_keys = int(self.bias_k is not None) + int(self.add_zero_attn)
+
+        causal = is_causal and not need_weights and not extra_keys
+        if not is_batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        mask, bias = _merge_masks(q, k, None if causal else attn_mask, key_padding_mask, extra_keys)
+
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            out, weights = _attention_with_weights(q, k, v, mask, bias, dropout_p)
+        else:
+            out = attention(q, k, v, causal=causal, q_offset=0, mask=mask, bias=bias, dropout_p=dropout_p)
+
+        out = out.transpose(1, 2)  # (N, L, H, D)
+        if not is_batched:
+            out = out.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        out = self.out_proj(out.flatten(-2))  # as query
+
+        if weights is not None:
+            if average_attn_weights:
+                weights = weights.mean(dim=1)
+            if not is_batched:
+                weights = weights.squeeze(0)
+        return out, weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three input projections, in as few matrix products as the identity of the inputs allows."""
+        E = self.embed_dim
+        w, b = self.in_proj_weight, self.in_proj_bias
+        if w is None:  # kdim or vdim differ from embed_dim
+            b_q, b_k, b_v = (None, None, None) if b is None else b.chunk(3)
+            return F._in_projection(
+                query, key, value, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, b_q, b_k, b_v
+            )
+        if query is key and key is value:
+            q, k, v = F.linear(query, w, b).chunk(3, dim=-1)
+            return q, k, v
+        b_q, b_kv = (None, None) if b is None else b.split([E, 2 * E])
+        w_q, w_kv = w.split([E, 2 * E])
+        q = F.linear(query, w_q, b_q)
+        if key is value:
+            k, v = F.linear(key, w_kv, b_kv).chunk(2, dim=-1)
+            return q, k, v
+        w_k, w_v = w_kv.chunk(2)
+        b_k, b_v = (None, None) if b_kv is None else b_kv.chunk(2)
+        return q, F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+
+    def _check_embeddings(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> None:
+        """Refuse embedding sizes that do not fit, with torch.nn's texts (which print shapes sequence first)."""
+
+        def shape(x: Tensor) -> torch.Size:
+            if not is_batched:
+                return x.unsqueeze(1).shape
+            return x.transpose(0, 1).shape if self.batch_first else x.shape
+
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(
+                f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}"
+            )
+        if self.in_proj_weight is None:
+            if key.shape[:-1] != value.shape[:-1]:
+                raise AssertionError(
+                    f"key's sequence and batch dims {shape(key)[:2]} do not match value's {shape(value)[:2]}"
+                )
+        elif key.shape != value.shape:
+            raise AssertionError(f"key shape {shape(key)} does not match value shape {shape(value)}")
+
+    def _forward_nested(self, x: Tensor) -> Tensor:
+        """Self-attention on a strided nested tensor, which torch.nn.TransformerEncoder makes of padded input in evaluation."""
+        if x.layout != torch.strided or not self.batch_first:
+            raise TypeError(_NO_NESTED)
+        lengths = [row.shape[0] for row in x.unbind()]
+        padded = x.to_padded_tensor(0.0)  # (N, L, E)
+        position = torch.arange(padded.shape[1], device=x.device)
+        padding = position >= torch.tensor(lengths, device=x.device)[:, None]  # (N, L)
+        out, _ = self.forward(padded, padded, padded, key_padding_mask=padding, need_weights=False)
+        return torch.nested.as_nested_tensor([row[:n] for row, n in zip(out.unbind(), lengths, strict=True)])
+
+
+_NO_NESTED = (
+    "fastattn.nn.MultiheadAttention: expected query, key and value to be dense tensors, got a nested tensor. "
+    "Pass a padded tensor and key_padding_mask instead."
+)
+
+
+def adopt(module: nn.MultiheadAttention) -> None:
+    """Turn a module of exactly torch.nn's class into ours, in place: only its code changes."""
+    module.__class__ = MultiheadAttention
+    block_fast_path(module)
+
+
+def block_fast_path(module: nn.MultiheadAttention) -> None:
+    """Make every torch.nn.TransformerEncoderLayer that holds `module` call it, in evaluation too.
+
+    In evaluation that layer computes attention in one fused call that reads the weights of `self_attn` and never calls it. It does so
+    only if no module inside it has a hook, because a hook must be called: hence a hook.
+    """
+    if _inert not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_inert)
+
+
+def unblock_fast_path(module: nn.MultiheadAttention) -> None:
+    """Undo `block_fast_path`."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _inert:
+            del module._forward_pre_hooks[key]
+
+
+def _inert(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook that does nothing. At module level, so that it is pickled by name."""
+
+
+def check_mask_dtype(mask: Tensor | None, name: str) -> None:
+    """Refuse integer masks, with torch.nn's text."""
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise AssertionError(f"only bool and floating types of {name} are supported")
+
+
+def _as_key(x: Tensor, like: Tensor) -> Tensor:
+    """A learned key or value (1, 1, E) as (N, H, 1, D), to stand behind those of `like` (N, H, S, D)."""
+    N, H, _, D = like.shape
+    return x.view(1, H, 1, D).expand(N, H, 1, D).to(like.dtype)
+
+
+def _merge_masks(
+    q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, extra_keys: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The two masks of the layer (True = ignore, or float) as the operator's `mask` (True = take part) and `bias`.
+
+    Two masks become one tensor only where both are float. Else each stays as small as it came and the operator
+    broadcasts it, so nothing of N*H*L*S elements is made that the caller did not make.
+    """
+    N, H, L, _ = q.shape
+    S = k.shape[2]
+    mask = bias = None
+    if attn_mask is not None:
+        expected = (L, S - extra_keys) if attn_mask.dim() == 2 else (N * H, L, S - extra_keys)
+        if attn_mask.shape != expected:
+            raise RuntimeError(
+                f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
+            )
+        if attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (N, H))
+        if extra_keys:  # they are open to all
+            attn_mask = F.pad(attn_mask, (0, extra_keys))
+        if attn_mask.dtype == torch.bool:
+            mask = ~attn_mask  # (L, S) or (N, H, L, S)
+        else:
+            bias = attn_mask
+    if key_padding_mask is not None:
+        if extra_keys:
+            key_padding_mask = F.pad(key_padding_mask, (0, extra_keys))
+        for dim, size in enumerate((N, S)):
+            if key_padding_mask.shape[dim] != size:
+                raise AssertionError(
+                    f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
+                )
+        key_padding_mask = key_padding_mask[:, None, None, :]  # (N, 1, 1, S)
+        if key_padding_mask.dtype != torch.bool:
+            bias = key_padding_mask if bias is None else bias + key_padding_mask
+        elif mask is None:
+            mask = ~key_padding_mask
+        else:
+            bias = _additive(~key_padding_mask, q.dtype)
+    return mask, bias
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True = take part) as the float mask that is added to the scores."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def _attention_with_weights(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """Attention that returns its weights (N, H, L, S), hence unfused. Dropout draws what torch.nn's layer draws."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, H, L, S)
+    if mask is not None:
+        additive = _additive(mask, scores.dtype)
+        bias = additive if bias is None else bias.to(scores.dtype) + additive
+    if bias is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        # A row with nothing allowed would be NaN, and its gradient too: give it finite scores, then zero weights.
+        nothing = (bias == float("-inf")).all(dim=-1, keepdim=True)
+        scores = scores + bias.to(scores.dtype).masked_fill(nothing, 0.0)
+        weights = scores.softmax(dim=-1).masked_fill(nothing, 0.0)
+    weights = F.dropout(weights, dropout_p)
+    return weights @ v, weights

@@ -1,0 +1,246 @@
+"""The Transformer (Vaswani et al. 2017) with torch.nn's interface, on fastattn's multi-head attention.
+
+The classes extend torch.nn's of the same names, so constructors, parameter names, initialisation and `isinstance` checks
+are torch.nn's own. What changes: attention is `fastattn.nn.MultiheadAttention`, and the same code runs in training and
+evaluation. torch.nn's encoder has a second implementation for evaluation, which skips hooks and overridden methods, packs
+padded input into nested tensors, and returns zeros at padded positions; here padded positions are computed like all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.nn.attention import MultiheadAttention, adopt, check_mask_dtype
+
+__all__ = [
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]
+
+
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """Drop-in replacement for `torch.nn.TransformerEncoderLayer`: self-attention, then a feed-forward network.
+
+    Post-norm as in Vaswani et al. 2017, section 3.1, or with `norm_first` pre-norm (Xiong et al. 2020, figure 1).
+    Subclasses may override `_sa_block` and `_ff_block`; they are called in evaluation too.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+            device, dtype,
+        )  # fmt: skip
+        adopt(self.self_attn)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Encode `src`; returns a tensor of its shape.
+
+        Args:
+            src: (N, S, E) with `batch_first`, else (S, N, E); or (S, E) unbatched.
+            src_mask: (S, S) or (N*H, S, S), boolean (True = may not attend) or float (added to the scores).
+            src_key_padding_mask: (N, S), or (S) unbatched, boolean (True = padding) or float.
+            is_causal: the promise that `src_mask` is the causal mask; see `fastattn.nn.MultiheadAttention.forward`.
+        """
+        check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
+        check_mask_dtype(src_mask, "src_mask")
+        x = src
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
+        return self.norm2(x + self._ff_block(x))
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """Drop-in replacement for `torch.nn.TransformerDecoderLayer`: self-attention, cross-attention, feed-forward network.
+
+    Shapes and masks as in `TransformerDecoder`. Subclasses may override `_sa_block`, `_mha_block` and `_ff_block`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+            device, dtype,
+        )  # fmt: skip
+        adopt(self.self_attn)
+        adopt(self.multihead_attn)
+
+
+class TransformerEncoder(nn.TransformerEncoder):
+    """Drop-in replacement for `torch.nn.TransformerEncoder`: a stack of copies of `encoder_layer`.
+
+    `enable_nested_tensor` and `mask_check` are accepted and change nothing: input is never packed into nested tensors.
+    """
+
+    def __init__(
+        self,
+        encoder_layer: nn.TransformerEncoderLayer,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        enable_nested_tensor: bool = True,
+        mask_check: bool = True,
+    ) -> None:
+        # False: no advice on what nested tensors would need.
+        super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
+        self.enable_nested_tensor = enable_nested_tensor
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """Pass `src` through the layers and the final norm; returns a tensor of its shape.
+
+        Args:
+            src, mask, src_key_padding_mask: as `TransformerEncoderLayer.forward`.
+            is_causal: whether `mask` is the causal mask. None compares it with one, as torch.nn does: on a GPU that waits
+                for the device. Under `torch.compile` it cannot be compared, and None counts as False.
+        """
+        check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
+        check_mask_dtype(mask, "mask")
+        causal = _is_causal(mask, is_causal, src, self.layers)
+        x = src
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+        return x if self.norm is None else self.norm(x)
+
+
+class TransformerDecoder(nn.TransformerDecoder):
+    """Drop-in replacement for `torch.nn.TransformerDecoder`: a stack of copies of `decoder_layer`."""
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """Pass `tgt` through the layers, which attend to `memory`, and the final norm; returns a tensor of its shape.
+
+        Args:
+            tgt: (N, T, E) with `batch_first`, else (T, N, E); or (T, E) unbatched.
+            memory: the encoder's output: (N, S, E), (S, N, E) or (S, E).
+            tgt_mask: (T, T) or (N*H, T, T), boolean (True = may not attend) or float (added to the scores).
+            memory_mask: (T, S) or (N*H, T, S), likewise.
+            tgt_key_padding_mask: (N, T), or (T) unbatched, boolean (True = padding) or float.
+            memory_key_padding_mask: (N, S) or (S), likewise.
+            tgt_is_causal: whether `tgt_mask` is the causal mask; None as in `TransformerEncoder.forward`.
+            memory_is_causal: the promise that `memory_mask` is the causal mask.
+        """
+        causal = _is_causal(tgt_mask, tgt_is_causal, tgt, self.layers)
+        x = tgt
+        for layer in self.layers:
+            x = layer(
+                x,
+                memory,
+                tgt_mask=tgt_mask,
+                memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask,
+                memory_key_padding_mask=memory_key_padding_mask,
+                tgt_is_causal=causal,
+                memory_is_causal=memory_is_causal,
+            )
+        return x if self.norm is None else self.norm(x)
+
+
+class Transformer(nn.Transformer):
+    """Drop-in replacement for `torch.nn.Transformer`: an encoder and a decoder, without embeddings.
+
+    Shapes and masks of `forward(src, tgt, ...)` are those of `TransformerEncoder` and `TransformerDecoder`.
+    A custom encoder or decoder is used as it is.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = F.relu,
+        custom_encoder: nn.Module | None = None,
+        custom_decoder: nn.Module | None = None,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        layer_args = (
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
+            device, dtype,
+        )  # fmt: skip
+
+        def final_norm() -> nn.LayerNorm:
+            return nn.LayerNorm(d_model, eps=layer_norm_eps, bias=bias, device=device, dtype=dtype)
+
+        if custom_encoder is None:
+            encoder_layer = TransformerEncoderLayer(*layer_args)
+            custom_encoder = TransformerEncoder(encoder_layer, num_encoder_layers, final_norm())
+        if custom_decoder is None:
+            decoder_layer = TransformerDecoderLayer(*layer_args)
+            custom_decoder = TransformerDecoder(decoder_layer, num_decoder_layers, final_norm())
+        super().__init__(
+            d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
+        )
+
+
+def _is_causal(mask: Tensor | None, hint: bool | None, x: Tensor, layers: nn.ModuleList) -> bool:
+    """The hint if there is one, else whether `mask` equals the causal mask for the sequence `x`."""
+    if hint is not None:
+        return hint
+    if mask is None or x.is_nested or torch.compiler.is_compiling():
+        return False
+    seq_dim = 1 if x.dim() == 3 and layers[0].self_attn.batch_first else 0
+    L = x.shape[seq_dim]
+    if mask.shape != (L, L):
+        return False
+    causal_mask = nn.Transformer.generate_square_subsequent_mask(L, mask.device, mask.dtype)
+    return bool((mask == causal_mask).all())

@@ -1,0 +1,177 @@
+"""The operator as PyTorch knows it: schemas, fakes, autograd. The only file that knows about dispatch keys.
+
+``fastattn::attention_forward`` and ``fastattn::attention_backward`` allocate the results and let a backend's
+``attention_forward`` / ``attention_backward`` fill them; all backends have the same two signatures. Autograd sits on
+the Autograd key of the forward operator, below it the operators are opaque to torch.compile.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
+
+from .spec import AttentionSpec
+
+_LIBRARY = Library("fastattn", "DEF")
+_OPTIONS = "bool causal, SymInt q_offset, float scale, float dropout_p, str backend"
+_SCORES = "Tensor? mask, Tensor? bias, Tensor? q_offset_tensor, Tensor? seed"
+_LIBRARY.define(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}, {_OPTIONS}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_SCORES}, {_OPTIONS}, bool needs_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_FORWARD = torch.ops.fastattn.attention_forward.default
+_BACKWARD = torch.ops.fastattn.attention_backward.default
+
+
+def _implementation(backend: str, direction: str) -> ModuleType:
+    """The module that holds a backend's function, imported when first used."""
+    if backend == "reference":
+        return importlib.import_module("fastattn.reference")
+    return importlib.import_module(f"fastattn.kernels.{direction}")
+
+
+def _empty_heads(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Uninitialised (B, H, L, D), stored as (B, L, H, D) where ``like`` is, so that merging heads stays a view."""
+    batch, heads, length, dim = shape
+    if heads > 1 and like.stride(1) < like.stride(2):
+        return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    return like.new_empty(shape)
+
+
+def _forward_buffers(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _empty_heads(q, (batch, heads, length, v.shape[3])), q.new_empty((batch, heads, length), dtype=lse_dtype)
+
+
+def _backward_buffers(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, needs_dbias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (_empty_heads(t, t.shape) for t in (q, k, v))
+    if bias is None or not needs_dbias:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, bias.new_empty(bias.shape)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, q_offset_tensor: Tensor | None,
+    seed: Tensor | None, causal: bool, q_offset: int, scale: float, dropout_p: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse = _forward_buffers(q, v)
+    _implementation(backend, "forward").attention_forward(
+        out, lse, q, k, v, mask, bias, q_offset_tensor, seed,
+        causal=causal, q_offset=q_offset, scale=scale, dropout_p=dropout_p,
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, bias: Tensor | None, q_offset_tensor: Tensor | None, seed: Tensor | None,
+    causal: bool, q_offset: int, scale: float, dropout_p: float, backend: str, needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv, dbias = _backward_buffers(q, k, v, bias, needs_dbias)
+    _implementation(backend, "backward").attention_backward(
+        dq, dk, dv, dbias if needs_dbias else None, dout, dlse, q, k, v, out, lse, mask, bias, q_offset_tensor, seed,
+        causal=causal, q_offset=q_offset, scale=scale, dropout_p=dropout_p,
+    )  # fmt: skip
+    return dq, dk, dv, dbias
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _forward_buffers(q, v)
+
+
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, bias: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _backward_buffers(q, k, v, bias, needs_dbias=rest[-1])
+
+
+class _Attention(torch.autograd.Function):
+    """The derivative of the forward operator, outputs (out, lse)."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = _FORWARD(*args)
+        ctx.save_for_backward(*args[:7], out, lse)
+        ctx.options = args[7:]
+        ctx.set_materialize_grads(False)  # a gradient through lse costs nothing where there is none
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, bias, q_offset_tensor, seed, out, lse = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 12
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needs_dbias = ctx.needs_input_grad[4]
+        dq, dk, dv, dbias = _BACKWARD(
+            dout, dlse, q, k, v, out, lse, mask, bias, q_offset_tensor, seed, *ctx.options, needs_dbias
+        )
+        return dq, dk, dv, None, dbias if needs_dbias else None, *(None,) * 7
+
+
+def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:5]):
+        return _Attention.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _FORWARD(*args)
+
+
+_LIBRARY.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_forward", _forward_autograd, "Autograd")
+torch.library.register_fake("fastattn::attention_forward", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("fastattn::attention_backward", _backward_fake, lib=_LIBRARY)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """One int64 from the device's default generator: no synchronisation, safe under CUDA graphs and checkpointing."""
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=device)
+
+
+def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Run ``spec`` on a backend that can serve it; lse is None from the torch backend."""
+    if backend == "torch":
+        return _torch_attention(spec), None
+    seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
+    return _FORWARD(
+        spec.q, spec.k, spec.v, spec.mask, spec.bias, spec.q_offset_tensor, seed,
+        spec.causal, spec.q_offset, spec.scale, spec.dropout_p, backend,
+    )  # fmt: skip
+
+
+def _torch_attention(spec: AttentionSpec) -> Tensor:
+    """PyTorch's own kernel, for specs that `backends` found it to compute exactly."""
+    q, k, v, attn_mask, bias, causal, _, _, scale, _, _ = spec
+    if bias is not None:
+        # Its mask has the query's precision, or float32 beside half precision.
+        bias = bias.to(q.dtype if q.dtype.itemsize >= 4 else torch.float32)
+        attn_mask = bias if attn_mask is None else bias.masked_fill(~attn_mask, -torch.inf)
+    _, q_heads, _, head_dim = q.shape
+    _, kv_heads, _, v_dim = v.shape
+    if head_dim != v_dim:  # it wants one head dim: zero columns change neither scores nor outputs
+        width = max(head_dim, v_dim)
+        q, k, v = (pad(t, (0, width - t.shape[3])) for t in (q, k, v))
+    elif q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:  # would take its slow path
+        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    grouped = False
+    if q_heads != kv_heads:  # a branch, because traced sizes compare to a symbol and not to a bool
+        grouped = True
+    out = torch_sdpa(q, k, v, attn_mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+    return out if head_dim == v_dim else out[..., :v_dim]

@@ -1,0 +1,186 @@
+"""What one attention call asks for, validated and normalised once; every backend reads only this."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGER_DTYPES = (torch.int32, torch.int64)
+
+
+class AttentionSpec(NamedTuple):
+    """One call. Sizes: batch B, query heads Hq, key heads Hk, lengths Lq and Lk, head dims D and Dv."""
+
+    q: Tensor
+    """(B, Hq, Lq, D)"""
+    k: Tensor
+    """(B, Hk, Lk, D), Hq a multiple of Hk"""
+    v: Tensor
+    """(B, Hk, Lk, Dv)"""
+    mask: Tensor | None
+    """bool, 4-D, broadcastable to (B, Hq, Lq, Lk); True takes part"""
+    bias: Tensor | None
+    """float, 4-D, broadcastable to (B, Hq, Lq, Lk); added to the scaled scores"""
+    causal: bool
+    """Key j is visible to query i only if j <= i + q_offset. False also where this forbids nothing."""
+    q_offset: int
+    q_offset_tensor: Tensor | None
+    """int (B,), in place of q_offset"""
+    scale: float
+    dropout_p: float
+    return_lse: bool
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd will ask for a gradient of anything."""
+        return torch.is_grad_enabled() and (
+            self.q.requires_grad or self.k.requires_grad or self.v.requires_grad or self.needs_dbias
+        )
+
+    @property
+    def needs_dbias(self) -> bool:
+        """Whether autograd will ask for the gradient of the bias."""
+        return self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled()
+
+
+def make_spec(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    q_offset: int | Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    names: tuple[str, str, str] = ("q", "k", "v"),
+) -> AttentionSpec:
+    """Validate the arguments of `fastattn.attention`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, device or range that does not fit; the text names the argument, what was expected and
+            what came. ``names`` are what the caller calls q, k and v.
+    """
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(device_type := q.device.type):
+        dtype = torch.get_autocast_dtype(device_type)
+        q, k, v = (t.to(dtype) if getattr(t, "dtype", None) in FLOAT_DTYPES[:3] else t for t in (q, k, v))
+    _check_qkv(q, k, v, names)
+    _, _, q_len, head_dim = q.shape
+    kv_len = k.shape[2]
+    if mask is not None:
+        mask = _score_operand("mask", mask, q, kv_len, (torch.bool,))
+    if bias is not None:
+        bias = _score_operand("bias", bias, q, kv_len, FLOAT_DTYPES)
+    offset_tensor = None
+    if q_offset is None:
+        q_offset = kv_len - q_len
+    elif isinstance(q_offset, Tensor):
+        offset_tensor, q_offset = _offset_tensor(q_offset, q), 0
+    elif isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
+        raise TypeError(f"q_offset: expected an int or an integer tensor, got {type(q_offset).__name__}")
+    if causal and offset_tensor is None and q_offset >= kv_len - 1:
+        causal = False  # even row 0 sees every key
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+    if scale is None:
+        scale = head_dim**-0.5
+    return AttentionSpec(q, k, v, mask, bias, causal, q_offset, offset_tensor, float(scale), dropout_p, return_lse)
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
+    """One quick look for the common case, which is every call of a training step; the reasons only if it fails."""
+    try:
+        batch, q_heads, _, head_dim = q.shape
+        k_batch, kv_heads, kv_len, k_dim = k.shape
+        v_batch, v_heads, v_len, v_dim = v.shape
+        good = (
+            batch == k_batch == v_batch
+            and kv_heads == v_heads
+            and kv_len == v_len
+            and head_dim == k_dim
+            and head_dim > 0
+            and v_dim > 0
+            and kv_heads > 0
+            and q_heads > 0
+            and q_heads % kv_heads == 0
+            and q.dtype == k.dtype == v.dtype
+            and q.dtype in FLOAT_DTYPES
+            and q.device == k.device == v.device
+            and q.layout is k.layout is v.layout is torch.strided
+            and not (q.is_nested or k.is_nested or v.is_nested)
+        )
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # not tensors, nested, or not 4-D
+        good = False
+    if not good:
+        _explain_qkv(q, k, v, names)
+
+
+def _explain_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
+    """Raise the error that says what is wrong with q, k and v."""
+    for name, tensor in zip(names, (q, k, v), strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense strided tensor, got layout {tensor.layout}")
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"{name}: expected 4 dimensions (batch, heads, length, head_dim), got shape {tuple(tensor.shape)}"
+            )
+    q_name, k_name, v_name = names
+    if q.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{q_name}.dtype: expected float16, bfloat16, float32 or float64, got {q.dtype}")
+    for name, tensor in ((k_name, k), (v_name, v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}.dtype: expected {q_name}.dtype == {q.dtype}, got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}.device: expected {q_name}.device == {q.device}, got {tensor.device}")
+        if tensor.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{name}.shape[0]: expected {q_name}.shape[0] == {q.shape[0]}, got {tensor.shape[0]}"
+            )
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"{k_name}.shape[-1]: expected {q_name}.shape[-1] == {q.shape[3]}, got {k.shape[3]}")
+    for name, tensor in ((q_name, q), (v_name, v)):
+        if tensor.shape[3] == 0:
+            raise ValueError(f"{name}.shape[-1]: expected at least 1, got 0")
+    if v.shape[1:3] != k.shape[1:3]:
+        raise ValueError(
+            f"{v_name}.shape[1:3]: expected {k_name}.shape[1:3] == {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}"
+        )
+    raise ValueError(
+        f"{q_name}.shape[1]: expected a positive multiple of {k_name}.shape[1] == {k.shape[1]} heads, "
+        f"got {q.shape[1]}"
+    )
+
+
+def _score_operand(name: str, x: Tensor, q: Tensor, kv_len: int, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """A mask or bias as a 4-D view."""
+    expected = (q.shape[0], q.shape[1], q.shape[2], kv_len)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        kinds = "bool (True takes part)" if dtypes == (torch.bool,) else "a floating-point dtype"
+        raise TypeError(f"{name}.dtype: expected {kinds}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}.device: expected {q.device}, got {x.device}")
+    if x.ndim < 4:
+        x = x[(None,) * (4 - x.ndim)]
+    if x.ndim != 4 or any(size != 1 and size != full for size, full in zip(x.shape, expected, strict=True)):
+        raise ValueError(
+            f"{name}.shape: expected broadcastable to (B, Hq, Lq, Lk) == {tuple(expected)}, got {tuple(x.shape)}"
+        )
+    return x
+
+
+def _offset_tensor(q_offset: Tensor, q: Tensor) -> Tensor:
+    if q_offset.dtype not in _INTEGER_DTYPES:
+        raise TypeError(f"q_offset.dtype: expected int32 or int64, got {q_offset.dtype}")
+    if q_offset.shape != q.shape[:1]:
+        raise ValueError(f"q_offset.shape: expected (B,) == ({q.shape[0]},), got {tuple(q_offset.shape)}")
+    if q_offset.device != q.device:
+        raise ValueError(f"q_offset.device: expected {q.device}, got {q_offset.device}")
+    return q_offset.contiguous()

@@ -1,0 +1,165 @@
+"""How right is right: the one tolerance rule, and the comparison of any backend with the specification.
+
+The rule: the error of a result against float64 may be at most **twice** the error that plain eager PyTorch makes in
+the same dtype on the same inputs, plus the rounding floor of that dtype. Both the largest error and the RMS error are
+held to it. No tolerance is chosen by hand.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .functional import Backend, attention
+from .spec import make_spec
+
+FACTOR = 2.0
+
+
+def rounding_floor(expected: Tensor, dtype: torch.dtype, intermediate: float = 1.0) -> tuple[float, float]:
+    """(largest, RMS) error that rounding alone explains.
+
+    One rounding of the result to ``dtype``, and one of an intermediate value in the accumulator, which is float32
+    (float64 for float64): what remains where the exact result cancels to zero.
+    """
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    eps, floor = torch.finfo(dtype).eps, torch.finfo(accumulator).eps * max(1.0, intermediate)
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    return eps * largest + floor, eps * _rms(expected) + floor
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def assert_parity(
+    actual: Tensor, expected: Tensor, eager: Tensor, name: str = "result", intermediate: float = 1.0
+) -> None:
+    """Hold ``actual`` to the rule.
+
+    Args:
+        actual: the result under test.
+        expected: the same computed in float64.
+        eager: the same computed by plain eager PyTorch in the dtype of ``actual``, from the same inputs.
+        name: what the result is called in the error.
+        intermediate: size of the largest value that cancels on the way to the result.
+
+    Raises:
+        AssertionError: wrong shape, NaN or infinity in other places than ``expected`` has them, or an error beyond the
+            rule; with the figures.
+    """
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{name}: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
+    dtype = actual.dtype
+    actual, expected, eager = (t.detach().to("cpu", torch.float64) for t in (actual, expected, eager))
+    finite = expected.isfinite()
+    if not torch.equal(actual[~finite], expected[~finite]) or not actual[finite].isfinite().all():
+        bad = int((actual[finite].isfinite().logical_not()).sum())
+        raise AssertionError(f"{name}: {bad} elements are not finite where the specification is, or differ at infinity")
+    difference, eager_difference = (actual - expected)[finite], (eager - expected)[finite]
+    if difference.numel() == 0:
+        return
+    largest_floor, rms_floor = rounding_floor(expected[finite], dtype, intermediate)
+    for measure, error, eager_error, floor in (
+        ("largest", difference.abs().max().item(), eager_difference.abs().max().item(), largest_floor),
+        ("RMS", _rms(difference), _rms(eager_difference), rms_floor),
+    ):
+        bound = FACTOR * eager_error + floor
+        if not error <= bound:
+            raise AssertionError(
+                f"{name}: {measure} error {error:.3e} against float64 exceeds {bound:.3e} "
+                f"= {FACTOR:g} x {eager_error:.3e} (eager {dtype}) + {floor:.1e} (rounding)"
+            )
+
+
+def _run_specification(inputs: dict[str, Any], options: dict[str, Any], seed: int, dtype: torch.dtype) -> list[Tensor]:
+    """[out, lse, dq, dk, dv(, dbias)] of `reference.attention` in ``dtype``."""
+    q, k, v = (inputs[name].detach().to(dtype).requires_grad_() for name in ("q", "k", "v"))
+    leaves, bias = [q, k, v], options.get("bias")
+    if bias is not None:
+        bias = bias.detach()
+        # Promoted for float64; otherwise left in its own dtype, as eager code would.
+        bias = (bias.double() if dtype == torch.float64 else bias).requires_grad_(options["bias"].requires_grad)
+        leaves += [bias] if bias.requires_grad else []
+    spec = make_spec(q, k, v, **{**options, "bias": bias})
+    seed_tensor = None
+    if spec.dropout_p > 0.0:
+        torch.manual_seed(seed)
+        seed_tensor = ops.draw_seed(q.device)
+    out, lse = reference.attention(
+        q, k, v, spec.mask, spec.bias, spec.q_offset_tensor, seed_tensor,
+        causal=spec.causal, q_offset=spec.q_offset, scale=spec.scale, dropout_p=spec.dropout_p,
+    )  # fmt: skip
+    return [out, lse, *_gradients(out, lse, leaves, inputs)]
+
+
+def _gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], inputs: dict[str, Any]) -> list[Tensor]:
+    dout, dlse = inputs["dout"].to(out.dtype), inputs.get("dlse")
+    outputs, grads = [out], [dout]
+    if dlse is not None:  # where a row is empty lse is -inf and has no gradient
+        outputs, grads = [out, lse], [dout, dlse.to(lse.dtype).masked_fill(lse.detach() == -torch.inf, 0.0)]
+    return list(torch.autograd.grad(outputs, leaves, grads))
+
+
+def _cancelling_sizes(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, options: dict[str, Any]) -> dict[str, float]:
+    """How large the terms are that cancel in ``dS = P * (dP - delta)``, carried on to dq, dk and dbias.
+
+    Eager autograd subtracts the same ``sum(P * dP)`` in one order; a fused backward has ``delta = sum(dO * O)``, equal
+    only up to one rounding of dP.
+    """
+
+    def largest(x: Tensor) -> float:
+        return x.abs().max().item() if x.numel() else 0.0
+
+    v_all = v.detach().double().repeat_interleave(q.shape[1] // v.shape[1], 1)
+    dropout_p = options.get("dropout_p", 0.0)
+    dp = largest(dout.double() @ v_all.transpose(-1, -2)) / (1.0 - dropout_p if dropout_p < 1.0 else 1.0)
+    scale = options.get("scale")
+    dp_scaled = dp * (q.shape[3] ** -0.5 if scale is None else abs(scale))
+    return {"dq": dp_scaled * largest(k.detach()), "dk": dp_scaled * largest(q.detach()), "dbias": dp}
+
+
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, backend: Backend | None = None, seed: int = 0, lse_gradient: bool = True,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Hold `fastattn.attention` on ``backend`` to the rule: out, lse and every gradient, from one call.
+
+    Args:
+        q, k, v: inputs as for `fastattn.attention`, in the dtype under test.
+        backend: as there.
+        seed: seeds the gradients that flow in, and dropout.
+        lse_gradient: also return lse and send a gradient through it.
+        options: further arguments of `fastattn.attention`; a ``bias`` that requires grad has its gradient checked.
+
+    Raises:
+        AssertionError: as `assert_parity`.
+    """
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Any] = {"q": q, "k": k, "v": v}
+    shape = (*q.shape[:3], v.shape[3])
+    inputs["dout"] = torch.randn(shape, generator=generator).to(q.device, q.dtype)
+    if lse_gradient:
+        inputs["dlse"] = torch.randn(shape[:3], generator=generator).to(q.device)
+    leaves, bias = [q, k, v], options.get("bias")
+    leaves += [bias] if bias is not None and bias.requires_grad else []
+
+    torch.manual_seed(seed)
+    if lse_gradient:
+        out, lse = attention(q, k, v, backend=backend, return_lse=True, **options)
+    else:
+        out = attention(q, k, v, backend=backend, **options)
+        lse = q.new_empty(0)
+    actual = [out, lse, *_gradients(out, lse, leaves, inputs)]
+    expected = _run_specification(inputs, options, seed, torch.float64)
+    eager = _run_specification(inputs, options, seed, q.dtype)
+    eager[1] = _run_specification(inputs, options, seed, torch.float32)[1]  # lse is never kept in half precision
+    names = ["out", "lse", "dq", "dk", "dv", "dbias"]
+    sizes = _cancelling_sizes(q, k, v, inputs["dout"], options)
+    for name, *results in zip(names, actual, expected, eager, strict=False):
+        if name != "lse" or lse_gradient:
+            assert_parity(*results, name=name, intermediate=sizes.get(name, 1.0))
+    for name, leaf, gradient in zip(names[2:], leaves, actual[2:], strict=False):
+        assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype, f"{name}: shape or dtype of its input"

@@ -1,0 +1,373 @@
+"""Backward attention: probabilities are recomputed from lse, never stored (FlashAttention-2, Dao, 2023).
+
+With ``P = exp(S - lse)``, ``dP = dO V^T`` and ``delta = rowsum(dO * O) - dlse``:
+``dS = P * (dP - delta)``, ``dV = P^T dO``, ``dK = scale * dS^T Q``, ``dQ = scale * dS K``, ``dbias = dS``.
+Each output element has one writer that adds in a fixed order, so repeats are bit-equal.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config, launch
+from .primitives import (
+    LOG2E,
+    cast,
+    dot,
+    dropout_keep,
+    dropout_row_keys,
+    finish_scores,
+    key_range,
+    load_tile,
+    query_offset,
+    query_range,
+    store_tile,
+)
+
+RUNTIME = (
+    "q_strides", "k_strides", "v_strides", "dout_strides", "dq_strides", "dk_strides", "dv_strides",
+    "mask_strides", "bias_strides", "out_strides", "dbias_shape",
+    "batches", "q_heads", "group", "q_len", "kv_len", "q_offset",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def delta_kernel(
+    out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_strides, dout_strides, q_heads, q_len,
+    STRIDE_UNIT: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO * O) - dlse, so that a gradient through lse costs nothing further."""
+    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = batch_head // q_heads, batch_head % q_heads
+    out_ptr += batch * (out_strides[0] * STRIDE_UNIT) + head * (out_strides[1] * STRIDE_UNIT)
+    dout_ptr += batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT)
+    row = tl.program_id(0) % tiles * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
+    out = load_tile(out_ptr, row, out_strides[2] * STRIDE_UNIT, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+    dout = load_tile(dout_ptr, row, dout_strides[2] * STRIDE_UNIT, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + batch_head * q_len + rows, mask=rows < q_len, other=0.0)
+    tl.store(delta_ptr + batch_head * q_len + rows, delta, mask=rows < q_len)
+
+
+@triton.jit
+def _load_row_statistics(lse_ptr, delta_ptr, rows, q_len):
+    """lse in base 2 and delta. Rows that attend to nothing, or lie outside, get lse = +inf: probability 0."""
+    lse = tl.load(lse_ptr + rows, mask=rows < q_len, other=float("inf"))
+    delta = tl.load(delta_ptr + rows, mask=rows < q_len, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
+
+
+@triton.jit
+def _probability_gradients(s, dp, lse, delta, k0, k1, cols, dropout_p, keep_scale, DROPOUT: tl.constexpr):
+    """(p after dropout, dS) of a tile, in whichever orientation the arguments broadcast to."""
+    p = tl.math.exp2(s - lse)
+    p_dropped = p
+    if DROPOUT:
+        keep = dropout_keep(k0, k1, cols, dropout_p)
+        p_dropped = tl.where(keep, p * keep_scale, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    return p_dropped, p * (dp - delta)
+
+
+@triton.jit
+def _accumulate_dkdv(
+    dk, dv, k, v, cols, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_stride, dout_stride,
+    start, first_tiles, resume, n_tiles, seed_ptr, batch, head,
+    mask_ptr, bias_ptr, mask_strides, bias_strides, q_len, kv_len, offset, qk_scale, dropout_p, keep_scale,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add ``n_tiles`` query tiles: ``first_tiles`` of them from ``start`` on, the others from ``resume`` on."""
+    DROPOUT: tl.constexpr = seed_ptr is not None
+    for tile in tl.range(0, n_tiles):
+        row = tl.where(tile < first_tiles, start + tile * BLOCK_M, resume + (tile - first_tiles) * BLOCK_M)
+        rows = row + tl.arange(0, BLOCK_M)
+        k0, k1 = rows, rows
+        if DROPOUT:
+            k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
+        lse, delta = _load_row_statistics(lse_ptr, delta_ptr, rows, q_len)
+        q = load_tile(q_ptr, row, q_stride, q_len, EDGE, HEAD_DIM, BLOCK_M, BLOCK_D)
+        s = finish_scores(
+            dot(k, tl.trans(q), None, PRECISION), rows[None, :], cols[:, None], q_len, kv_len, offset, qk_scale,
+            mask_ptr, mask_strides, bias_ptr, bias_strides,
+            EDGE, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
+        )  # fmt: skip
+        dout = load_tile(dout_ptr, row, dout_stride, q_len, EDGE, V_DIM, BLOCK_M, BLOCK_DV)
+        dp = dot(v, tl.trans(dout), None, PRECISION)
+        p, ds = _probability_gradients(
+            s, dp, lse[None, :], delta[None, :], k0[None, :], k1[None, :], cols[:, None], dropout_p, keep_scale, DROPOUT
+        )
+        dv = dot(cast(p, dout.dtype), dout, dv, PRECISION)
+        dk = dot(cast(ds, q.dtype), q, dk, PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, bias_ptr, q_offset_ptr, seed_ptr,
+    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, mask_strides, bias_strides,
+    q_heads, group, q_len, kv_len, q_offset, scale, dropout_p, keep_scale,
+    CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr,
+    BIAS_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N keys of one key head, against the queries of every head that shares it."""
+    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
+    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
+    tiles = tl.cdiv(kv_len, BLOCK_N)
+    col = tl.program_id(0) % tiles * BLOCK_N
+    kv_heads = q_heads // group
+    batch = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) // tiles % kv_heads).to(tl.int64)
+    k_ptr += batch * (k_strides[0] * STRIDE_UNIT) + kv_head * (k_strides[1] * STRIDE_UNIT)
+    v_ptr += batch * (v_strides[0] * STRIDE_UNIT) + kv_head * (v_strides[1] * STRIDE_UNIT)
+    dk_ptr += batch * (dk_strides[0] * STRIDE_UNIT) + kv_head * (dk_strides[1] * STRIDE_UNIT)
+    dv_ptr += batch * (dv_strides[0] * STRIDE_UNIT) + kv_head * (dv_strides[1] * STRIDE_UNIT)
+
+    cols = col + tl.arange(0, BLOCK_N)
+    k = load_tile(k_ptr, col, k_strides[2] * STRIDE_UNIT, kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
+    v = load_tile(v_ptr, col, v_strides[2] * STRIDE_UNIT, kv_len, True, V_DIM, BLOCK_N, BLOCK_DV)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    offset = query_offset(q_offset, q_offset_ptr, batch)
+    READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
+    start, inner_start, inner_end = query_range(
+        col, offset, q_len, kv_len, CAUSAL, READS_SCORES, BLOCK_M, BLOCK_N
+    )
+    first = (inner_start - start) // BLOCK_M
+    last = tl.maximum(tl.cdiv(q_len - inner_end, BLOCK_M), 0)
+    for head in tl.range(kv_head * group, (kv_head + 1) * group):
+        mask_head, bias_head = mask_ptr, bias_ptr
+        if mask_ptr is not None:
+            mask_head += batch * mask_strides[0] + head * mask_strides[1]
+        if bias_ptr is not None:
+            bias_head += batch * bias_strides[0] + head * bias_strides[1]
+        statistics = (batch * q_heads + head) * q_len
+        for EDGE in tl.static_range(2):
+            dk, dv = _accumulate_dkdv(
+                dk, dv, k, v, cols,
+                q_ptr + batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT),
+                dout_ptr + batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT),
+                lse_ptr + statistics, delta_ptr + statistics, q_strides[2] * STRIDE_UNIT, dout_strides[2] * STRIDE_UNIT,
+                start if EDGE else inner_start, first if EDGE else (inner_end - inner_start) // BLOCK_M, inner_end,
+                first + last if EDGE else (inner_end - inner_start) // BLOCK_M, seed_ptr, batch, head,
+                mask_head, bias_head, mask_strides, bias_strides, q_len, kv_len, offset, scale * LOG2E, dropout_p,
+                keep_scale, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV,
+                EDGE == 1, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, PRECISION,
+            )  # fmt: skip
+    store_tile(dk_ptr, dk * scale, col, dk_strides[2] * STRIDE_UNIT, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_tile(dv_ptr, dv, col, dv_strides[2] * STRIDE_UNIT, kv_len, V_DIM, BLOCK_N, BLOCK_DV)
+
+
+@triton.jit
+def _tile_ds(
+    q, dout, lse, delta, rows, col, k_ptr, v_ptr, k_stride, v_stride, k0, k1,
+    mask_ptr, bias_ptr, mask_strides, bias_strides, q_len, kv_len, offset, qk_scale, dropout_p, keep_scale,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
+    BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(dS, K) of one tile of queries by keys."""
+    cols = (col + tl.arange(0, BLOCK_N))[None, :]
+    k = load_tile(k_ptr, col, k_stride, kv_len, EDGE, HEAD_DIM, BLOCK_N, BLOCK_D)
+    s = finish_scores(
+        dot(q, tl.trans(k), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, qk_scale,
+        mask_ptr, mask_strides, bias_ptr, bias_strides,
+        EDGE, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
+    )  # fmt: skip
+    v = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
+    dp = dot(dout, tl.trans(v), None, PRECISION)
+    _, ds = _probability_gradients(
+        s, dp, lse[:, None], delta[:, None], k0[:, None], k1[:, None], cols, dropout_p, keep_scale, DROPOUT
+    )
+    return ds, k
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, mask_ptr, bias_ptr, q_offset_ptr, seed_ptr,
+    q_strides, k_strides, v_strides, dout_strides, dq_strides, mask_strides, bias_strides,
+    q_heads, group, q_len, kv_len, q_offset, scale, dropout_p, keep_scale,
+    CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr,
+    BIAS_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head against all their keys."""
+    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
+    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
+    DROPOUT: tl.constexpr = seed_ptr is not None
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    row = tile * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = batch_head // q_heads, batch_head % q_heads
+    q_ptr += batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT)
+    k_ptr += batch * (k_strides[0] * STRIDE_UNIT) + head // group * (k_strides[1] * STRIDE_UNIT)
+    v_ptr += batch * (v_strides[0] * STRIDE_UNIT) + head // group * (v_strides[1] * STRIDE_UNIT)
+    dout_ptr += batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT)
+    dq_ptr += batch * (dq_strides[0] * STRIDE_UNIT) + head * (dq_strides[1] * STRIDE_UNIT)
+    if mask_ptr is not None:
+        mask_ptr += batch * mask_strides[0] + head * mask_strides[1]
+    if bias_ptr is not None:
+        bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
+
+    k0, k1 = rows, rows
+    if DROPOUT:
+        k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
+    offset = query_offset(q_offset, q_offset_ptr, batch)
+    READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
+    inner_end, end = key_range(row, offset, q_len, kv_len, CAUSAL, READS_SCORES, BLOCK_M, BLOCK_N)
+    q = load_tile(q_ptr, row, q_strides[2] * STRIDE_UNIT, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dout = load_tile(dout_ptr, row, dout_strides[2] * STRIDE_UNIT, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+    lse, delta = _load_row_statistics(lse_ptr + batch_head * q_len, delta_ptr + batch_head * q_len, rows, q_len)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for EDGE in tl.static_range(2):
+        for col in tl.range(inner_end if EDGE else 0, end if EDGE else inner_end, BLOCK_N):
+            ds, k = _tile_ds(
+                q, dout, lse, delta, rows, col, k_ptr, v_ptr, k_strides[2] * STRIDE_UNIT, v_strides[2] * STRIDE_UNIT,
+                k0, k1, mask_ptr, bias_ptr, mask_strides, bias_strides, q_len, kv_len, offset, scale * LOG2E,
+                dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
+                EDGE == 1, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
+            )  # fmt: skip
+            dq = dot(cast(ds, k.dtype), k, dq, PRECISION)
+    store_tile(dq_ptr, dq * scale, row, dq_strides[2] * STRIDE_UNIT, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def dbias_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr, mask_ptr, bias_ptr, q_offset_ptr, seed_ptr,
+    q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dbias_shape,
+    batches, q_heads, group, q_len, kv_len, q_offset, scale, dropout_p, keep_scale,
+    CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr,
+    BIAS_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUM_BATCH: tl.constexpr, SUM_HEAD: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of the bias gradient, summed over every dimension that the bias broadcasts along."""
+    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
+    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
+    DROPOUT: tl.constexpr = seed_ptr is not None
+    col_tiles = tl.cdiv(dbias_shape[3], BLOCK_N)
+    row_tiles = tl.cdiv(dbias_shape[2], BLOCK_M)
+    own_col = tl.program_id(0) % col_tiles * BLOCK_N
+    own_row = tl.program_id(0) // col_tiles % row_tiles * BLOCK_M
+    own_head = tl.program_id(0) // (col_tiles * row_tiles) % dbias_shape[1]
+    own_batch = tl.program_id(0) // (col_tiles * row_tiles) // dbias_shape[1]
+    col_end = kv_len if SUM_COLS else tl.minimum(own_col + BLOCK_N, kv_len)
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for b in tl.range(0 if SUM_BATCH else own_batch, batches if SUM_BATCH else own_batch + 1):
+        offset = query_offset(q_offset, q_offset_ptr, b)
+        for h in tl.range(0 if SUM_HEAD else own_head, q_heads if SUM_HEAD else own_head + 1):
+            batch, head = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
+            k_head = k_ptr + batch * (k_strides[0] * STRIDE_UNIT) + head // group * (k_strides[1] * STRIDE_UNIT)
+            v_head = v_ptr + batch * (v_strides[0] * STRIDE_UNIT) + head // group * (v_strides[1] * STRIDE_UNIT)
+            bias_head = bias_ptr + batch * bias_strides[0] + head * bias_strides[1]
+            mask_head = mask_ptr
+            if mask_ptr is not None:
+                mask_head += batch * mask_strides[0] + head * mask_strides[1]
+            statistics = (batch * q_heads + head) * q_len
+            for row in tl.range(0 if SUM_ROWS else own_row, q_len if SUM_ROWS else own_row + 1, BLOCK_M):
+                rows = row + tl.arange(0, BLOCK_M)
+                k0, k1 = rows, rows
+                if DROPOUT:
+                    k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
+                q = load_tile(
+                    q_ptr + batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT),
+                    row, q_strides[2] * STRIDE_UNIT, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D,
+                )  # fmt: skip
+                dout = load_tile(
+                    dout_ptr + batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT),
+                    row, dout_strides[2] * STRIDE_UNIT, q_len, True, V_DIM, BLOCK_M, BLOCK_DV,
+                )  # fmt: skip
+                lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_len)
+                _, end = key_range(row, offset, q_len, kv_len, CAUSAL, True, BLOCK_M, BLOCK_N)
+                for col in tl.range(0 if SUM_COLS else own_col, tl.minimum(end, col_end), BLOCK_N):
+                    ds, _ = _tile_ds(
+                        q, dout, lse, delta, rows, col, k_head, v_head,
+                        k_strides[2] * STRIDE_UNIT, v_strides[2] * STRIDE_UNIT, k0, k1,
+                        mask_head, bias_head, mask_strides, bias_strides, q_len, kv_len, offset, scale * LOG2E,
+                        dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
+                        True, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
+                    )  # fmt: skip
+                    dbias += ds
+    if SUM_ROWS:
+        dbias = tl.broadcast_to(tl.sum(dbias, 0)[None, :], [BLOCK_M, BLOCK_N])
+    if SUM_COLS:
+        dbias = tl.broadcast_to(tl.sum(dbias, 1)[:, None], [BLOCK_M, BLOCK_N])
+    rows = own_row + tl.arange(0, BLOCK_M)[:, None]
+    cols = own_col + tl.arange(0, BLOCK_N)[None, :]
+    line = (own_batch.to(tl.int64) * dbias_shape[1] + own_head) * dbias_shape[2] + rows
+    inside = (rows < dbias_shape[2]) & (cols < dbias_shape[3])
+    tl.store(dbias_ptr + line * dbias_shape[3] + cols, cast(dbias, dbias_ptr.dtype.element_ty), mask=inside)
+
+
+def attention_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None, dout: Tensor, dlse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, bias: Tensor | None,
+    q_offset_tensor: Tensor | None, seed: Tensor | None, *,
+    causal: bool, q_offset: int, scale: float, dropout_p: float,
+) -> None:  # fmt: skip
+    """Launch the backward kernels, which fill the gradients; other arguments as in `attention_forward`.
+
+    ``dbias`` is contiguous, of the shape of ``bias``, or None where it is not wanted; ``dout`` (B, Hq, Lq, Dv) has any
+    strides; ``dlse`` (B, Hq, Lq) may be None.
+    """
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
+    q, k, v, dout = (launch.unit_last(t) for t in (q, k, v, dout))
+    delta = torch.empty_like(lse)
+    shape = (batch, q_heads, q_len, kv_len)
+    mask_op, bias_op = launch.score_operand(mask, shape), launch.score_operand(bias, shape)
+    unit = launch.stride_unit(q, k, v, out, dout, dq, dk, dv)
+    q_st, k_st, v_st, dout_st = (launch.strides(t, unit) for t in (q, k, v, dout))
+    inputs = (q, k, v, dout, lse, delta)
+    score_operands = (mask_op.tensor, bias_op.tensor, q_offset_tensor, seed)
+    score_strides = (mask_op.strides, bias_op.strides)
+    sizes = (q_heads, q_heads // kv_heads, q_len, kv_len, q_offset, scale, dropout_p, launch.keep_scale(dropout_p))
+    flags = (
+        causal, mask_op.by_row, mask_op.unit_cols, bias_op.by_row, bias_op.unit_cols, unit,
+        launch.dot_precision(q.dtype), head_dim, v_dim,
+    )  # fmt: skip
+    arch = launch.architecture(q.device)
+
+    def configure(kernel: config.Kernel) -> config.LaunchConfig:
+        return config.lookup(kernel, arch, max(head_dim, v_dim), q.element_size())
+
+    with launch.on_device(q):
+        cfg = configure("delta")
+        if programs := triton.cdiv(q_len, cfg.block_m) * batch * q_heads:
+            delta_kernel[(programs,)](
+                out, dout, None if dlse is None else dlse.contiguous(), delta,
+                launch.strides(out, unit), dout_st, q_heads, q_len, unit, v_dim, cfg.block_m, **cfg.options(),
+            )  # fmt: skip
+        cfg = configure("dkdv")
+        if programs := triton.cdiv(kv_len, cfg.block_n) * batch * kv_heads:
+            dkdv_kernel[(programs,)](
+                *inputs, dk, dv, *score_operands,
+                q_st, k_st, v_st, dout_st, launch.strides(dk, unit), launch.strides(dv, unit), *score_strides,
+                *sizes, *flags, cfg.block_m, cfg.block_n, **cfg.options(),
+            )  # fmt: skip
+        cfg = configure("dq")
+        if programs := triton.cdiv(q_len, cfg.block_m) * batch * q_heads:
+            dq_kernel[(programs,)](
+                *inputs, dq, *score_operands, q_st, k_st, v_st, dout_st, launch.strides(dq, unit), *score_strides,
+                *sizes, *flags, cfg.block_m, cfg.block_n, **cfg.options(),
+            )  # fmt: skip
+        if dbias is None:
+            return
+        cfg = configure("dbias")
+        b, h, m, n = dbias.shape
+        if programs := triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n) * b * h:
+            dbias_kernel[(programs,)](
+                *inputs, dbias, *score_operands, q_st, k_st, v_st, dout_st, *score_strides, (b, h, m, n),
+                batch, *sizes, *flags, cfg.block_m, cfg.block_n, b == 1, h == 1, m == 1, n == 1, **cfg.options(),
+            )  # fmt: skip

@@ -1,0 +1,117 @@
+"""Launch configurations: the only place where a tile size, warp count or pipeline depth is written.
+
+The tables are looked up, never tuned at run time: a training step must not stop to search. ``search_space`` is what an
+offline tuner may try, already pruned of shapes that cannot fit.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Literal
+
+Kernel = Literal["forward", "dkdv", "dq", "dbias", "delta"]
+KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dq", "dbias", "delta")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """Tile of ``block_m`` queries by ``block_n`` keys, worked on by ``num_warps`` warps."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """The arguments that Triton's launcher itself consumes."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def _table(**kernels: dict[int, tuple[int, int, int, int]]) -> dict[str, dict[int, LaunchConfig]]:
+    return {name: {d: LaunchConfig(*c) for d, c in by_dim.items()} for name, by_dim in kernels.items()}
+
+
+# Per architecture and kernel: padded head dim -> (block_m, block_n, num_warps, num_stages), 16-bit inputs.
+_SIXTEEN_BIT = {
+    # A100: 164 KB of shared memory, mma.sync. FlashAttention-2's tiles, with 8 warps where 4 would spill.
+    "sm_80": _table(
+        forward={64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        dkdv={64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
+        dq={64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
+        dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
+    ),
+    # H100: 228 KB, wgmma. A warp group of 4 warps owns 64 rows; 128 x 128 tiles need 8 warps not to be serialised.
+    "sm_90": _table(
+        forward={64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+        dq={64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        dbias={64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 32, 4, 1)},
+    ),
+    # B200: accumulators live in tensor memory; Hopper's tiles are the safe start.
+    "sm_100": _table(
+        forward={64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+        dq={64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        dbias={64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 32, 4, 1)},
+    ),
+    # MI300: 64 KB of LDS and 64-wide waves, so smaller tiles and no deep pipelines.
+    "gfx942": _table(
+        forward={64: (128, 64, 4, 1), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
+        dkdv={64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
+        dq={64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
+        dbias={64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    ),
+    # Small tiles, so that short sequences already take every path: inner, diagonal and tail.
+    "interpreter": _table(
+        forward={256: (32, 64, 1, 1)},
+        dkdv={256: (32, 64, 1, 1)},
+        dq={256: (64, 32, 1, 1)},
+        dbias={256: (32, 64, 1, 1)},
+    ),
+}  # fmt: skip
+
+_override: LaunchConfig | None = None
+
+
+def lookup(kernel: Kernel, architecture: str, head_dim: int, element_size: int) -> LaunchConfig:
+    """The launch config for one kernel.
+
+    ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
+    loop dimension, since shared memory holds half as many elements.
+    """
+    if _override is not None:
+        return _override
+    if kernel == "delta":  # one pass over (rows, Dv): memory-bound, any shape does
+        return LaunchConfig(64, 1, 4, 1)
+    by_dim = _SIXTEEN_BIT[architecture][kernel]
+    config = by_dim[min(d for d in by_dim if d >= head_dim)]
+    if element_size > 2 and architecture != "interpreter":
+        config = dataclasses.replace(
+            config, block_m=max(16, config.block_m // 2), block_n=max(16, config.block_n // 2), num_stages=1
+        )
+    return config
+
+
+@contextlib.contextmanager
+def override(config: LaunchConfig | None) -> Iterator[None]:
+    """Use ``config`` for every kernel inside the block: for tests and tuners."""
+    global _override
+    previous, _override = _override, config
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def search_space(kernel: Kernel, head_dim: int) -> list[LaunchConfig]:
+    """Candidates for an offline tuner, without those that exceed 227 KB of shared memory or a thread's registers."""
+    dim = max(64, 1 << (head_dim - 1).bit_length())
+    fits = []
+    for m, n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
+        tile_bytes = 2 * dim * (2 * m + 2 * n * stages)  # q, out and `stages` copies of k, v
+        accumulators = (m * n + m * dim + (n * dim if kernel == "dkdv" else 0)) // (32 * warps)
+        if tile_bytes <= 227 * 1024 and accumulators <= 208:
+            fits.append(LaunchConfig(m, n, warps, stages))
+    return fits

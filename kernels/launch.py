@@ -1,0 +1,82 @@
+"""Host-side helpers shared by the launchers: strides, flags derived from arguments, device facts."""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .primitives import INTERPRETED
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The name under which `config` knows this device."""
+    if device.type == "cpu" and INTERPRETED.value:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100" if major >= 10 else "sm_80")
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: exact unless torch's own matmul setting allows TF32."""
+    if dtype != torch.float32 or INTERPRETED.value:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make that the tensor's."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def unit_last(tensor: Tensor) -> Tensor:
+    """The tensor with adjacent elements along its last dimension, copied only if they are not."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def stride_unit(*tensors: Tensor) -> int:
+    """8 where every row starts at a multiple of 8 elements, which lets the compiler use 16-byte accesses; else 1.
+
+    Kernels get strides divided by this unit and multiply it back: divisibility becomes a compile-time fact that
+    depends on the layout, not on a length, so a new sequence length never compiles again.
+    """
+    return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:-1]) else 1
+
+
+def strides(tensor: Tensor, unit: int) -> tuple[int, int, int]:
+    """Batch, head and row strides in units."""
+    b, h, m, _ = tensor.stride()
+    return b // unit, h // unit, m // unit
+
+
+class ScoreOperand(NamedTuple):
+    """A mask or bias as kernels take it: pointer, element strides with 0 where it broadcasts, and two flags."""
+
+    tensor: Tensor | None
+    strides: tuple[int, int, int, int]
+    by_row: bool
+    unit_cols: bool
+
+
+def score_operand(tensor: Tensor | None, shape: tuple[int, int, int, int]) -> ScoreOperand:
+    """Broadcast ``tensor`` (4-D) to ``shape`` without a copy. bool is read as bytes."""
+    if tensor is None:
+        return ScoreOperand(None, (0, 0, 0, 0), False, True)
+    by_row = tensor.shape[2] != 1
+    unit_cols = tensor.shape[3] != 1 and tensor.stride(3) == 1
+    if tensor.dtype == torch.bool:
+        tensor = tensor.view(torch.uint8)
+    b, h, m, n = tensor.expand(shape).stride()
+    return ScoreOperand(tensor, (b, h, m, n), by_row, unit_cols)
+
+
+
+def keep_scale(dropout_p: float) -> float:
+    """What kept probabilities are multiplied by, so that their expectation stays."""
+    return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)

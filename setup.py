@@ -1,0 +1,50 @@
+"""Builds the optional CUDA library; everything else about the package is in pyproject.toml.
+
+``FASTATTN_BUILD_CUDA=1 pip install .`` compiles ``csrc/*.cu`` into ``fastattn/libfastattn_cuda.so``, a C
+interface without PyTorch headers, so the library depends on neither the Python nor the PyTorch version.
+With the variable unset, empty or 0 nothing is compiled.
+"""
+
+import os
+import shutil
+import subprocess
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NVCC_FLAGS = ["-O3", "-std=c++17", "--shared", "-Xcompiler=-fPIC", "-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def cuda_wanted() -> bool:
+    """Read the switch. Any other value is an error: a guess could hide a missing library."""
+    value = os.environ.get("FASTATTN_BUILD_CUDA", "0")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"FASTATTN_BUILD_CUDA: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def cuda_library() -> Extension:
+    """Describe the library, or stop: who asks for it must not get an install without it."""
+    sources = sorted(glob("csrc/*.cu"))
+    if not sources:
+        raise SystemExit("FASTATTN_BUILD_CUDA=1: expected CUDA sources csrc/*.cu, found none")
+    if shutil.which("nvcc") is None:
+        raise SystemExit("FASTATTN_BUILD_CUDA=1: expected nvcc on PATH, found none")
+    return Extension("fastattn.libfastattn_cuda", sources, depends=sorted(glob("csrc/*.cuh")))
+
+
+class BuildWithNvcc(build_ext):
+    """Compile and link in one nvcc call."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # no ABI tag: not a Python module
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["nvcc", *NVCC_FLAGS, *ext.sources, "-o", str(target)], check=True)
+
+
+setup(ext_modules=[cuda_library()] if cuda_wanted() else [], cmdclass={"build_ext": BuildWithNvcc})

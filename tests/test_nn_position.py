@@ -1,0 +1,142 @@
+"""fastattn.nn.InputEmbedding and PositionalEncoding."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import fastattn.nn as fnn
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_embedding_is_scaled():
+    embedding = fnn.InputEmbedding(10, 16)
+    tokens = torch.randint(10, (3, 5))
+    assert torch.equal(embedding(tokens), embedding.weight[tokens] * 4.0)
+
+
+def test_embedding_starts_with_unit_variance():
+    embedding = fnn.InputEmbedding(1000, 256)
+    variance = embedding(torch.arange(1000)).var().item()
+    assert abs(variance - 1) < 5 * math.sqrt(2 / 256_000)
+
+
+def test_embedding_of_padding_is_zero_and_stays_so():
+    embedding = fnn.InputEmbedding(10, 16, padding_idx=3)
+    out = embedding(torch.tensor([3, 4]))
+    assert (out[0] == 0).all()
+    out.sum().backward()
+    assert (embedding.weight.grad[3] == 0).all()
+    assert (embedding.weight.grad[4] == 4.0).all()
+
+
+def test_sinusoidal_table_is_the_formula():
+    """sin(pos / 10000^(2i / d)), cos(same), from Python floats."""
+    d_model, max_len = 6, 5000
+    table = fnn.PositionalEncoding(d_model, max_len).table
+    for position in (0, 1, 17, max_len - 1):
+        for i in range(d_model // 2):
+            angle = position / 10000 ** (2 * i / d_model)
+            assert table[position, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-7)
+            assert table[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-7)
+
+
+def test_offset_is_a_rotation():
+    """The property that the sinusoids were chosen for: the encoding of pos + k is a fixed linear map of that of pos."""
+    table = fnn.PositionalEncoding(8, 50, dtype=torch.float64).table
+    rotation = torch.linalg.lstsq(table[:40], table[7:47]).solution
+    torch.testing.assert_close(table[:40] @ rotation, table[7:47])
+
+
+@pytest.mark.parametrize("d_model", [1, 2, 7])
+def test_any_model_size(d_model):
+    encoding = fnn.PositionalEncoding(d_model, 10, dropout=0.0)
+    assert encoding(torch.zeros(4, 2, d_model)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_layouts(batch_first, kind):
+    encoding = fnn.PositionalEncoding(8, 10, dropout=0.0, kind=kind, batch_first=batch_first)
+    x = torch.randn(2, 5, 8)
+    expected = x + encoding.table[:5]
+    y = encoding(x if batch_first else x.transpose(0, 1))
+    assert torch.equal(y if batch_first else y.transpose(0, 1), expected)
+    assert torch.equal(encoding(x[0]), expected[0])  # unbatched
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", "learned"])
+def test_offset_decodes_step_by_step(kind):
+    encoding = fnn.PositionalEncoding(8, 10, dropout=0.0, kind=kind, batch_first=True)
+    x = torch.randn(2, 10, 8)
+    steps = [encoding(x[:, t : t + 1], offset=t) for t in range(10)]
+    assert torch.equal(torch.cat(steps, dim=1), encoding(x))
+
+
+def test_state_dict_and_gradients():
+    fixed, learned = fnn.PositionalEncoding(8, 10), fnn.PositionalEncoding(8, 10, kind="learned")
+    assert list(fixed.state_dict()) == []
+    assert list(fixed.parameters()) == []
+    assert list(learned.state_dict()) == ["table"]
+    learned.eval()(torch.zeros(2, 3, 8)).sum().backward()
+    assert (learned.table.grad[:2] == 3).all()
+    assert (learned.table.grad[2:] == 0).all()
+
+
+def test_dropout_only_in_training():
+    encoding = fnn.PositionalEncoding(8, 10, dropout=0.5)
+    x = torch.ones(5, 2, 8)
+    assert (encoding(x) == 0).any()
+    assert torch.equal(encoding.eval()(x), x + encoding.table[:5, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype):
+    encoding = fnn.PositionalEncoding(8, 10, dropout=0.0)
+    assert encoding(torch.zeros(5, 2, 8, dtype=dtype)).dtype == dtype
+    moved = copy.deepcopy(encoding).to(dtype)
+    assert moved(torch.zeros(5, 2, 8, dtype=dtype)).dtype == dtype
+    made = fnn.PositionalEncoding(8, 10, dtype=dtype).table
+    torch.testing.assert_close(made, moved.table, rtol=0, atol=1e-7)
+
+
+def test_meta_device():
+    """A fixed table is not in the state dict, so it must come back by reset_parameters."""
+    encoding = fnn.PositionalEncoding(8, 10, device="meta").to_empty(device="cpu")
+    encoding.reset_parameters()
+    assert torch.equal(encoding.table, fnn.PositionalEncoding(8, 10).table)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offset", "message"),
+    [
+        ((5, 8), 6, r"max_len == 10, got 6 \+ 5"),
+        ((11, 2, 8), 0, r"max_len == 10, got 0 \+ 11"),
+        ((5, 8), -1, "0 <= offset"),
+        ((5, 7), 0, r"x.shape\[-1\] == 8, got \(5, 7\)"),
+        ((8,), 0, "2-D or 3-D"),
+        ((1, 5, 2, 8), 0, "2-D or 3-D"),
+    ],
+)
+def test_errors(shape, offset, message):
+    with pytest.raises(ValueError, match=message):
+        fnn.PositionalEncoding(8, 10)(torch.zeros(shape), offset)
+
+
+def test_constructor_errors():
+    with pytest.raises(ValueError, match="kind to be 'sinusoidal' or 'learned', got 'rope'"):
+        fnn.PositionalEncoding(8, kind="rope")
+    with pytest.raises(ValueError, match="positive, got 8 and 0"):
+        fnn.PositionalEncoding(8, 0)
+
+
+def test_compiles_without_graph_breaks():
+    model = torch.nn.Sequential(fnn.InputEmbedding(10, 8), fnn.PositionalEncoding(8, 10, dropout=0.0))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens = torch.randint(10, (5, 2))
+    torch.testing.assert_close(compiled(tokens), model(tokens))
