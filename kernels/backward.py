@@ -17,6 +17,7 @@ from .primitives import (
     dot,
     dropout_keep,
     dropout_row_keys,
+    exponent_scale,
     finish_scores,
     key_range,
     load_tile,
@@ -63,9 +64,9 @@ def _load_row_statistics(lse_ptr, delta_ptr, rows, q_len):
 
 
 @triton.jit
-def _probability_gradients(s, dp, lse, delta, k0, k1, cols, dropout_p, keep_scale, DROPOUT: tl.constexpr):
+def _probability_gradients(s, scale, dp, lse, delta, k0, k1, cols, dropout_p, keep_scale, DROPOUT: tl.constexpr):
     """(p after dropout, dS) of a tile, in whichever orientation the arguments broadcast to."""
-    p = tl.math.exp2(s - lse)
+    p = tl.math.exp2(s * scale - lse)
     p_dropped = p
     if DROPOUT:
         keep = dropout_keep(k0, k1, cols, dropout_p)
@@ -101,8 +102,9 @@ def _accumulate_dkdv(
         dout = load_tile(dout_ptr, row, dout_stride, q_len, EDGE, V_DIM, BLOCK_M, BLOCK_DV)
         dp = dot(v, tl.trans(dout), None, PRECISION)
         p, ds = _probability_gradients(
-            s, dp, lse[None, :], delta[None, :], k0[None, :], k1[None, :], cols[:, None], dropout_p, keep_scale, DROPOUT
-        )
+            s, exponent_scale(qk_scale, bias_ptr), dp, lse[None, :], delta[None, :],
+            k0[None, :], k1[None, :], cols[:, None], dropout_p, keep_scale, DROPOUT,
+        )  # fmt: skip
         dv = dot(cast(p, dout.dtype), dout, dv, PRECISION)
         dk = dot(cast(ds, q.dtype), q, dk, PRECISION)
     return dk, dv
@@ -184,8 +186,9 @@ def _tile_ds(
     v = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
     dp = dot(dout, tl.trans(v), None, PRECISION)
     _, ds = _probability_gradients(
-        s, dp, lse[:, None], delta[:, None], k0[:, None], k1[:, None], cols, dropout_p, keep_scale, DROPOUT
-    )
+        s, exponent_scale(qk_scale, bias_ptr), dp, lse[:, None], delta[:, None],
+        k0[:, None], k1[:, None], cols, dropout_p, keep_scale, DROPOUT,
+    )  # fmt: skip
     return ds, k
 
 
@@ -324,6 +327,8 @@ def attention_backward(
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
     q, k, v, dout = (launch.unit_last(t) for t in (q, k, v, dout))
+    negative = scale < 0.0
+    q, scale = launch.positive_scale(q, scale)
     delta = torch.empty_like(lse)
     shape = (batch, q_heads, q_len, kv_len)
     mask_op, bias_op = launch.score_operand(mask, shape), launch.score_operand(bias, shape)
@@ -362,10 +367,10 @@ def attention_backward(
                 *inputs, dq, *score_operands, q_st, k_st, v_st, dout_st, launch.strides(dq, unit), *score_strides,
                 *sizes, *flags, cfg.block_m, cfg.block_n, **cfg.options(),
             )  # fmt: skip
-        if dbias is None:
-            return
+        if negative:
+            dq.neg_()
         cfg = configure("dbias")
-        b, h, m, n = dbias.shape
+        b, h, m, n = (0, 0, 0, 0) if dbias is None else dbias.shape
         if programs := triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n) * b * h:
             dbias_kernel[(programs,)](
                 *inputs, dbias, *score_operands, q_st, k_st, v_st, dout_st, *score_strides, (b, h, m, n),

@@ -12,6 +12,7 @@ from .primitives import (
     dot,
     dropout_keep,
     dropout_row_keys,
+    exponent_scale,
     finish_scores,
     key_range,
     load_tile,
@@ -44,7 +45,8 @@ def _attend(
             s, rows[:, None], cols, q_len, kv_len, offset, qk_scale, mask_ptr, mask_strides, bias_ptr, bias_strides,
             EDGE, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
         )  # fmt: skip
-        p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, MAY_BE_EMPTY)
+        scale = exponent_scale(qk_scale, bias_ptr)
+        p, acc, row_max, row_sum = online_softmax(s, scale, acc, row_max, row_sum, MAY_BE_EMPTY)
         if DROPOUT:
             p = tl.where(dropout_keep(k0[:, None], k1[:, None], cols, dropout_p), p, 0.0)
         v = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
@@ -103,7 +105,8 @@ def forward_kernel(
         )  # fmt: skip
 
     empty = row_sum == 0.0  # nothing allowed: output 0, lse -inf
-    acc = acc * (keep_scale / tl.where(empty, 1.0, row_sum))[:, None]
+    row_sum = tl.where(empty, 1.0, row_sum)
+    acc = acc * (keep_scale / row_sum)[:, None]
     lse = tl.where(empty, float("-inf"), row_max * LN2 + tl.log(row_sum))
     store_tile(out_ptr, acc, row, out_strides[2] * STRIDE_UNIT, q_len, V_DIM, BLOCK_M, BLOCK_DV)
     tl.store(lse_ptr + batch_head.to(tl.int64) * q_len + rows, lse, mask=rows < q_len)
@@ -123,6 +126,7 @@ def attention_forward(
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
     q, k, v = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v)
+    q, scale = launch.positive_scale(q, scale)
     shape = (batch, q_heads, q_len, kv_len)
     mask_op, bias_op = launch.score_operand(mask, shape), launch.score_operand(bias, shape)
     unit = launch.stride_unit(q, k, v, out)

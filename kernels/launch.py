@@ -80,3 +80,13 @@ def score_operand(tensor: Tensor | None, shape: tuple[int, int, int, int]) -> Sc
 def keep_scale(dropout_p: float) -> float:
     """What kept probabilities are multiplied by, so that their expectation stays."""
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """(q, scale) with the same products and a positive scale, which the running maximum of the softmax needs.
+
+    A scale of 0 becomes a denormal-free tiny one, since 0 * -inf is not -inf.
+    """
+    if scale < 0.0:
+        q, scale = -q, -scale
+    return q, max(scale, 1e-30)

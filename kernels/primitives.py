@@ -88,12 +88,14 @@ def finish_scores(
     EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores of one tile from the raw products ``s``: scale, bias, then -inf where not allowed.
+    """Scores of one tile from the products ``s = Q K^T``: bias, then -inf where not allowed.
 
-    ``EDGE`` tiles touch the diagonal or the end of a sequence; only they pay for index comparisons.
+    Base-2 scores with a bias; without one they still lack the factor ``qk_scale``, which `exponent_scale` then holds
+    for the exponential, where it costs nothing. ``EDGE`` tiles touch the diagonal or the end of a sequence; only they
+    pay for index comparisons.
     """
-    s = s * qk_scale
     if bias_ptr is not None:
+        s = s * qk_scale
         bias = load_scores_operand(
             bias_ptr, bias_strides, rows, cols, q_len, kv_len, EDGE, BIAS_BY_ROW, BIAS_UNIT
         )
@@ -111,14 +113,21 @@ def finish_scores(
 
 
 @triton.jit
-def online_softmax(s, acc, row_max, row_sum, MAY_BE_EMPTY: tl.constexpr):
+def exponent_scale(qk_scale, bias_ptr):
+    """What scores from `finish_scores` are multiplied by inside the exponential, in one fused multiply-add."""
+    return qk_scale if bias_ptr is None else 1.0
+
+
+@triton.jit
+def online_softmax(s, scale, acc, row_max, row_sum, MAY_BE_EMPTY: tl.constexpr):
     """Merge a score tile into the running softmax; returns (p, acc, row_max, row_sum), p unnormalised.
 
-    With ``MAY_BE_EMPTY`` a row may have seen only -inf so far; its maximum then stands at 0 to avoid inf - inf.
+    ``scale`` is positive. With ``MAY_BE_EMPTY`` a row may have seen only -inf so far; its maximum then stands at 0 to
+    avoid inf - inf.
     """
-    new_max = tl.maximum(row_max, tl.max(s, 1))
+    new_max = tl.maximum(row_max, tl.max(s, 1) * scale)
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MAY_BE_EMPTY else new_max
-    p = tl.math.exp2(s - pivot[:, None])
+    p = tl.math.exp2(s * scale - pivot[:, None])
     alpha = tl.math.exp2(row_max - pivot)
     return p, acc * alpha[:, None], new_max, row_sum * alpha + tl.sum(p, 1)
 
@@ -127,7 +136,8 @@ def online_softmax(s, acc, row_max, row_sum, MAY_BE_EMPTY: tl.constexpr):
 def dropout_row_keys(seed, batch, head, rows):
     """Two 32-bit keys per query row from Philox (Salmon et al., 2011), the strong half of the dropout bits."""
     zero = (rows * 0).to(tl.uint32)
-    k0, k1, _, _ = tl.philox(seed, rows.to(tl.uint32), zero + tl.cast(head, tl.uint32), zero + tl.cast(batch, tl.uint32), zero)
+    heads, batches = zero + tl.cast(head, tl.uint32), zero + tl.cast(batch, tl.uint32)
+    k0, k1, _, _ = tl.philox(seed, rows.to(tl.uint32), heads, batches, zero)
     return k0, k1
 
 
