@@ -13,6 +13,8 @@ For query row ``i`` at absolute position ``i + q_offset`` and key ``j``::
 compute the same in blocks of queries, with memory O(block x Lk); they fill buffers, as the fused kernels do.
 """
 
+import math
+import struct
 from collections.abc import Iterator
 
 import torch
@@ -21,26 +23,26 @@ from torch import Tensor
 # Scores held at once by the block-wise functions: 4M float32 values, 16 MiB.
 BLOCK_ELEMENTS = 1 << 22
 
+DROPOUT_ROUNDS = 7
 _MASK32 = 0xFFFFFFFF
 
 
 def _philox_row_keys(seed: int, batches: Tensor, heads: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """First two words of Philox-4x32-10 (Salmon et al., 2011) at counter (row, head, batch, 0), as int32."""
+    """First two words of Philox-4x32-7 (Salmon et al., 2011) at counter (row, head, batch, 0), as int32.
 
-    def halves(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = x & 0xFFFF, x >> 16  # 16-bit halves: a 32 x 32-bit product overflows a signed int64
-        middle = low * multiplier
-        upper = high * multiplier + (middle >> 16)
-        return upper >> 16, ((upper & 0xFFFF) << 16) | (middle & 0xFFFF)
-
-    shape = torch.broadcast_shapes(batches.shape, heads.shape, rows.shape)
-    c0, c1, c2 = (t.expand(shape) for t in (rows, heads, batches))
-    c3 = torch.zeros_like(c0)
+    The low 64 bits of an int64 product are those of the unsigned product; an arithmetic shift and a mask read its upper
+    half.
+    """
+    c0, c1, c2, c3 = rows, heads, batches, torch.zeros_like(rows)
     key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
-    for _ in range(10):
-        high0, low0 = halves(0xD2511F53, c0)
-        high1, low1 = halves(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+    for _ in range(DROPOUT_ROUNDS):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK32) ^ c1 ^ key0,
+            product1 & _MASK32,
+            ((product0 >> 32) & _MASK32) ^ c3 ^ key1,
+            product0 & _MASK32,
+        )
         key0, key1 = (key0 + 0x9E3779B9) & _MASK32, (key1 + 0xBB67AE85) & _MASK32
     return c0.to(torch.int32), c1.to(torch.int32)
 
@@ -59,17 +61,22 @@ def dropout_keep(
     ``seed`` is one int64 element.
     """
 
-    def index(size: int, first: int, dim: int) -> Tensor:
-        numbers = torch.arange(first, first + size, device=seed.device)
-        return numbers.view([-1 if d == dim else 1 for d in range(3)])
+    def index(first: int, last: int, dim: int) -> Tensor:
+        return torch.arange(first, last, device=seed.device).view([-1 if d == dim else 1 for d in range(3)])
 
-    k0, k1 = _philox_row_keys(int(seed), index(batch, 0, 0), index(heads, 0, 1), index(end - start, start, 2))
-    columns = torch.arange(kv_len, device=seed.device, dtype=torch.int32) * _int32(0x9E3779B1)
-    x = columns ^ k0[..., None]
-    x = (x ^ ((x >> 16) & 0xFFFF)) * _int32(0x7FEB352D)
-    x = (x ^ ((x >> 15) & 0x1FFFF) ^ k1[..., None]) * _int32(0x846CA68B)
-    x = x ^ ((x >> 16) & 0xFFFF)
-    return ((x >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24 >= torch.tensor(dropout_p, dtype=torch.float32)
+    k0, k1 = _philox_row_keys(int(seed), index(0, batch, 0), index(0, heads, 1), index(start, end, 2))
+    x = torch.arange(kv_len, device=seed.device, dtype=torch.int32) * _int32(0x9E3779B1) ^ k0[..., None]
+
+    def xor_shift(bits: int) -> None:  # int32 shifts bring in the sign: mask it off
+        x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
+
+    xor_shift(16)
+    x.mul_(_int32(0x7FEB352D))
+    xor_shift(15)
+    x.bitwise_xor_(k1[..., None]).mul_(_int32(0x846CA68B))
+    xor_shift(16)
+    fraction = x.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+    return fraction >= math.ceil(struct.unpack("f", struct.pack("f", dropout_p))[0] * (1 << 24))
 
 
 def _scores(

@@ -134,10 +134,10 @@ def online_softmax(s, scale, acc, row_max, row_sum, MAY_BE_EMPTY: tl.constexpr):
 
 @triton.jit
 def dropout_row_keys(seed, batch, head, rows):
-    """Two 32-bit keys per query row from Philox (Salmon et al., 2011), the strong half of the dropout bits."""
+    """Two 32-bit keys per query row from Philox-4x32-7 (Salmon et al., 2011), the strong half of the dropout bits."""
     zero = (rows * 0).to(tl.uint32)
     heads, batches = zero + tl.cast(head, tl.uint32), zero + tl.cast(batch, tl.uint32)
-    k0, k1, _, _ = tl.philox(seed, rows.to(tl.uint32), heads, batches, zero)
+    k0, k1, _, _ = tl.philox(seed, rows.to(tl.uint32), heads, batches, zero, n_rounds=7)
     return k0, k1
 
 
