@@ -51,17 +51,17 @@ class ConversionReport:
         rows += [("skipped", r.name or "(model)", r.kind, r.note) for r in self.skipped]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows]
-        counts = f"{len(self.converted)} converted, {len(self.skipped)} skipped, {self.untouched} other modules untouched"
+        counts = f"{len(self.converted)} converted, {len(self.skipped)} skipped, {self.untouched} others untouched"
         return "\n".join([*(lines if len(lines) > 1 else []), counts])
 
 
 def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> ConversionReport:
     """Replace torch.nn's MultiheadAttention and Transformer modules in `model` by fastattn's, in place.
 
-    A module keeps its identity and all it holds: parameters, buffers, hooks, mode. Only its class changes, so an optimizer made
-    before still trains it, modules used twice stay shared, and `model` itself may be one of them. Subclasses of torch.nn's
-    classes are skipped, since their code may not survive the change; modules inside them are converted. Run it before
-    wrappers that change classes themselves (FSDP2's `fully_shard`, parametrizations).
+    A module keeps its identity and all it holds: parameters, buffers, hooks, mode. Only its class changes, so an
+    optimizer made before still trains it, modules used twice stay shared, and `model` itself may be one of them.
+    Subclasses of torch.nn's classes are skipped, since their code may not survive the change; modules inside them are
+    converted. Run it before wrappers that change classes themselves (FSDP2's `fully_shard`, parametrizations).
 
     Args:
         model: any module.
@@ -117,7 +117,7 @@ def revert(model: nn.Module) -> ConversionReport:
             continue
         if isinstance(module, nn.MultiheadAttention):
             unblock_fast_path(module)
-        module.__class__ = originals[cls]
+        module.__class__ = originals[cls]  # pyright: ignore[reportAttributeAccessIssue]
         converted.append(ModuleRecord(name, _qualified_name(cls), _qualified_name(originals[cls])))
     return ConversionReport(tuple(converted), tuple(skipped), untouched)
 

@@ -40,7 +40,7 @@ def _implementation(backend: str, direction: str) -> ModuleType:
     return importlib.import_module(f"fastattn.kernels.{direction}")
 
 
-def _empty_heads(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def _empty_heads(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised (B, H, L, D), stored as (B, L, H, D) where ``like`` is, so that merging heads stays a view."""
     batch, heads, length, dim = shape
     if heads > 1 and like.stride(1) < like.stride(2):
@@ -113,7 +113,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (its stub has *grad_outputs)
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, mask, bias, q_offset_tensor, seed, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * 12

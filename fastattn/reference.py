@@ -118,7 +118,7 @@ def attention(
     """
     s = _scores(q, k, mask, bias, q_offset_tensor, causal, q_offset, scale, 0)
     if k.shape[2] == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -torch.inf)
+        return _grouped_matmul(s, v), s.sum(-1) - torch.inf  # zeros and -inf, on the graph of q, k and v
     maximum = s.detach().amax(-1, keepdim=True)
     e = torch.exp(s - maximum.masked_fill(maximum == -torch.inf, 0.0))
     total = e.sum(-1, keepdim=True)
@@ -222,5 +222,5 @@ def attention_backward(
             target += ds.sum_to_size(target.shape)
     dk.copy_(dk_)
     dv.copy_(dv_)
-    if dbias is not None:
+    if dbias is not None and dbias_ is not None:
         dbias.copy_(dbias_)

@@ -86,9 +86,8 @@ def make_spec(
         causal = False  # even row 0 sees every key
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
-    if scale is None:
-        scale = head_dim**-0.5
-    return AttentionSpec(q, k, v, mask, bias, causal, q_offset, offset_tensor, float(scale), dropout_p, return_lse)
+    scale = float(head_dim**-0.5 if scale is None else scale)
+    return AttentionSpec(q, k, v, mask, bias, causal, q_offset, offset_tensor, scale, dropout_p, return_lse)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:

@@ -17,16 +17,24 @@ from .spec import make_spec
 FACTOR = 2.0
 
 
-def rounding_floor(expected: Tensor, dtype: torch.dtype, intermediate: float = 1.0) -> tuple[float, float]:
+def rounding_floor(expected: Tensor, dtype: torch.dtype, intermediate: float | Tensor = 1.0) -> tuple[float, float]:
     """(largest, RMS) error that rounding alone explains.
 
-    One rounding of the result to ``dtype``, and one of an intermediate value in the accumulator, which is float32
+    One rounding of the result to ``dtype``, and one of each intermediate value in the accumulator, which is float32
     (float64 for float64): what remains where the exact result cancels to zero.
     """
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    eps, floor = torch.finfo(dtype).eps, torch.finfo(accumulator).eps * max(1.0, intermediate)
-    largest = expected.abs().max().item() if expected.numel() else 0.0
-    return eps * largest + floor, eps * _rms(expected) + floor
+    eps, floor = torch.finfo(dtype).eps, torch.finfo(accumulator).eps
+    if not isinstance(intermediate, Tensor):
+        intermediate = torch.tensor(float(intermediate))
+    return (
+        eps * _largest(expected) + floor * max(1.0, _largest(intermediate)),
+        eps * _rms(expected) + floor * max(1.0, _rms(intermediate)),
+    )
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
 
 
 def _rms(x: Tensor) -> float:
@@ -34,7 +42,12 @@ def _rms(x: Tensor) -> float:
 
 
 def assert_parity(
-    actual: Tensor, expected: Tensor, eager: Tensor, name: str = "result", intermediate: float = 1.0
+    actual: Tensor,
+    expected: Tensor,
+    eager: Tensor,
+    name: str = "result",
+    intermediate: float | Tensor = 1.0,
+    stored: Tensor | None = None,
 ) -> None:
     """Hold ``actual`` to the rule.
 
@@ -43,7 +56,9 @@ def assert_parity(
         expected: the same computed in float64.
         eager: the same computed by plain eager PyTorch in the dtype of ``actual``, from the same inputs.
         name: what the result is called in the error.
-        intermediate: size of the largest value that cancels on the way to the result.
+        intermediate: size of what is summed on the way to the result, one value or one per element.
+        stored: error that follows from what the interface stores between two steps, one per element: the larger of
+            this and the error of ``eager`` counts.
 
     Raises:
         AssertionError: wrong shape, NaN or infinity in other places than ``expected`` has them, or an error beyond the
@@ -60,16 +75,16 @@ def assert_parity(
     difference, eager_difference = (actual - expected)[finite], (eager - expected)[finite]
     if difference.numel() == 0:
         return
-    largest_floor, rms_floor = rounding_floor(expected[finite], dtype, intermediate)
-    for measure, error, eager_error, floor in (
-        ("largest", difference.abs().max().item(), eager_difference.abs().max().item(), largest_floor),
-        ("RMS", _rms(difference), _rms(eager_difference), rms_floor),
-    ):
-        bound = FACTOR * eager_error + floor
+    stored_difference = torch.zeros(()) if stored is None else stored.detach().cpu().double()
+    floors = rounding_floor(expected[finite], dtype, intermediate)
+    for measure, size, floor in zip(("largest", "RMS"), (_largest, _rms), floors, strict=True):
+        error = size(difference)
+        peer = max(size(eager_difference), size(stored_difference))
+        bound = FACTOR * peer + floor
         if not error <= bound:
             raise AssertionError(
                 f"{name}: {measure} error {error:.3e} against float64 exceeds {bound:.3e} "
-                f"= {FACTOR:g} x {eager_error:.3e} (eager {dtype}) + {floor:.1e} (rounding)"
+                f"= {FACTOR:g} x {peer:.3e} (eager {dtype}) + {floor:.1e} (rounding)"
             )
 
 
@@ -102,22 +117,57 @@ def _gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], inputs: dict[str,
     return list(torch.autograd.grad(outputs, leaves, grads))
 
 
-def _cancelling_sizes(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, options: dict[str, Any]) -> dict[str, float]:
-    """How large the terms are that cancel in ``dS = P * (dP - delta)``, carried on to dq, dk and dbias.
+def _rounding_effects(
+    inputs: dict[str, Any], options: dict[str, Any], seed: int, out: Tensor, lse: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per gradient, what rounding does on the way to it, to first order: (size of what is summed, error from storage).
 
-    Eager autograd subtracts the same ``sum(P * dP)`` in one order; a fused backward has ``delta = sum(dO * O)``, equal
-    only up to one rounding of dP.
+    A fused backward has ``dS = P * (dP - delta)`` with ``P = exp(S - lse)`` and ``delta = sum(dO * O) - dlse``. Every
+    term is rounded in the accumulator, at its own size, not at that of the sum: large terms may cancel, and the
+    exponent's absolute error is P's relative error. Beside that, O comes stored in the dtype of the inputs, which
+    moves delta. ``out`` and ``lse`` are exact, in float64.
     """
+    q, k, v = (inputs[name].detach().double() for name in ("q", "k", "v"))
+    bias = None if options.get("bias") is None else options["bias"].detach().double()
+    spec = make_spec(q, k, v, **{**options, "bias": bias})
+    dout, dlse = inputs["dout"].double(), inputs.get("dlse")
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    s = reference._scores(
+        q, k, spec.mask, spec.bias, spec.q_offset_tensor, spec.causal, spec.q_offset, spec.scale, 0
+    )
+    finite_lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+    p = torch.exp(s - finite_lse)
+    kept = torch.ones(())
+    if spec.dropout_p > 0.0:
+        torch.manual_seed(seed)
+        batch, q_heads, q_len, kv_len = p.shape
+        kept = reference.dropout_keep(
+            ops.draw_seed(q.device), spec.dropout_p, batch, q_heads, 0, q_len, kv_len
+        )
+        kept = kept * reference._keep_scale(spec.dropout_p)
+    delta, delta_size = (dout * out).sum(-1), (dout * out).abs().sum(-1)
+    if dlse is not None:
+        dlse = dlse.double().masked_fill(lse == -torch.inf, 0.0)
+        delta, delta_size = delta - dlse, delta_size + dlse.abs()
+    ds_factor = ((dout @ v.mT) * kept - delta[..., None]).abs()
+    exponent = abs(spec.scale) * (q.abs() @ k.abs().mT) + finite_lse.abs()
+    if spec.bias is not None:
+        exponent = exponent + spec.bias.nan_to_num(neginf=0.0).abs()
+    ds = p * ((dout.abs() @ v.abs().mT) * kept + delta_size[..., None] + exponent * ds_factor)
+    ds_stored = p * (dout * (out.to(inputs["q"].dtype).double() - out)).sum(-1, keepdim=True)
+    scale = abs(spec.scale)
 
-    def largest(x: Tensor) -> float:
-        return x.abs().max().item() if x.numel() else 0.0
+    def per_key_head(x: Tensor) -> Tensor:
+        return x.unflatten(1, (inputs["k"].shape[1], -1)).sum(2)
 
-    v_all = v.detach().double().repeat_interleave(q.shape[1] // v.shape[1], 1)
-    dropout_p = options.get("dropout_p", 0.0)
-    dp = largest(dout.double() @ v_all.transpose(-1, -2)) / (1.0 - dropout_p if dropout_p < 1.0 else 1.0)
-    scale = options.get("scale")
-    dp_scaled = dp * (q.shape[3] ** -0.5 if scale is None else abs(scale))
-    return {"dq": dp_scaled * largest(k.detach()), "dk": dp_scaled * largest(q.detach()), "dbias": dp}
+    effects = {
+        "dq": (ds @ k.abs() * scale, ds_stored @ k * scale),
+        "dk": (per_key_head(ds.mT @ q.abs()) * scale, per_key_head(ds_stored.mT @ q) * scale),
+        "dv": (per_key_head((p * kept * (1.0 + exponent)).mT @ dout.abs()), torch.zeros(())),
+    }
+    if spec.bias is not None:
+        effects["dbias"] = ds.sum_to_size(spec.bias.shape), ds_stored.sum_to_size(spec.bias.shape)
+    return effects
 
 
 def check_attention(
@@ -157,9 +207,9 @@ def check_attention(
     eager = _run_specification(inputs, options, seed, q.dtype)
     eager[1] = _run_specification(inputs, options, seed, torch.float32)[1]  # lse is never kept in half precision
     names = ["out", "lse", "dq", "dk", "dv", "dbias"]
-    sizes = _cancelling_sizes(q, k, v, inputs["dout"], options)
+    effects = _rounding_effects(inputs, options, seed, expected[0], expected[1])
     for name, *results in zip(names, actual, expected, eager, strict=False):
         if name != "lse" or lse_gradient:
-            assert_parity(*results, name=name, intermediate=sizes.get(name, 1.0))
+            assert_parity(*results, name, *effects.get(name, ()))
     for name, leaf, gradient in zip(names[2:], leaves, actual[2:], strict=False):
         assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype, f"{name}: shape or dtype of its input"

@@ -14,7 +14,10 @@ DRAWS = 6
 
 
 class Pool:
-    """Holds results to the parity rule by name, all draws of a name at once: the largest error of a few numbers is mostly chance."""
+    """Results by name, each name held to the parity rule as one tensor.
+
+    For the largest error of a few numbers is mostly chance, and so is twice that of somebody else.
+    """
 
     def __init__(self):
         self.results = {}
@@ -27,8 +30,8 @@ class Pool:
         for name, results in self.results.items():
             actual, expected, eager = map(torch.cat, zip(*results, strict=True))
             if actual.dtype == torch.float64 and eager.dtype == torch.float32:
-                # float64 has no better truth than torch.nn's own result. Its error e is taken to be that of float32, scaled by
-                # the precision; the rule allows ours 2 e, so the two may be 3 e = 2 (1.5 e) apart.
+                # float64 has no better truth than torch.nn's own result. Its error e is taken to be that of float32,
+                # scaled by the precision; the rule allows ours 2 e, so the two may be 3 e = 2 (1.5 e) apart.
                 precision = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
                 eager = expected + 1.5 * precision * (eager.double() - expected)
             assert_parity(actual, expected, eager, name=name)
@@ -83,8 +86,8 @@ def run(layer, args, kwargs):
 def assert_same_as_torch(ours, theirs, args, kwargs=None, dtype=torch.float32):
     """`ours` on the weights of `theirs`, which is torch.nn's layer: same outputs and gradients, by the parity rule.
 
-    torch.nn is run in float64, for the truth, and in `dtype`, for the error that is allowed, for DRAWS random inputs shaped like
-    `args`. All start from one random state, so that dropout is the same where it draws the same numbers.
+    torch.nn is run in float64, for the truth, and in `dtype`, for the error that is allowed, on DRAWS random inputs
+    shaped like `args`. All start from one random state, so that dropout is the same where it draws the same numbers.
     """
     theirs = copy.deepcopy(theirs).to(dtype)
     ours = copy.deepcopy(ours).to(dtype)

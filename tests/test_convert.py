@@ -30,7 +30,9 @@ class Model(nn.Module):
         self.pool = nn.MultiheadAttention(E, H, batch_first=True)
 
     def forward(self, x):
-        y = self.transformer(self.embed(x), x, tgt_mask=causal(x.shape[1]), src_key_padding_mask=PADDING, memory_key_padding_mask=PADDING)
+        y = self.transformer(
+            self.embed(x), x, tgt_mask=causal(x.shape[1]), src_key_padding_mask=PADDING, memory_key_padding_mask=PADDING
+        )
         return self.pool(y[:, :1], y, y)[0]
 
 
@@ -85,9 +87,9 @@ def test_report_prints_as_a_table():
     assert lines[0].split() == ["module", "class", "now"]
     assert lines[1].split() == ["converted", "transformer", "torch.nn.Transformer", "fastattn.nn.Transformer"]
     assert lines[-2].split() == ["skipped", "pool", "torch.nn.MultiheadAttention", "filter_fn", "returned", "False"]
-    assert lines[-1] == f"8 converted, 1 skipped, {len(list(model.modules())) - 9} other modules untouched"
+    assert lines[-1] == f"8 converted, 1 skipped, {len(list(model.modules())) - 9} others untouched"
     assert "(model)" in str(convert(nn.MultiheadAttention(E, H)))
-    assert str(convert(nn.Linear(2, 2))) == "0 converted, 0 skipped, 1 other modules untouched"
+    assert str(convert(nn.Linear(2, 2))) == "0 converted, 0 skipped, 1 others untouched"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -181,7 +183,7 @@ def test_reverting_an_unconverted_model_is_a_reported_no_op():
     assert [r.name for r in report.skipped] == ATTENTION_MODULES
     assert {r.note for r in report.skipped} == {"not a fastattn class"}
     assert snapshot(model) == state
-    assert str(revert(nn.Linear(2, 2))) == "0 converted, 0 skipped, 1 other modules untouched"
+    assert str(revert(nn.Linear(2, 2))) == "0 converted, 0 skipped, 1 others untouched"
 
 
 def test_layers_built_from_fastattn_revert_too():
@@ -244,7 +246,7 @@ def test_skipped_layer_cannot_bypass_what_it_holds(training, monkeypatch):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("keep", [nn.TransformerEncoder, (nn.TransformerEncoder, nn.TransformerEncoderLayer)])
 def test_filtered_encoder_with_padding(keep, monkeypatch):
-    """torch.nn.TransformerEncoder stays and packs padded input into nested tensors: the converted parts still serve it."""
+    """torch.nn.TransformerEncoder stays, and packs padded input into nested tensors: the converted parts serve it."""
     calls = Calls(monkeypatch)
     layer = nn.TransformerEncoderLayer(E, H, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
@@ -323,7 +325,7 @@ def test_state_dict_is_strict_both_ways():
 
 @pytest.mark.parametrize("f", [convert, revert])
 def test_not_a_module(f):
-    with pytest.raises(TypeError, match="expected model to be a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"expected model to be a torch\.nn\.Module, got dict"):
         f({"model": Model()})
 
 

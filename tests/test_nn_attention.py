@@ -38,7 +38,7 @@ def pair(*args, **kwargs):
     theirs = nn.MultiheadAttention(*args, **kwargs)
     for p in theirs.parameters():
         if p.dim() == 1:
-            nn.init.normal_(p)
+            nn.init.normal_(p, std=0.2)
     return fnn.MultiheadAttention(*args, **kwargs), theirs
 
 
@@ -210,7 +210,7 @@ def test_empty_dimensions(shape, need_weights):
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_fully_masked_rows_are_zero(training, masks, need_weights):
-    """Sequence 1 has nothing to attend to: attention gives it 0, so the layer gives it out_proj.bias; no NaN anywhere."""
+    """Sequence 1 has nothing to attend to: attention gives it 0, so the layer gives it out_proj.bias. No NaN."""
     ours, _ = pair(E, H, batch_first=True)
     nn.init.normal_(ours.out_proj.bias)
     ours.train(training)
@@ -273,7 +273,7 @@ def test_causal_hint_becomes_the_flag_and_the_mask_is_not_read(padded, monkeypat
 
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
 def test_causal_hint_does_not_hide_extra_keys(options):
-    """torch.nn's hint makes a causal mask over all S + 1 keys, so no query sees the extra one; the mask itself opens it."""
+    """torch.nn's hint makes a causal mask over all S + 1 keys, so no query sees the extra one; the mask opens it."""
     layer = fnn.MultiheadAttention(E, H, batch_first=True, **options)
     x = torch.randn(N, L, E)
     hinted, _ = layer(x, x, x, attn_mask=causal(L), is_causal=True, need_weights=False)
@@ -286,7 +286,7 @@ def test_causal_hint_does_not_hide_extra_keys(options):
 
 @pytest.mark.parametrize("mask", [m for m in MASKS if "+" in m])
 def test_two_masks_are_not_expanded(mask, monkeypatch):
-    """torch.nn makes a float (N*H, L, S) tensor of two masks. Here nothing is larger than it came, but float + float."""
+    """torch.nn makes a float (N*H, L, S) tensor of two masks. Here none grows, except where both are float."""
     calls = Calls(monkeypatch)
     layer = fnn.MultiheadAttention(E, H, batch_first=True)
     layer(torch.randn(N, L, E), torch.randn(N, S, E), torch.randn(N, S, E), **MASKS[mask], need_weights=False)
@@ -430,6 +430,20 @@ def test_nested_tensors_are_refused():
             layer(jagged, jagged, jagged, need_weights=need_weights)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_strided_nested_tensors_of_torch_encoder_are_served():
+    layer = fnn.MultiheadAttention(E, H, batch_first=True).eval()
+    rows = [torch.randn(3, E), torch.randn(0, E), torch.randn(5, E)]
+    with torch.no_grad():
+        nested = torch.nested.as_nested_tensor(rows)
+        out, weights = layer(nested, nested, nested, need_weights=False)
+        assert weights is None
+        for row, result in zip(rows, out.unbind(), strict=True):
+            torch.testing.assert_close(result, layer(row, row, row)[0])
+        with pytest.raises(TypeError, match="expected query, key and value to be dense"):
+            layer(nested, nested, nested)  # weights
+
+
 def test_masks_of_another_float_type():
     """A float32 mask for half precision input: torch.nn is silently wrong here on some GPUs, or raises."""
     layer = fnn.MultiheadAttention(E, H, batch_first=True).bfloat16()
@@ -521,7 +535,7 @@ def test_autocast(options, need_weights):
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("mask", ["none", "bool + padding", "float + padding"])
 def test_compiles_without_graph_breaks(mask, need_weights):
-    ours, theirs = pair(E, H, batch_first=True)
+    ours, _ = pair(E, H, batch_first=True)
     torch.compiler.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     args = [torch.randn(N, L, E), torch.randn(N, S, E), torch.randn(N, S, E)]
@@ -593,7 +607,9 @@ def test_torch_encoder_cannot_bypass(training, when, monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 def test_samples_of_torch(training):
     modules = pytest.importorskip(
-        "torch.testing._internal.common_modules", reason="torch's samples need the package expecttest", exc_type=ImportError
+        "torch.testing._internal.common_modules",
+        reason="torch's samples need the package expecttest",
+        exc_type=ImportError,
     )
     (info,) = [m for m in modules.module_db if m.module_cls is nn.MultiheadAttention]
     samples = info.module_inputs_func(info, "cpu", torch.float32, requires_grad=False, training=training)

@@ -17,14 +17,16 @@ __all__ = ["MultiheadAttention"]
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """Drop-in replacement for `torch.nn.MultiheadAttention` (Vaswani et al. 2017, section 3.2.2) on `fastattn.attention`.
+    """Drop-in replacement for `torch.nn.MultiheadAttention`, on `fastattn.attention`.
 
-    Constructor, parameter names, initialisation, state dict and error texts are torch.nn's: the class inherits them, and adds no
-    state but one inert hook. It differs on purpose in this:
+    Source: Vaswani et al., Attention Is All You Need, 2017 (arXiv:1706.03762), section 3.2.2.
+
+    Constructor, parameter names, initialisation, state dict and error texts are torch.nn's: the class inherits them,
+    and adds no state but one inert hook. It differs on purpose in this:
 
     - A query with nothing to attend to (all keys padded, say) gives 0 before `out_proj`, and finite gradients, with
       and without `need_weights`. torch.nn gives NaN.
-    - `attn_mask` and `key_padding_mask` are not expanded to a (N*H, L, S) tensor, and may differ in type without a warning.
+    - `attn_mask` and `key_padding_mask` are not expanded to a (N*H, L, S) tensor, and may differ in type.
     - The layer runs the same code in training and evaluation, and no layer of torch.nn that holds it can bypass it.
     """
 
@@ -68,10 +70,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             need_weights: also return the attention weights. They cost O(L S) memory; False takes the fused operator.
             attn_mask: (L, S) or (N*H, L, S). Boolean: True = may not attend. Float: added to the scores.
             average_attn_weights: return the weights averaged over heads.
-            is_causal: the caller's promise that `attn_mask`, which must be given, is the causal mask (row i sees keys 0..i). With
-                `need_weights=False` the mask is then not read: the operator makes its own, and skips what lies above
-                the diagonal. Two cases read the mask nevertheless: `need_weights=True`, and a layer with `add_bias_kv`
-                or `add_zero_attn`, whose extra keys every query may see.
+            is_causal: the caller's promise that `attn_mask`, which must be given, is the causal mask (row i sees keys
+                0..i). With `need_weights=False` the mask is then not read: the operator makes its own, and skips what
+                lies above the diagonal. Two cases read the mask nevertheless: `need_weights=True`, and a layer with
+                `add_bias_kv` or `add_zero_attn`, whose extra keys every query may see.
 
         Returns:
             The output, of the shape of `query`, and the weights after dropout: (N, L, S), with
@@ -79,7 +81,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Raises:
             AssertionError, RuntimeError: shapes or dtypes that do not fit, with torch.nn's texts.
-            TypeError: nested tensors, but for self-attention on the strided ones that torch.nn.TransformerEncoder makes.
+            TypeError: nested tensors, but for self-attention without weights or masks on the strided kind, which
+                torch.nn.TransformerEncoder makes.
         """
         if query.is_nested or key.is_nested or value.is_nested:
             has_mask = key_padding_mask is not None or attn_mask is not None
@@ -89,7 +92,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         check_mask_dtype(key_padding_mask, "key_padding_mask")
         check_mask_dtype(attn_mask, "attn_mask")
-        is_batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        is_batched = F._mha_shape_check(  # pyright: ignore[reportAttributeAccessIssue]
+            query, key, value, key_padding_mask, attn_mask, self.num_heads
+        )
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
@@ -145,7 +150,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         w, b = self.in_proj_weight, self.in_proj_bias
         if w is None:  # kdim or vdim differ from embed_dim
             b_q, b_k, b_v = (None, None, None) if b is None else b.chunk(3)
-            return F._in_projection(
+            return F._in_projection(  # pyright: ignore[reportAttributeAccessIssue]
                 query, key, value, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, b_q, b_k, b_v
             )
         if query is key and key is value:
@@ -170,9 +175,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return x.transpose(0, 1).shape if self.batch_first else x.shape
 
         if query.shape[-1] != self.embed_dim:
-            raise AssertionError(
-                f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}"
-            )
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
         if self.in_proj_weight is None:
             if key.shape[:-1] != value.shape[:-1]:
                 raise AssertionError(
@@ -182,7 +185,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise AssertionError(f"key shape {shape(key)} does not match value shape {shape(value)}")
 
     def _forward_nested(self, x: Tensor) -> Tensor:
-        """Self-attention on a strided nested tensor, which torch.nn.TransformerEncoder makes of padded input in evaluation."""
+        """Self-attention on a strided nested tensor, as torch.nn.TransformerEncoder makes them in evaluation."""
         if x.layout != torch.strided or not self.batch_first:
             raise TypeError(_NO_NESTED)
         lengths = [row.shape[0] for row in x.unbind()]
@@ -208,8 +211,8 @@ def adopt(module: nn.MultiheadAttention) -> None:
 def block_fast_path(module: nn.MultiheadAttention) -> None:
     """Make every torch.nn.TransformerEncoderLayer that holds `module` call it, in evaluation too.
 
-    In evaluation that layer computes attention in one fused call that reads the weights of `self_attn` and never calls it. It does so
-    only if no module inside it has a hook, because a hook must be called: hence a hook.
+    In evaluation that layer runs one fused operator, which reads the weights of `self_attn` and never calls it. But not
+    if a module inside it has a hook, because a hook must be called: hence a hook.
     """
     if _inert not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_inert)

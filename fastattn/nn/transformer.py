@@ -1,9 +1,10 @@
 """The Transformer (Vaswani et al. 2017) with torch.nn's interface, on fastattn's multi-head attention.
 
-The classes extend torch.nn's of the same names, so constructors, parameter names, initialisation and `isinstance` checks
-are torch.nn's own. What changes: attention is `fastattn.nn.MultiheadAttention`, and the same code runs in training and
-evaluation. torch.nn's encoder has a second implementation for evaluation, which skips hooks and overridden methods, packs
-padded input into nested tensors, and returns zeros at padded positions; here padded positions are computed like all others.
+The classes extend torch.nn's of the same names, so constructors, parameter names, initialisation and `isinstance`
+checks are torch.nn's own. What changes: attention is `fastattn.nn.MultiheadAttention`, and the same code runs in
+training and evaluation. torch.nn's encoder has a second implementation for evaluation, which skips overridden methods,
+packs padded input into nested tensors, and returns zeros at padded positions; here padded positions are computed like
+all others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.nn.attention import MultiheadAttention, adopt, check_mask_dtype
+from fastattn.nn.attention import adopt, check_mask_dtype
 
 __all__ = [
     "Transformer",
@@ -78,7 +79,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
-    """Drop-in replacement for `torch.nn.TransformerDecoderLayer`: self-attention, cross-attention, feed-forward network.
+    """Drop-in replacement for `torch.nn.TransformerDecoderLayer`: self-attention, cross-attention, feed-forward.
+
 
     Shapes and masks as in `TransformerDecoder`. Subclasses may override `_sa_block`, `_mha_block` and `_ff_block`.
     """
@@ -108,7 +110,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 class TransformerEncoder(nn.TransformerEncoder):
     """Drop-in replacement for `torch.nn.TransformerEncoder`: a stack of copies of `encoder_layer`.
 
-    `enable_nested_tensor` and `mask_check` are accepted and change nothing: input is never packed into nested tensors.
+    `enable_nested_tensor` and `mask_check` are accepted and ignored: input is never packed into nested tensors.
     """
 
     def __init__(
@@ -134,8 +136,9 @@ class TransformerEncoder(nn.TransformerEncoder):
 
         Args:
             src, mask, src_key_padding_mask: as `TransformerEncoderLayer.forward`.
-            is_causal: whether `mask` is the causal mask. None compares it with one, as torch.nn does: on a GPU that waits
-                for the device. Under `torch.compile` it cannot be compared, and None counts as False.
+            is_causal: whether `mask` is the causal mask. None compares it with one, as torch.nn does; on a GPU that
+                waits for the device. Under `torch.compile` it cannot be compared, and None counts as False: the
+                result is the same, but slower than with True.
         """
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(mask, "mask")
@@ -236,9 +239,10 @@ def _is_causal(mask: Tensor | None, hint: bool | None, x: Tensor, layers: nn.Mod
     """The hint if there is one, else whether `mask` equals the causal mask for the sequence `x`."""
     if hint is not None:
         return hint
-    if mask is None or x.is_nested or torch.compiler.is_compiling():
+    if mask is None or x.is_nested or torch.compiler.is_compiling():  # a compiled graph cannot branch on the mask
         return False
-    seq_dim = 1 if x.dim() == 3 and layers[0].self_attn.batch_first else 0
+    batch_first = layers[0].self_attn.batch_first  # pyright: ignore[reportAttributeAccessIssue]
+    seq_dim = 1 if x.dim() == 3 and batch_first else 0
     L = x.shape[seq_dim]
     if mask.shape != (L, L):
         return False
