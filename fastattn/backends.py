@@ -47,12 +47,17 @@ def _cuda_reasons(spec: AttentionSpec) -> list[str]:
 def _torch_reasons(spec: AttentionSpec) -> list[str]:
     """What keeps PyTorch's fused kernel from computing exactly this spec without an Lq x Lk buffer."""
     reasons = []
-    q, k, _, mask, bias, causal, q_offset, q_offset_tensor, _, dropout_p, return_lse = spec
+    q, k, _, mask, bias, slopes, sinks, q_offset_tensor, left, right, q_offset, _, softcap, dropout_p, return_lse = spec
+    for name, argument in (("alibi_slopes", slopes), ("sinks", sinks), ("softcap", softcap)):
+        if argument is not None:
+            reasons.append(f"it has no {name}")
     if dropout_p:
         reasons.append("its dropout is not a function of (seed, b, h, i, j)")
     if return_lse:
         reasons.append("it does not return lse")
-    if causal and (q_offset_tensor is not None or q_offset != 0):
+    if left is not None or right not in (None, 0):
+        reasons.append("it has no window")
+    elif right == 0 and (q_offset_tensor is not None or q_offset != 0):
         reasons.append("its causal mask is top-left only (q_offset == 0)")
     if q.numel() == 0 or k.numel() == 0:
         reasons.append("empty tensors")
@@ -138,11 +143,14 @@ def explain(spec: AttentionSpec, backend: str | None = None) -> Explanation:
     parts = [
         f"q {tuple(q.shape)} k {tuple(k.shape)} v {tuple(v.shape)} {str(q.dtype).removeprefix('torch.')} on {q.device}"
     ]
-    if spec.causal:
-        parts.append(f"causal, q_offset={'per batch entry' if spec.q_offset_tensor is not None else spec.q_offset}")
-    for name, operand in (("mask", spec.mask), ("bias", spec.bias)):
-        if operand is not None:
+    if spec.left is not None or spec.right is not None:
+        shape = "causal" if spec.causal else f"window ({spec.left}, {spec.right})"
+        parts.append(f"{shape}, q_offset={'per batch entry' if spec.q_offset_tensor is not None else spec.q_offset}")
+    for name in ("mask", "bias", "alibi_slopes", "sinks"):
+        if (operand := getattr(spec, name)) is not None:
             parts.append(f"{name} {tuple(operand.shape)}")
+    if spec.softcap is not None:
+        parts.append(f"softcap {spec.softcap:g}")
     if spec.needs_dbias:
         parts.append("gradient of the bias")
     if spec.dropout_p:

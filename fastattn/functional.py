@@ -14,13 +14,17 @@ Backend = Literal["triton", "cuda", "torch", "reference"]
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., q_offset: int | Tensor | None = ...,
-    mask: Tensor | None = ..., bias: Tensor | None = ..., scale: float | None = ..., dropout_p: float = ...,
+    window: tuple[int | None, int | None] | None = ..., mask: Tensor | None = ..., bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    scale: float | None = ..., dropout_p: float = ...,
     return_lse: Literal[False] = ..., backend: Backend | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., q_offset: int | Tensor | None = ...,
-    mask: Tensor | None = ..., bias: Tensor | None = ..., scale: float | None = ..., dropout_p: float = ...,
+    window: tuple[int | None, int | None] | None = ..., mask: Tensor | None = ..., bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    scale: float | None = ..., dropout_p: float = ...,
     return_lse: Literal[True], backend: Backend | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
@@ -30,8 +34,12 @@ def attention(
     *,
     causal: bool = False,
     q_offset: int | Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -39,8 +47,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention, ``softmax(scale * q k^T + bias) v`` over the keys that are allowed.
 
-    Causal, ``mask`` and ``bias`` combine freely. A query row with nothing allowed gives output 0, lse -inf and
-    gradients 0. Everything is differentiable: q, k, v, ``bias``, and through lse.
+    All arguments combine freely. A query row with nothing allowed gives output 0, lse -inf (or the sink) and
+    gradients 0. Everything is differentiable: q, k, v, ``bias``, ``alibi_slopes``, ``sinks``, and through lse.
 
     Args:
         q: (B, Hq, Lq, D), float16, bfloat16, float32 or float64; any strides; D from 1 to 256 on fused backends.
@@ -49,9 +57,14 @@ def attention(
         causal: query i sees key j only if ``j <= i + q_offset``.
         q_offset: absolute position of query 0: an int, or an int32/int64 tensor (B,). None means ``Lk - Lq``, which
             lines the last query up with the last key, as a KV cache needs; 0 is PyTorch's ``is_causal``.
+        window: (left, right): query i sees key j only if ``i + q_offset - left <= j <= i + q_offset + right``; None
+            leaves a side open. Work falls with the window.
         mask: bool, broadcastable to (B, Hq, Lq, Lk); True takes part. Never expanded in memory.
         bias: any float dtype, broadcastable likewise, added to the scaled scores; -inf forbids. Its gradient has its
             own shape.
+        alibi_slopes: float (Hq,) or (B, Hq): ``slope * |i + q_offset - j|`` is subtracted from the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)``, before bias and slopes are added.
+        sinks: float (Hq,): one more logit per head in each row's softmax, with no value behind it.
         scale: default ``1 / sqrt(D)``.
         dropout_p: probability with which a weight is dropped, in [0, 1]. Applied as given: pass 0 when evaluating. The
             random bits come from the device's default generator, so `torch.manual_seed` fixes them.
@@ -66,11 +79,13 @@ def attention(
         TypeError, ValueError: naming the argument, what was expected and what came; also where an explicit
             ``backend`` cannot serve the call, with every reason. Nothing falls back silently.
 
-    Source: Vaswani et al., 2017 (arXiv:1706.03762); Dao, FlashAttention-2, 2023 (arXiv:2307.08691).
+    Source: Vaswani et al., 2017 (arXiv:1706.03762); Dao, FlashAttention-2, 2023 (arXiv:2307.08691);
+    ALiBi: Press et al., 2021 (arXiv:2108.12409); softcap: Gemma 2, 2024 (arXiv:2408.00118); sinks: Xiao et al., 2023
+    (arXiv:2309.17453), in the learned form of gpt-oss, 2025.
     """
     spec = make_spec(
-        q, k, v, causal=causal, q_offset=q_offset, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p,
-        return_lse=return_lse,
+        q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
+        softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     out, lse = ops.attention(spec, backends.choose(spec, backend))
     if not return_lse:
@@ -86,8 +101,12 @@ def explain(
     *,
     causal: bool = False,
     q_offset: int | Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -98,8 +117,8 @@ def explain(
     Nothing is computed. ``str()`` of the result is a table; ``.backend`` and ``.reasons`` are the data.
     """
     spec = make_spec(
-        q, k, v, causal=causal, q_offset=q_offset, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p,
-        return_lse=return_lse,
+        q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
+        softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     return backends.explain(spec, backend)
 

@@ -18,15 +18,19 @@ from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 from .spec import AttentionSpec
 
 _LIBRARY = Library("fastattn", "DEF")
-_OPTIONS = "bool causal, SymInt q_offset, float scale, float dropout_p, str backend"
-_SCORES = "Tensor? mask, Tensor? bias, Tensor? q_offset_tensor, Tensor? seed"
+_OPTIONS = (
+    "SymInt? left, SymInt? right, SymInt q_offset, float scale, float? softcap, float dropout_p, str backend"
+)
+_SCORES = (
+    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? q_offset_tensor, Tensor? seed"
+)
 _LIBRARY.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}, {_OPTIONS}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SCORES}, {_OPTIONS}, bool needs_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_SCORES}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _FORWARD = torch.ops.fastattn.attention_forward.default
@@ -55,37 +59,38 @@ def _forward_buffers(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _backward_buffers(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, needs_dbias: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor | None, ...], wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, and the gradients of ``operands``: an operator cannot return None, so empty where not wanted."""
     dq, dk, dv = (_empty_heads(t, t.shape) for t in (q, k, v))
-    if bias is None or not needs_dbias:
-        return dq, dk, dv, q.new_empty(0)
-    return dq, dk, dv, bias.new_empty(bias.shape)
+    others = (
+        x.new_empty(x.shape) if x is not None and want else q.new_empty(0)
+        for x, want in zip(operands, wanted, strict=True)
+    )
+    return dq, dk, dv, *others
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, q_offset_tensor: Tensor | None,
-    seed: Tensor | None, causal: bool, q_offset: int, scale: float, dropout_p: float, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *operands, left, right, q_offset, scale, softcap, dropout_p, backend = args
     out, lse = _forward_buffers(q, v)
     _implementation(backend, "forward").attention_forward(
-        out, lse, q, k, v, mask, bias, q_offset_tensor, seed,
-        causal=causal, q_offset=q_offset, scale=scale, dropout_p=dropout_p,
+        out, lse, q, k, v, *operands,
+        left=left, right=right, q_offset=q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p,
     )  # fmt: skip
     return out, lse
 
 
 def _backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, bias: Tensor | None, q_offset_tensor: Tensor | None, seed: Tensor | None,
-    causal: bool, q_offset: int, scale: float, dropout_p: float, backend: str, needs_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv, dbias = _backward_buffers(q, k, v, bias, needs_dbias)
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *operands, left, right, q_offset, scale, softcap, dropout_p, backend, wanted = args
+    gradients = _backward_buffers(q, k, v, tuple(operands[1:4]), wanted)
+    fill = [*gradients[:3], *(g if want else None for g, want in zip(gradients[3:], wanted, strict=True))]
     _implementation(backend, "backward").attention_backward(
-        dq, dk, dv, dbias if needs_dbias else None, dout, dlse, q, k, v, out, lse, mask, bias, q_offset_tensor, seed,
-        causal=causal, q_offset=q_offset, scale=scale, dropout_p=dropout_p,
+        *fill, dout, dlse, q, k, v, out, lse, *operands,
+        left=left, right=right, q_offset=q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p,
     )  # fmt: skip
-    return dq, dk, dv, dbias
+    return gradients
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -93,10 +98,9 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Ten
 
 
 def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, bias: Tensor | None, *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward_buffers(q, k, v, bias, needs_dbias=rest[-1])
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    return _backward_buffers(q, k, v, args[1:4], args[-1])
 
 
 class _Attention(torch.autograd.Function):
@@ -106,30 +110,27 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = _FORWARD(*args)
-        ctx.save_for_backward(*args[:7], out, lse)
-        ctx.options = args[7:]
+        ctx.save_for_backward(*args[:9], out, lse)
+        ctx.options = args[9:]
         ctx.set_materialize_grads(False)  # a gradient through lse costs nothing where there is none
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (its stub has *grad_outputs)
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, bias, q_offset_tensor, seed, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, *operands, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 12
+            return (None,) * len(ctx.needs_input_grad)
         if dout is None:
             dout = torch.zeros_like(out)
-        needs_dbias = ctx.needs_input_grad[4]
-        dq, dk, dv, dbias = _BACKWARD(
-            dout, dlse, q, k, v, out, lse, mask, bias, q_offset_tensor, seed, *ctx.options, needs_dbias
-        )
-        return dq, dk, dv, None, dbias if needs_dbias else None, *(None,) * 7
+        wanted = list(ctx.needs_input_grad[4:7])  # bias, alibi_slopes, sinks
+        dq, dk, dv, *others = _BACKWARD(dout, dlse, q, k, v, out, lse, *operands, *ctx.options, wanted)
+        others = [gradient if want else None for gradient, want in zip(others, wanted, strict=True)]
+        return dq, dk, dv, None, *others, *(None,) * (len(ctx.needs_input_grad) - 7)
 
 
 def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:5]):
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:7]):
         return _Attention.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return _FORWARD(*args)
@@ -153,14 +154,14 @@ def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]
         return _torch_attention(spec), None
     seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
     return _FORWARD(
-        spec.q, spec.k, spec.v, spec.mask, spec.bias, spec.q_offset_tensor, seed,
-        spec.causal, spec.q_offset, spec.scale, spec.dropout_p, backend,
+        spec.q, spec.k, spec.v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, spec.q_offset_tensor, seed,
+        spec.left, spec.right, spec.q_offset, spec.scale, spec.softcap, spec.dropout_p, backend,
     )  # fmt: skip
 
 
 def _torch_attention(spec: AttentionSpec) -> Tensor:
     """PyTorch's own kernel, for specs that `backends` found it to compute exactly."""
-    q, k, v, attn_mask, bias, causal, _, _, scale, _, _ = spec
+    q, k, v, attn_mask, bias, _, _, _, _, right, _, scale, _, _, _ = spec
     if bias is not None:
         # Its mask has the query's precision, or float32 beside half precision.
         bias = bias.to(q.dtype if q.dtype.itemsize >= 4 else torch.float32)
@@ -175,5 +176,5 @@ def _torch_attention(spec: AttentionSpec) -> Tensor:
     grouped = False
     if q_heads != kv_heads:  # a branch, because traced sizes compare to a symbol and not to a bool
         grouped = True
-    out = torch_sdpa(q, k, v, attn_mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+    out = torch_sdpa(q, k, v, attn_mask, 0.0, right is not None, scale=scale, enable_gqa=grouped)
     return out if head_dim == v_dim else out[..., :v_dim]

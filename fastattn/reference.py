@@ -1,13 +1,14 @@
 """Attention in eager PyTorch: the specification that every other backend is held to. No Triton import.
 
-For query row ``i`` at absolute position ``i + q_offset`` and key ``j``::
+For query row ``i`` at absolute position ``x = i + q_offset`` and key ``j``::
 
-    s[i, j] = scale * <q_i, k_j> + bias[i, j]        -inf where not allowed(i, j)
-    p       = exp(s - lse),  lse = log(sum_j exp(s))
+    s[i, j] = cap(scale * <q_i, k_j>) + bias[i, j] - alibi_slope * |x - j|      -inf where not allowed(i, j)
+    p       = exp(s - lse),  lse = log(sum_j exp(s) + exp(sink))
     o_i     = sum_j dropout(p)[i, j] v_j
 
-``allowed`` is the AND of ``mask[i, j]`` and, if causal, ``j <= i + q_offset``. A row with nothing allowed gives output
-0, lse -inf and gradients 0.
+``cap(s) = softcap * tanh(s / softcap)``, and each term only where it is asked for. ``allowed`` is the AND of
+``mask[i, j]`` and ``x - left <= j <= x + right``; causal is right = 0. A row with nothing allowed, and no sink, gives
+output 0, lse -inf and gradients 0.
 
 `attention` is that definition written down, differentiable to any order. `attention_forward` and `attention_backward`
 compute the same in blocks of queries, with memory O(block x Lk); they fill buffers, as the fused kernels do.
@@ -16,6 +17,7 @@ compute the same in blocks of queries, with memory O(block x Lk); they fill buff
 import math
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,20 +54,20 @@ def _int32(value: int) -> int:
 
 
 def dropout_keep(
-    seed: Tensor, dropout_p: float, batch: int, heads: int, start: int, end: int, kv_len: int
+    seed: Tensor, dropout_p: float, batch: int, heads: int, rows: tuple[int, int], keys: tuple[int, int]
 ) -> Tensor:
-    """Which probabilities dropout keeps: bool (batch, heads, end - start, kv_len) for query rows ``start .. end``.
+    """Which probabilities dropout keeps, for query rows ``rows[0] .. rows[1]`` and keys ``keys[0] .. keys[1]``.
 
-    A function of (seed, b, h, i, j) alone: Philox gives each row two keys, a full-avalanche 32-bit mix keyed by them
-    gives each element its bits, and the upper 24 of these, as a fraction, are compared with ``dropout_p``.
-    ``seed`` is one int64 element.
+    bool (batch, heads, rows, keys), a function of (seed, b, h, i, j) alone: Philox gives each row two keys, a
+    full-avalanche 32-bit mix keyed by them gives each element its bits, and the upper 24 of these, as a fraction, are
+    compared with ``dropout_p``. ``seed`` is one int64 element.
     """
 
     def index(first: int, last: int, dim: int) -> Tensor:
         return torch.arange(first, last, device=seed.device).view([-1 if d == dim else 1 for d in range(3)])
 
-    k0, k1 = _philox_row_keys(int(seed), index(0, batch, 0), index(0, heads, 1), index(start, end, 2))
-    x = torch.arange(kv_len, device=seed.device, dtype=torch.int32) * _int32(0x9E3779B1) ^ k0[..., None]
+    k0, k1 = _philox_row_keys(int(seed), index(0, batch, 0), index(0, heads, 1), index(*rows, 2))
+    x = torch.arange(*keys, device=seed.device, dtype=torch.int32) * _int32(0x9E3779B1) ^ k0[..., None]
 
     def xor_shift(bits: int) -> None:  # int32 shifts bring in the sign: mask it off
         x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
@@ -79,24 +81,69 @@ def dropout_keep(
     return fraction >= math.ceil(struct.unpack("f", struct.pack("f", dropout_p))[0] * (1 << 24))
 
 
-def _scores(
-    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, q_offset_tensor: Tensor | None,
-    causal: bool, q_offset: int, scale: float, start: int,
-) -> Tensor:  # fmt: skip
-    """s (B, Hq, rows, Lk) for the query rows ``start .. start + rows`` in ``q``; mask and bias cut to those rows."""
+class Terms(NamedTuple):
+    """What turns products into scores; mask and bias (4-D) cut to the rows and keys at hand."""
+
+    mask: Tensor | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None  # (1 or B, Hq)
+    q_offset_tensor: Tensor | None
+    left: int | None
+    right: int | None
+    q_offset: int
+    scale: float
+    softcap: float | None
+
+    def cut(self, rows: tuple[int, int], keys: tuple[int, int]) -> "Terms":
+        """The same for query rows ``rows[0] .. rows[1]`` and keys ``keys[0] .. keys[1]``."""
+        return self._replace(mask=_cut(self.mask, rows, keys), bias=_cut(self.bias, rows, keys))
+
+    def visible_keys(self, rows: tuple[int, int], kv_len: int) -> tuple[int, int]:
+        """The keys that some of these rows sees, as far as one offset for the whole batch tells."""
+        start, end = 0, kv_len
+        if self.q_offset_tensor is None:
+            if self.left is not None:
+                start = min(max(rows[0] + self.q_offset - self.left, 0), kv_len)
+            if self.right is not None:
+                end = max(min(rows[1] + self.q_offset + self.right, kv_len), start)
+        return start, end
+
+
+def _cut(operand: Tensor | None, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor | None:
+    if operand is not None and operand.shape[2] != 1:
+        operand = operand[:, :, rows[0] : rows[1]]
+    if operand is not None and operand.shape[3] != 1:
+        operand = operand[..., keys[0] : keys[1]]
+    return operand
+
+
+def scores(q: Tensor, k: Tensor, terms: Terms, row: int, key: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(s, tanh under the cap, distance) for query rows ``row ..`` in ``q`` and keys ``key ..`` in ``k``.
+
+    ``s`` is (B, Hq, rows, keys); ``distance = x - j``, broadcastable to it.
+    """
     batch, q_heads, rows, head_dim = q.shape
-    kv_heads, kv_len = k.shape[1], k.shape[2]
+    kv_heads, keys = k.shape[1], k.shape[2]
     grouped = q.reshape(batch, kv_heads, q_heads // kv_heads * rows, head_dim)
-    s = (grouped @ k.transpose(-1, -2)).view(batch, q_heads, rows, kv_len) * scale
-    if bias is not None:
-        s = s + bias.to(s.dtype)
-    if mask is not None:
-        s = s.masked_fill(~mask, -torch.inf)
-    if causal:
-        offset = q_offset if q_offset_tensor is None else q_offset_tensor.view(-1, 1, 1, 1)
-        position = torch.arange(start, start + rows, device=q.device)[:, None] + offset
-        s = s.masked_fill(torch.arange(kv_len, device=q.device) > position, -torch.inf)
-    return s
+    s = (grouped @ k.transpose(-1, -2)).view(batch, q_heads, rows, keys) * terms.scale
+    t = None
+    if terms.softcap is not None:
+        t = torch.tanh(s / terms.softcap)
+        s = t * terms.softcap
+    if terms.bias is not None:
+        s = s + terms.bias.to(s.dtype)
+    offset = terms.q_offset if terms.q_offset_tensor is None else terms.q_offset_tensor.view(-1, 1, 1, 1)
+    position = torch.arange(row, row + rows, device=q.device)[:, None] + offset
+    distance = position - torch.arange(key, key + keys, device=q.device)
+    if terms.alibi_slopes is not None:
+        s = s - terms.alibi_slopes.to(s.dtype)[:, :, None, None] * distance.abs().to(s.dtype)
+    if terms.mask is not None:
+        s = s.masked_fill(~terms.mask, -torch.inf)
+    if terms.right is not None:
+        s = s.masked_fill(distance < -terms.right, -torch.inf)
+    if terms.left is not None:
+        s = s.masked_fill(distance > terms.left, -torch.inf)
+    return s, t, distance
 
 
 def _grouped_matmul(p: Tensor, v: Tensor) -> Tensor:
@@ -108,26 +155,32 @@ def _grouped_matmul(p: Tensor, v: Tensor) -> Tensor:
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None,
-    q_offset_tensor: Tensor | None = None, seed: Tensor | None = None, *,
-    causal: bool = False, q_offset: int = 0, scale: float, dropout_p: float = 0.0,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, q_offset_tensor: Tensor | None = None,
+    seed: Tensor | None = None, *, left: int | None = None, right: int | None = None, q_offset: int = 0,
+    scale: float, softcap: float | None = None, dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, in the dtype of the inputs, with all Lq x Lk scores in memory. Returns (out, lse).
 
     ``q`` (B, Hq, Lq, D), ``k`` (B, Hk, Lk, D), ``v`` (B, Hk, Lk, Dv); ``mask`` (bool) and ``bias`` 4-D, broadcastable
-    to (B, Hq, Lq, Lk); ``q_offset_tensor`` (B,) in place of ``q_offset``; ``seed`` one int64 element.
+    to (B, Hq, Lq, Lk); ``alibi_slopes`` (1 or B, Hq); ``sinks`` (Hq,); ``q_offset_tensor`` (B,) in place of
+    ``q_offset``; ``seed`` one int64 element.
     """
-    s = _scores(q, k, mask, bias, q_offset_tensor, causal, q_offset, scale, 0)
-    if k.shape[2] == 0:
+    terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap)
+    s, _, _ = scores(q, k, terms, 0, 0)
+    sink = None if sinks is None else sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)
+    if sink is not None:
+        s = torch.cat([s, sink], -1)
+    if s.shape[-1] == 0:
         return _grouped_matmul(s, v), s.sum(-1) - torch.inf  # zeros and -inf, on the graph of q, k and v
     maximum = s.detach().amax(-1, keepdim=True)
     e = torch.exp(s - maximum.masked_fill(maximum == -torch.inf, 0.0))
     total = e.sum(-1, keepdim=True)
     empty = total == 0.0
     total = total.masked_fill(empty, 1.0)
-    p = e / total
+    p = (e / total)[..., : k.shape[2]]
     lse = (maximum.masked_fill(empty, 0.0) + total.log()).masked_fill(empty, -torch.inf).squeeze(-1)
     if dropout_p > 0.0 and seed is not None:
-        keep = dropout_keep(seed, dropout_p, s.shape[0], s.shape[1], 0, s.shape[2], s.shape[3])
+        keep = dropout_keep(seed, dropout_p, p.shape[0], p.shape[1], (0, p.shape[2]), (0, p.shape[3]))
         p = torch.where(keep, p * _keep_scale(dropout_p), 0.0)
     return _grouped_matmul(p, v), lse
 
@@ -140,87 +193,89 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _query_blocks(q: Tensor, kv_len: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of blocks of query rows whose scores hold at most BLOCK_ELEMENTS values, or one row."""
+def _blocks(q: Tensor, kv_len: int, terms: Terms) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """(rows, keys): blocks of query rows, of one row or at most BLOCK_ELEMENTS scores, and the keys they see."""
     batch, q_heads, q_len, _ = q.shape
-    rows = max(1, BLOCK_ELEMENTS // max(1, batch * q_heads * kv_len))
-    for start in range(0, q_len, rows):
-        yield start, min(start + rows, q_len)
-
-
-def _rows(operand: Tensor | None, start: int, end: int) -> Tensor | None:
-    """The part of a mask or bias that concerns these query rows."""
-    return operand if operand is None or operand.shape[2] == 1 else operand[:, :, start:end]
+    first, last = terms.visible_keys((0, 1), kv_len)
+    span = kv_len if terms.left is None or terms.right is None else max(last - first, terms.left + terms.right + 1)
+    block = max(1, BLOCK_ELEMENTS // max(1, batch * q_heads * min(span, kv_len)))
+    if span < kv_len:  # a block sees its window and its own length: keep the two alike
+        block = min(block, max(span, 64))
+    for start in range(0, q_len, block):
+        rows = (start, min(start + block, q_len))
+        yield rows, terms.visible_keys(rows, kv_len)
 
 
 def attention_forward(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
-    q_offset_tensor: Tensor | None, seed: Tensor | None, *,
-    causal: bool, q_offset: int, scale: float, dropout_p: float,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, q_offset_tensor: Tensor | None, seed: Tensor | None, *,
+    left: int | None, right: int | None, q_offset: int, scale: float, softcap: float | None, dropout_p: float,
 ) -> None:  # fmt: skip
     """Fill ``out`` (B, Hq, Lq, Dv) and ``lse`` (B, Hq, Lq) block by block; half precision is computed in float32."""
     dtype = _compute_dtype(q.dtype)
     k, v = k.to(dtype), v.to(dtype)
-    if k.shape[2] == 0:
-        out.zero_()
-        lse.fill_(-torch.inf)
-        return
-    for start, end in _query_blocks(q, k.shape[2]):
-        s = _scores(
-            q[:, :, start:end].to(dtype), k, _rows(mask, start, end), _rows(bias, start, end),
-            q_offset_tensor, causal, q_offset, scale, start,
-        )  # fmt: skip
-        block_lse = torch.logsumexp(s, -1, keepdim=True)
+    all_terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap)
+    for rows, keys in _blocks(q, k.shape[2], all_terms):
+        block, own = slice(*rows), slice(*keys)
+        s, _, _ = scores(q[:, :, block].to(dtype), k[:, :, own], all_terms.cut(rows, keys), rows[0], keys[0])
+        block_lse = torch.logsumexp(s, -1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
+        if sinks is not None:
+            block_lse = torch.logaddexp(block_lse, sinks.to(dtype)[:, None, None])
         p = s.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0.0)).exp_()
         if dropout_p > 0.0 and seed is not None:
-            keep = dropout_keep(seed, dropout_p, s.shape[0], s.shape[1], start, end, s.shape[3])
+            keep = dropout_keep(seed, dropout_p, s.shape[0], s.shape[1], rows, keys)
             p.mul_(keep).mul_(_keep_scale(dropout_p))
-        out[:, :, start:end] = _grouped_matmul(p, v)
-        lse[:, :, start:end] = block_lse.squeeze(-1)
+        out[:, :, block] = _grouped_matmul(p, v[:, :, own])
+        lse[:, :, block] = block_lse.squeeze(-1)
 
 
 def attention_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None, dout: Tensor, dlse: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, bias: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None, dslopes: Tensor | None, dsinks: Tensor | None,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     q_offset_tensor: Tensor | None, seed: Tensor | None, *,
-    causal: bool, q_offset: int, scale: float, dropout_p: float,
+    left: int | None, right: int | None, q_offset: int, scale: float, softcap: float | None, dropout_p: float,
 ) -> None:  # fmt: skip
     """Fill the gradients block by block, recomputing the probabilities from ``lse``.
 
-    ``dbias`` has the shape of ``bias``, or is None where it is not wanted; ``dlse`` may be None.
+    ``dbias``, ``dslopes`` and ``dsinks`` have the shapes of ``bias``, ``alibi_slopes`` and ``sinks``, or are None where
+    they are not wanted; ``dlse`` may be None.
     """
     dtype = _compute_dtype(q.dtype)
     k_, v_ = k.to(dtype), v.to(dtype)
-    dk_, dv_ = torch.zeros_like(k_), torch.zeros_like(v_)
-    dbias_ = None if dbias is None else torch.zeros_like(dbias, dtype=dtype)
+    wanted = {"dk": dk, "dv": dv, "dbias": dbias, "dslopes": dslopes, "dsinks": dsinks}
+    sums = {name: torch.zeros_like(t, dtype=dtype) for name, t in wanted.items() if t is not None}
     batch, q_heads, _, head_dim = q.shape
     kv_heads, kv_len, v_dim = v.shape[1:]
-    if kv_len == 0:
-        dq.zero_()
-    for start, end in _query_blocks(q, kv_len) if kv_len else ():
-        q_, dout_ = q[:, :, start:end].to(dtype), dout[:, :, start:end].to(dtype)
-        s = _scores(
-            q_, k_, _rows(mask, start, end), _rows(bias, start, end), q_offset_tensor, causal, q_offset, scale, start
-        )
-        block_lse = lse[:, :, start:end, None]
+    all_terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap)
+    for rows, keys in _blocks(q, kv_len, all_terms):
+        block, own = slice(*rows), slice(*keys)
+        q_, dout_ = q[:, :, block].to(dtype), dout[:, :, block].to(dtype)
+        s, t, distance = scores(q_, k_[:, :, own], all_terms.cut(rows, keys), rows[0], keys[0])
+        block_lse = lse[:, :, block, None]
         p = s.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0.0)).exp_()
-        dp = _grouped_matmul(dout_, v_.transpose(-1, -2))
+        dp = _grouped_matmul(dout_, v_[:, :, own].transpose(-1, -2))
         dropped = p
         if dropout_p > 0.0 and seed is not None:
-            keep = dropout_keep(seed, dropout_p, batch, q_heads, start, end, kv_len) * _keep_scale(dropout_p)
+            keep = dropout_keep(seed, dropout_p, batch, q_heads, rows, keys) * _keep_scale(dropout_p)
             dropped, dp = p * keep, dp * keep
-        delta = (dout_ * out[:, :, start:end].to(dtype)).sum(-1, keepdim=True)
+        delta = (dout_ * out[:, :, block].to(dtype)).sum(-1, keepdim=True)
         if dlse is not None:
-            delta = delta - dlse[:, :, start:end, None].to(dtype)
+            delta = delta - dlse[:, :, block, None].to(dtype)
         ds = dp.sub_(delta).mul_(p)
-        grouped = (batch, kv_heads, q_heads // kv_heads * (end - start))
-        dv_ += dropped.reshape(*grouped, kv_len).transpose(-1, -2) @ dout_.reshape(*grouped, v_dim)
-        dk_ += ds.reshape(*grouped, kv_len).transpose(-1, -2) @ q_.reshape(*grouped, head_dim) * scale
-        dq[:, :, start:end] = _grouped_matmul(ds, k_) * scale
-        if dbias_ is not None:
-            target = dbias_ if dbias_.shape[2] == 1 else dbias_[:, :, start:end]
+        if "dbias" in sums:
+            target = _cut(sums["dbias"], rows, keys)
             target += ds.sum_to_size(target.shape)
-    dk.copy_(dk_)
-    dv.copy_(dv_)
-    if dbias is not None and dbias_ is not None:
-        dbias.copy_(dbias_)
+        if "dslopes" in sums:
+            sums["dslopes"] -= (ds * distance.abs()).sum((2, 3)).sum_to_size(sums["dslopes"].shape)
+        if sinks is not None and "dsinks" in sums:  # a score whose value vector is 0
+            sums["dsinks"] -= (torch.exp(sinks.to(dtype)[:, None, None] - block_lse) * delta).sum((0, 2, 3))
+        if t is not None:
+            ds = ds * (1.0 - t * t)
+        grouped = (batch, kv_heads, q_heads // kv_heads * (rows[1] - rows[0]))
+        span = keys[1] - keys[0]
+        sums["dv"][:, :, own] += dropped.reshape(*grouped, span).transpose(-1, -2) @ dout_.reshape(*grouped, v_dim)
+        sums["dk"][:, :, own] += ds.reshape(*grouped, span).transpose(-1, -2) @ q_.reshape(*grouped, head_dim) * scale
+        dq[:, :, block] = _grouped_matmul(ds, k_[:, :, own]) * scale
+    for name, total in sums.items():
+        wanted[name].copy_(total)

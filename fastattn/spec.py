@@ -1,5 +1,6 @@
 """What one attention call asks for, validated and normalised once; every backend reads only this."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,21 +23,26 @@ class AttentionSpec(NamedTuple):
     """bool, 4-D, broadcastable to (B, Hq, Lq, Lk); True takes part"""
     bias: Tensor | None
     """float, 4-D, broadcastable to (B, Hq, Lq, Lk); added to the scaled scores"""
-    causal: bool
-    """Key j is visible to query i only if j <= i + q_offset. False also where this forbids nothing."""
-    q_offset: int
+    alibi_slopes: Tensor | None
+    """float (1 or B, Hq); slope * |i + q_offset - j| is subtracted from the scores"""
+    sinks: Tensor | None
+    """float (Hq,); one more logit in each row's softmax, with no value"""
     q_offset_tensor: Tensor | None
     """int (B,), in place of q_offset"""
+    left: int | None
+    """Key j is visible to query i only if i + q_offset - left <= j <= i + q_offset + right; None is open."""
+    right: int | None
+    """0 is causal. None also where this side forbids nothing."""
+    q_offset: int
     scale: float
+    softcap: float | None
     dropout_p: float
     return_lse: bool
 
     @property
-    def needs_grad(self) -> bool:
-        """Whether autograd will ask for a gradient of anything."""
-        return torch.is_grad_enabled() and (
-            self.q.requires_grad or self.k.requires_grad or self.v.requires_grad or self.needs_dbias
-        )
+    def causal(self) -> bool:
+        """Whether what is visible is the plain causal triangle."""
+        return self.right == 0 and self.left is None
 
     @property
     def needs_dbias(self) -> bool:
@@ -51,8 +57,12 @@ def make_spec(
     *,
     causal: bool = False,
     q_offset: int | Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -69,12 +79,17 @@ def make_spec(
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = (t.to(dtype) if getattr(t, "dtype", None) in FLOAT_DTYPES[:3] else t for t in (q, k, v))
     _check_qkv(q, k, v, names)
-    _, _, q_len, head_dim = q.shape
+    batch, q_heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     if mask is not None:
         mask = _score_operand("mask", mask, q, kv_len, (torch.bool,))
     if bias is not None:
         bias = _score_operand("bias", bias, q, kv_len, FLOAT_DTYPES)
+    if alibi_slopes is not None:
+        _check_head_vector("alibi_slopes", alibi_slopes, q, ((q_heads,), (batch, q_heads)))
+        alibi_slopes = alibi_slopes[None] if alibi_slopes.ndim == 1 else alibi_slopes
+    if sinks is not None:
+        _check_head_vector("sinks", sinks, q, ((q_heads,),))
     offset_tensor = None
     if q_offset is None:
         q_offset = kv_len - q_len
@@ -82,12 +97,24 @@ def make_spec(
         offset_tensor, q_offset = _offset_tensor(q_offset, q), 0
     elif isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
         raise TypeError(f"q_offset: expected an int or an integer tensor, got {type(q_offset).__name__}")
-    if causal and offset_tensor is None and q_offset >= kv_len - 1:
-        causal = False  # even row 0 sees every key
+    left, right = (None, None) if window is None else _check_window(window)
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    if offset_tensor is None:  # a side that forbids nothing is open
+        if right is not None and q_offset + right >= kv_len - 1:
+            right = None
+        if left is not None and q_len - 1 + q_offset - left <= 0:
+            left = None
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
-    scale = float(head_dim**-0.5 if scale is None else scale)
-    return AttentionSpec(q, k, v, mask, bias, causal, q_offset, offset_tensor, scale, dropout_p, return_lse)
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0.0 < softcap < math.inf):
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if scale is None:
+        scale = head_dim**-0.5
+    return AttentionSpec(
+        q, k, v, mask, bias, alibi_slopes, sinks, offset_tensor, left, right, q_offset, float(scale), softcap,
+        dropout_p, return_lse,
+    )  # fmt: skip
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
@@ -173,6 +200,27 @@ def _score_operand(name: str, x: Tensor, q: Tensor, kv_len: int, dtypes: tuple[t
             f"{name}.shape: expected broadcastable to (B, Hq, Lq, Lk) == {tuple(expected)}, got {tuple(x.shape)}"
         )
     return x
+
+
+def _check_head_vector(name: str, x: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}.dtype: expected a floating-point dtype, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}.device: expected {q.device}, got {x.device}")
+    if tuple(x.shape) not in shapes:
+        expected = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{name}.shape: expected {expected} for {q.shape[1]} query heads, got {tuple(x.shape)}")
+
+
+def _check_window(window: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: expected (left, right), each an int or None, got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt))):
+            raise TypeError(f"window: expected (left, right), each an int or None, got {window!r}")
+    return window[0], window[1]
 
 
 def _offset_tensor(q_offset: Tensor, q: Tensor) -> Tensor:

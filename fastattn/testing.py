@@ -88,23 +88,30 @@ def assert_parity(
             )
 
 
+def _operands(options: dict[str, Any]) -> dict[str, Tensor]:
+    """The float tensors beside q, k and v, whose gradients may be wanted."""
+    names = ("bias", "alibi_slopes", "sinks")
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
 def _run_specification(inputs: dict[str, Any], options: dict[str, Any], seed: int, dtype: torch.dtype) -> list[Tensor]:
-    """[out, lse, dq, dk, dv(, dbias)] of `reference.attention` in ``dtype``."""
+    """[out, lse, dq, dk, dv, ...] of `reference.attention` in ``dtype``."""
     q, k, v = (inputs[name].detach().to(dtype).requires_grad_() for name in ("q", "k", "v"))
-    leaves, bias = [q, k, v], options.get("bias")
-    if bias is not None:
-        bias = bias.detach()
-        # Promoted for float64; otherwise left in its own dtype, as eager code would.
-        bias = (bias.double() if dtype == torch.float64 else bias).requires_grad_(options["bias"].requires_grad)
-        leaves += [bias] if bias.requires_grad else []
-    spec = make_spec(q, k, v, **{**options, "bias": bias})
+    # Operands are promoted for float64; otherwise left in their own dtype, as eager code would.
+    operands = {
+        name: (x.detach().double() if dtype == torch.float64 else x.detach()).requires_grad_(x.requires_grad)
+        for name, x in _operands(options).items()
+    }
+    leaves = [q, k, v, *(x for x in operands.values() if x.requires_grad)]
+    spec = make_spec(q, k, v, **{**options, **operands})
     seed_tensor = None
     if spec.dropout_p > 0.0:
         torch.manual_seed(seed)
         seed_tensor = ops.draw_seed(q.device)
     out, lse = reference.attention(
-        q, k, v, spec.mask, spec.bias, spec.q_offset_tensor, seed_tensor,
-        causal=spec.causal, q_offset=spec.q_offset, scale=spec.scale, dropout_p=spec.dropout_p,
+        q, k, v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, spec.q_offset_tensor, seed_tensor,
+        left=spec.left, right=spec.right, q_offset=spec.q_offset, scale=spec.scale, softcap=spec.softcap,
+        dropout_p=spec.dropout_p,
     )  # fmt: skip
     return [out, lse, *_gradients(out, lse, leaves, inputs)]
 
@@ -119,8 +126,8 @@ def _gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], inputs: dict[str,
 
 def _rounding_effects(
     inputs: dict[str, Any], options: dict[str, Any], seed: int, out: Tensor, lse: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per gradient, what rounding does on the way to it, to first order: (size of what is summed, error from storage).
+) -> dict[str, tuple[Tensor, ...]]:
+    """Per result, what rounding does on the way to it, to first order: (size of what is summed, error from storage).
 
     A fused backward has ``dS = P * (dP - delta)`` with ``P = exp(S - lse)`` and ``delta = sum(dO * O) - dlse``. Every
     term is rounded in the accumulator, at its own size, not at that of the sum: large terms may cancel, and the
@@ -128,13 +135,15 @@ def _rounding_effects(
     moves delta. ``out`` and ``lse`` are exact, in float64.
     """
     q, k, v = (inputs[name].detach().double() for name in ("q", "k", "v"))
-    bias = None if options.get("bias") is None else options["bias"].detach().double()
-    spec = make_spec(q, k, v, **{**options, "bias": bias})
+    operands = {name: x.detach().double() for name, x in _operands(options).items()}
+    spec = make_spec(q, k, v, **{**options, **operands})
     dout, dlse = inputs["dout"].double(), inputs.get("dlse")
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    s = reference._scores(
-        q, k, spec.mask, spec.bias, spec.q_offset_tensor, spec.causal, spec.q_offset, spec.scale, 0
-    )
+    terms = reference.Terms(
+        spec.mask, spec.bias, spec.alibi_slopes, spec.q_offset_tensor, spec.left, spec.right, spec.q_offset,
+        spec.scale, spec.softcap,
+    )  # fmt: skip
+    s, t, distance = reference.scores(q, k, terms, 0, 0)
     finite_lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
     p = torch.exp(s - finite_lse)
     kept = torch.ones(())
@@ -142,7 +151,7 @@ def _rounding_effects(
         torch.manual_seed(seed)
         batch, q_heads, q_len, kv_len = p.shape
         kept = reference.dropout_keep(
-            ops.draw_seed(q.device), spec.dropout_p, batch, q_heads, 0, q_len, kv_len
+            ops.draw_seed(q.device), spec.dropout_p, batch, q_heads, (0, q_len), (0, kv_len)
         )
         kept = kept * reference._keep_scale(spec.dropout_p)
     delta, delta_size = (dout * out).sum(-1), (dout * out).abs().sum(-1)
@@ -153,20 +162,37 @@ def _rounding_effects(
     exponent = abs(spec.scale) * (q.abs() @ k.abs().mT) + finite_lse.abs()
     if spec.bias is not None:
         exponent = exponent + spec.bias.nan_to_num(neginf=0.0).abs()
+    far = distance.abs().double()
+    if spec.alibi_slopes is not None:
+        exponent = exponent + spec.alibi_slopes.abs()[:, :, None, None] * far
     ds = p * ((dout.abs() @ v.abs().mT) * kept + delta_size[..., None] + exponent * ds_factor)
     ds_stored = p * (dout * (out.to(inputs["q"].dtype).double() - out)).sum(-1, keepdim=True)
     scale = abs(spec.scale)
+    capped, capped_stored = (ds, ds_stored) if t is None else (ds * (1.0 - t * t), ds_stored * (1.0 - t * t))
 
     def per_key_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (inputs["k"].shape[1], -1)).sum(2)
 
     effects = {
-        "dq": (ds @ k.abs() * scale, ds_stored @ k * scale),
-        "dk": (per_key_head(ds.mT @ q.abs()) * scale, per_key_head(ds_stored.mT @ q) * scale),
+        "out": (p * kept * (1.0 + exponent) @ v.abs(), torch.zeros(())),
+        "lse": ((p * (1.0 + exponent)).sum(-1), torch.zeros(())),
+        "dq": (capped @ k.abs() * scale, capped_stored @ k * scale),
+        "dk": (per_key_head(capped.mT @ q.abs()) * scale, per_key_head(capped_stored.mT @ q) * scale),
         "dv": (per_key_head((p * kept * (1.0 + exponent)).mT @ dout.abs()), torch.zeros(())),
     }
     if spec.bias is not None:
         effects["dbias"] = ds.sum_to_size(spec.bias.shape), ds_stored.sum_to_size(spec.bias.shape)
+    if spec.alibi_slopes is not None:
+        sizes = ((x * far).sum((2, 3)).sum_to_size(spec.alibi_slopes.shape) for x in (ds, ds_stored))
+        effects["dalibi_slopes"] = tuple(x.view(options["alibi_slopes"].shape) for x in sizes)
+    if spec.sinks is not None:
+        p_sink = torch.exp(spec.sinks[:, None] - finite_lse.squeeze(-1))
+        exponent_sink = spec.sinks.abs()[:, None] + finite_lse.squeeze(-1).abs()
+        moved = (dout * (out.to(inputs["q"].dtype).double() - out)).sum(-1)
+        effects["dsinks"] = (
+            (p_sink * (delta_size + exponent_sink * delta.abs())).sum((0, 2)),
+            (p_sink * moved).sum((0, 2)),
+        )
     return effects
 
 
@@ -181,7 +207,8 @@ def check_attention(
         backend: as there.
         seed: seeds the gradients that flow in, and dropout.
         lse_gradient: also return lse and send a gradient through it.
-        options: further arguments of `fastattn.attention`; a ``bias`` that requires grad has its gradient checked.
+        options: further arguments of `fastattn.attention`; the gradients of ``bias``, ``alibi_slopes`` and ``sinks``
+            are checked where they require one.
 
     Raises:
         AssertionError: as `assert_parity`.
@@ -193,8 +220,8 @@ def check_attention(
     inputs["dout"] = torch.randn(shape, generator=generator).to(q.device, q.dtype)
     if lse_gradient:
         inputs["dlse"] = torch.randn(shape[:3], generator=generator).to(q.device)
-    leaves, bias = [q, k, v], options.get("bias")
-    leaves += [bias] if bias is not None and bias.requires_grad else []
+    learned = {name: x for name, x in _operands(options).items() if x.requires_grad}
+    leaves = [q, k, v, *learned.values()]
 
     torch.manual_seed(seed)
     if lse_gradient:
@@ -206,10 +233,10 @@ def check_attention(
     expected = _run_specification(inputs, options, seed, torch.float64)
     eager = _run_specification(inputs, options, seed, q.dtype)
     eager[1] = _run_specification(inputs, options, seed, torch.float32)[1]  # lse is never kept in half precision
-    names = ["out", "lse", "dq", "dk", "dv", "dbias"]
+    names = ["out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in learned)]
     effects = _rounding_effects(inputs, options, seed, expected[0], expected[1])
-    for name, *results in zip(names, actual, expected, eager, strict=False):
+    for name, ours, exact, plain in zip(names, actual, expected, eager, strict=False):
         if name != "lse" or lse_gradient:
-            assert_parity(*results, name, *effects.get(name, ()))
+            assert_parity(ours, exact, plain, name, *effects.get(name, ()))
     for name, leaf, gradient in zip(names[2:], leaves, actual[2:], strict=False):
         assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype, f"{name}: shape or dtype of its input"

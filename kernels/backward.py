@@ -24,12 +24,14 @@ from .primitives import (
     query_offset,
     query_range,
     store_tile,
+    tile_position,
+    visible_keys,
 )
 
 RUNTIME = (
     "q_strides", "k_strides", "v_strides", "dout_strides", "dq_strides", "dk_strides", "dv_strides",
     "mask_strides", "bias_strides", "out_strides", "dbias_shape",
-    "batches", "q_heads", "group", "q_len", "kv_len", "q_offset",
+    "batches", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right",
 )  # fmt: skip
 
 
@@ -75,139 +77,125 @@ def _probability_gradients(s, scale, dp, lse, delta, k0, k1, cols, dropout_p, ke
     return p_dropped, p * (dp - delta)
 
 
-@triton.jit
-def _accumulate_dkdv(
-    dk, dv, k, v, cols, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_stride, dout_stride,
-    start, first_tiles, resume, n_tiles, seed_ptr, batch, head,
-    mask_ptr, bias_ptr, mask_strides, bias_strides, q_len, kv_len, offset, qk_scale, dropout_p, keep_scale,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add ``n_tiles`` query tiles: ``first_tiles`` of them from ``start`` on, the others from ``resume`` on."""
-    DROPOUT: tl.constexpr = seed_ptr is not None
-    for tile in tl.range(0, n_tiles):
-        row = tl.where(tile < first_tiles, start + tile * BLOCK_M, resume + (tile - first_tiles) * BLOCK_M)
-        rows = row + tl.arange(0, BLOCK_M)
-        k0, k1 = rows, rows
-        if DROPOUT:
-            k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
-        lse, delta = _load_row_statistics(lse_ptr, delta_ptr, rows, q_len)
-        q = load_tile(q_ptr, row, q_stride, q_len, EDGE, HEAD_DIM, BLOCK_M, BLOCK_D)
-        s = finish_scores(
-            dot(k, tl.trans(q), None, PRECISION), rows[None, :], cols[:, None], q_len, kv_len, offset, qk_scale,
-            mask_ptr, mask_strides, bias_ptr, bias_strides,
-            EDGE, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
-        )  # fmt: skip
-        dout = load_tile(dout_ptr, row, dout_stride, q_len, EDGE, V_DIM, BLOCK_M, BLOCK_DV)
-        dp = dot(v, tl.trans(dout), None, PRECISION)
-        p, ds = _probability_gradients(
-            s, exponent_scale(qk_scale, bias_ptr), dp, lse[None, :], delta[None, :],
-            k0[None, :], k1[None, :], cols[:, None], dropout_p, keep_scale, DROPOUT,
-        )  # fmt: skip
-        dv = dot(cast(p, dout.dtype), dout, dv, PRECISION)
-        dk = dot(cast(ds, q.dtype), q, dk, PRECISION)
-    return dk, dv
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, bias_ptr, q_offset_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, mask_strides, bias_strides,
-    q_heads, group, q_len, kv_len, q_offset, scale, dropout_p, keep_scale,
-    CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr,
-    BIAS_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
+    MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key head, against the queries of every head that shares it."""
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
+    READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
+    DROPOUT: tl.constexpr = seed_ptr is not None
     tiles = tl.cdiv(kv_len, BLOCK_N)
     col = tl.program_id(0) % tiles * BLOCK_N
-    kv_heads = q_heads // group
-    batch = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(0) // tiles % kv_heads).to(tl.int64)
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, kv_head = batch_head // (q_heads // group), batch_head % (q_heads // group)
     k_ptr += batch * (k_strides[0] * STRIDE_UNIT) + kv_head * (k_strides[1] * STRIDE_UNIT)
     v_ptr += batch * (v_strides[0] * STRIDE_UNIT) + kv_head * (v_strides[1] * STRIDE_UNIT)
     dk_ptr += batch * (dk_strides[0] * STRIDE_UNIT) + kv_head * (dk_strides[1] * STRIDE_UNIT)
     dv_ptr += batch * (dv_strides[0] * STRIDE_UNIT) + kv_head * (dv_strides[1] * STRIDE_UNIT)
 
-    cols = col + tl.arange(0, BLOCK_N)
+    cols = (col + tl.arange(0, BLOCK_N))[:, None]
     k = load_tile(k_ptr, col, k_strides[2] * STRIDE_UNIT, kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
     v = load_tile(v_ptr, col, v_strides[2] * STRIDE_UNIT, kv_len, True, V_DIM, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     offset = query_offset(q_offset, q_offset_ptr, batch)
-    READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
-    start, inner_start, inner_end = query_range(
-        col, offset, q_len, kv_len, CAUSAL, READS_SCORES, BLOCK_M, BLOCK_N
+    start, first, resume, edges, inner_start, inners = query_range(
+        col, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
-    first = (inner_start - start) // BLOCK_M
-    last = tl.maximum(tl.cdiv(q_len - inner_end, BLOCK_M), 0)
     for head in tl.range(kv_head * group, (kv_head + 1) * group):
-        mask_head, bias_head = mask_ptr, bias_ptr
+        statistics = (batch * q_heads + head) * q_len
+        q_head = q_ptr + batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT)
+        dout_head = dout_ptr + batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT)
+        mask_head, bias_head, slope = mask_ptr, bias_ptr, slopes_ptr
         if mask_ptr is not None:
             mask_head += batch * mask_strides[0] + head * mask_strides[1]
         if bias_ptr is not None:
             bias_head += batch * bias_strides[0] + head * bias_strides[1]
-        statistics = (batch * q_heads + head) * q_len
+        if slopes_ptr is not None:
+            slope = tl.load(slopes_ptr + batch * q_heads + head)
+        exponent = exponent_scale(scale * LOG2E, softcap, slope, bias_head)
         for EDGE in tl.static_range(2):
-            dk, dv = _accumulate_dkdv(
-                dk, dv, k, v, cols,
-                q_ptr + batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT),
-                dout_ptr + batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT),
-                lse_ptr + statistics, delta_ptr + statistics, q_strides[2] * STRIDE_UNIT, dout_strides[2] * STRIDE_UNIT,
-                start if EDGE else inner_start, first if EDGE else (inner_end - inner_start) // BLOCK_M, inner_end,
-                first + last if EDGE else (inner_end - inner_start) // BLOCK_M, seed_ptr, batch, head,
-                mask_head, bias_head, mask_strides, bias_strides, q_len, kv_len, offset, scale * LOG2E, dropout_p,
-                keep_scale, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_D, BLOCK_DV,
-                EDGE == 1, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, PRECISION,
-            )  # fmt: skip
+            for number in tl.range(0, edges if EDGE else inners):
+                row = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_M)
+                rows = row + tl.arange(0, BLOCK_M)
+                k0, k1 = rows, rows
+                if DROPOUT:
+                    k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
+                lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_len)
+                q = load_tile(q_head, row, q_strides[2] * STRIDE_UNIT, q_len, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
+                s, cap_gradient = finish_scores(
+                    dot(k, tl.trans(q), None, PRECISION), rows[None, :], cols, q_len, kv_len, offset, left, right,
+                    scale * LOG2E, softcap, slope, mask_head, mask_strides, bias_head, bias_strides,
+                    EDGE == 1, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
+                )  # fmt: skip
+                dout = load_tile(
+                    dout_head, row, dout_strides[2] * STRIDE_UNIT, q_len, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV
+                )
+                dp = dot(v, tl.trans(dout), None, PRECISION)
+                p, ds = _probability_gradients(
+                    s, exponent, dp, lse[None, :], delta[None, :], k0[None, :], k1[None, :], cols,
+                    dropout_p, keep_scale, DROPOUT,
+                )  # fmt: skip
+                dv = dot(cast(p, dout.dtype), dout, dv, PRECISION)
+                dk = dot(cast(ds * cap_gradient, q.dtype), q, dk, PRECISION)
     store_tile(dk_ptr, dk * scale, col, dk_strides[2] * STRIDE_UNIT, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
     store_tile(dv_ptr, dv, col, dv_strides[2] * STRIDE_UNIT, kv_len, V_DIM, BLOCK_N, BLOCK_DV)
 
 
 @triton.jit
 def _tile_ds(
-    q, dout, lse, delta, rows, col, k_ptr, v_ptr, k_stride, v_stride, k0, k1,
-    mask_ptr, bias_ptr, mask_strides, bias_strides, q_len, kv_len, offset, qk_scale, dropout_p, keep_scale,
+    q, dout, lse, delta, rows, col, k_ptr, v_ptr, k_stride, v_stride, k0, k1, mask_ptr, bias_ptr, mask_strides,
+    bias_strides, slope, q_len, kv_len, offset, left, right, scale, softcap, dropout_p, keep_scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
+    EDGE: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(dS, K) of one tile of queries by keys."""
+    """(dS, d capped / d uncapped, K) of one tile of queries by keys."""
     cols = (col + tl.arange(0, BLOCK_N))[None, :]
     k = load_tile(k_ptr, col, k_stride, kv_len, EDGE, HEAD_DIM, BLOCK_N, BLOCK_D)
-    s = finish_scores(
-        dot(q, tl.trans(k), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, qk_scale,
-        mask_ptr, mask_strides, bias_ptr, bias_strides,
-        EDGE, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
+    s, cap_gradient = finish_scores(
+        dot(q, tl.trans(k), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right, scale * LOG2E,
+        softcap, slope, mask_ptr, mask_strides, bias_ptr, bias_strides,
+        EDGE, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
     )  # fmt: skip
     v = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
     dp = dot(dout, tl.trans(v), None, PRECISION)
     _, ds = _probability_gradients(
-        s, exponent_scale(qk_scale, bias_ptr), dp, lse[:, None], delta[:, None],
+        s, exponent_scale(scale * LOG2E, softcap, slope, bias_ptr), dp, lse[:, None], delta[:, None],
         k0[:, None], k1[:, None], cols, dropout_p, keep_scale, DROPOUT,
     )  # fmt: skip
-    return ds, k
+    return ds, cap_gradient, k
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, mask_ptr, bias_ptr, q_offset_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dslopes_ptr,
+    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr,
     q_strides, k_strides, v_strides, dout_strides, dq_strides, mask_strides, bias_strides,
-    q_heads, group, q_len, kv_len, q_offset, scale, dropout_p, keep_scale,
-    CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr,
-    BIAS_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
+    MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head against all their keys."""
+    """One program: BLOCK_M queries of one head against all the keys they see.
+
+    With ``dslopes_ptr`` also this tile's share of the gradient of the head's ALiBi slope.
+    """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
+    READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
     DROPOUT: tl.constexpr = seed_ptr is not None
     tiles = tl.cdiv(q_len, BLOCK_M)
     tile = tl.program_id(0) % tiles
-    if CAUSAL:
+    if right is not None:
         tile = tiles - 1 - tile
     row = tile * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
@@ -218,41 +206,53 @@ def dq_kernel(
     v_ptr += batch * (v_strides[0] * STRIDE_UNIT) + head // group * (v_strides[1] * STRIDE_UNIT)
     dout_ptr += batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT)
     dq_ptr += batch * (dq_strides[0] * STRIDE_UNIT) + head * (dq_strides[1] * STRIDE_UNIT)
+    slope = slopes_ptr
     if mask_ptr is not None:
         mask_ptr += batch * mask_strides[0] + head * mask_strides[1]
     if bias_ptr is not None:
         bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + batch_head)
 
     k0, k1 = rows, rows
     if DROPOUT:
         k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
     offset = query_offset(q_offset, q_offset_ptr, batch)
-    READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
-    inner_end, end = key_range(row, offset, q_len, kv_len, CAUSAL, READS_SCORES, BLOCK_M, BLOCK_N)
+    start, first, resume, edges, inner_start, inners = key_range(
+        row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
+    )
     q = load_tile(q_ptr, row, q_strides[2] * STRIDE_UNIT, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout = load_tile(dout_ptr, row, dout_strides[2] * STRIDE_UNIT, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
     lse, delta = _load_row_statistics(lse_ptr + batch_head * q_len, delta_ptr + batch_head * q_len, rows, q_len)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dslope = tl.zeros([BLOCK_M], tl.float32)
     for EDGE in tl.static_range(2):
-        for col in tl.range(inner_end if EDGE else 0, end if EDGE else inner_end, BLOCK_N):
-            ds, k = _tile_ds(
+        for number in tl.range(0, edges if EDGE else inners):
+            col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
+            ds, cap_gradient, k = _tile_ds(
                 q, dout, lse, delta, rows, col, k_ptr, v_ptr, k_strides[2] * STRIDE_UNIT, v_strides[2] * STRIDE_UNIT,
-                k0, k1, mask_ptr, bias_ptr, mask_strides, bias_strides, q_len, kv_len, offset, scale * LOG2E,
-                dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
-                EDGE == 1, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
+                k0, k1, mask_ptr, bias_ptr, mask_strides, bias_strides, slope, q_len, kv_len, offset, left, right,
+                scale, softcap, dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
+                EDGE == 1, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
             )  # fmt: skip
-            dq = dot(cast(ds, k.dtype), k, dq, PRECISION)
+            if dslopes_ptr is not None:
+                distance = tl.abs(rows[:, None] + offset - (col + tl.arange(0, BLOCK_N))[None, :])
+                dslope -= tl.sum(ds * distance.to(tl.float32), 1)
+            dq = dot(cast(ds * cap_gradient, k.dtype), k, dq, PRECISION)
     store_tile(dq_ptr, dq * scale, row, dq_strides[2] * STRIDE_UNIT, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+    if dslopes_ptr is not None:
+        tl.store(dslopes_ptr + batch_head * tiles + tile, tl.sum(dslope, 0))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dbias_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr, mask_ptr, bias_ptr, q_offset_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,
+    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr,
     q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dbias_shape,
-    batches, q_heads, group, q_len, kv_len, q_offset, scale, dropout_p, keep_scale,
-    CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr,
-    BIAS_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    batches, q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
+    MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SUM_BATCH: tl.constexpr, SUM_HEAD: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the bias gradient, summed over every dimension that the bias broadcasts along."""
@@ -265,7 +265,6 @@ def dbias_kernel(
     own_row = tl.program_id(0) // col_tiles % row_tiles * BLOCK_M
     own_head = tl.program_id(0) // (col_tiles * row_tiles) % dbias_shape[1]
     own_batch = tl.program_id(0) // (col_tiles * row_tiles) // dbias_shape[1]
-    col_end = kv_len if SUM_COLS else tl.minimum(own_col + BLOCK_N, kv_len)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for b in tl.range(0 if SUM_BATCH else own_batch, batches if SUM_BATCH else own_batch + 1):
         offset = query_offset(q_offset, q_offset_ptr, b)
@@ -273,33 +272,36 @@ def dbias_kernel(
             batch, head = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
             k_head = k_ptr + batch * (k_strides[0] * STRIDE_UNIT) + head // group * (k_strides[1] * STRIDE_UNIT)
             v_head = v_ptr + batch * (v_strides[0] * STRIDE_UNIT) + head // group * (v_strides[1] * STRIDE_UNIT)
+            q_head = q_ptr + batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT)
+            dout_head = dout_ptr + batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT)
             bias_head = bias_ptr + batch * bias_strides[0] + head * bias_strides[1]
-            mask_head = mask_ptr
+            mask_head, slope = mask_ptr, slopes_ptr
             if mask_ptr is not None:
                 mask_head += batch * mask_strides[0] + head * mask_strides[1]
+            if slopes_ptr is not None:
+                slope = tl.load(slopes_ptr + batch * q_heads + head)
             statistics = (batch * q_heads + head) * q_len
             for row in tl.range(0 if SUM_ROWS else own_row, q_len if SUM_ROWS else own_row + 1, BLOCK_M):
                 rows = row + tl.arange(0, BLOCK_M)
                 k0, k1 = rows, rows
                 if DROPOUT:
                     k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
-                q = load_tile(
-                    q_ptr + batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT),
-                    row, q_strides[2] * STRIDE_UNIT, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D,
-                )  # fmt: skip
-                dout = load_tile(
-                    dout_ptr + batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT),
-                    row, dout_strides[2] * STRIDE_UNIT, q_len, True, V_DIM, BLOCK_M, BLOCK_DV,
-                )  # fmt: skip
+                q = load_tile(q_head, row, q_strides[2] * STRIDE_UNIT, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
+                dout = load_tile(dout_head, row, dout_strides[2] * STRIDE_UNIT, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
                 lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_len)
-                _, end = key_range(row, offset, q_len, kv_len, CAUSAL, True, BLOCK_M, BLOCK_N)
-                for col in tl.range(0 if SUM_COLS else own_col, tl.minimum(end, col_end), BLOCK_N):
-                    ds, _ = _tile_ds(
+                first, last = visible_keys(row, offset, left, right, kv_len, BLOCK_M)
+                if SUM_COLS:
+                    first = first // BLOCK_N * BLOCK_N
+                else:  # the own tile, if these rows see it
+                    last = tl.where(own_col + BLOCK_N > first, tl.minimum(last, own_col + 1), 0)
+                    first = own_col
+                for col in tl.range(first, last, BLOCK_N):
+                    ds, _, _ = _tile_ds(
                         q, dout, lse, delta, rows, col, k_head, v_head,
-                        k_strides[2] * STRIDE_UNIT, v_strides[2] * STRIDE_UNIT, k0, k1,
-                        mask_head, bias_head, mask_strides, bias_strides, q_len, kv_len, offset, scale * LOG2E,
-                        dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
-                        True, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
+                        k_strides[2] * STRIDE_UNIT, v_strides[2] * STRIDE_UNIT, k0, k1, mask_head, bias_head,
+                        mask_strides, bias_strides, slope, q_len, kv_len, offset, left, right,
+                        scale, softcap, dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
+                        True, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
                     )  # fmt: skip
                     dbias += ds
     if SUM_ROWS:
@@ -314,15 +316,16 @@ def dbias_kernel(
 
 
 def attention_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None, dout: Tensor, dlse: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, bias: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None, dslopes: Tensor | None, dsinks: Tensor | None,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     q_offset_tensor: Tensor | None, seed: Tensor | None, *,
-    causal: bool, q_offset: int, scale: float, dropout_p: float,
+    left: int | None, right: int | None, q_offset: int, scale: float, softcap: float | None, dropout_p: float,
 ) -> None:  # fmt: skip
     """Launch the backward kernels, which fill the gradients; other arguments as in `attention_forward`.
 
-    ``dbias`` is contiguous, of the shape of ``bias``, or None where it is not wanted; ``dout`` (B, Hq, Lq, Dv) has any
-    strides; ``dlse`` (B, Hq, Lq) may be None.
+    ``dbias``, ``dslopes`` and ``dsinks`` are contiguous, of the shapes of ``bias``, ``alibi_slopes`` and ``sinks``, or
+    None where they are not wanted; ``dout`` (B, Hq, Lq, Dv) has any strides; ``dlse`` (B, Hq, Lq) may be None.
     """
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -335,11 +338,16 @@ def attention_backward(
     unit = launch.stride_unit(q, k, v, out, dout, dq, dk, dv)
     q_st, k_st, v_st, dout_st = (launch.strides(t, unit) for t in (q, k, v, dout))
     inputs = (q, k, v, dout, lse, delta)
-    score_operands = (mask_op.tensor, bias_op.tensor, q_offset_tensor, seed)
+    score_operands = (
+        mask_op.tensor, bias_op.tensor, launch.slopes(alibi_slopes, batch), q_offset_tensor, seed
+    )  # fmt: skip
     score_strides = (mask_op.strides, bias_op.strides)
-    sizes = (q_heads, q_heads // kv_heads, q_len, kv_len, q_offset, scale, dropout_p, launch.keep_scale(dropout_p))
+    sizes = (
+        q_heads, q_heads // kv_heads, q_len, kv_len, q_offset, left, right, scale, softcap,
+        dropout_p, launch.keep_scale(dropout_p),
+    )  # fmt: skip
     flags = (
-        causal, mask_op.by_row, mask_op.unit_cols, bias_op.by_row, bias_op.unit_cols, unit,
+        mask_op.by_row, mask_op.unit_cols, bias_op.by_row, bias_op.unit_cols, unit,
         launch.dot_precision(q.dtype), head_dim, v_dim,
     )  # fmt: skip
     arch = launch.architecture(q.device)
@@ -362,9 +370,12 @@ def attention_backward(
                 *sizes, *flags, cfg.block_m, cfg.block_n, **cfg.options(),
             )  # fmt: skip
         cfg = configure("dq")
-        if programs := triton.cdiv(q_len, cfg.block_m) * batch * q_heads:
+        tiles = triton.cdiv(q_len, cfg.block_m)
+        dslope_tiles = None if dslopes is None else lse.new_empty((batch, q_heads, tiles))
+        if programs := tiles * batch * q_heads:
             dq_kernel[(programs,)](
-                *inputs, dq, *score_operands, q_st, k_st, v_st, dout_st, launch.strides(dq, unit), *score_strides,
+                *inputs, dq, dslope_tiles, *score_operands,
+                q_st, k_st, v_st, dout_st, launch.strides(dq, unit), *score_strides,
                 *sizes, *flags, cfg.block_m, cfg.block_n, **cfg.options(),
             )  # fmt: skip
         if negative:
@@ -376,3 +387,7 @@ def attention_backward(
                 *inputs, dbias, *score_operands, q_st, k_st, v_st, dout_st, *score_strides, (b, h, m, n),
                 batch, *sizes, *flags, cfg.block_m, cfg.block_n, b == 1, h == 1, m == 1, n == 1, **cfg.options(),
             )  # fmt: skip
+    if dslopes is not None and dslope_tiles is not None:
+        dslopes.copy_(dslope_tiles.sum(-1).sum_to_size(dslopes.shape))
+    if dsinks is not None and sinks is not None:  # a score whose value vector is 0: dP = 0 there
+        dsinks.copy_((torch.exp(sinks.to(lse.dtype)[:, None] - lse) * -delta).sum((0, 2)))

@@ -19,61 +19,34 @@ from .primitives import (
     online_softmax,
     query_offset,
     store_tile,
+    tile_position,
 )
 
 RUNTIME = (
     "q_strides", "k_strides", "v_strides", "out_strides", "mask_strides", "bias_strides",
-    "q_heads", "group", "q_len", "kv_len", "q_offset",
+    "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right",
 )  # fmt: skip
-
-
-@triton.jit
-def _attend(
-    acc, row_max, row_sum, q, rows, k_ptr, v_ptr, k_stride, v_stride, start, end,
-    mask_ptr, bias_ptr, mask_strides, bias_strides, k0, k1, q_len, kv_len, offset, qk_scale, dropout_p,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attend from one query tile to the keys ``start .. end``."""
-    MAY_BE_EMPTY: tl.constexpr = EDGE or mask_ptr is not None or bias_ptr is not None
-    for col in tl.range(start, end, BLOCK_N):
-        k = load_tile(k_ptr, col, k_stride, kv_len, EDGE, HEAD_DIM, BLOCK_N, BLOCK_D)
-        s = dot(q, tl.trans(k), None, PRECISION)
-        cols = (col + tl.arange(0, BLOCK_N))[None, :]
-        s = finish_scores(
-            s, rows[:, None], cols, q_len, kv_len, offset, qk_scale, mask_ptr, mask_strides, bias_ptr, bias_strides,
-            EDGE, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
-        )  # fmt: skip
-        scale = exponent_scale(qk_scale, bias_ptr)
-        p, acc, row_max, row_sum = online_softmax(s, scale, acc, row_max, row_sum, MAY_BE_EMPTY)
-        if DROPOUT:
-            p = tl.where(dropout_keep(k0[:, None], k1[:, None], cols, dropout_p), p, 0.0)
-        v = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
-        acc = dot(cast(p, v.dtype), v, acc, PRECISION)
-    return acc, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, bias_ptr, q_offset_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, bias_ptr, slopes_ptr, sinks_ptr, q_offset_ptr, seed_ptr,
     q_strides, k_strides, v_strides, out_strides, mask_strides, bias_strides,
-    q_heads, group, q_len, kv_len, q_offset, qk_scale, dropout_p, keep_scale,
-    CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr,
-    BIAS_UNIT: tl.constexpr, STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_heads, group, q_len, kv_len, q_offset, left, right, qk_scale, softcap, dropout_p, keep_scale,
+    MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head against all their keys."""
+    """One program: BLOCK_M queries of one head against all the keys they see."""
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
-    DROPOUT: tl.constexpr = seed_ptr is not None
+    READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
     tiles = tl.cdiv(q_len, BLOCK_M)
     tile = tl.program_id(0) % tiles
-    if CAUSAL:
+    if right is not None:
         tile = tiles - 1 - tile  # the longest rows first, so that no program is left running alone
-    batch_head = tl.program_id(0) // tiles
-    batch = (batch_head // q_heads).to(tl.int64)
-    head = (batch_head % q_heads).to(tl.int64)
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = batch_head // q_heads, batch_head % q_heads
     q_ptr += batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT)
     k_ptr += batch * (k_strides[0] * STRIDE_UNIT) + head // group * (k_strides[1] * STRIDE_UNIT)
     v_ptr += batch * (v_strides[0] * STRIDE_UNIT) + head // group * (v_strides[1] * STRIDE_UNIT)
@@ -82,46 +55,67 @@ def forward_kernel(
         mask_ptr += batch * mask_strides[0] + head * mask_strides[1]
     if bias_ptr is not None:
         bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
+    slope = slopes_ptr
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + batch_head)
 
     row = tile * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
     k0, k1 = rows, rows
-    if DROPOUT:
+    if seed_ptr is not None:
         k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
     offset = query_offset(q_offset, q_offset_ptr, batch)
-    READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
-    inner_end, end = key_range(row, offset, q_len, kv_len, CAUSAL, READS_SCORES, BLOCK_M, BLOCK_N)
+    start, first, resume, edges, inner_start, inners = key_range(
+        row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
+    )
+    scale = exponent_scale(qk_scale, softcap, slope, bias_ptr)
     q = load_tile(q_ptr, row, q_strides[2] * STRIDE_UNIT, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for EDGE in tl.static_range(2):  # inner tiles, then those that touch the diagonal or the last key
-        acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, rows, k_ptr, v_ptr, k_strides[2] * STRIDE_UNIT, v_strides[2] * STRIDE_UNIT,
-            inner_end if EDGE else 0, end if EDGE else inner_end,
-            mask_ptr, bias_ptr, mask_strides, bias_strides, k0, k1, q_len, kv_len, offset, qk_scale, dropout_p,
-            HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
-            EDGE == 1, CAUSAL, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
-        )  # fmt: skip
+    for EDGE in tl.static_range(2):
+        MAY_BE_EMPTY: tl.constexpr = EDGE == 1 or READS_SCORES
+        for number in tl.range(0, edges if EDGE else inners):
+            col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
+            cols = (col + tl.arange(0, BLOCK_N))[None, :]
+            k = load_tile(k_ptr, col, k_strides[2] * STRIDE_UNIT, kv_len, EDGE == 1, HEAD_DIM, BLOCK_N, BLOCK_D)
+            s, _ = finish_scores(
+                dot(q, tl.trans(k), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right,
+                qk_scale, softcap, slope, mask_ptr, mask_strides, bias_ptr, bias_strides,
+                EDGE == 1, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
+            )  # fmt: skip
+            p, acc, row_max, row_sum = online_softmax(s, scale, acc, row_max, row_sum, MAY_BE_EMPTY)
+            if seed_ptr is not None:
+                p = tl.where(dropout_keep(k0[:, None], k1[:, None], cols, dropout_p), p, 0.0)
+            v = load_tile(v_ptr, col, v_strides[2] * STRIDE_UNIT, kv_len, EDGE == 1, V_DIM, BLOCK_N, BLOCK_DV)
+            acc = dot(cast(p, v.dtype), v, acc, PRECISION)
 
+    if sinks_ptr is not None:  # one more score, whose value vector is 0
+        sink = tl.load(sinks_ptr + head) * LOG2E
+        pivot = tl.maximum(row_max, sink)
+        alpha = tl.math.exp2(row_max - pivot)
+        row_sum = row_sum * alpha + tl.math.exp2(sink - pivot)
+        acc = acc * alpha[:, None]
+        row_max = pivot
     empty = row_sum == 0.0  # nothing allowed: output 0, lse -inf
     row_sum = tl.where(empty, 1.0, row_sum)
     acc = acc * (keep_scale / row_sum)[:, None]
     lse = tl.where(empty, float("-inf"), row_max * LN2 + tl.log(row_sum))
     store_tile(out_ptr, acc, row, out_strides[2] * STRIDE_UNIT, q_len, V_DIM, BLOCK_M, BLOCK_DV)
-    tl.store(lse_ptr + batch_head.to(tl.int64) * q_len + rows, lse, mask=rows < q_len)
+    tl.store(lse_ptr + batch_head * q_len + rows, lse, mask=rows < q_len)
 
 
 def attention_forward(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
-    q_offset_tensor: Tensor | None, seed: Tensor | None, *,
-    causal: bool, q_offset: int, scale: float, dropout_p: float,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, q_offset_tensor: Tensor | None, seed: Tensor | None, *,
+    left: int | None, right: int | None, q_offset: int, scale: float, softcap: float | None, dropout_p: float,
 ) -> None:  # fmt: skip
     """Launch the forward kernel, which fills ``out`` (B, Hq, Lq, Dv) and ``lse`` (B, Hq, Lq), float32, contiguous.
 
     ``q`` (B, Hq, Lq, D), ``k`` (B, Hk, Lk, D), ``v`` (B, Hk, Lk, Dv) of one dtype: float16, bfloat16 or float32;
-    ``mask`` and ``bias`` 4-D and broadcastable to (B, Hq, Lq, Lk); ``q_offset_tensor`` int (B,) in place of
-    ``q_offset``; ``seed`` one int64 element.
+    ``mask`` and ``bias`` 4-D and broadcastable to (B, Hq, Lq, Lk); ``alibi_slopes`` (1 or B, Hq); ``sinks`` (Hq,);
+    ``q_offset_tensor`` int (B,) in place of ``q_offset``; ``seed`` one int64 element. Key j is visible to query i if
+    ``i + q_offset - left <= j <= i + q_offset + right``; None leaves that side open.
     """
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -136,11 +130,12 @@ def attention_forward(
         return
     with launch.on_device(q):
         forward_kernel[(programs,)](
-            q, k, v, out, lse, mask_op.tensor, bias_op.tensor, q_offset_tensor, seed,
+            q, k, v, out, lse, mask_op.tensor, bias_op.tensor, launch.slopes(alibi_slopes, batch),
+            launch.float32(sinks), q_offset_tensor, seed,
             launch.strides(q, unit), launch.strides(k, unit), launch.strides(v, unit), launch.strides(out, unit),
             mask_op.strides, bias_op.strides,
-            q_heads, q_heads // kv_heads, q_len, kv_len, q_offset, scale * LOG2E.value, dropout_p,
-            launch.keep_scale(dropout_p), causal,
+            q_heads, q_heads // kv_heads, q_len, kv_len, q_offset, left, right, scale * LOG2E.value, softcap,
+            dropout_p, launch.keep_scale(dropout_p),
             mask_op.by_row, mask_op.unit_cols, bias_op.by_row, bias_op.unit_cols, unit,
             launch.dot_precision(q.dtype), head_dim, v_dim, cfg.block_m, cfg.block_n,
             **cfg.options(),

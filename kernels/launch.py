@@ -90,3 +90,13 @@ def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
     if scale < 0.0:
         q, scale = -q, -scale
     return q, max(scale, 1e-30)
+
+
+def slopes(alibi_slopes: Tensor | None, batch: int) -> Tensor | None:
+    """ALiBi slopes (1 or B, Hq) as kernels take them: one float32 per batch entry and head."""
+    return None if alibi_slopes is None else alibi_slopes.expand(batch, -1).to(torch.float32).contiguous()
+
+
+def float32(tensor: Tensor | None) -> Tensor | None:
+    """One float32 per element, adjacent."""
+    return None if tensor is None else tensor.to(torch.float32).contiguous()

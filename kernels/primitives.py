@@ -83,23 +83,40 @@ def load_scores_operand(
 
 
 @triton.jit
+def tanh(x):
+    """tanh to float32 accuracy from one exponential; a series near 0, where 1 - 2 / (e^2x + 1) cancels."""
+    square = x * x
+    near = x * (1.0 - square * (0.3333333333 - square * (0.1333333333 - square * 0.0539682540)))
+    far = 1.0 - 2.0 / (tl.math.exp2(2.0 * LOG2E * x) + 1.0)
+    return tl.where(square < 0.01, near, far)
+
+
+@triton.jit
 def finish_scores(
-    s, rows, cols, q_len, kv_len, offset, qk_scale, mask_ptr, mask_strides, bias_ptr, bias_strides,
-    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
+    s, rows, cols, q_len, kv_len, offset, left, right, qk_scale, softcap, slope, mask_ptr, mask_strides, bias_ptr,
+    bias_strides, EDGE: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one tile from the products ``s = Q K^T``: bias, then -inf where not allowed.
+    """(scores, d capped / d uncapped) of one tile from the products ``s = Q K^T``; -inf where not allowed.
 
-    Base-2 scores with a bias; without one they still lack the factor ``qk_scale``, which `exponent_scale` then holds
-    for the exponential, where it costs nothing. ``EDGE`` tiles touch the diagonal or the end of a sequence; only they
-    pay for index comparisons.
+    Scores in base 2 where something is added to them or caps them; otherwise they still lack the factor ``qk_scale``,
+    which `exponent_scale` then holds for the exponential, where it costs nothing. ``EDGE`` tiles touch the border of
+    what is visible or the end of a sequence; only they pay for index comparisons.
     """
-    if bias_ptr is not None:
+    cap_gradient = 1.0
+    if softcap is not None:
+        t = tanh(s * (qk_scale / (softcap * LOG2E)))
+        s = t * (softcap * LOG2E)
+        cap_gradient = 1.0 - t * t
+    elif bias_ptr is not None or slope is not None:
         s = s * qk_scale
+    if bias_ptr is not None:
         bias = load_scores_operand(
             bias_ptr, bias_strides, rows, cols, q_len, kv_len, EDGE, BIAS_BY_ROW, BIAS_UNIT
         )
         s += bias.to(tl.float32) * LOG2E
+    if slope is not None:
+        s -= (slope * LOG2E) * tl.abs(rows + offset - cols).to(tl.float32)
     if mask_ptr is not None:
         keep = load_scores_operand(
             mask_ptr, mask_strides, rows, cols, q_len, kv_len, EDGE, MASK_BY_ROW, MASK_UNIT
@@ -107,15 +124,17 @@ def finish_scores(
         s = tl.where(keep != 0, s, float("-inf"))
     if EDGE:
         s = tl.where(cols < kv_len, s, float("-inf"))
-        if CAUSAL:
-            s = tl.where(cols <= rows + offset, s, float("-inf"))
-    return s
+        if right is not None:
+            s = tl.where(cols <= rows + offset + right, s, float("-inf"))
+        if left is not None:
+            s = tl.where(cols >= rows + offset - left, s, float("-inf"))
+    return s, cap_gradient
 
 
 @triton.jit
-def exponent_scale(qk_scale, bias_ptr):
+def exponent_scale(qk_scale, softcap, slope, bias_ptr):
     """What scores from `finish_scores` are multiplied by inside the exponential, in one fused multiply-add."""
-    return qk_scale if bias_ptr is None else 1.0
+    return qk_scale if softcap is None and slope is None and bias_ptr is None else 1.0
 
 
 @triton.jit
@@ -162,36 +181,69 @@ def query_offset(q_offset, q_offset_ptr, batch):
 
 
 @triton.jit
-def key_range(
-    row, offset, q_len, kv_len, CAUSAL: tl.constexpr, READS_SCORES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """(inner_end, end): key tiles before ``inner_end`` need no index test, none at or after ``end`` is visible.
+def tile_ranges(start, inner_start, inner_end, end, past_end, READS_SCORES: tl.constexpr, BLOCK: tl.constexpr):
+    """Split the visible range ``start .. end`` into edge tiles, on both sides, and inner tiles, fully visible.
 
-    A mask or bias (``READS_SCORES``) is read at every index of a tile, so rows past the end make all tiles edge tiles.
+    Returns (start, first, resume, edges, inner_start, inners): ``edges`` edge tiles, the first ``first`` of them from
+    ``start`` on and the others from ``resume`` on; ``inners`` inner tiles from ``inner_start`` on. A mask or bias
+    (``READS_SCORES``) is read at every index of a tile: where the other side is ``past_end``, all tiles are edge tiles.
     """
-    end = kv_len
-    inner_end = kv_len
-    if CAUSAL:
-        end = tl.minimum(tl.maximum(row + BLOCK_M + offset, 0), kv_len)
-        inner_end = tl.minimum(tl.maximum(row + offset + 1, 0), kv_len)
+    start = start // BLOCK * BLOCK
+    limit = tl.maximum(tl.cdiv(end, BLOCK) * BLOCK, start)
+    inner_start = tl.minimum(tl.maximum(tl.cdiv(inner_start, BLOCK) * BLOCK, start), limit)
+    resume = tl.maximum(inner_end // BLOCK * BLOCK, inner_start)
     if READS_SCORES:
-        inner_end = tl.where(row + BLOCK_M > q_len, 0, inner_end)
-    return inner_end // BLOCK_N * BLOCK_N, end
+        resume = tl.where(past_end, inner_start, resume)
+    first = (inner_start - start) // BLOCK
+    edges = first + tl.maximum(tl.cdiv(end - resume, BLOCK), 0)
+    return start, first, resume, edges, inner_start, (resume - inner_start) // BLOCK
+
+
+@triton.jit
+def visible_keys(row, offset, left, right, kv_len, BLOCK_M: tl.constexpr):
+    """The keys ``start .. end`` that some query of the tile ``row`` sees."""
+    start, end = 0, kv_len
+    if right is not None:
+        end = tl.minimum(tl.maximum(row + BLOCK_M + offset + right, 0), kv_len)
+    if left is not None:
+        start = tl.minimum(tl.maximum(row + offset - left, 0), kv_len)
+    return start, end
+
+
+@triton.jit
+def key_range(
+    row, offset, left, right, q_len, kv_len, READS_SCORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`tile_ranges` over the keys that the query tile ``row`` sees."""
+    start, end = visible_keys(row, offset, left, right, kv_len, BLOCK_M)
+    inner_start, inner_end = 0, kv_len
+    if right is not None:
+        inner_end = tl.minimum(tl.maximum(row + offset + right + 1, 0), kv_len)
+    if left is not None:
+        inner_start = tl.minimum(tl.maximum(row + BLOCK_M - 1 + offset - left, 0), kv_len)
+    return tile_ranges(start, inner_start, inner_end, end, row + BLOCK_M > q_len, READS_SCORES, BLOCK_N)
 
 
 @triton.jit
 def query_range(
-    col, offset, q_len, kv_len, CAUSAL: tl.constexpr, READS_SCORES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    col, offset, left, right, q_len, kv_len, READS_SCORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(start, inner_start, inner_end): rows that see key tile ``col``; edge tiles lie outside the inner range."""
-    start = 0
-    inner_start = 0
-    if CAUSAL:
-        start = tl.minimum(tl.maximum(col - offset, 0), q_len) // BLOCK_M * BLOCK_M
-        inner_start = tl.cdiv(tl.minimum(tl.maximum(col + BLOCK_N - 1 - offset, 0), q_len), BLOCK_M) * BLOCK_M
-    inner_end = tl.maximum(q_len // BLOCK_M * BLOCK_M, inner_start)
-    if READS_SCORES:
-        inner_end = tl.where(col + BLOCK_N > kv_len, inner_start, inner_end)
-    return start, inner_start, inner_end
+    """`tile_ranges` over the queries that see the key tile ``col``."""
+    start, inner_start, inner_end, end = 0, 0, q_len, q_len
+    row = col - offset
+    if right is not None:
+        start = tl.minimum(tl.maximum(row - right, 0), q_len)
+        inner_start = tl.minimum(tl.maximum(row + BLOCK_N - 1 - right, 0), q_len)
+    if left is not None:
+        end = tl.minimum(tl.maximum(row + BLOCK_N + left, 0), q_len)
+        inner_end = tl.minimum(tl.maximum(row + left + 1, 0), q_len)
+    return tile_ranges(start, inner_start, inner_end, end, col + BLOCK_N > kv_len, READS_SCORES, BLOCK_M)
+
+
+@triton.jit
+def tile_position(tile, start, first, resume, inner_start, EDGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where tile number ``tile`` of the edge or the inner tiles begins."""
+    if EDGE:
+        return tl.where(tile < first, start + tile * BLOCK, resume + (tile - first) * BLOCK)
+    else:
+        return inner_start + tile * BLOCK
