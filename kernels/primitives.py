@@ -87,7 +87,7 @@ def tanh(x):
     """tanh to float32 accuracy from one exponential; a series near 0, where 1 - 2 / (e^2x + 1) cancels."""
     square = x * x
     near = x * (1.0 - square * (0.3333333333 - square * (0.1333333333 - square * 0.0539682540)))
-    far = 1.0 - 2.0 / (tl.math.exp2(2.0 * LOG2E * x) + 1.0)
+    far = 1.0 - 2.0 / (tl.math.exp2(x * (2.0 * LOG2E)) + 1.0)
     return tl.where(square < 0.01, near, far)
 
 
@@ -173,9 +173,9 @@ def dropout_keep(k0, k1, cols, dropout_p):
 
 @triton.jit
 def query_offset(q_offset, q_offset_ptr, batch):
-    """Absolute position of query row 0 of this batch entry."""
+    """Absolute position of query row 0 of this batch entry, cut to what int32 arithmetic can hold."""
     if q_offset_ptr is not None:
-        return tl.load(q_offset_ptr + batch).to(tl.int32)
+        return tl.minimum(tl.maximum(tl.load(q_offset_ptr + batch), -(1 << 30)), 1 << 30).to(tl.int32)
     else:
         return q_offset
 
