@@ -137,7 +137,7 @@ def dkdv_kernel(
     v = load_tile(v_ptr, col, v_strides[2] * STRIDE_UNIT, kv_len, True, V_DIM, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    offset = query_offset(q_offset, q_offset_ptr, batch)
+    offset = query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len)
     READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
     start, inner_start, inner_end = query_range(
         col, offset, q_len, kv_len, CAUSAL, READS_SCORES, BLOCK_M, BLOCK_N
@@ -226,7 +226,7 @@ def dq_kernel(
     k0, k1 = rows, rows
     if DROPOUT:
         k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
-    offset = query_offset(q_offset, q_offset_ptr, batch)
+    offset = query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len)
     READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
     inner_end, end = key_range(row, offset, q_len, kv_len, CAUSAL, READS_SCORES, BLOCK_M, BLOCK_N)
     q = load_tile(q_ptr, row, q_strides[2] * STRIDE_UNIT, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
@@ -268,7 +268,7 @@ def dbias_kernel(
     col_end = kv_len if SUM_COLS else tl.minimum(own_col + BLOCK_N, kv_len)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for b in tl.range(0 if SUM_BATCH else own_batch, batches if SUM_BATCH else own_batch + 1):
-        offset = query_offset(q_offset, q_offset_ptr, b)
+        offset = query_offset(q_offset, q_offset_ptr, b, q_len, kv_len)
         for h in tl.range(0 if SUM_HEAD else own_head, q_heads if SUM_HEAD else own_head + 1):
             batch, head = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
             k_head = k_ptr + batch * (k_strides[0] * STRIDE_UNIT) + head // group * (k_strides[1] * STRIDE_UNIT)

@@ -88,7 +88,7 @@ def forward_kernel(
     k0, k1 = rows, rows
     if DROPOUT:
         k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
-    offset = query_offset(q_offset, q_offset_ptr, batch)
+    offset = query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len)
     READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
     inner_end, end = key_range(row, offset, q_len, kv_len, CAUSAL, READS_SCORES, BLOCK_M, BLOCK_N)
     q = load_tile(q_ptr, row, q_strides[2] * STRIDE_UNIT, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)

@@ -153,10 +153,10 @@ def dropout_keep(k0, k1, cols, dropout_p):
 
 
 @triton.jit
-def query_offset(q_offset, q_offset_ptr, batch):
-    """Absolute position of query row 0 of this batch entry."""
+def query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len):
+    """Absolute position of query row 0 of this batch entry, cut to where it makes a difference, so that it fits."""
     if q_offset_ptr is not None:
-        return tl.load(q_offset_ptr + batch).to(tl.int32)
+        return tl.minimum(tl.maximum(tl.load(q_offset_ptr + batch), -q_len), kv_len).to(tl.int32)
     else:
         return q_offset
 
