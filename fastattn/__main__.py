@@ -142,9 +142,7 @@ def device(text: str) -> torch.device:
     if not torch.cuda.is_available():
         present = ["cpu"]
     if text not in present:
-        raise argparse.ArgumentTypeError(
-            f"expected a device of this machine ({', '.join(present)}), got {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"expected a device of this machine ({', '.join(present)}), got {text!r}")
     return torch.device(text)
 
 

@@ -47,7 +47,7 @@ def _cuda_reasons(spec: AttentionSpec) -> list[str]:
 def _torch_reasons(spec: AttentionSpec) -> list[str]:
     """What keeps PyTorch's fused kernel from computing exactly this spec without an Lq x Lk buffer."""
     reasons = []
-    q, k, _, mask, bias, slopes, sinks, q_offset_tensor, left, right, q_offset, _, softcap, dropout_p, return_lse = spec
+    q, k, _, mask, bias, slopes, sinks, offsets, left, right, q_offset, scale, softcap, dropout_p, return_lse = spec
     for name, argument in (("alibi_slopes", slopes), ("sinks", sinks), ("softcap", softcap)):
         if argument is not None:
             reasons.append(f"it has no {name}")
@@ -57,8 +57,10 @@ def _torch_reasons(spec: AttentionSpec) -> list[str]:
         reasons.append("it does not return lse")
     if left is not None or right not in (None, 0):
         reasons.append("it has no window")
-    elif right == 0 and (q_offset_tensor is not None or q_offset != 0):
+    elif right == 0 and (offsets is not None or q_offset != 0):
         reasons.append("its causal mask is top-left only (q_offset == 0)")
+    if right is not None and scale <= 0.0:
+        reasons.append("it scales its causal mask too: NaN unless scale > 0")
     if q.numel() == 0 or k.numel() == 0:
         reasons.append("empty tensors")
     if mask is not None or bias is not None:
@@ -68,6 +70,8 @@ def _torch_reasons(spec: AttentionSpec) -> list[str]:
             joint = torch.broadcast_shapes(mask.shape, bias.shape).numel()
             if joint > max(mask.numel(), bias.numel()):
                 reasons.append("mask and bias together would need a larger buffer than either")
+        if right is not None and not torch.backends.cuda.flash_sdp_enabled():  # the switch of the CPU kernel, too
+            reasons.append("its flash kernel is switched off, and the other refuses a mask or bias with causal")
         if spec.needs_dbias:
             reasons.append("it has no fused gradient for the bias")
     return reasons
@@ -95,7 +99,7 @@ def reasons_against(backend: str, spec: AttentionSpec) -> list[str]:
     Raises:
         ValueError: no such backend.
     """
-    if backend not in _REASONS:
+    if not isinstance(backend, str) or backend not in _REASONS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     return _REASONS[backend](spec)
 

@@ -2,6 +2,7 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from . import backends, ops
@@ -140,13 +141,13 @@ def scaled_dot_product_attention(
 
     Args:
         query: (..., Hq, Lq, D) with any number of leading batch dimensions, or (Lq, D) without heads.
-        key: (..., Hk, Lk, D).
+        key: (..., Hk, Lk, D). What stands before the last two dimensions broadcasts.
         value: (..., Hk, Lk, Dv).
         attn_mask: bool (True takes part) or float (added), broadcastable to (..., Hq, Lq, Lk).
         dropout_p: applied as given, also in evaluation.
         is_causal: query i sees keys 0 .. i (top-left alignment).
         scale: default ``1 / sqrt(D)``.
-        enable_gqa: allow Hq to be a multiple of Hk.
+        enable_gqa: Hq may be a multiple of Hk instead of broadcasting with it.
 
     Returns:
         (..., Hq, Lq, Dv) in the dtype of the query.
@@ -155,43 +156,89 @@ def scaled_dot_product_attention(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     leading = None
-    if getattr(query, "ndim", 4) != 4:
-        leading, (query, key, value, attn_mask) = query.shape[:-2], _to_4d(query, key, value, attn_mask)
-    mask, bias = attn_mask, None
-    if attn_mask is not None and attn_mask.is_floating_point():
-        mask, bias = None, attn_mask
+    if not _is_4d(query, key, value, enable_gqa):
+        query, key, value, attn_mask, leading = _to_4d(query, key, value, attn_mask, enable_gqa)
+    mask = bias = None
+    if attn_mask is not None:
+        if not isinstance(attn_mask, Tensor):
+            raise TypeError(f"attn_mask: expected a Tensor, got {type(attn_mask).__name__}")
+        if attn_mask.is_floating_point():
+            bias = attn_mask
+        elif attn_mask.dtype == torch.bool:
+            mask = attn_mask
+        else:
+            raise TypeError(
+                f"attn_mask.dtype: expected bool (True takes part) or a floating-point dtype, got {attn_mask.dtype}"
+            )
     spec = make_spec(
         query, key, value, causal=is_causal, q_offset=0, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p,
-        names=("query", "key", "value"),
+        names=_NAMES,
     )  # fmt: skip
-    if not enable_gqa and query.shape[1] != key.shape[1]:
-        raise ValueError(
-            f"key.shape[-3]: expected query.shape[-3] == {query.shape[1]} heads unless enable_gqa=True, "
-            f"got {key.shape[1]}"
-        )
     out, _ = ops.attention(spec, backends.choose(spec))
     return out if leading is None else out.reshape(*leading, *out.shape[-2:])
 
 
+_NAMES = ("query", "key", "value", "attn_mask", "attn_mask", "is_causal")
+
+
+def _is_4d(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether nothing needs to be broadcast, inserted or merged before (length, head_dim)."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
+    if query.is_nested or key.is_nested or value.is_nested:
+        return True  # has no shape; `make_spec` says so
+    leading = 1 if enable_gqa else 2
+    return (
+        query.ndim == key.ndim == value.ndim == 4
+        and query.shape[:leading] == key.shape[:leading] == value.shape[:leading]
+    )
+
+
 def _to_4d(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Insert or merge leading dimensions; (N, L, D) becomes N batch entries of one head."""
-    ndim = query.ndim
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.ndim != ndim:
-            raise ValueError(f"{name}: expected {ndim} dimensions like query, got shape {tuple(tensor.shape)}")
-    if ndim < 2:
-        raise ValueError(f"query: expected at least 2 dimensions (length, head_dim), got shape {tuple(query.shape)}")
-    if ndim < 4:
-        position = 0 if ndim == 2 else 1
-        query, key, value = (
-            t[None, None] if ndim == 2 else t.unsqueeze(position) for t in (query, key, value)
-        )
-        if attn_mask is not None and attn_mask.ndim == 3:
-            attn_mask = attn_mask.unsqueeze(1)
-        return query, key, value, attn_mask
-    batch = query.shape[:-3]
-    if attn_mask is not None and attn_mask.ndim > 3:
-        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
-    return query.flatten(0, -4), key.flatten(0, -4), value.flatten(0, -4), attn_mask
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """Broadcast the dimensions before (length, head_dim) as torch does, and merge them into batch and heads.
+
+    With ``enable_gqa`` each tensor keeps its own number of heads. The last result is what goes before
+    (length, head_dim) in the output.
+    """
+    leads = []
+    for name, tensor in zip(_NAMES, (query, key, value), strict=False):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.ndim < 2:
+            raise ValueError(
+                f"{name}: expected at least 2 dimensions (length, head_dim), got shape {tuple(tensor.shape)}"
+            )
+        leads.append(tuple(tensor.shape[:-2]))
+    for name, lead in zip(_NAMES[1:], leads[1:], strict=False):
+        if not _broadcastable(leads[0][:-1], lead[:-1]) or not (enable_gqa or _broadcastable(leads[0], lead)):
+            hint = "" if enable_gqa or leads[0][:-1] != lead[:-1] else " unless enable_gqa=True"
+            raise ValueError(
+                f"{name}.shape[:-2]: expected broadcastable with query.shape[:-2] == {leads[0]}{hint}, got {lead}"
+            )
+    if enable_gqa:
+        batch = torch.broadcast_shapes(*(lead[:-1] for lead in leads))
+        full = [(*batch, *lead[-1:]) for lead in leads]
+    else:
+        full = [torch.broadcast_shapes(*leads)] * 3
+    q, k, v = (
+        _merge(t.expand(*lead, *t.shape[-2:])) for t, lead in zip((query, key, value), full, strict=True)
+    )
+    if isinstance(attn_mask, Tensor) and attn_mask.ndim > 3 and len(full[0]) > 2:
+        if not _broadcastable(attn_mask.shape[:-3], full[0][:-1]):
+            raise ValueError(
+                f"attn_mask.shape[:-3]: expected broadcastable to {tuple(full[0][:-1])}, "
+                f"got {tuple(attn_mask.shape[:-3])}"
+            )
+        attn_mask = _merge(attn_mask.expand(*full[0][:-1], *attn_mask.shape[-3:]))
+    return q, k, v, attn_mask, full[0]
+
+
+def _broadcastable(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return all(x == y or x == 1 or y == 1 for x, y in zip(reversed(a), reversed(b), strict=False))
+
+
+def _merge(tensor: Tensor) -> Tensor:
+    """4-D: the dimensions before the last three merged, or dimensions of size 1 put in front."""
+    return tensor.flatten(0, -4) if tensor.ndim > 4 else tensor[(None,) * (4 - tensor.ndim)]

@@ -171,7 +171,7 @@ def _torch_attention(spec: AttentionSpec) -> Tensor:
     if head_dim != v_dim:  # it wants one head dim: zero columns change neither scores nor outputs
         width = max(head_dim, v_dim)
         q, k, v = (pad(t, (0, width - t.shape[3])) for t in (q, k, v))
-    elif q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:  # would take its slow path
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:  # would take its slow path
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     grouped = False
     if q_heads != kv_heads:  # a branch, because traced sizes compare to a symbol and not to a bool

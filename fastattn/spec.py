@@ -66,25 +66,25 @@ def make_spec(
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
-    names: tuple[str, str, str] = ("q", "k", "v"),
+    names: tuple[str, str, str, str, str, str] = ("q", "k", "v", "mask", "bias", "causal"),
 ) -> AttentionSpec:
     """Validate the arguments of `fastattn.attention`.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device or range that does not fit; the text names the argument, what was expected and
-            what came. ``names`` are what the caller calls q, k and v.
+            what came. ``names`` are what the caller calls q, k, v, mask, bias and causal.
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(device_type := q.device.type):
+    if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(device_type := q.device.type):
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = (t.to(dtype) if getattr(t, "dtype", None) in FLOAT_DTYPES[:3] else t for t in (q, k, v))
-    _check_qkv(q, k, v, names)
+    _check_qkv(q, k, v, names[:3])
     batch, q_heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     if mask is not None:
-        mask = _score_operand("mask", mask, q, kv_len, (torch.bool,))
+        mask = _score_operand(names[3], mask, q, kv_len, (torch.bool,))
     if bias is not None:
-        bias = _score_operand("bias", bias, q, kv_len, FLOAT_DTYPES)
+        bias = _score_operand(names[4], bias, q, kv_len, FLOAT_DTYPES)
     if alibi_slopes is not None:
         _check_head_vector("alibi_slopes", alibi_slopes, q, ((q_heads,), (batch, q_heads)))
         alibi_slopes = alibi_slopes[None] if alibi_slopes.ndim == 1 else alibi_slopes
@@ -97,6 +97,9 @@ def make_spec(
         offset_tensor, q_offset = _offset_tensor(q_offset, q), 0
     elif isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
         raise TypeError(f"q_offset: expected an int or an integer tensor, got {type(q_offset).__name__}")
+    for name, flag in ((names[5], causal), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
     left, right = (None, None) if window is None else _check_window(window)
     if causal:
         right = 0 if right is None else min(right, 0)
@@ -105,15 +108,21 @@ def make_spec(
             right = None
         if left is not None and q_len - 1 + q_offset - left <= 0:
             left = None
-    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a float in [0, 1], got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0.0 < softcap < math.inf):
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
-    if scale is None:
-        scale = head_dim**-0.5
+    if softcap is not None:
+        if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+            raise TypeError(f"softcap: expected a float or None, got {type(softcap).__name__}")
+        if not 0.0 < softcap < math.inf:
+            raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
+    if isinstance(scale, Tensor) or not (scale is None or hasattr(scale, "__float__")):
+        raise TypeError(f"scale: expected a float, got {type(scale).__name__}")  # a tensor would lose its gradient
+    scale = float(head_dim**-0.5 if scale is None else scale)
     return AttentionSpec(
-        q, k, v, mask, bias, alibi_slopes, sinks, offset_tensor, left, right, q_offset, float(scale), softcap,
-        dropout_p, return_lse,
+        q, k, v, mask, bias, alibi_slopes, sinks, offset_tensor, left, right, q_offset, scale, softcap, dropout_p,
+        return_lse,
     )  # fmt: skip
 
 
@@ -151,7 +160,8 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if tensor.is_nested or tensor.layout is not torch.strided:
-            raise TypeError(f"{name}: expected a dense strided tensor, got layout {tensor.layout}")
+            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name}: expected a dense strided tensor, got {kind}")
         if tensor.ndim != 4:
             raise ValueError(
                 f"{name}: expected 4 dimensions (batch, heads, length, head_dim), got shape {tuple(tensor.shape)}"
@@ -188,6 +198,8 @@ def _score_operand(name: str, x: Tensor, q: Tensor, kv_len: int, dtypes: tuple[t
     expected = (q.shape[0], q.shape[1], q.shape[2], kv_len)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense strided tensor, got layout {x.layout}")
     if x.dtype not in dtypes:
         kinds = "bool (True takes part)" if dtypes == (torch.bool,) else "a floating-point dtype"
         raise TypeError(f"{name}.dtype: expected {kinds}, got {x.dtype}")

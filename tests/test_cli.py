@@ -43,9 +43,7 @@ def test_a_module_that_does_not_import_is_reported(monkeypatch, tmp_path):
 
 
 def test_module_runs_and_has_help():
-    result = subprocess.run(
-        [sys.executable, "-m", "fastattn", "--help"], capture_output=True, text=True, cwd=ROOT
-    )
+    result = subprocess.run([sys.executable, "-m", "fastattn", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("doctor", "explain", "bench"))
 
@@ -53,9 +51,7 @@ def test_module_runs_and_has_help():
 def test_explain_prints_what_the_function_returns(capsys):
     arguments = "explain --q 2,8,128,64 --k 2,4,256,64 --v 2,4,256,32 --dtype fp32 --causal --dropout 0.1"
     assert main([*arguments.split(), "--mask", "2,1,1,256", "--bias", "1,8,128,256", "--grad"]) == 0
-    q, k, v = (
-        torch.empty(*s, requires_grad=True) for s in ((2, 8, 128, 64), (2, 4, 256, 64), (2, 4, 256, 32))
-    )
+    q, k, v = (torch.empty(*s, requires_grad=True) for s in ((2, 8, 128, 64), (2, 4, 256, 64), (2, 4, 256, 32)))
     mask = torch.empty(2, 1, 1, 256, dtype=torch.bool)
     bias = torch.empty(1, 8, 128, 256, requires_grad=True)
     expected = fastattn.explain(q, k, v, causal=True, dropout_p=0.1, mask=mask, bias=bias)

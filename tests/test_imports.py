@@ -207,9 +207,7 @@ def imports(path):
 def test_arrows(path):
     own = part_of(import_name(path)) or "__init__"
     assert own in ARROWS, f"{path} is new: give it a row in ARROWS"
-    targets = {
-        part_of(name) for name, _ in imports(path) if name.partition(".")[0] in ("fastattn", "kernels")
-    }
+    targets = {part_of(name) for name, _ in imports(path) if name.partition(".")[0] in ("fastattn", "kernels")}
     if own == "__init__":
         targets.discard("")
     assert targets <= ARROWS[own]

@@ -214,8 +214,7 @@ def block_fast_path(module: nn.MultiheadAttention) -> None:
     In evaluation that layer runs one fused operator, which reads the weights of `self_attn` and never calls it. But not
     if a module inside it has a hook, because a hook must be called: hence a hook.
     """
-    if _inert not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(_inert)
+    module.register_forward_pre_hook(_inert)
 
 
 def unblock_fast_path(module: nn.MultiheadAttention) -> None:

@@ -81,7 +81,6 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """Drop-in replacement for `torch.nn.TransformerDecoderLayer`: self-attention, cross-attention, feed-forward.
 
-
     Shapes and masks as in `TransformerDecoder`. Subclasses may override `_sa_block`, `_mha_block` and `_ff_block`.
     """
 
