@@ -53,6 +53,10 @@ class Feature:
 
     dtype: torch.dtype = torch.bfloat16
     causal: bool = False
+    left: int | None = None
+    softcap: float | None = None
+    slopes: bool = False
+    sinks: bool = False
     mask: str = ""  # "full", "padding" or none
     bias: bool = False
     dropout: bool = False
@@ -67,10 +71,17 @@ FEATURES = {
     "padding": Feature(mask="padding"),
     "bias": Feature(bias=True),
     "dropout": Feature(dropout=True),
+    "window": Feature(causal=True, left=255),
+    "softcap": Feature(causal=True, softcap=50.0),
+    "alibi": Feature(causal=True, slopes=True),
+    "sinks": Feature(causal=True, sinks=True),
     "q_offset": Feature(causal=True, q_offset_tensor=True),
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
-    "everything": Feature(causal=True, mask="full", bias=True, dropout=True, q_offset_tensor=True),
+    "everything": Feature(
+        causal=True, mask="full", bias=True, dropout=True, q_offset_tensor=True, left=255, softcap=50.0, slopes=True,
+        sinks=True,
+    ),
 }
 
 
@@ -152,16 +163,20 @@ def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
         q_offset_tensor = empty(batch, dtype=torch.int64)
     if feature.dropout:
         seed = empty(1, dtype=torch.int64)
+    slopes = empty(heads, dtype=torch.float32)[None] if feature.slopes else None
+    sinks = empty(heads, dtype=torch.float32) if feature.sinks else None
+    operands = (mask, bias, slopes, sinks, q_offset_tensor, seed)
     options: dict[str, Any] = {
-        "causal": feature.causal, "q_offset": 0, "scale": dim**-0.5, "dropout_p": 0.1 if feature.dropout else 0.0,
+        "left": feature.left, "right": 0 if feature.causal else None, "q_offset": 0, "scale": dim**-0.5,
+        "softcap": feature.softcap, "dropout_p": 0.1 if feature.dropout else 0.0,
     }  # fmt: skip
     if kernel == "forward":
-        forward.attention_forward(out, lse, q, k, v, mask, bias, q_offset_tensor, seed, **options)
+        forward.attention_forward(out, lse, q, k, v, *operands, **options)
         return
-    gradients: list[Tensor | None] = [None if t is None else torch.empty_like(t) for t in (q, k, v, bias)]
+    gradients: list[Tensor | None] = [None if t is None else torch.empty_like(t) for t in (q, k, v, bias, slopes, sinks)]
     dout, dlse = torch.empty_like(out), torch.empty_like(lse)
     backward.attention_backward(
-        *gradients, dout, dlse, q, k, v, out, lse, mask, bias, q_offset_tensor, seed, **options
+        *gradients, dout, dlse, q, k, v, out, lse, *operands, **options
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGER_DTYPES = (torch.int32, torch.int64)
+_FAR = 1 << 30  # positions are int32 in the kernels: sums of two such offsets and a length still fit
 
 
 class AttentionSpec(NamedTuple):
@@ -97,6 +98,8 @@ def make_spec(
         offset_tensor, q_offset = _offset_tensor(q_offset, q), 0
     elif isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
         raise TypeError(f"q_offset: expected an int or an integer tensor, got {type(q_offset).__name__}")
+    elif not -_FAR <= q_offset <= _FAR:
+        raise ValueError(f"q_offset: expected at most 2**30 in size, got {q_offset}")
     for name, flag in ((names[5], causal), ("return_lse", return_lse)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
@@ -230,8 +233,12 @@ def _check_window(window: tuple[int | None, int | None]) -> tuple[int | None, in
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window: expected (left, right), each an int or None, got {window!r}")
     for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt))):
+        if side is None:
+            continue
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
             raise TypeError(f"window: expected (left, right), each an int or None, got {window!r}")
+        if not -_FAR <= side <= _FAR:
+            raise ValueError(f"window: expected sides of at most 2**30 (None is open), got {window!r}")
     return window[0], window[1]
 
 

@@ -74,7 +74,6 @@ def forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for EDGE in tl.static_range(2):
-        MAY_BE_EMPTY: tl.constexpr = EDGE == 1 or READS_SCORES
         for number in tl.range(0, edges if EDGE else inners):
             col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
             cols = (col + tl.arange(0, BLOCK_N))[None, :]
@@ -84,7 +83,7 @@ def forward_kernel(
                 qk_scale, softcap, slope, mask_ptr, mask_strides, bias_ptr, bias_strides,
                 EDGE == 1, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
             )  # fmt: skip
-            p, acc, row_max, row_sum = online_softmax(s, scale, acc, row_max, row_sum, MAY_BE_EMPTY)
+            p, acc, row_max, row_sum = online_softmax(s, scale, acc, row_max, row_sum, EDGE == 1 or READS_SCORES)
             if seed_ptr is not None:
                 p = tl.where(dropout_keep(k0[:, None], k1[:, None], cols, dropout_p), p, 0.0)
             v = load_tile(v_ptr, col, v_strides[2] * STRIDE_UNIT, kv_len, EDGE == 1, V_DIM, BLOCK_N, BLOCK_DV)
