@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+MINUTES ?= 8
 
 BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -15,7 +16,7 @@ export FASTATTN_TRITON_3_6 = $(TRITON_3_6)
 TRITON_3_6_STAMP := $(TRITON_3_6)/.stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo lint types compile-report bench-overhead clean
+.PHONY: help env test demo lint types compile-report bench-overhead gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -40,6 +41,16 @@ compile-report: $(VENV)/.stamp-test $(TRITON_3_6_STAMP)  ## compile every kernel
 
 bench-overhead: $(VENV)/.stamp-test  ## what a call costs over PyTorch's own function on a tiny input
 	$(BIN)/python -m benchmarks.bench_overhead
+
+# On a GPU machine: from the bare checkout with its own Python, nothing is installed. Results go to OUT, if that is set.
+gpu-check:  ## on a GPU: parity of every feature, races, determinism, sanitizer, within MINUTES
+	$(PYTHON) -m benchmarks.gpu_check --minutes $(MINUTES)
+
+gpu-bench:  ## on a GPU: every benchmark against every peer, within MINUTES
+	$(PYTHON) -m benchmarks all --minutes $(MINUTES)
+
+gpu-tune:  ## on a GPU: search launch configurations, within MINUTES
+	$(PYTHON) -m benchmarks.gpu_tune --minutes $(MINUTES)
 
 clean:  ## remove the environment, caches and build output
 	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks fastattn/*.so

@@ -125,14 +125,14 @@ def _gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], inputs: dict[str,
 
 
 def _rounding_effects(
-    inputs: dict[str, Any], options: dict[str, Any], seed: int, out: Tensor, lse: Tensor
+    inputs: dict[str, Any], options: dict[str, Any], seed: int, out: Tensor, lse: Tensor, actual_out: Tensor
 ) -> dict[str, tuple[Tensor, ...]]:
     """Per result, what rounding does on the way to it, to first order: (size of what is summed, error from storage).
 
     A fused backward has ``dS = P * (dP - delta)`` with ``P = exp(S - lse)`` and ``delta = sum(dO * O) - dlse``. Every
     term is rounded in the accumulator, at its own size, not at that of the sum: large terms may cancel, and the
-    exponent's absolute error is P's relative error. Beside that, O comes stored in the dtype of the inputs, which
-    moves delta. ``out`` and ``lse`` are exact, in float64.
+    exponent's absolute error is P's relative error. Beside that, delta comes from the O that the forward pass stored
+    in the dtype of the inputs: ``actual_out``, itself held to the rule. ``out`` and ``lse`` are exact, in float64.
     """
     q, k, v = (inputs[name].detach().double() for name in ("q", "k", "v"))
     operands = {name: x.detach().double() for name, x in _operands(options).items()}
@@ -166,7 +166,7 @@ def _rounding_effects(
     if spec.alibi_slopes is not None:
         exponent = exponent + spec.alibi_slopes.abs()[:, :, None, None] * far
     ds = p * ((dout.abs() @ v.abs().mT) * kept + delta_size[..., None] + exponent * ds_factor)
-    ds_stored = p * (dout * (out.to(inputs["q"].dtype).double() - out)).sum(-1, keepdim=True)
+    ds_stored = p * (dout * (actual_out.detach().double() - out)).sum(-1, keepdim=True)
     scale = abs(spec.scale)
     capped, capped_stored = (ds, ds_stored) if t is None else (ds * (1.0 - t * t), ds_stored * (1.0 - t * t))
 
@@ -188,7 +188,7 @@ def _rounding_effects(
     if spec.sinks is not None:
         p_sink = torch.exp(spec.sinks[:, None] - finite_lse.squeeze(-1))
         exponent_sink = spec.sinks.abs()[:, None] + finite_lse.squeeze(-1).abs()
-        moved = (dout * (out.to(inputs["q"].dtype).double() - out)).sum(-1)
+        moved = (dout * (actual_out.detach().double() - out)).sum(-1)
         effects["dsinks"] = (
             (p_sink * (delta_size + exponent_sink * delta.abs())).sum((0, 2)),
             (p_sink * moved).sum((0, 2)),
@@ -232,10 +232,11 @@ def check_attention(
     actual = [out, lse, *_gradients(out, lse, leaves, inputs)]
     expected = _run_specification(inputs, options, seed, torch.float64)
     eager = _run_specification(inputs, options, seed, q.dtype)
-    eager[1] = _run_specification(inputs, options, seed, torch.float32)[1]  # lse is never kept in half precision
     names = ["out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in learned)]
-    effects = _rounding_effects(inputs, options, seed, expected[0], expected[1])
+    effects = _rounding_effects(inputs, options, seed, expected[0], expected[1], out)
     for name, ours, exact, plain in zip(names, actual, expected, eager, strict=False):
+        if name[1:] in learned and ours.dtype == torch.float64 != q.dtype:
+            ours = ours.float()  # computed in float32, whatever it is kept in
         if name != "lse" or lse_gradient:
             assert_parity(ours, exact, plain, name, *effects.get(name, ()))
     for name, leaf, gradient in zip(names[2:], leaves, actual[2:], strict=False):

@@ -301,7 +301,7 @@ def _attention_with_weights(
     else:
         # A row with nothing allowed would be NaN, and its gradient too: give it finite scores, then zero weights.
         nothing = (bias == float("-inf")).all(dim=-1, keepdim=True)
-        scores = scores + bias.to(scores.dtype).masked_fill(nothing, 0.0)
+        scores += bias.to(scores.dtype).masked_fill(nothing, 0.0)
         weights = scores.softmax(dim=-1).masked_fill(nothing, 0.0)
     weights = F.dropout(weights, dropout_p)
     return weights @ v, weights
