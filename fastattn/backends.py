@@ -11,6 +11,9 @@ from .spec import AttentionSpec
 
 BACKENDS = ("triton", "cuda", "torch", "reference")
 
+# PyTorch's kernel takes one float mask: a mask and a bias that broadcast differently are joined up to 16 MiB.
+_JOINT_ELEMENTS = 1 << 22
+
 
 @functools.cache
 def _triton_missing() -> bool:
@@ -44,6 +47,12 @@ def _cuda_reasons(spec: AttentionSpec) -> list[str]:
     return ["this version has no CUDA C++ kernels yet"]
 
 
+@torch.compiler.assume_constant_result  # tracing knows no such switch
+def _flash_enabled() -> bool:
+    """PyTorch's switch for its flash kernels, the one for CPU included."""
+    return torch.backends.cuda.flash_sdp_enabled()
+
+
 def _torch_reasons(spec: AttentionSpec) -> list[str]:
     """What keeps PyTorch's fused kernel from computing exactly this spec without an Lq x Lk buffer."""
     reasons = []
@@ -68,9 +77,9 @@ def _torch_reasons(spec: AttentionSpec) -> list[str]:
             reasons.append("a mask or bias is exact only in its CPU kernel")
         elif mask is not None and bias is not None:
             joint = torch.broadcast_shapes(mask.shape, bias.shape).numel()
-            if joint > max(mask.numel(), bias.numel()):
-                reasons.append("mask and bias together would need a larger buffer than either")
-        if right is not None and not torch.backends.cuda.flash_sdp_enabled():  # the switch of the CPU kernel, too
+            if joint > max(mask.numel(), bias.numel(), _JOINT_ELEMENTS):
+                reasons.append("mask and bias together would need a large buffer")
+        if right is not None and not _flash_enabled():
             reasons.append("its flash kernel is switched off, and the other refuses a mask or bias with causal")
         if spec.needs_dbias:
             reasons.append("it has no fused gradient for the bias")
