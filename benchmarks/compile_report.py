@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -28,7 +29,6 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -53,12 +53,12 @@ class Feature:
 
     dtype: torch.dtype = torch.bfloat16
     causal: bool = False
-    left: int | None = None
-    softcap: float | None = None
-    slopes: bool = False
-    sinks: bool = False
+    window: bool = False
     mask: str = ""  # "full", "padding" or none
     bias: bool = False
+    alibi: bool = False
+    softcap: bool = False
+    sinks: bool = False
     dropout: bool = False
     q_offset_tensor: bool = False
     odd_dim: bool = False  # five columns fewer: no power of two, and rows that start at no multiple of 16 bytes
@@ -67,22 +67,23 @@ class Feature:
 FEATURES = {
     "plain": Feature(),
     "causal": Feature(causal=True),
+    "window": Feature(causal=True, window=True),
     "mask": Feature(mask="full"),
     "padding": Feature(mask="padding"),
     "bias": Feature(bias=True),
-    "dropout": Feature(dropout=True),
-    "window": Feature(causal=True, left=255),
-    "softcap": Feature(causal=True, softcap=50.0),
-    "alibi": Feature(causal=True, slopes=True),
+    "alibi": Feature(causal=True, alibi=True),
+    "softcap": Feature(causal=True, softcap=True),
     "sinks": Feature(causal=True, sinks=True),
+    "dropout": Feature(dropout=True),
     "q_offset": Feature(causal=True, q_offset_tensor=True),
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
     "everything": Feature(
-        causal=True, mask="full", bias=True, dropout=True, q_offset_tensor=True, left=255, softcap=50.0, slopes=True,
-        sinks=True,
+        causal=True, window=True, mask="full", bias=True, alibi=True, softcap=True, sinks=True, dropout=True,
+        q_offset_tensor=True,
     ),
-}
+}  # fmt: skip
+DEFAULT_FEATURES = ["plain", "causal", "bias"]
 
 
 @dataclasses.dataclass
@@ -149,35 +150,42 @@ def compiling_for(arch: str, kernel: str) -> Iterator[list[CompiledKernel]]:
 def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
     """Call the launcher that ``kernel`` belongs to, with arguments that have shapes and strides but no memory."""
     empty = functools.partial(torch.empty, device="meta", dtype=feature.dtype)
-    batch, heads, kv_heads, length = 2, 4, 2, 1000
+    batch, heads, kv_heads, length = 2, 4, 2, 1024
     dim -= 5 if feature.odd_dim else 0
-    q, out = empty(batch, heads, length, dim), empty(batch, heads, length, dim)
-    k, v = empty(batch, kv_heads, length, dim), empty(batch, kv_heads, length, dim)
-    lse = empty(batch, heads, length, dtype=torch.float32)
-    mask, bias, q_offset_tensor, seed = None, None, None, None
+    given: dict[str, Any] = {
+        "q": empty(batch, heads, length, dim),
+        "k": empty(batch, kv_heads, length, dim),
+        "v": empty(batch, kv_heads, length, dim),
+        "out": empty(batch, heads, length, dim),
+        "lse": empty(batch, heads, length, dtype=torch.float32),
+        "q_offset": 0,
+        "scale": dim**-0.5,
+        "dropout_p": 0.1 if feature.dropout else 0.0,
+    }
+    if feature.causal:
+        given["right"] = 0
+    if feature.window:
+        given["left"] = 256
     if feature.mask:
-        mask = empty(batch, 1, length if feature.mask == "full" else 1, length, dtype=torch.bool)
+        given["mask"] = empty(batch, 1, length if feature.mask == "full" else 1, length, dtype=torch.bool)
     if feature.bias:
-        bias = empty(1, heads, length, length)
+        given["bias"] = empty(1, heads, length, length)
+    if feature.alibi:
+        given["alibi_slopes"] = empty(1, heads, dtype=torch.float32)
+    if feature.softcap:
+        given["softcap"] = 30.0
+    if feature.sinks:
+        given["sinks"] = empty(heads, dtype=torch.float32)
     if feature.q_offset_tensor:
-        q_offset_tensor = empty(batch, dtype=torch.int64)
+        given["q_offset_tensor"] = empty(batch, dtype=torch.int64)
     if feature.dropout:
-        seed = empty(1, dtype=torch.int64)
-    slopes = empty(heads, dtype=torch.float32)[None] if feature.slopes else None
-    sinks = empty(heads, dtype=torch.float32) if feature.sinks else None
-    operands = (mask, bias, slopes, sinks, q_offset_tensor, seed)
-    options: dict[str, Any] = {
-        "left": feature.left, "right": 0 if feature.causal else None, "q_offset": 0, "scale": dim**-0.5,
-        "softcap": feature.softcap, "dropout_p": 0.1 if feature.dropout else 0.0,
-    }  # fmt: skip
-    if kernel == "forward":
-        forward.attention_forward(out, lse, q, k, v, *operands, **options)
-        return
-    gradients: list[Tensor | None] = [None if t is None else torch.empty_like(t) for t in (q, k, v, bias, slopes, sinks)]
-    dout, dlse = torch.empty_like(out), torch.empty_like(lse)
-    backward.attention_backward(
-        *gradients, dout, dlse, q, k, v, out, lse, *operands, **options
-    )
+        given["seed"] = empty(1, dtype=torch.int64)
+    function = forward.attention_forward if kernel == "forward" else backward.attention_backward
+    if kernel != "forward":
+        wanted = {"dq": "q", "dk": "k", "dv": "v", "dout": "out", "dlse": "lse", "dbias": "bias",
+                  "dslopes": "alibi_slopes", "dsinks": "sinks"}  # fmt: skip
+        given |= {name: torch.empty_like(given[of]) for name, of in wanted.items() if of in given}
+    function(**{name: given.get(name) for name in inspect.signature(function).parameters})
 
 
 def compile_case(case: Case) -> Result:
@@ -284,7 +292,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--kernel", nargs="+", choices=config.KERNELS, default=list(config.KERNELS))
     parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="head dims (default: %(default)s)")
-    parser.add_argument("--features", nargs="+", choices=FEATURES, default=list(FEATURES))
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=DEFAULT_FEATURES)
     parser.add_argument("--jobs", type=int, default=2, help="compile this many at a time (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()

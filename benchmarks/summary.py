@@ -1,0 +1,225 @@
+"""What the rows say: tables by length, ratios to the best peer, geometric means, and the targets."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from .results import Row
+
+OWN = "fastattn"
+
+
+def number(row: Row, column: str) -> float | None:
+    return float(row[column]) if row.get(column) else None
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+class Cell(NamedTuple):
+    """Rows of one problem: this package's and its peers', by provider."""
+
+    line: str
+    """What it computes, but for the length."""
+    length: int
+    own: Row | None
+    peers: dict[str, Row]
+
+    def measured_peers(self, column: str = "p50_ms") -> dict[str, float]:
+        return {name: value for name, row in self.peers.items() if (value := number(row, column)) is not None}
+
+    def best_peer(self, column: str = "p50_ms") -> tuple[str, float] | None:
+        return min(self.measured_peers(column).items(), key=lambda item: item[1], default=None)
+
+    def ratio(self, peer: str | None = None, column: str = "p50_ms") -> float | None:
+        """How many times less fastattn needs than a peer, or than the best one."""
+        own = number(self.own, column) if self.own else None
+        best = self.best_peer(column)
+        theirs = self.measured_peers(column).get(peer) if peer else best[1] if best else None
+        return theirs / own if own and theirs else None
+
+
+def line_of(row: Row) -> str:
+    mask = "causal" if row["causal"] == "yes" else "full"
+    parts = [f"D={row['head_dim']}", mask] if row["case"] == "grid" else [row["case"]]
+    return ", ".join([*parts, row["dtype"], row["mode"]])
+
+
+def cells(rows: Iterable[Row]) -> list[Cell]:
+    """Rows grouped into problems, in the order of lines and lengths."""
+    found: dict[tuple[str, ...], Cell] = {}
+    for row in rows:
+        if row["case"].startswith("matmul"):
+            continue
+        key = tuple(row.get(name, "") for name in ("suite", "case", "mode", "dtype", "batch", "q_heads", "kv_heads",
+                                                   "q_len", "kv_len", "head_dim", "causal"))  # fmt: skip
+        cell = found.setdefault(key, Cell(line_of(row), int(row["q_len"] or 0), None, {}))
+        if row["provider"] == OWN:
+            found[key] = cell._replace(own=row)
+        else:
+            cell.peers[row["provider"]] = row
+    return sorted(found.values(), key=lambda cell: cell.length)
+
+
+def mean_ratios(rows: Iterable[Row], column: str = "p50_ms") -> dict[str, tuple[float, int]]:
+    """Geometric mean of the ratio to each peer over the cells that both have, and their number; "best peer" too."""
+    found = cells(rows)
+    names: dict[str | None, str] = {name: name for cell in found for name in cell.peers} | {None: "best peer"}
+    means = {}
+    for peer, label in names.items():
+        ratios = [ratio for cell in found if (ratio := cell.ratio(peer, column)) is not None]
+        if ratios:
+            means[label] = (geometric_mean(ratios), len(ratios))
+    return means
+
+
+def figure(cell: Cell, column: str) -> str:
+    """One entry of a table: rate or time, and the ratio to the best peer."""
+    if cell.own is None:
+        return ""
+    if cell.own.get("note", "").startswith("cannot"):
+        return "cannot"
+    if column == "peak_mib":
+        value = f"{number(cell.own, column) or 0:.0f} MiB"
+    elif column == "min_ms":
+        value = f"{number(cell.own, column) or 0:.3g} ms"
+    elif tflops := number(cell.own, "tflops"):
+        value = f"{tflops:.3g}"
+    else:
+        value = f"{number(cell.own, 'p50_ms') or 0:.3g} ms"
+    ratio = cell.ratio(column=column)
+    return value if ratio is None else f"{value} ({ratio:.2f}x)"
+
+
+def table(rows: Sequence[Row], column: str = "p50_ms") -> list[list[str]]:
+    """Header and one line per problem, a column per length."""
+    found = cells(rows)
+    lengths = sorted({cell.length for cell in found})
+    lines: dict[str, dict[int, str]] = {}
+    for cell in found:
+        if entry := figure(cell, column):
+            lines.setdefault(cell.line, {})[cell.length] = entry
+    header = ["", *(f"L={length}" for length in lengths)]
+    return [header, *([line, *(lines[line].get(n, "") for n in lengths)] for line in sorted(lines, key=natural))]
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """A sort key that puts D=64 before D=128."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text)]
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    header, *lines = table
+    return "\n".join(
+        ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(x) + " |" for x in lines)]
+    )
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    padded = [[entry.ljust(width) for entry, width in zip(row, widths, strict=True)] for row in table]
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def column_of(suite: str) -> str:
+    """What a suite is judged by. On a CPU the least time: it is what remains the same while other work runs."""
+    return {"memory": "peak_mib", "cpu": "min_ms"}.get(suite, "p50_ms")
+
+
+UNITS = {"memory": "MiB at the peak", "cpu": "least ms", "layers": "median ms", "features": "TFLOP/s"}
+
+
+def short(rows: Sequence[Row]) -> str:
+    """All suites of one run as text, for the end of its output."""
+    parts = []
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        of_suite = [row for row in rows if row["suite"] == suite]
+        column = column_of(suite)
+        if suite == "overhead":
+            parts.append(f"{suite}, microseconds per call\n{aligned(overhead_table(of_suite))}")
+            continue
+        lines = table(of_suite, column)
+        if len(lines) == 1:
+            continue
+        unit = UNITS.get(suite, "TFLOP/s")
+        means = ", ".join(f"{name} {mean:.2f}x ({n})" for name, (mean, n) in mean_ratios(of_suite, column).items())
+        parts.append(f"{suite}, {unit} (ratio to the best peer)\n{aligned(lines)}\ngeometric means (cells): {means}")
+    return "\n\n".join(parts)
+
+
+def overhead_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Median and minimum in microseconds, and what fastattn adds to torch's own function by both."""
+    lines = [["call", "fastattn p50", "min", "torch p50", "min", "added p50", "min"]]
+    for cell in cells(rows):
+        if cell.own is None or cell.own["mode"] not in ("host", "graph replay"):
+            continue
+        own = [1e3 * (number(cell.own, column) or 0.0) for column in ("p50_ms", "min_ms")]
+        entries = [f"{x:.1f}" for x in own]
+        if sdpa := cell.peers.get("sdpa"):
+            theirs = [1e3 * (number(sdpa, column) or 0.0) for column in ("p50_ms", "min_ms")]
+            entries += [f"{x:.1f}" for x in theirs] + [f"{a - b:+.1f}" for a, b in zip(own, theirs, strict=True)]
+        name = cell.own["case"] + (", CUDA graph" if cell.own["mode"] == "graph replay" else "")
+        lines.append([name, *entries, *[""] * (6 - len(entries))])
+    return lines
+
+
+def first_call_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Milliseconds of a fresh process, by state of the compilation cache."""
+    modes = ("empty cache", "filled cache")
+    names = list(dict.fromkeys(row["case"] for row in rows if row["mode"] in modes))
+    found = {(row["case"], row["mode"]): f"{float(row['p50_ms']):.3g} ms" for row in rows if row["p50_ms"]}
+    return [["", *modes], *([name, *(found.get((name, mode), "") for mode in modes)] for name in names)]
+
+
+# Targets of the first stage, plain Triton on an H100
+
+
+class Target(NamedTuple):
+    text: str
+    least: float
+    measure: Callable[[dict[str, list[Row]]], float | None]
+
+
+def mean_against(suite: str, peer: str) -> Callable[[dict[str, list[Row]]], float | None]:
+    def measure(rows: dict[str, list[Row]]) -> float | None:
+        return mean_ratios(rows.get(suite, [])).get(peer, (None, 0))[0]
+
+    return measure
+
+
+def worst_feature(rows: dict[str, list[Row]]) -> float | None:
+    return min((ratio for cell in cells(rows.get("features", [])) if (ratio := cell.ratio())), default=None)
+
+
+def layer_ratios(rows: dict[str, list[Row]], padded: bool) -> list[float]:
+    found = [cell for cell in cells(rows.get("layers", [])) if cell.own and "training step" not in cell.own["case"]]
+    if padded:
+        found = [cell for cell in found if cell.own and "padded" in cell.own["case"] and cell.length >= 1024]
+    return [ratio for cell in found if (ratio := cell.ratio("torch"))]
+
+
+TARGETS = (
+    Target("forward against SDPA-FLASH, geometric mean over the grid", 1.25, mean_against("forward", "sdpa-flash")),
+    Target("forward against SDPA-cuDNN, geometric mean over the grid", 0.80, mean_against("forward", "sdpa-cudnn")),
+    Target("backward against SDPA-FLASH, geometric mean over the grid", 1.10, mean_against("backward", "sdpa-flash")),
+    Target("each feature against the best peer that has it, worst row", 1.50, worst_feature),
+    Target("each layer against torch.nn, worst row", 1.00, lambda rows: min(layer_ratios(rows, False), default=None)),
+    Target(
+        "layers with key padding at L >= 1024 against torch.nn, worst row", 1.50,
+        lambda rows: min(layer_ratios(rows, True), default=None),
+    ),
+)  # fmt: skip
+
+
+def targets_table(rows: dict[str, list[Row]]) -> list[list[str]]:
+    """Each target, what was measured and whether that meets it."""
+    lines = [["target", "at least", "measured", "met"]]
+    for target in TARGETS:
+        value = target.measure(rows)
+        measured, met = "not measured yet", ""
+        if value is not None:
+            measured, met = f"{value:.2f}x", "yes" if value >= target.least else "no"
+        lines.append([target.text, f"{target.least:.2f}x", measured, met])
+    return lines

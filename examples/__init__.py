@@ -1,0 +1,1 @@
+"""Worked cases to read and to run, each a package: `python -m examples.forecast`."""

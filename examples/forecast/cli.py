@@ -1,0 +1,259 @@
+"""The program: what to run, in which order, and what to say about it."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fastattn
+from examples.forecast import data, plots, report
+from examples.forecast.baselines import Forecast
+from examples.forecast.experiments import (
+    LAYERS,
+    Problem,
+    real_baselines,
+    real_problem,
+    sine_baselines,
+    sine_problem,
+)
+from examples.forecast.parity import compare
+from examples.forecast.report import Result
+from examples.forecast.runner import Run, execute_all
+from examples.forecast.train import CheckpointError
+
+FIRST_SEED = 42  # the tutorial's
+DEFAULT_OUTPUT = Path(__file__).parent / "output"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example; 0, or 2 if the input cannot be used."""
+    args = parse_arguments(argv)
+    try:
+        run(args)
+    except (data.DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command with --resume goes on from the last epochs", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.forecast",
+        description="Time series forecasting with a Transformer on fastattn's layers, beside an LSTM and simple "
+        "baselines. Without arguments: a noisy sine, then CO2 at Mauna Loa and sea surface temperatures.",
+    )
+    own = parser.add_argument_group("your own series")
+    own.add_argument("--csv", type=Path, metavar="PATH", help="a CSV file with a header, oldest row first")
+    own.add_argument("--column", metavar="NAME", help="the column to forecast")
+    own.add_argument("--horizon", type=_positive, metavar="H", help="how many rows to forecast")
+    own.add_argument("--time-column", metavar="NAME", help="dates or numbers; checks that the rows are evenly spaced")
+    own.add_argument("--season", type=_positive, metavar="S", help="rows per season (default: found in the data)")
+    own.add_argument("--context", type=_positive, metavar="C", help="rows to look back (default: three seasons)")
+    own.add_argument("--fill-gaps", action="store_true", help="fill an empty cell with the last value before it")
+    parser.add_argument("--quick", action="store_true", help="one seed, 3 epochs: to see it work, not for results")
+    parser.add_argument("--seeds", type=_positive, metavar="N", help="training runs per model (default: 3)")
+    parser.add_argument("--epochs", type=_positive, metavar="N", help="at most this many (default: 50)")
+    parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core; 1 on a GPU)")
+    parser.add_argument("--layers", choices=list(LAYERS), default="fastattn", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the output folder")
+    args = parser.parse_args(argv)
+
+    if args.csv is not None and (args.column is None or args.horizon is None):
+        parser.error("--csv needs --column and --horizon")
+    if args.csv is None:
+        for name in ("column", "horizon", "time_column", "season", "context"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} needs --csv")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device not in ("cpu", "cuda"):
+        parser.error(f"--device: expected cpu or cuda, got {args.device!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch finds no CUDA device")
+    args.seeds = args.seeds or (1 if args.quick else 3)
+    args.epochs = args.epochs or (3 if args.quick else 50)
+    args.workers = args.workers or (1 if args.device == "cuda" else _cores())
+    return args
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return value
+
+
+def _cores() -> int:
+    """That this process may use; a container can have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------------------- the run
+
+
+def run(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    torch.set_num_threads(1)  # see execute_all
+    problems = make_problems(args)  # first, so that a mistake in the input shows at once
+    backends = print_setup(args, problems[0])
+
+    # The models whose layers exist twice, on the first problem.
+    print("\n== The same training with torch.nn and with fastattn layers, from the same weights")
+    parities = [compare(problems[0], kind, args.device, min(5, args.epochs)) for kind in ("encoder", "encoder-decoder")]
+    print(report.parity_table(parities))
+    for parity in parities:
+        print(
+            f"  {parity.method}: the losses differ by at most {parity.difference:.1e} of their size; two torch.nn runs "
+            f"whose weights differ in the last bit: {parity.rounding:.1e}"
+        )
+
+    results = train_all(args, problems)
+    files: list[Path] = []
+    for problem in problems:
+        print("\n" + report.results_text(problem, results[problem.series.name]))
+        files += plots.plot_all(problem, results[problem.series.name], args.output)
+        if "fresh" not in problem.tests:
+            files.append(write_future(problem, results[problem.series.name], args.output))
+
+    seconds = time.perf_counter() - start
+    files.append(args.output / "metrics.json")
+    metrics = {
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "environment": report.environment(args.device, args.workers, backends),
+        "parity": [report.parity_metrics(parity) for parity in parities],
+        "series": {p.series.name: report.problem_metrics(p, results[p.series.name]) for p in problems},
+        "seconds": seconds,
+    }
+    report.write_metrics(files[-1], metrics)
+    print_closing(args, problems, files, seconds)
+
+
+def make_problems(args: argparse.Namespace) -> list[Problem]:
+    """The series of this run, with the methods' epochs as asked."""
+    if args.csv is not None:
+        values = data.read_csv(args.csv, args.column, args.time_column, args.fill_gaps)
+        if len(values) < 20:
+            raise data.DataError(f"expected at least 20 values in {args.csv}, got {len(values)}")
+        season = args.season or data.estimate_season(values[: data.Split.by_fraction(len(values)).train_end])
+        series = data.Series(_slug(args.column), args.column, "1", "row", values, season)
+        problems = [real_problem(series, args.horizon, args.context)]
+    else:
+        problems = [
+            sine_problem(fresh_length=2_000 if args.quick else 20_000),
+            real_problem(data.load_co2(), horizon=52),
+            real_problem(data.load_elnino(), horizon=12),
+        ]
+    return [
+        replace(p, methods=[replace(m, recipe=replace(m.recipe, epochs=args.epochs)) for m in p.methods])
+        for p in problems
+    ]
+
+
+def train_all(args: argparse.Namespace, problems: Sequence[Problem]) -> dict[str, list[Result]]:
+    """Series name -> baselines, then models."""
+    seeds = list(range(FIRST_SEED, FIRST_SEED + args.seeds))
+    runs = [
+        Run(
+            problem, method, seed, args.device,
+            args.output / "checkpoints" / f"{problem.series.name}-{_slug(method.name)}-seed{seed}.pt",
+            args.resume, args.layers,
+        )
+        for problem in problems for method in problem.methods for seed in seeds
+    ]  # fmt: skip
+    print(f"\n== Training: {len(runs)} runs of at most {args.epochs} epochs, {args.workers} at a time")
+    outcomes = iter(execute_all(runs, args.workers))
+    results: dict[str, list[Result]] = {}
+    for problem in problems:
+        rows = []
+        for name, make_forecast in baselines_of(problem).items():
+            scores, forecasts = problem.score(make_forecast)
+            rows.append(Result(name, [scores], forecasts, [], []))
+        for method in problem.methods:
+            own = [next(outcomes) for _ in seeds]
+            rows.append(Result(method.name, [outcome.scores for outcome in own], own[0].forecasts, own, seeds))
+        results[problem.series.name] = rows
+    return results
+
+
+def baselines_of(problem: Problem) -> dict[str, Callable[[int], Forecast]]:
+    return sine_baselines(problem) if "fresh" in problem.tests else real_baselines(problem)
+
+
+def write_future(problem: Problem, results: Sequence[Result], folder: Path) -> Path:
+    """The next values after the end of the series, by every model at its first seed and every baseline."""
+    horizon = problem.tests["test"].horizon
+    values = problem.series.values
+    end = np.array([len(values)])
+    make_forecast = baselines_of(problem)
+    columns = {
+        r.name: r.outcomes[0].future if r.learned else make_forecast[r.name](horizon)(values, end)[0] for r in results
+    }
+    path = folder / f"{problem.series.name}_future.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([f"{problem.series.step}s after the last", *columns])
+        for step in range(horizon):
+            writer.writerow([step + 1, *(f"{column[step]:.6g}" for column in columns.values())])
+    return path
+
+
+def _slug(text: str) -> str:
+    """For file names."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "series"
+
+
+# -------------------------------------------------------------------------------------------------- what it says
+
+
+def print_setup(args: argparse.Namespace, problem: Problem) -> dict[str, str]:
+    """Versions, device, and which attention backend serves the models; returns the backends."""
+    name = f" ({torch.cuda.get_device_name()})" if args.device == "cuda" else ""
+    print(f"fastattn {fastattn.__version__}, PyTorch {torch.__version__}, device: {args.device}{name}")
+    config = next(method.config for method in problem.methods if method.name == "encoder")
+    shape = (32, config.heads, config.context // config.patch, config.width // config.heads)
+    q = torch.empty(shape, device=args.device)
+    explanations = {
+        "training": fastattn.explain(q, q, q, dropout_p=config.dropout),
+        "forecasting": fastattn.explain(q, q, q),
+        "forecasting, causal": fastattn.explain(q, q, q, causal=True),
+    }
+    backends = {use: str(explanation.backend) for use, explanation in explanations.items()}
+    if args.layers == "fastattn":
+        print("attention backend: " + "; ".join(f"{use}: {backend}" for use, backend in backends.items()))
+        print(explanations["training"])
+    else:
+        print("attention: torch.nn's own layers, as asked by --layers")
+    return backends
+
+
+def print_closing(args: argparse.Namespace, problems: Sequence[Problem], files: Sequence[Path], seconds: float) -> None:
+    names = ", ".join(p.series.title for p in problems)
+    print(f"\n== Done in {seconds:.0f} s: trained and scored {sum(len(p.methods) for p in problems)} models with "
+          f"{args.seeds} seed(s) on {names}")  # fmt: skip
+    if args.quick:
+        print("This was --quick: the models are hardly trained, and the numbers above say nothing about them.")
+    print("Files:")
+    for path in [*files, args.output / "checkpoints"]:
+        print(f"  {path}")
+    print("Try next:")
+    if args.csv is None:
+        path = Path("examples/forecast/data/elnino.csv")
+        print(f"  python -m examples.forecast --csv {path} --column temperature --horizon 24   # or a file of your own")
+    else:
+        print("  another --horizon, --context or --season")
+    print("  python -m examples.forecast --resume   # draw and score again from the checkpoints, without training")
+    print("  read examples/forecast/models.py: the Transformers, in some hundred lines")

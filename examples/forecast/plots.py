@@ -1,0 +1,162 @@
+"""Three figures per series: forecasts against what came, losses, and a comparison of all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # files only: no window, so it runs on a machine without a screen
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from examples.forecast.data import targets
+from examples.forecast.experiments import NOISE_FLOOR, Problem
+from examples.forecast.report import Result
+
+# Okabe and Ito's colours, which people with colour blindness can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D")
+STYLE = {
+    "figure.dpi": 150,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "font.size": 9,
+}
+
+
+def plot_all(problem: Problem, results: Sequence[Result], folder: Path) -> list[Path]:
+    """Write the figures as PNG files and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"forecast": _plot_forecasts, "loss": _plot_losses, "comparison": _plot_comparison}
+    paths = []
+    with plt.rc_context(STYLE):
+        for name, plot in figures.items():
+            figure = plot(problem, results)
+            paths.append(folder / f"{problem.series.name}_{name}.png")
+            figure.savefig(paths[-1])
+            plt.close(figure)
+    return paths
+
+
+def _plot_forecasts(problem: Problem, results: Sequence[Result]) -> Figure:
+    """Above the models, below the baselines, both over the actual values of the test part."""
+    extra = {method.name for method in problem.methods if method.extra}
+    models = [result for result in results if result.learned and result.name not in extra]
+    baselines = [result for result in results if not result.learned]
+    figure, axes = plt.subplots(2, 1, figsize=(10, 7.5), sharex=True, sharey=True, layout="constrained")
+    for axis, group, title in zip(axes, (models, baselines), ("models", "baselines"), strict=True):
+        _plot_group(axis, problem, group)
+        axis.set_title(title, loc="left", fontweight="bold")
+        axis.set_ylabel(_label("value", problem.series.unit))
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes[1].set_xlabel(f"{problem.series.step} of the series")
+    horizon = problem.tests["test"].horizon
+    how = "one step ahead" if horizon == 1 else f"the next {horizon} {problem.series.step}s, from each vertical line"
+    figure.suptitle(f"{_title(problem)}: forecasts on the test part, {how}")
+    return figure
+
+
+def _plot_group(axis: Axes, problem: Problem, group: Sequence[Result]) -> None:
+    test = problem.tests["test"]
+    chosen = np.arange(0, len(test.origins), test.horizon)  # one forecast after the other, without overlap
+    times = test.origins[chosen, None] + np.arange(test.horizon)  # (n, horizon)
+    actual = targets(test.values, test.origins[chosen], test.horizon)
+    axis.plot(times.ravel(), actual.ravel(), color="0.6", linewidth=0.8, marker=".", markersize=4, label="actual")
+    for index, result in enumerate(group):
+        x, y = times, result.forecasts[chosen]
+        if test.horizon > 1:  # NaN lifts the pen between two forecasts
+            x, y = (np.pad(part.astype(float), ((0, 0), (0, 1)), constant_values=np.nan) for part in (x, y))
+        style = {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.5, "label": result.name}
+        if result.name == NOISE_FLOOR:
+            style |= {"color": "black", "linestyle": "--", "label": "true signal"}
+        elif test.horizon == 1 and result.name in ("last value", "seasonal naive"):
+            style |= {"linewidth": 0.8, "alpha": 0.6}  # copies of noisy values: thin, or they hide the others
+        axis.plot(x.ravel(), y.ravel(), **style)
+    if test.horizon > 1:
+        for origin in test.origins[chosen]:
+            axis.axvline(origin - 0.5, color="0.8", linewidth=0.8, zorder=0)
+
+
+def _plot_losses(problem: Problem, results: Sequence[Result]) -> Figure:
+    """Per epoch at the first seed; a dot marks the epoch that was kept."""
+    learned = [result for result in results if result.learned]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5), sharey=True, layout="constrained")
+    for index, result in enumerate(learned):
+        outcome = result.outcomes[0]
+        colour, best = COLOURS[index % len(COLOURS)], outcome.history.best_epoch
+        for axis, losses in zip(axes, (outcome.history.train, outcome.history.validation), strict=True):
+            if losses:
+                scaled = np.array(losses) * outcome.loss_unit
+                label = result.name if axis is axes[0] else None
+                axis.plot(np.arange(1, len(losses) + 1), scaled, color=colour, linewidth=1.4, label=label)
+                axis.plot(best + 1, scaled[best], "o", color=colour, markersize=5)
+    for axis, title in zip(axes, ("training", "validation (with early stopping)"), strict=True):
+        axis.set_title(title, loc="left", fontweight="bold")
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(ScalarFormatter())
+    axes[0].set_ylabel(_label("mean squared error", problem.series.unit, squared=True))
+    figure.legend(loc="outside lower center", ncols=min(4, len(learned)))
+    figure.suptitle(f"{_title(problem)}: losses; the dot is the epoch that was kept")
+    return figure
+
+
+def _plot_comparison(problem: Problem, results: Sequence[Result]) -> Figure:
+    """Bars of the mean squared error, lines from the best to the worst seed, the value beside each."""
+    titles = {"test": "test part", "fresh": "long fresh series", "rollout": "20 steps ahead"}
+    tests = [test for test in titles if test in problem.tests]
+    bars = [result for result in results if result.name != NOISE_FLOOR]
+    floor = next((result for result in results if result.name == NOISE_FLOOR), None)
+    figure, axes = plt.subplots(
+        1, len(tests), figsize=(3.6 + 2.9 * len(tests), 1.4 + 0.33 * len(bars)), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for axis, test in zip(axes[0], tests, strict=True):
+        summaries = [result.over_seeds()[test]["mse"] for result in bars]
+        means = np.array([summary["mean"] for summary in summaries])
+        spread = [means - [s["min"] for s in summaries], [s["max"] for s in summaries] - means]
+        # A bar far beyond the others would leave them no room: cut it, and let its number speak.
+        limit = min(means.max(), 4 * np.median(means)) * 1.02
+        axis.barh(
+            np.arange(len(bars)), means, xerr=np.clip(spread, 0, None), ecolor="0.2", height=0.7,
+            color=[COLOURS[0] if result.learned else "0.7" for result in bars],
+        )  # fmt: skip
+        for row, (mean, summary) in enumerate(zip(means, summaries, strict=True)):
+            end = min(max(mean, summary["max"]), limit)
+            axis.text(end + 0.015 * limit, row, f"{mean:.3g}" if mean >= 10 else f"{mean:.3f}", va="center")
+        axis.set_xlim(0, 1.2 * limit)
+        axis.set_title(titles[test], loc="left", fontweight="bold")
+        axis.set_xlabel(_label("MSE", problem.series.unit, squared=True))
+        axis.grid(axis="y", visible=False)
+        if floor is not None:
+            axis.axvline(floor.mean(test, "mse"), color="black", linestyle="--", linewidth=1, label="noise floor")
+    axes[0, 0].set_yticks(np.arange(len(bars)), [result.name for result in bars])
+    axes[0, 0].invert_yaxis()
+    lines, _ = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles=[Patch(color=COLOURS[0], label="models"), Patch(color="0.7", label="baselines"), *lines],
+        loc="outside lower center", ncols=3,
+    )  # fmt: skip
+    seeds = max(len(result.seeds) for result in results)
+    spread_note = f", mean of {seeds} seeds with the range" if seeds > 1 else ""
+    figure.suptitle(f"{_title(problem)}: mean squared error{spread_note}; lower is better")
+    return figure
+
+
+def _title(problem: Problem) -> str:
+    return problem.series.title[0].upper() + problem.series.title[1:]
+
+
+def _label(name: str, unit: str, squared: bool = False) -> str:
+    """Axis label with its unit; "1" is none."""
+    return name if unit == "1" else f"{name} ({unit}\N{SUPERSCRIPT TWO})" if squared else f"{name} ({unit})"

@@ -1,0 +1,208 @@
+"""The results as tables on the screen and as metrics.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastattn
+from examples.forecast.evaluate import over_seeds
+from examples.forecast.experiments import NOISE_FLOOR, Outcome, Problem, Scores
+from examples.forecast.parity import Parity
+
+SCHEMA = 1  # of metrics.json; goes up when a field changes its meaning or leaves
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of the table: a baseline (no outcomes), or a model with one outcome per seed."""
+
+    name: str
+    scores: list[Scores]
+    forecasts: np.ndarray  # (N, horizon) on "test"; of a model, at the first seed
+    outcomes: list[Outcome]
+    seeds: list[int]
+
+    @property
+    def learned(self) -> bool:
+        return bool(self.outcomes)
+
+    def over_seeds(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Test -> metric -> mean, min, max."""
+        return {test: over_seeds([scores[test] for scores in self.scores]) for test in self.scores[0]}
+
+    def mean(self, test: str, metric: str) -> float:
+        return self.over_seeds()[test][metric]["mean"]
+
+
+# -------------------------------------------------------------------------------------------------- screen
+
+
+def results_text(problem: Problem, results: Sequence[Result]) -> str:
+    """Heading, table, and what it shows."""
+    series, split, test = problem.series, problem.split, problem.tests["test"]
+    by_name = {result.name: result for result in results}
+    findings = sine_findings(by_name) if NOISE_FLOOR in by_name else real_findings(results)
+    return "\n".join([
+        f"== {series.title[0].upper()}{series.title[1:]}",
+        f"{split.length} values: training {split.train_end}, validation {split.test_start - split.train_end}, test "
+        f"{split.length - split.test_start}; {test.horizon} step(s) ahead from {len(test.origins)} origins",
+        results_table(problem, results),
+        *findings,
+    ])  # fmt: skip
+
+
+def results_table(problem: Problem, results: Sequence[Result]) -> str:
+    """One line per method, in the order given; errors in the series' own units."""
+    unit = "" if problem.series.unit == "1" else f" ({problem.series.unit})"
+    names = {"fresh": "MSE, fresh series", "rollout": "MSE, 20 steps"}
+    more = [test for test in ("fresh", "rollout") if test in problem.tests]
+    header = ["", "parameters", "test MSE", "[range]", f"MAE{unit}", "MASE", *(names[test] for test in more), "s/run"]
+    rows = []
+    for result in results:
+        summary = result.over_seeds()
+        mse = summary["test"]["mse"]
+        rows.append([
+            result.name,
+            f"{result.outcomes[0].parameters:,}" if result.learned else "-",
+            f"{mse['mean']:.4f}",
+            f"[{mse['min']:.4f}, {mse['max']:.4f}]" if len(result.scores) > 1 else "",
+            f"{summary['test']['mae']['mean']:.3f}",
+            f"{summary['test']['mase']['mean']:.3f}",
+            *(f"{summary[test]['mse']['mean']:.4f}" for test in more),
+            f"{np.mean([o.seconds for o in result.outcomes]):.1f}" if result.learned else "-",
+        ])  # fmt: skip
+    return _align([header, *rows])
+
+
+def sine_findings(results: dict[str, Result]) -> list[str]:
+    """What made the difference, in numbers of this run."""
+    floor = results[NOISE_FLOOR].mean("fresh", "mse")
+
+    def excess(name: str) -> float:
+        return results[name].mean("fresh", "mse") - floor
+
+    def step(before: str, after: str, what: str) -> str:
+        change = f"{excess(after) / excess(before) - 1:+.0%}"
+        return f"  {excess(before):.4f} -> {excess(after):.4f}  {change:>5}  {before} -> {after}: {what}"
+
+    return [
+        f"What made the difference: MSE on the fresh series above the noise floor, {floor:.4f}, which nothing can beat",
+        step("LSTM, the tutorial's", "LSTM, standardised", "the scale of the data, nothing else"),
+        step("LSTM, standardised", "encoder, the LSTM's recipe", "attention, nothing else"),
+        step("encoder, the LSTM's recipe", "encoder", "half as wide, dropout, weight decay, schedule, early stopping"),
+        step("encoder", "encoder, context 63", "it sees one period of the sine"),
+        "Where attention does not win, if the change is negative:",
+        step("encoder", "LSTM, standardised", "the same data and context"),
+        step("encoder, context 63", "LSTM, standardised, context 63", "the same data and context"),
+        step("encoder, context 63", "ridge, context 63", "64 weights in closed form"),
+    ]
+
+
+def real_findings(results: Sequence[Result]) -> list[str]:
+    """Who is ahead."""
+
+    def mse(result: Result) -> float:
+        return result.mean("test", "mse")
+
+    models = sorted((result for result in results if result.learned), key=mse)
+    baseline = min((result for result in results if not result.learned), key=mse)
+    verdict = "beats" if mse(models[0]) < mse(baseline) else "does not beat"
+    return [
+        f"The best model, {models[0].name}, {verdict} the best baseline, {baseline.name}: "
+        f"{mse(models[0]) / mse(baseline):.2f} times its MSE.",
+        "Models from best to worst: " + ", ".join(f"{model.name} {mse(model):.4f}" for model in models),
+    ]
+
+
+def parity_table(parities: Sequence[Parity]) -> str:
+    """Losses per epoch side by side."""
+    header = ["epoch", *(f"{p.method}: {layers}" for p in parities for layers in ("torch.nn", "fastattn"))]
+    rows = [
+        [str(epoch + 1), *(f"{loss[epoch]:.9f}" for p in parities for loss in (p.torch, p.fastattn))]
+        for epoch in range(len(parities[0].torch))
+    ]
+    return _align([header, *rows])
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    """First column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------- file
+
+
+def environment(device: str, workers: int, backends: dict[str, str]) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "fastattn": fastattn.__version__,
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "cores": os.cpu_count(),
+        "workers": workers,
+        "attention_backends": backends,
+    }
+
+
+def problem_metrics(problem: Problem, results: Sequence[Result]) -> dict[str, Any]:
+    """One series of metrics.json."""
+    series, split = problem.series, problem.split
+    return {
+        "title": series.title,
+        "unit": series.unit,
+        "step": series.step,
+        "season": series.season,
+        "context": problem.context,
+        "split": asdict(split),
+        "tests": {
+            name: {"origins": len(test.origins), "horizon": test.horizon} for name, test in problem.tests.items()
+        },
+        "results": [
+            {
+                "name": result.name,
+                "kind": "model" if result.learned else "baseline",
+                "parameters": result.outcomes[0].parameters if result.learned else None,
+                "seeds": result.seeds,
+                "scores": result.over_seeds(),
+                "runs": [
+                    {
+                        "seed": seed,
+                        "scores": outcome.scores,
+                        "best_epoch": outcome.history.best_epoch + 1,
+                        "train_loss": outcome.history.train,
+                        "validation_loss": outcome.history.validation,
+                        "seconds": outcome.seconds,
+                    }
+                    for seed, outcome in zip(result.seeds, result.outcomes, strict=True)
+                ],
+            }
+            for result in results
+        ],
+    }
+
+
+def parity_metrics(parity: Parity) -> dict[str, Any]:
+    return asdict(parity) | {"difference": parity.difference, "rounding": parity.rounding}
+
+
+def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # allow_nan=False: NaN is not JSON, and a NaN in a result is a bug to hear about.
+    path.write_text(json.dumps({"schema": SCHEMA} | metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,138 @@
+"""Many independent training runs, on all cores, with a progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import torch
+
+from examples.forecast.experiments import Method, Outcome, Problem, train_and_score
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one problem with one seed."""
+
+    problem: Problem
+    method: Method
+    seed: int
+    device: str
+    checkpoint: Path
+    resume: bool
+    layers: str
+
+    def execute(self, on_epoch: Callable[[], None]) -> Outcome:
+        return train_and_score(
+            self.problem, self.method, self.seed, self.device, self.checkpoint, self.resume, self.layers, on_epoch
+        )
+
+
+def execute_all(runs: Sequence[Run], workers: int) -> list[Outcome]:
+    """The outcomes of the runs, in their order.
+
+    The models are far too small to fill two cores each: one thread per run and as many runs as cores is fastest.
+    """
+    progress = Progress(len(runs), sum(run.method.recipe.epochs for run in runs))
+    if workers == 1:
+        outcomes = []
+        for run in runs:
+            outcomes.append(run.execute(progress.epoch))
+            progress.run(run.method.recipe.epochs - len(outcomes[-1].history.train))
+        progress.close()
+        return outcomes
+    # spawn, not fork: a forked child inherits locks of threads that it does not have, and CUDA refuses it.
+    spawn = multiprocessing.get_context("spawn")
+    epochs = spawn.Queue()
+    with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(epochs,)) as pool:
+        # The longest first, so that no core idles while another one works on the last run.
+        order = sorted(runs, key=_cost, reverse=True)
+        futures: dict[Future[Outcome], Run] = {pool.submit(_execute_in_worker, run): run for run in order}
+        pending = set(futures)
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                _drain(epochs, progress)
+                for future in done:
+                    unused = futures[future].method.recipe.epochs - len(future.result().history.train)
+                    progress.run(unused)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    progress.close()
+    by_run = {id(run): future.result() for future, run in futures.items()}
+    return [by_run[id(run)] for run in runs]
+
+
+def _cost(run: Run) -> float:
+    """Rough, for sorting only."""
+    config = run.method.config
+    factor = {"lstm": 1, "encoder": 3, "encoder-decoder": 9}[config.kind]
+    return factor * len(run.problem.series.values) * (config.context // config.patch + config.horizon)
+
+
+_epochs: Any = None  # in a worker: the queue to the main process
+
+
+def _start_worker(epochs: Any) -> None:
+    global _epochs
+    _epochs = epochs
+    torch.set_num_threads(1)
+
+
+def _execute_in_worker(run: Run) -> Outcome:
+    return run.execute(lambda: _epochs.put(1))
+
+
+def _drain(epochs: Any, progress: Progress) -> None:
+    while True:
+        try:
+            epochs.get_nowait()
+        except Empty:
+            return
+        progress.epoch()
+
+
+class Progress:
+    """A bar in a terminal; in a log file, a line for every tenth of the way."""
+
+    def __init__(self, runs: int, epochs: int, width: int = 30) -> None:
+        self.runs, self.epochs, self.width = runs, epochs, width
+        self.runs_done = self.epochs_done = 0
+        self.start = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        self.tenth = 0
+
+    def epoch(self) -> None:
+        """One epoch of some run is done."""
+        self.epochs_done += 1
+        self._show()
+
+    def run(self, unused_epochs: int) -> None:
+        """A run is done, by early stopping that many epochs before its last."""
+        self.runs_done += 1
+        self.epochs_done = min(self.epochs_done + unused_epochs, self.epochs)
+        self._show()
+
+    def close(self) -> None:
+        if self.terminal:
+            print(file=sys.stderr)
+
+    def _show(self) -> None:
+        share = min(self.epochs_done / max(self.epochs, 1), 1.0)
+        seconds = time.monotonic() - self.start
+        left = f"about {seconds / share - seconds:.0f} s left" if 0.02 < share < 1 else ""
+        bar = "#" * round(share * self.width)
+        text = f"training [{bar:<{self.width}}] {self.runs_done}/{self.runs} runs  {seconds:.0f} s  {left}"
+        if self.terminal:
+            print(f"\r{text:<100}", end="", file=sys.stderr, flush=True)
+        elif int(share * 10) > self.tenth:
+            self.tenth = int(share * 10)
+            print(text.rstrip(), file=sys.stderr, flush=True)
