@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None, suites: Sequence[str] = SUITES, devi
         return 0
     spent = time.monotonic() - started if device.torch_device == "cuda" else 0.0
     deadline = device.clock() + args.minutes * 60 - RESERVE - spent if args.minutes else float("inf")
-    if device.torch_device == "cuda" and args.minutes:  # a kernel that hangs must not eat the session
+    if device.torch_device == "cuda" and args.minutes:  # a kernel that hangs must not hold the machine
         faulthandler.dump_traceback_later(args.minutes * 60 + 60, exit=True)
     bench = Bench(
         device, output(args, device), args.seconds, tuple(args.providers), note=args.note, stamp=provenance(device)

@@ -165,11 +165,15 @@ def overhead_table(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
+def milliseconds(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
 def first_call_table(rows: Sequence[Row]) -> list[list[str]]:
     """Milliseconds of a fresh process, by state of the compilation cache."""
     modes = ("empty cache", "filled cache")
     names = list(dict.fromkeys(row["case"] for row in rows if row["mode"] in modes))
-    found = {(row["case"], row["mode"]): f"{float(row['p50_ms']):.3g} ms" for row in rows if row["p50_ms"]}
+    found = {(row["case"], row["mode"]): milliseconds(float(row["p50_ms"])) for row in rows if row["p50_ms"]}
     return [["", *modes], *([name, *(found.get((name, mode), "") for mode in modes)] for name in names)]
 
 

@@ -122,10 +122,15 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of q, k, v and bias (default: bf16)")
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--causal", action="store_true", help="keys up to the position of the query only")
+    parser.add_argument("--q-offset", type=int, metavar="N", help="absolute position of query 0")
+    parser.add_argument("--window", type=window, metavar="LEFT,RIGHT", help="sliding window; 128, is open to the right")
+    parser.add_argument("--softcap", type=float, metavar="X", help="bound of the scores")
+    parser.add_argument("--alibi", action="store_true", help="with ALiBi slopes")
+    parser.add_argument("--sinks", action="store_true", help="with attention sinks")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="dropout probability")
     parser.add_argument("--mask", type=shape, metavar="B,H,LQ,LK", help="shape of a boolean mask")
     parser.add_argument("--bias", type=shape, metavar="B,H,LQ,LK", help="shape of an additive bias")
-    parser.add_argument("--grad", action="store_true", help="q, k, v and bias require gradients")
+    parser.add_argument("--grad", action="store_true", help="every tensor but the mask requires gradients")
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -134,6 +139,14 @@ def shape(text: str) -> tuple[int, ...]:
     if len(sizes) != 4 or not all(size.strip().isdecimal() for size in sizes):
         raise argparse.ArgumentTypeError(f"expected four sizes such as 2,8,1024,64, got {text!r}")
     return tuple(int(size) for size in sizes)
+
+
+def window(text: str) -> tuple[int | None, int | None]:
+    """Parse ``128,0``; a side left empty is open."""
+    left, comma, right = text.partition(",")
+    if not comma or not all(size.isdecimal() or not size for size in (left, right)):
+        raise argparse.ArgumentTypeError(f"expected two sizes such as 128,0 or 128, with an open side, got {text!r}")
+    return int(left) if left else None, int(right) if right else None
 
 
 def device(text: str) -> torch.device:
@@ -159,6 +172,11 @@ def run_explain(args: argparse.Namespace) -> int:
         empty(key_shape),
         empty(args.v or key_shape),
         causal=args.causal,
+        q_offset=args.q_offset,
+        window=args.window,
+        softcap=args.softcap,
+        alibi_slopes=empty(args.q[1:2]) if args.alibi else None,
+        sinks=empty(args.q[1:2]) if args.sinks else None,
         dropout_p=args.dropout,
         mask=torch.empty(args.mask, dtype=torch.bool, device=args.device) if args.mask else None,
         bias=empty(args.bias) if args.bias else None,

@@ -47,19 +47,16 @@ def _cuda_reasons(spec: AttentionSpec) -> list[str]:
     return ["this version has no CUDA C++ kernels yet"]
 
 
-@torch.compiler.assume_constant_result  # tracing knows no such switch
-def _flash_enabled() -> bool:
-    """PyTorch's switch for its flash kernels, the one for CPU included."""
-    return torch.backends.cuda.flash_sdp_enabled()
-
-
 def _torch_reasons(spec: AttentionSpec) -> list[str]:
     """What keeps PyTorch's fused kernel from computing exactly this spec without an Lq x Lk buffer."""
     reasons = []
     q, k, _, mask, bias, slopes, sinks, offsets, left, right, q_offset, scale, softcap, dropout_p, return_lse = spec
-    for name, argument in (("alibi_slopes", slopes), ("sinks", sinks), ("softcap", softcap)):
-        if argument is not None:
-            reasons.append(f"it has no {name}")
+    if slopes is not None:
+        reasons.append("it has no alibi_slopes")
+    if sinks is not None:
+        reasons.append("it has no sinks")
+    if softcap is not None:
+        reasons.append("it has no softcap")
     if dropout_p:
         reasons.append("its dropout is not a function of (seed, b, h, i, j)")
     if return_lse:
@@ -79,7 +76,8 @@ def _torch_reasons(spec: AttentionSpec) -> list[str]:
             joint = torch.broadcast_shapes(mask.shape, bias.shape).numel()
             if joint > max(mask.numel(), bias.numel(), _JOINT_ELEMENTS):
                 reasons.append("mask and bias together would need a large buffer")
-        if right is not None and not _flash_enabled():
+        # PyTorch's switch for flash kernels holds for the CPU one too. Tracing cannot read it.
+        if right is not None and not (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()):
             reasons.append("its flash kernel is switched off, and the other refuses a mask or bias with causal")
         if spec.needs_dbias:
             reasons.append("it has no fused gradient for the bias")

@@ -183,15 +183,15 @@ _NAMES = ("query", "key", "value", "attn_mask", "attn_mask", "is_causal")
 
 def _is_4d(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether nothing needs to be broadcast, inserted or merged before (length, head_dim)."""
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+    try:
+        q_batch, q_heads, _, _ = query.shape
+        k_batch, k_heads, _, _ = key.shape
+        v_batch, v_heads, _, _ = value.shape
+    except ValueError:
         return False
-    if query.is_nested or key.is_nested or value.is_nested:
-        return True  # has no shape; `make_spec` says so
-    leading = 1 if enable_gqa else 2
-    return (
-        query.ndim == key.ndim == value.ndim == 4
-        and query.shape[:leading] == key.shape[:leading] == value.shape[:leading]
-    )
+    except (AttributeError, RuntimeError):  # no tensor, or nested without a shape: validation follows
+        return all(isinstance(t, Tensor) for t in (query, key, value))
+    return q_batch == k_batch == v_batch and (enable_gqa or q_heads == k_heads == v_heads)
 
 
 def _to_4d(

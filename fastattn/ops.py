@@ -103,6 +103,17 @@ def _backward_fake(
     return _backward_buffers(q, k, v, args[1:4], args[-1])
 
 
+def _not_twice(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients, on a graph that raises when something is differentiated through them.
+
+    `once_differentiable` returns them off the graph where ``dout`` needs no gradient: a gradient penalty would then
+    silently take them for constants.
+    """
+    message = b"fastattn: attention cannot be differentiated twice; reference.attention can"
+    error = torch._C._functions.DelayedError(message, len(gradients))  # pyright: ignore[reportAttributeAccessIssue]  (not in its stubs)
+    return error(*(g.detach().requires_grad_() for g in gradients))
+
+
 class _Attention(torch.autograd.Function):
     """The derivative of the forward operator, outputs (out, lse)."""
 
@@ -116,15 +127,20 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (PyTorch's has *grad_outputs)
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, *operands, out, lse = ctx.saved_tensors
         if dout is None and dlse is None:
             return (None,) * len(ctx.needs_input_grad)
         if dout is None:
             dout = torch.zeros_like(out)
         wanted = list(ctx.needs_input_grad[4:7])  # bias, alibi_slopes, sinks
-        dq, dk, dv, *others = _BACKWARD(dout, dlse, q, k, v, out, lse, *operands, *ctx.options, wanted)
+        with torch.no_grad():
+            gradients = _BACKWARD(dout, dlse, q, k, v, out, lse, *operands, *ctx.options, wanted)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _not_twice(gradients)
+        dq, dk, dv, *others = gradients
         others = [gradient if want else None for gradient, want in zip(others, wanted, strict=True)]
         return dq, dk, dv, None, *others, *(None,) * (len(ctx.needs_input_grad) - 7)
 

@@ -96,7 +96,9 @@ class Terms(NamedTuple):
 
     def cut(self, rows: tuple[int, int], keys: tuple[int, int]) -> "Terms":
         """The same for query rows ``rows[0] .. rows[1]`` and keys ``keys[0] .. keys[1]``."""
-        return self._replace(mask=_cut(self.mask, rows, keys), bias=_cut(self.bias, rows, keys))
+        mask = None if self.mask is None else _cut(self.mask, rows, keys)
+        bias = None if self.bias is None else _cut(self.bias, rows, keys)
+        return self._replace(mask=mask, bias=bias)
 
     def visible_keys(self, rows: tuple[int, int], kv_len: int) -> tuple[int, int]:
         """The keys that some of these rows sees, as far as one offset for the whole batch tells."""
@@ -109,10 +111,10 @@ class Terms(NamedTuple):
         return start, end
 
 
-def _cut(operand: Tensor | None, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor | None:
-    if operand is not None and operand.shape[2] != 1:
+def _cut(operand: Tensor, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+    if operand.shape[2] != 1:
         operand = operand[:, :, rows[0] : rows[1]]
-    if operand is not None and operand.shape[3] != 1:
+    if operand.shape[3] != 1:
         operand = operand[..., keys[0] : keys[1]]
     return operand
 
@@ -257,15 +259,16 @@ def attention_backward(
         dp = _grouped_matmul(dout_, v_[:, :, own].transpose(-1, -2))
         dropped = p
         if dropout_p > 0.0 and seed is not None:
-            keep = dropout_keep(seed, dropout_p, batch, q_heads, rows, keys) * _keep_scale(dropout_p)
+            keep = dropout_keep(seed, dropout_p, batch, q_heads, rows, keys).to(dtype) * _keep_scale(dropout_p)
             dropped, dp = p * keep, dp * keep
         delta = (dout_ * out[:, :, block].to(dtype)).sum(-1, keepdim=True)
         if dlse is not None:
             delta = delta - dlse[:, :, block, None].to(dtype)
         ds = dp.sub_(delta).mul_(p)
         if "dbias" in sums:
-            target = _cut(sums["dbias"], rows, keys)
-            target += ds.sum_to_size(target.shape)
+            share = _cut(sums["dbias"], rows, keys)
+            assert share is not None
+            share.add_(ds.sum_to_size(share.shape))
         if "dslopes" in sums:
             sums["dslopes"] -= (ds * distance.abs()).sum((2, 3)).sum_to_size(sums["dslopes"].shape)
         if sinks is not None and "dsinks" in sums:  # a score whose value vector is 0

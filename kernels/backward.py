@@ -370,8 +370,8 @@ def attention_backward(
                 *sizes, *flags, cfg.block_m, cfg.block_n, **cfg.options(),
             )  # fmt: skip
         cfg = configure("dq")
-        tiles = triton.cdiv(q_len, cfg.block_m)
-        dslope_tiles = None if dslopes is None else lse.new_empty((batch, q_heads, tiles))
+        tiles = int(triton.cdiv(q_len, cfg.block_m))
+        dslope_tiles = None if dslopes is None else lse.new_empty((batch, q_heads, int(tiles)))
         if programs := tiles * batch * q_heads:
             dq_kernel[(programs,)](
                 *inputs, dq, dslope_tiles, *score_operands,

@@ -64,6 +64,14 @@ def test_explain_defaults_to_self_attention_in_bfloat16(capsys):
     assert capsys.readouterr().out == f"{fastattn.explain(q, q, q)}\n"
 
 
+def test_explain_passes_every_term_on(capsys):
+    arguments = "--dtype fp32 --q-offset 3 --window 16, --softcap 30 --alibi --sinks"
+    assert main(["explain", "--q", "2,8,128,64", *arguments.split()]) == 0
+    q, slopes, sinks = torch.empty(2, 8, 128, 64), torch.empty(8), torch.empty(8)
+    expected = fastattn.explain(q, q, q, q_offset=3, window=(16, None), softcap=30.0, alibi_slopes=slopes, sinks=sinks)
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -86,6 +94,7 @@ def test_explain_refuses_what_the_function_refuses(arguments, message, capsys):
         ("--q 2,8,-1,64", "expected four sizes"),
         ("--q 2,8,128,64 --dtype int8", "invalid choice"),
         ("--q 2,8,128,64 --device gpu", "expected a device of this machine (cpu"),
+        ("--q 2,8,128,64 --window 5", "expected two sizes such as 128,0"),
         ("--q 2,8,128,64 --unknown 5", "unrecognized arguments"),
     ],
 )

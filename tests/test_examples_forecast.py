@@ -200,7 +200,7 @@ def test_evenly_spaced_times(tmp_path, dates):
 
 def test_too_short_or_constant_series():
     series = small_series(length=60)
-    with pytest.raises(data.DataError, match=r"at least \d+ values for horizon 12, context 36 and season 12, got 60"):
+    with pytest.raises(data.DataError, match=r"at least \d+ values for horizon 12, context 48 and season 12, got 60"):
         real_problem(series, horizon=12)
     with pytest.raises(data.DataError, match="expected values that vary"):
         real_problem(replace(small_series(), values=np.ones(240)), horizon=5)

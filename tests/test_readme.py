@@ -12,7 +12,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", README.read
 
 
 @pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=[code.strip().splitlines()[-1][:50] for code, _ in BLOCKS])
-def test_block(code, printed):
+def test_block(code, printed, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as a reader's environment is
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         exec(compile(code, str(README), "exec"), {})

@@ -61,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     own.add_argument("--horizon", type=_positive, metavar="H", help="how many rows to forecast")
     own.add_argument("--time-column", metavar="NAME", help="dates or numbers; checks that the rows are evenly spaced")
     own.add_argument("--season", type=_positive, metavar="S", help="rows per season (default: found in the data)")
-    own.add_argument("--context", type=_positive, metavar="C", help="rows to look back (default: three seasons)")
+    own.add_argument("--context", type=_positive, metavar="C", help="rows to look back (default: four seasons)")
     own.add_argument("--fill-gaps", action="store_true", help="fill an empty cell with the last value before it")
     parser.add_argument("--quick", action="store_true", help="one seed, 3 epochs: to see it work, not for results")
     parser.add_argument("--seeds", type=_positive, metavar="N", help="training runs per model (default: 3)")

@@ -40,9 +40,9 @@ class Parity:
 def compare(problem: Problem, kind: str, device: str, epochs: int = 5, seed: int = 42) -> Parity:
     """Train the problem's model of that kind with both namespaces.
 
-    Without dropout, because the two draw different random numbers for it; everything else as in the real runs.
+    Without dropout, for which the two would draw different random numbers; everything else as in the real runs.
     """
-    method = next(m for m in problem.methods if m.config.kind == kind and m.config.dropout > 0)
+    method = next(method for method in problem.methods if method.name == kind)
     method = replace(
         method,
         config=replace(method.config, dropout=0.0),

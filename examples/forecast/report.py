@@ -98,7 +98,7 @@ def sine_findings(results: dict[str, Result]) -> list[str]:
         f"What made the difference: MSE on the fresh series above the noise floor, {floor:.4f}, which nothing can beat",
         step("LSTM, the tutorial's", "LSTM, standardised", "the scale of the data, nothing else"),
         step("LSTM, standardised", "encoder, the LSTM's recipe", "attention, nothing else"),
-        step("encoder, the LSTM's recipe", "encoder", "half as wide, dropout, weight decay, schedule, early stopping"),
+        step("encoder, the LSTM's recipe", "encoder", "half as wide, weight decay, schedule, early stopping"),
         step("encoder", "encoder, context 63", "it sees one period of the sine"),
         "Where attention does not win, if the change is negative:",
         step("encoder", "LSTM, standardised", "the same data and context"),
