@@ -5,6 +5,7 @@
 the Autograd key of the forward operator, below it the operators are opaque to torch.compile.
 """
 
+import contextlib
 import importlib
 from types import ModuleType
 from typing import Any
@@ -70,13 +71,21 @@ def _backward_buffers(
     return dq, dk, dv, *others
 
 
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The spec has cast what autocast casts: what a backend computes in float32 must stay there."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # which raises for meta
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *operands, left, right, q_offset, scale, softcap, dropout_p, backend = args
     out, lse = _forward_buffers(q, v)
-    _implementation(backend, "forward").attention_forward(
-        out, lse, q, k, v, *operands,
-        left=left, right=right, q_offset=q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p,
-    )  # fmt: skip
+    with _without_autocast(q.device):
+        _implementation(backend, "forward").attention_forward(
+            out, lse, q, k, v, *operands,
+            left=left, right=right, q_offset=q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p,
+        )  # fmt: skip
     return out, lse
 
 
@@ -86,10 +95,11 @@ def _backward(
     *operands, left, right, q_offset, scale, softcap, dropout_p, backend, wanted = args
     gradients = _backward_buffers(q, k, v, tuple(operands[1:4]), wanted)
     fill = [*gradients[:3], *(g if want else None for g, want in zip(gradients[3:], wanted, strict=True))]
-    _implementation(backend, "backward").attention_backward(
-        *fill, dout, dlse, q, k, v, out, lse, *operands,
-        left=left, right=right, q_offset=q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p,
-    )  # fmt: skip
+    with _without_autocast(q.device):
+        _implementation(backend, "backward").attention_backward(
+            *fill, dout, dlse, q, k, v, out, lse, *operands,
+            left=left, right=right, q_offset=q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p,
+        )  # fmt: skip
     return gradients
 
 
@@ -167,7 +177,8 @@ def draw_seed(device: torch.device) -> Tensor:
 def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]:
     """Run ``spec`` on a backend that can serve it; lse is None from the torch backend."""
     if backend == "torch":
-        return _torch_attention(spec), None
+        with _without_autocast(spec.q.device):
+            return _torch_attention(spec), None
     seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
     return _FORWARD(
         spec.q, spec.k, spec.v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, spec.q_offset_tensor, seed,

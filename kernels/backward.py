@@ -24,33 +24,35 @@ from .primitives import (
     query_offset,
     query_range,
     store_tile,
+    stride,
     tile_position,
     visible_keys,
+    wide_stride,
 )
 
 RUNTIME = (
     "q_strides", "k_strides", "v_strides", "dout_strides", "dq_strides", "dk_strides", "dv_strides",
-    "mask_strides", "bias_strides", "out_strides", "dbias_shape",
-    "batches", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right",
+    "mask_strides", "bias_strides", "out_strides",
+    "dbias_h", "dbias_m", "dbias_n", "batches", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def delta_kernel(
     out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_strides, dout_strides, q_heads, q_len,
-    STRIDE_UNIT: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    UNIT: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dlse, so that a gradient through lse costs nothing further."""
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     tiles = tl.cdiv(q_len, BLOCK_M)
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = batch_head // q_heads, batch_head % q_heads
-    out_ptr += batch * (out_strides[0] * STRIDE_UNIT) + head * (out_strides[1] * STRIDE_UNIT)
-    dout_ptr += batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT)
+    out_ptr += batch * stride(out_strides[0], UNIT) + head * stride(out_strides[1], UNIT)
+    dout_ptr += batch * stride(dout_strides[0], UNIT) + head * stride(dout_strides[1], UNIT)
     row = tl.program_id(0) % tiles * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
-    out = load_tile(out_ptr, row, out_strides[2] * STRIDE_UNIT, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-    dout = load_tile(dout_ptr, row, dout_strides[2] * STRIDE_UNIT, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+    out = load_tile(out_ptr, row, stride(out_strides[2], UNIT), q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+    dout = load_tile(dout_ptr, row, stride(dout_strides[2], UNIT), q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + batch_head * q_len + rows, mask=rows < q_len, other=0.0)
@@ -84,7 +86,7 @@ def dkdv_kernel(
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, mask_strides, bias_strides,
     q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
     MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key head, against the queries of every head that shares it."""
@@ -96,14 +98,14 @@ def dkdv_kernel(
     col = tl.program_id(0) % tiles * BLOCK_N
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     batch, kv_head = batch_head // (q_heads // group), batch_head % (q_heads // group)
-    k_ptr += batch * (k_strides[0] * STRIDE_UNIT) + kv_head * (k_strides[1] * STRIDE_UNIT)
-    v_ptr += batch * (v_strides[0] * STRIDE_UNIT) + kv_head * (v_strides[1] * STRIDE_UNIT)
-    dk_ptr += batch * (dk_strides[0] * STRIDE_UNIT) + kv_head * (dk_strides[1] * STRIDE_UNIT)
-    dv_ptr += batch * (dv_strides[0] * STRIDE_UNIT) + kv_head * (dv_strides[1] * STRIDE_UNIT)
+    k_ptr += batch * stride(k_strides[0], UNIT) + kv_head * stride(k_strides[1], UNIT)
+    v_ptr += batch * stride(v_strides[0], UNIT) + kv_head * stride(v_strides[1], UNIT)
+    dk_ptr += batch * stride(dk_strides[0], UNIT) + kv_head * stride(dk_strides[1], UNIT)
+    dv_ptr += batch * stride(dv_strides[0], UNIT) + kv_head * stride(dv_strides[1], UNIT)
 
     cols = (col + tl.arange(0, BLOCK_N))[:, None]
-    k = load_tile(k_ptr, col, k_strides[2] * STRIDE_UNIT, kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
-    v = load_tile(v_ptr, col, v_strides[2] * STRIDE_UNIT, kv_len, True, V_DIM, BLOCK_N, BLOCK_DV)
+    k = load_tile(k_ptr, col, stride(k_strides[2], UNIT), kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
+    v = load_tile(v_ptr, col, stride(v_strides[2], UNIT), kv_len, True, V_DIM, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     offset = query_offset(q_offset, q_offset_ptr, batch)
@@ -112,13 +114,13 @@ def dkdv_kernel(
     )
     for head in tl.range(kv_head * group, (kv_head + 1) * group):
         statistics = (batch * q_heads + head) * q_len
-        q_head = q_ptr + batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT)
-        dout_head = dout_ptr + batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT)
+        q_head = q_ptr + batch * stride(q_strides[0], UNIT) + head * stride(q_strides[1], UNIT)
+        dout_head = dout_ptr + batch * stride(dout_strides[0], UNIT) + head * stride(dout_strides[1], UNIT)
         mask_head, bias_head, slope = mask_ptr, bias_ptr, slopes_ptr
         if mask_ptr is not None:
-            mask_head += batch * mask_strides[0] + head * mask_strides[1]
+            mask_head += batch * wide_stride(mask_strides[0]) + head * wide_stride(mask_strides[1])
         if bias_ptr is not None:
-            bias_head += batch * bias_strides[0] + head * bias_strides[1]
+            bias_head += batch * wide_stride(bias_strides[0]) + head * wide_stride(bias_strides[1])
         if slopes_ptr is not None:
             slope = tl.load(slopes_ptr + batch * q_heads + head)
         exponent = exponent_scale(scale * LOG2E, softcap, slope, bias_head)
@@ -130,14 +132,14 @@ def dkdv_kernel(
                 if DROPOUT:
                     k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
                 lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_len)
-                q = load_tile(q_head, row, q_strides[2] * STRIDE_UNIT, q_len, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
+                q = load_tile(q_head, row, stride(q_strides[2], UNIT), q_len, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
                 s, cap_gradient = finish_scores(
                     dot(k, tl.trans(q), None, PRECISION), rows[None, :], cols, q_len, kv_len, offset, left, right,
                     scale * LOG2E, softcap, slope, mask_head, mask_strides, bias_head, bias_strides,
                     EDGE == 1, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
                 )  # fmt: skip
                 dout = load_tile(
-                    dout_head, row, dout_strides[2] * STRIDE_UNIT, q_len, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV
+                    dout_head, row, stride(dout_strides[2], UNIT), q_len, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV
                 )
                 dp = dot(v, tl.trans(dout), None, PRECISION)
                 p, ds = _probability_gradients(
@@ -146,8 +148,8 @@ def dkdv_kernel(
                 )  # fmt: skip
                 dv = dot(cast(p, dout.dtype), dout, dv, PRECISION)
                 dk = dot(cast(ds * cap_gradient, q.dtype), q, dk, PRECISION)
-    store_tile(dk_ptr, dk * scale, col, dk_strides[2] * STRIDE_UNIT, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_tile(dv_ptr, dv, col, dv_strides[2] * STRIDE_UNIT, kv_len, V_DIM, BLOCK_N, BLOCK_DV)
+    store_tile(dk_ptr, dk * scale, col, stride(dk_strides[2], UNIT), kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_tile(dv_ptr, dv, col, stride(dv_strides[2], UNIT), kv_len, V_DIM, BLOCK_N, BLOCK_DV)
 
 
 @triton.jit
@@ -182,7 +184,7 @@ def dq_kernel(
     q_strides, k_strides, v_strides, dout_strides, dq_strides, mask_strides, bias_strides,
     q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
     MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all the keys they see.
@@ -201,16 +203,16 @@ def dq_kernel(
     rows = row + tl.arange(0, BLOCK_M)
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = batch_head // q_heads, batch_head % q_heads
-    q_ptr += batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT)
-    k_ptr += batch * (k_strides[0] * STRIDE_UNIT) + head // group * (k_strides[1] * STRIDE_UNIT)
-    v_ptr += batch * (v_strides[0] * STRIDE_UNIT) + head // group * (v_strides[1] * STRIDE_UNIT)
-    dout_ptr += batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT)
-    dq_ptr += batch * (dq_strides[0] * STRIDE_UNIT) + head * (dq_strides[1] * STRIDE_UNIT)
+    q_ptr += batch * stride(q_strides[0], UNIT) + head * stride(q_strides[1], UNIT)
+    k_ptr += batch * stride(k_strides[0], UNIT) + head // group * stride(k_strides[1], UNIT)
+    v_ptr += batch * stride(v_strides[0], UNIT) + head // group * stride(v_strides[1], UNIT)
+    dout_ptr += batch * stride(dout_strides[0], UNIT) + head * stride(dout_strides[1], UNIT)
+    dq_ptr += batch * stride(dq_strides[0], UNIT) + head * stride(dq_strides[1], UNIT)
     slope = slopes_ptr
     if mask_ptr is not None:
-        mask_ptr += batch * mask_strides[0] + head * mask_strides[1]
+        mask_ptr += batch * wide_stride(mask_strides[0]) + head * wide_stride(mask_strides[1])
     if bias_ptr is not None:
-        bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
+        bias_ptr += batch * wide_stride(bias_strides[0]) + head * wide_stride(bias_strides[1])
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + batch_head)
 
@@ -221,8 +223,8 @@ def dq_kernel(
     start, first, resume, edges, inner_start, inners = key_range(
         row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
-    q = load_tile(q_ptr, row, q_strides[2] * STRIDE_UNIT, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
-    dout = load_tile(dout_ptr, row, dout_strides[2] * STRIDE_UNIT, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+    q = load_tile(q_ptr, row, stride(q_strides[2], UNIT), q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dout = load_tile(dout_ptr, row, stride(dout_strides[2], UNIT), q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
     lse, delta = _load_row_statistics(lse_ptr + batch_head * q_len, delta_ptr + batch_head * q_len, rows, q_len)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
@@ -230,7 +232,7 @@ def dq_kernel(
         for number in tl.range(0, edges if EDGE else inners):
             col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
             ds, cap_gradient, k = _tile_ds(
-                q, dout, lse, delta, rows, col, k_ptr, v_ptr, k_strides[2] * STRIDE_UNIT, v_strides[2] * STRIDE_UNIT,
+                q, dout, lse, delta, rows, col, k_ptr, v_ptr, stride(k_strides[2], UNIT), stride(v_strides[2], UNIT),
                 k0, k1, mask_ptr, bias_ptr, mask_strides, bias_strides, slope, q_len, kv_len, offset, left, right,
                 scale, softcap, dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
                 EDGE == 1, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
@@ -239,7 +241,7 @@ def dq_kernel(
                 distance = tl.abs(rows[:, None] + offset - (col + tl.arange(0, BLOCK_N))[None, :])
                 dslope -= tl.sum(ds * distance.to(tl.float32), 1)
             dq = dot(cast(ds * cap_gradient, k.dtype), k, dq, PRECISION)
-    store_tile(dq_ptr, dq * scale, row, dq_strides[2] * STRIDE_UNIT, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+    store_tile(dq_ptr, dq * scale, row, stride(dq_strides[2], UNIT), q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
     if dslopes_ptr is not None:
         tl.store(dslopes_ptr + batch_head * tiles + tile, tl.sum(dslope, 0))
 
@@ -248,10 +250,11 @@ def dq_kernel(
 def dbias_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,
     mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr,
-    q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides, dbias_shape,
-    batches, q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
+    q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides,
+    dbias_h, dbias_m, dbias_n, batches,
+    q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
     MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SUM_BATCH: tl.constexpr, SUM_HEAD: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -259,25 +262,25 @@ def dbias_kernel(
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     DROPOUT: tl.constexpr = seed_ptr is not None
-    col_tiles = tl.cdiv(dbias_shape[3], BLOCK_N)
-    row_tiles = tl.cdiv(dbias_shape[2], BLOCK_M)
+    col_tiles = tl.cdiv(dbias_n, BLOCK_N)
+    row_tiles = tl.cdiv(dbias_m, BLOCK_M)
     own_col = tl.program_id(0) % col_tiles * BLOCK_N
     own_row = tl.program_id(0) // col_tiles % row_tiles * BLOCK_M
-    own_head = tl.program_id(0) // (col_tiles * row_tiles) % dbias_shape[1]
-    own_batch = tl.program_id(0) // (col_tiles * row_tiles) // dbias_shape[1]
+    own_head = tl.program_id(0) // (col_tiles * row_tiles) % dbias_h
+    own_batch = tl.program_id(0) // (col_tiles * row_tiles) // dbias_h
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for b in tl.range(0 if SUM_BATCH else own_batch, batches if SUM_BATCH else own_batch + 1):
         offset = query_offset(q_offset, q_offset_ptr, b)
         for h in tl.range(0 if SUM_HEAD else own_head, q_heads if SUM_HEAD else own_head + 1):
             batch, head = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-            k_head = k_ptr + batch * (k_strides[0] * STRIDE_UNIT) + head // group * (k_strides[1] * STRIDE_UNIT)
-            v_head = v_ptr + batch * (v_strides[0] * STRIDE_UNIT) + head // group * (v_strides[1] * STRIDE_UNIT)
-            q_head = q_ptr + batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT)
-            dout_head = dout_ptr + batch * (dout_strides[0] * STRIDE_UNIT) + head * (dout_strides[1] * STRIDE_UNIT)
-            bias_head = bias_ptr + batch * bias_strides[0] + head * bias_strides[1]
+            k_head = k_ptr + batch * stride(k_strides[0], UNIT) + head // group * stride(k_strides[1], UNIT)
+            v_head = v_ptr + batch * stride(v_strides[0], UNIT) + head // group * stride(v_strides[1], UNIT)
+            q_head = q_ptr + batch * stride(q_strides[0], UNIT) + head * stride(q_strides[1], UNIT)
+            dout_head = dout_ptr + batch * stride(dout_strides[0], UNIT) + head * stride(dout_strides[1], UNIT)
+            bias_head = bias_ptr + batch * wide_stride(bias_strides[0]) + head * wide_stride(bias_strides[1])
             mask_head, slope = mask_ptr, slopes_ptr
             if mask_ptr is not None:
-                mask_head += batch * mask_strides[0] + head * mask_strides[1]
+                mask_head += batch * wide_stride(mask_strides[0]) + head * wide_stride(mask_strides[1])
             if slopes_ptr is not None:
                 slope = tl.load(slopes_ptr + batch * q_heads + head)
             statistics = (batch * q_heads + head) * q_len
@@ -286,8 +289,8 @@ def dbias_kernel(
                 k0, k1 = rows, rows
                 if DROPOUT:
                     k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
-                q = load_tile(q_head, row, q_strides[2] * STRIDE_UNIT, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
-                dout = load_tile(dout_head, row, dout_strides[2] * STRIDE_UNIT, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+                q = load_tile(q_head, row, stride(q_strides[2], UNIT), q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
+                dout = load_tile(dout_head, row, stride(dout_strides[2], UNIT), q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
                 lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_len)
                 first, last = visible_keys(row, offset, left, right, kv_len, BLOCK_M)
                 if SUM_COLS:
@@ -298,7 +301,7 @@ def dbias_kernel(
                 for col in tl.range(first, last, BLOCK_N):
                     ds, _, _ = _tile_ds(
                         q, dout, lse, delta, rows, col, k_head, v_head,
-                        k_strides[2] * STRIDE_UNIT, v_strides[2] * STRIDE_UNIT, k0, k1, mask_head, bias_head,
+                        stride(k_strides[2], UNIT), stride(v_strides[2], UNIT), k0, k1, mask_head, bias_head,
                         mask_strides, bias_strides, slope, q_len, kv_len, offset, left, right,
                         scale, softcap, dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
                         True, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
@@ -310,9 +313,9 @@ def dbias_kernel(
         dbias = tl.broadcast_to(tl.sum(dbias, 1)[:, None], [BLOCK_M, BLOCK_N])
     rows = own_row + tl.arange(0, BLOCK_M)[:, None]
     cols = own_col + tl.arange(0, BLOCK_N)[None, :]
-    line = (own_batch.to(tl.int64) * dbias_shape[1] + own_head) * dbias_shape[2] + rows
-    inside = (rows < dbias_shape[2]) & (cols < dbias_shape[3])
-    tl.store(dbias_ptr + line * dbias_shape[3] + cols, cast(dbias, dbias_ptr.dtype.element_ty), mask=inside)
+    line = (own_batch.to(tl.int64) * dbias_h + own_head) * dbias_m + rows
+    inside = (rows < dbias_m) & (cols < dbias_n)
+    tl.store(dbias_ptr + line * dbias_n + cols, cast(dbias, dbias_ptr.dtype.element_ty), mask=inside)
 
 
 def attention_backward(
@@ -384,8 +387,9 @@ def attention_backward(
         b, h, m, n = (0, 0, 0, 0) if dbias is None else dbias.shape
         if programs := triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n) * b * h:
             dbias_kernel[(programs,)](
-                *inputs, dbias, *score_operands, q_st, k_st, v_st, dout_st, *score_strides, (b, h, m, n),
-                batch, *sizes, *flags, cfg.block_m, cfg.block_n, b == 1, h == 1, m == 1, n == 1, **cfg.options(),
+                *inputs, dbias, *score_operands, q_st, k_st, v_st, dout_st, *score_strides,
+                h, m, n, batch, *sizes, *flags, cfg.block_m, cfg.block_n, b == 1, h == 1, m == 1, n == 1,
+                **cfg.options(),
             )  # fmt: skip
     if dslopes is not None and dslope_tiles is not None:
         dslopes.copy_(dslope_tiles.sum(-1).sum_to_size(dslopes.shape))

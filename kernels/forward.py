@@ -19,7 +19,9 @@ from .primitives import (
     online_softmax,
     query_offset,
     store_tile,
+    stride,
     tile_position,
+    wide_stride,
 )
 
 RUNTIME = (
@@ -34,7 +36,7 @@ def forward_kernel(
     q_strides, k_strides, v_strides, out_strides, mask_strides, bias_strides,
     q_heads, group, q_len, kv_len, q_offset, left, right, qk_scale, softcap, dropout_p, keep_scale,
     MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
-    STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all the keys they see."""
@@ -47,14 +49,14 @@ def forward_kernel(
         tile = tiles - 1 - tile  # the longest rows first, so that no program is left running alone
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = batch_head // q_heads, batch_head % q_heads
-    q_ptr += batch * (q_strides[0] * STRIDE_UNIT) + head * (q_strides[1] * STRIDE_UNIT)
-    k_ptr += batch * (k_strides[0] * STRIDE_UNIT) + head // group * (k_strides[1] * STRIDE_UNIT)
-    v_ptr += batch * (v_strides[0] * STRIDE_UNIT) + head // group * (v_strides[1] * STRIDE_UNIT)
-    out_ptr += batch * (out_strides[0] * STRIDE_UNIT) + head * (out_strides[1] * STRIDE_UNIT)
+    q_ptr += batch * stride(q_strides[0], UNIT) + head * stride(q_strides[1], UNIT)
+    k_ptr += batch * stride(k_strides[0], UNIT) + head // group * stride(k_strides[1], UNIT)
+    v_ptr += batch * stride(v_strides[0], UNIT) + head // group * stride(v_strides[1], UNIT)
+    out_ptr += batch * stride(out_strides[0], UNIT) + head * stride(out_strides[1], UNIT)
     if mask_ptr is not None:
-        mask_ptr += batch * mask_strides[0] + head * mask_strides[1]
+        mask_ptr += batch * wide_stride(mask_strides[0]) + head * wide_stride(mask_strides[1])
     if bias_ptr is not None:
-        bias_ptr += batch * bias_strides[0] + head * bias_strides[1]
+        bias_ptr += batch * wide_stride(bias_strides[0]) + head * wide_stride(bias_strides[1])
     slope = slopes_ptr
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + batch_head)
@@ -69,7 +71,7 @@ def forward_kernel(
         row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
     scale = exponent_scale(qk_scale, softcap, slope, bias_ptr)
-    q = load_tile(q_ptr, row, q_strides[2] * STRIDE_UNIT, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
+    q = load_tile(q_ptr, row, stride(q_strides[2], UNIT), q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -77,7 +79,7 @@ def forward_kernel(
         for number in tl.range(0, edges if EDGE else inners):
             col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
             cols = (col + tl.arange(0, BLOCK_N))[None, :]
-            k = load_tile(k_ptr, col, k_strides[2] * STRIDE_UNIT, kv_len, EDGE == 1, HEAD_DIM, BLOCK_N, BLOCK_D)
+            k = load_tile(k_ptr, col, stride(k_strides[2], UNIT), kv_len, EDGE == 1, HEAD_DIM, BLOCK_N, BLOCK_D)
             s, _ = finish_scores(
                 dot(q, tl.trans(k), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right,
                 qk_scale, softcap, slope, mask_ptr, mask_strides, bias_ptr, bias_strides,
@@ -86,7 +88,7 @@ def forward_kernel(
             p, acc, row_max, row_sum = online_softmax(s, scale, acc, row_max, row_sum, EDGE == 1 or READS_SCORES)
             if seed_ptr is not None:
                 p = tl.where(dropout_keep(k0[:, None], k1[:, None], cols, dropout_p), p, 0.0)
-            v = load_tile(v_ptr, col, v_strides[2] * STRIDE_UNIT, kv_len, EDGE == 1, V_DIM, BLOCK_N, BLOCK_DV)
+            v = load_tile(v_ptr, col, stride(v_strides[2], UNIT), kv_len, EDGE == 1, V_DIM, BLOCK_N, BLOCK_DV)
             acc = dot(cast(p, v.dtype), v, acc, PRECISION)
 
     if sinks_ptr is not None:  # one more score, whose value vector is 0
@@ -100,7 +102,7 @@ def forward_kernel(
     row_sum = tl.where(empty, 1.0, row_sum)
     acc = acc * (keep_scale / row_sum)[:, None]
     lse = tl.where(empty, float("-inf"), row_max * LN2 + tl.log(row_sum))
-    store_tile(out_ptr, acc, row, out_strides[2] * STRIDE_UNIT, q_len, V_DIM, BLOCK_M, BLOCK_DV)
+    store_tile(out_ptr, acc, row, stride(out_strides[2], UNIT), q_len, V_DIM, BLOCK_M, BLOCK_DV)
     tl.store(lse_ptr + batch_head * q_len + rows, lse, mask=rows < q_len)
 
 

@@ -50,13 +50,17 @@ def stride_unit(*tensors: Tensor) -> int:
 
 
 def strides(tensor: Tensor, unit: int) -> tuple[int, int, int]:
-    """Batch, head and row strides in units."""
-    b, h, m, _ = tensor.stride()
-    return b // unit, h // unit, m // unit
+    """Batch, head and row strides in units, times 16.
+
+    Triton compiles anew where an integer in a tuple becomes, or ceases to be, 1 or a multiple of 16, whatever
+    `do_not_specialize` says. Sixteen times a stride is always a multiple and never 1.
+    """
+    b, h, m, _ = (16 * (s // unit) for s in tensor.stride())
+    return b, h, m
 
 
 class ScoreOperand(NamedTuple):
-    """A mask or bias as kernels take it: pointer, element strides with 0 where it broadcasts, and two flags."""
+    """A mask or bias as kernels take it: pointer, strides (0 where it broadcasts) in their coded form, two flags."""
 
     tensor: Tensor | None
     strides: tuple[int, int, int, int]
@@ -65,14 +69,18 @@ class ScoreOperand(NamedTuple):
 
 
 def score_operand(tensor: Tensor | None, shape: tuple[int, int, int, int]) -> ScoreOperand:
-    """Broadcast ``tensor`` (4-D) to ``shape`` without a copy. bool is read as bytes."""
+    """Broadcast ``tensor`` (4-D) to ``shape`` without a copy. bool is read as bytes.
+
+    The strides of an Lq x Lk matrix outgrow 32 bits at ordinary lengths, and with its width an integer's type changes
+    and kernels compile anew. So all are passed above 2^32, on top of what `strides` says.
+    """
     if tensor is None:
         return ScoreOperand(None, (0, 0, 0, 0), False, True)
     by_row = tensor.shape[2] != 1
     unit_cols = tensor.shape[3] != 1 and tensor.stride(3) == 1
     if tensor.dtype == torch.bool:
         tensor = tensor.view(torch.uint8)
-    b, h, m, n = tensor.expand(shape).stride()
+    b, h, m, n = (16 * (s + (1 << 40)) for s in tensor.expand(shape).stride())
     return ScoreOperand(tensor, (b, h, m, n), by_row, unit_cols)
 
 

@@ -36,14 +36,26 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def stride(passed, UNIT: tl.constexpr):
+    """A stride in elements from what `launch.strides` passes, see there."""
+    return passed // 16 * UNIT
+
+
+@triton.jit
+def wide_stride(passed):
+    """A stride of a mask or bias from what `launch.score_operand` passes, see there."""
+    return passed // 16 - (1 << 40)
+
+
+@triton.jit
 def load_tile(
-    ptr, row, stride, n_rows, CHECK_ROWS: tl.constexpr, N_COLS: tl.constexpr,
+    ptr, row, row_stride, n_rows, CHECK_ROWS: tl.constexpr, N_COLS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Rows ``row .. row + BLOCK_R`` of a matrix with ``N_COLS`` columns, zero outside it. Offsets are 64-bit."""
     rows = tl.arange(0, BLOCK_R)[:, None]
     cols = tl.arange(0, BLOCK_C)[None, :]
-    ptrs = ptr + tl.cast(row, tl.int64) * stride + (rows.to(tl.int64) * stride + cols)
+    ptrs = ptr + tl.cast(row, tl.int64) * row_stride + (rows.to(tl.int64) * row_stride + cols)
     if CHECK_ROWS and N_COLS != BLOCK_C:
         return tl.load(ptrs, mask=(row + rows < n_rows) & (cols < N_COLS), other=0.0)
     elif CHECK_ROWS:
@@ -56,12 +68,12 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    ptr, tile, row, stride, n_rows, N_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    ptr, tile, row, row_stride, n_rows, N_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """Store the part of ``tile`` that lies inside the matrix, in the pointer's dtype."""
     rows = tl.arange(0, BLOCK_R)[:, None]
     cols = tl.arange(0, BLOCK_C)[None, :]
-    ptrs = ptr + tl.cast(row, tl.int64) * stride + (rows.to(tl.int64) * stride + cols)
+    ptrs = ptr + tl.cast(row, tl.int64) * row_stride + (rows.to(tl.int64) * row_stride + cols)
     tl.store(ptrs, cast(tile, ptr.dtype.element_ty), mask=(row + rows < n_rows) & (cols < N_COLS))
 
 
@@ -71,10 +83,10 @@ def load_scores_operand(
 ):  # fmt: skip
     """A tile of the mask or the bias; without ``BY_ROW`` one line of it, which broadcasts over the queries."""
     cols64 = cols.to(tl.int64)
-    ptrs = ptr + (cols64 if UNIT_COLS else cols64 * strides[3])
+    ptrs = ptr + (cols64 if UNIT_COLS else cols64 * wide_stride(strides[3]))
     inside = cols < n_cols
     if BY_ROW:
-        ptrs += rows.to(tl.int64) * strides[2]
+        ptrs += rows.to(tl.int64) * wide_stride(strides[2])
         inside = inside & (rows < n_rows)
     if CHECK:
         return tl.load(ptrs, mask=inside, other=0)

@@ -45,9 +45,10 @@ def test_definition_written_out_by_hand(heads, q_offset):
     mask, bias = make_mask("cpu", (2, 1, 5, 7)), make_bias("cpu", (heads[0], 1, 7), DOUBLE)
     offsets = (2, 2) if q_offset is None else (q_offset,) * 2 if isinstance(q_offset, int) else q_offset
 
-    expected = written_out(
-        q, k, v, lambda b, h, i, j: mask[b, 0, i, j] and j <= i + offsets[b], lambda b, h, i, j: bias[h, 0, j].item(), 0.7
-    )
+    def allowed(b, h, i, j):
+        return mask[b, 0, i, j] and j <= i + offsets[b]
+
+    expected = written_out(q, k, v, allowed, lambda b, h, i, j: bias[h, 0, j].item(), 0.7)
     if isinstance(q_offset, tuple):
         q_offset = torch.tensor(q_offset)
     actual = attention(
@@ -89,9 +90,9 @@ def test_agrees_with_pytorch_where_pytorch_defines_it(options):
     q, k, v = make_qkv("cpu", (33, 50), heads=(4, 2) if "enable_gqa" in options else (2, 2), dtype=DOUBLE)
     ours = {"scale": options.get("scale"), "causal": "is_causal" in options, "q_offset": 0}
     if "attn_mask" in options:
-        name, x = ("mask", make_mask("cpu", (33, 50))) if options["attn_mask"] == "bool" else ("bias", torch.randn(33, 50))
-        x = x if name == "mask" else x.double()
-        ours[name], options = x, {"attn_mask": x}
+        boolean = options["attn_mask"] == "bool"
+        x = make_mask("cpu", (33, 50)) if boolean else make_bias("cpu", (33, 50), DOUBLE)
+        ours["mask" if boolean else "bias"], options = x, {"attn_mask": x}
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
     assert_parity(attention(q, k, v, backend="reference", **ours), expected, expected, intermediate=64.0)
