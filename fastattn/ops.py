@@ -120,7 +120,7 @@ def _not_twice(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     silently take them for constants.
     """
     message = b"fastattn: attention cannot be differentiated twice; reference.attention can"
-    error = torch._C._functions.DelayedError(message, len(gradients))  # pyright: ignore[reportAttributeAccessIssue]  (not in its stubs)
+    error = torch._C._functions.DelayedError(message, len(gradients))  # pyright: ignore[reportAttributeAccessIssue]
     return error(*(g.detach().requires_grad_() for g in gradients))
 
 

@@ -42,19 +42,20 @@ _SIXTEEN_BIT = {
         dq={64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
         dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
     ),
-    # H100: 228 KB, wgmma. A warp group of 4 warps owns 64 rows; 128 x 128 tiles need 8 warps not to be serialised.
+    # H100: 228 KB, wgmma on warp groups of 4 warps and 64 rows. The largest tiles without a spilled register by the
+    # compiler's report; head dim 256 leaves the backward no room for wgmma's accumulators.
     "sm_90": _table(
-        forward={64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
-        dq={64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-        dbias={64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 32, 4, 1)},
+        forward={64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        dkdv={64: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (32, 32, 8, 1)},
+        dq={64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+        dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (64, 32, 4, 1)},
     ),
     # B200: accumulators live in tensor memory; Hopper's tiles are the safe start.
     "sm_100": _table(
-        forward={64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-        dkdv={64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
-        dq={64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-        dbias={64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 32, 4, 1)},
+        forward={64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        dkdv={64: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (32, 32, 8, 1)},
+        dq={64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+        dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (64, 32, 4, 1)},
     ),
     # MI300: 64 KB of LDS and 64-wide waves, so smaller tiles and no deep pipelines.
     "gfx942": _table(
@@ -75,11 +76,14 @@ _SIXTEEN_BIT = {
 _override: LaunchConfig | None = None
 
 
-def lookup(kernel: Kernel, architecture: str, head_dim: int, element_size: int) -> LaunchConfig:
+def lookup(
+    kernel: Kernel, architecture: str, head_dim: int, element_size: int, reads_matrix: bool = False
+) -> LaunchConfig:
     """The launch config for one kernel.
 
     ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
-    loop dimension, since shared memory holds half as many elements.
+    loop dimension, since shared memory holds half as many elements. ``reads_matrix``: a mask or bias with a row per
+    query is read too; its tile takes registers, so the forward kernel takes half as many keys at a time.
     """
     if _override is not None:
         return _override
@@ -87,6 +91,8 @@ def lookup(kernel: Kernel, architecture: str, head_dim: int, element_size: int) 
         return LaunchConfig(64, 1, 4, 1)
     by_dim = _SIXTEEN_BIT[architecture][kernel]
     config = by_dim[min(d for d in by_dim if d >= head_dim)]
+    if reads_matrix and kernel == "forward" and architecture != "interpreter":
+        config = dataclasses.replace(config, block_n=max(16, config.block_n // 2))
     if element_size > 2 and architecture != "interpreter":
         config = dataclasses.replace(
             config, block_m=max(16, config.block_m // 2), block_n=max(16, config.block_n // 2), num_stages=1

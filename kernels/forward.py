@@ -125,7 +125,10 @@ def attention_forward(
     shape = (batch, q_heads, q_len, kv_len)
     mask_op, bias_op = launch.score_operand(mask, shape), launch.score_operand(bias, shape)
     unit = launch.stride_unit(q, k, v, out)
-    cfg = config.lookup("forward", launch.architecture(q.device), max(head_dim, v_dim), q.element_size())
+    cfg = config.lookup(
+        "forward", launch.architecture(q.device), max(head_dim, v_dim), q.element_size(),
+        reads_matrix=mask_op.by_row or bias_op.by_row,
+    )  # fmt: skip
     programs = triton.cdiv(q_len, cfg.block_m) * batch * q_heads
     if programs == 0:
         return

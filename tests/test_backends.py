@@ -133,7 +133,7 @@ def test_a_missing_triton_is_a_reason(monkeypatch):
 
 
 def test_cuda_has_no_kernels_yet():
-    with pytest.raises(ValueError, match="backend 'cuda' cannot serve this call: .*no CUDA C\\+\\+ kernels yet"):
+    with pytest.raises(ValueError, match=r"backend 'cuda' cannot serve this call: .*no CUDA C\+\+ kernels yet"):
         attention(*make_qkv("cpu", (7, 9)), backend="cuda")
 
 
@@ -241,7 +241,9 @@ def test_every_backend_that_serves_a_call_agrees_with_the_specification(device, 
         check_attention(q, k, v, backend=backend, lse_gradient=backend != "torch", **options)
 
 
-@pytest.mark.parametrize("layouts", [(a, b, c) for a, b, c in zip(LAYOUTS, LAYOUTS[2:] + LAYOUTS, LAYOUTS[1:] + LAYOUTS)])
+@pytest.mark.parametrize(
+    "layouts", list(zip(LAYOUTS, LAYOUTS[2:] + LAYOUTS[:2], LAYOUTS[1:] + LAYOUTS[:1], strict=True))
+)
 @pytest.mark.parametrize("dims", [(16, 16), (16, 24), (24, 16)], ids=shape_id)
 def test_torch_backend_on_any_strides(layouts, dims):
     """With a mask and causal at once, which its slow path refuses: strides must never send a call there."""

@@ -15,6 +15,7 @@ from examples.forecast.evaluate import naive_error, neural_forecast, over_seeds,
 from examples.forecast.experiments import Method, prepare, real_problem, sine_problem, train_and_score
 from examples.forecast.models import ModelConfig, build, count_parameters
 from examples.forecast.parity import compare
+from examples.forecast.runner import Run, execute_all
 from examples.forecast.train import CheckpointError, Recipe, fit
 
 KINDS = ["lstm", "encoder", "encoder-decoder"]
@@ -542,20 +543,38 @@ def test_from_csv_to_figures(cli, series_csv, tmp_path, capsys):
     assert [r["scores"] for r in again] == [r["scores"] for r in series["results"]]
 
 
-def test_sine_in_two_processes(cli, tmp_path, capsys):
-    """Workers give the numbers of a run in this process, and part 1 prints what made the difference."""
-    args = cli.parse_arguments(["--epochs", "1", "--seeds", "1", "--workers", "2", "--output", str(tmp_path)])
-    args.device = "cpu"
+def test_workers_change_nothing(tmp_path):
+    """Two processes give the numbers of one, in the order asked for."""
+    problem = small_problem(epochs=1)
+    runs = [
+        Run(problem, method, seed, "cpu", tmp_path / f"{method.name}{seed}.pt", resume=False, layers="fastattn")
+        for method in problem.methods[:2]
+        for seed in (1, 2)
+    ]
+    for run, outcome in zip(runs, execute_all(runs, workers=2), strict=True):
+        here = run.execute(on_epoch=lambda: None)
+        assert here.scores == outcome.scores and here.history == outcome.history
+
+
+def test_part_one_text_and_figures(cli, tmp_path):
+    """With made-up outcomes: each method one hundredth worse than the one before."""
     problem = sine_problem(fresh_length=300)
-    methods = [replace(method, recipe=replace(method.recipe, epochs=1)) for method in problem.methods]
-    problem = replace(problem, methods=methods)
-    results = cli.train_all(args, [problem])["sine"]
+    names = [*experiments.sine_baselines(problem), *(method.name for method in problem.methods)]
+    results = []
+    for index, name in enumerate(sorted(names, key=lambda name: name != experiments.NOISE_FLOOR)):
+        scores = {test: dict.fromkeys(("mse", "mae", "mase"), 0.25 + index / 100) for test in problem.tests}
+        forecasts = np.zeros((180, 1))
+        history = train.History([0.3, 0.2], [0.4, 0.3], best_epoch=1)
+        outcomes = [experiments.Outcome(scores, forecasts, np.zeros(1), history, 1.0, 17, 0.1)] * 2
+        learned = name in {method.name for method in problem.methods}
+        results.append(
+            cli.report.Result(name, [scores] * (1 + learned), forecasts, outcomes * learned, [1, 2] * learned)
+        )
     text = cli.report.results_text(problem, results)
-    assert "What made the difference" in text and "Where attention does not win" in text
-    by_name = {result.name: result for result in results}
-    here = train_and_score(problem, methods[3], seed=42, device="cpu")
-    assert here.scores == by_name[methods[3].name].scores[0]
+    assert "above the noise floor, 0.2500" in text
+    assert "0.0700 -> 0.0800   +14%  LSTM, the tutorial's -> LSTM, standardised" in text
     assert len(cli.plots.plot_all(problem, results, tmp_path)) == 3
+    assert json.dumps(cli.report.problem_metrics(problem, results), allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class Recipe:
 
     optimizer: Literal["adam", "adamw"] = "adamw"
     learning_rate: float = 1e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 0.5  # strong: some hundred windows for 17,000 weights
     warmup_steps: int = 50  # attention is unstable in its first steps; then the rate falls along a cosine to 0
     cosine: bool = True
     epochs: int = 50

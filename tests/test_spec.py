@@ -1,0 +1,434 @@
+"""What a call is refused for, and how: the class of the exception, and a text that names the argument, what was
+expected and what came."""
+
+import numpy
+import pytest
+import torch
+
+from fastattn import attention, explain, scaled_dot_product_attention
+from fastattn.spec import make_spec
+
+
+def q(*shape, **options):
+    return torch.randn(shape or (2, 4, 7, 8), **options)
+
+
+def kv(*shape, **options):
+    return torch.randn(shape or (2, 2, 9, 8), **options)
+
+
+GOOD = {"q": q, "k": kv, "v": kv}
+
+# (arguments in place of good ones, exception, text). The first three are made anew for every case.
+TENSORS = {
+    "q is a list": ({"q": [1.0]}, TypeError, "q: expected a Tensor, got list"),
+    "k is None": ({"k": None}, TypeError, "k: expected a Tensor, got NoneType"),
+    "v is an array": ({"v": numpy.zeros((2, 2, 9, 8))}, TypeError, "v: expected a Tensor, got ndarray"),
+    "q of 3 dimensions": (
+        {"q": q(4, 7, 8)},
+        ValueError,
+        "q: expected 4 dimensions (batch, heads, length, head_dim), got shape (4, 7, 8)",
+    ),
+    "k of 5 dimensions": (
+        {"k": kv(1, 2, 2, 9, 8)},
+        ValueError,
+        "k: expected 4 dimensions (batch, heads, length, head_dim), got shape (1, 2, 2, 9, 8)",
+    ),
+    "v without dimensions": (
+        {"v": torch.tensor(1.0)},
+        ValueError,
+        "v: expected 4 dimensions (batch, heads, length, head_dim), got shape ()",
+    ),
+    "integers": (
+        {name: torch.ones(2, 2, 7, 8, dtype=torch.int64) for name in "qkv"},
+        TypeError,
+        "q.dtype: expected float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    "bool": (
+        {"q": q() > 0},
+        TypeError,
+        "q.dtype: expected float16, bfloat16, float32 or float64, got torch.bool",
+    ),
+    "complex": (
+        {"q": q(dtype=torch.complex64)},
+        TypeError,
+        "q.dtype: expected float16, bfloat16, float32 or float64, got torch.complex64",
+    ),
+    "eight bits": (
+        {"q": q().to(torch.float8_e4m3fn)},
+        TypeError,
+        "q.dtype: expected float16, bfloat16, float32 or float64, got torch.float8_e4m3fn",
+    ),
+    "k of another dtype": (
+        {"k": kv().half()},
+        TypeError,
+        "k.dtype: expected q.dtype == torch.float32, got torch.float16",
+    ),
+    "v of another dtype": (
+        {"v": kv().double()},
+        TypeError,
+        "v.dtype: expected q.dtype == torch.float32, got torch.float64",
+    ),
+    "k on another device": ({"k": kv(device="meta")}, ValueError, "k.device: expected q.device == cpu, got meta"),
+    "v on another device": ({"v": kv(device="meta")}, ValueError, "v.device: expected q.device == cpu, got meta"),
+    "batch of k": ({"k": kv(3, 2, 9, 8)}, ValueError, "k.shape[0]: expected q.shape[0] == 2, got 3"),
+    "batch of v": ({"v": kv(1, 2, 9, 8)}, ValueError, "v.shape[0]: expected q.shape[0] == 2, got 1"),
+    "head dim of k": ({"k": kv(2, 2, 9, 6)}, ValueError, "k.shape[-1]: expected q.shape[-1] == 8, got 6"),
+    "no head dim": (
+        {"q": q(2, 4, 7, 0), "k": kv(2, 2, 9, 0)},
+        ValueError,
+        "q.shape[-1]: expected at least 1, got 0",
+    ),
+    "no value dim": ({"v": kv(2, 2, 9, 0)}, ValueError, "v.shape[-1]: expected at least 1, got 0"),
+    "length of v": (
+        {"v": kv(2, 2, 8, 8)},
+        ValueError,
+        "v.shape[1:3]: expected k.shape[1:3] == (2, 9), got (2, 8)",
+    ),
+    "heads of v": ({"v": kv(2, 4, 9, 8)}, ValueError, "v.shape[1:3]: expected k.shape[1:3] == (2, 9), got (4, 9)"),
+    "heads do not divide": (
+        {"q": q(2, 3, 7, 8)},
+        ValueError,
+        "q.shape[1]: expected a positive multiple of k.shape[1] == 2 heads, got 3",
+    ),
+    "fewer heads than keys": (
+        {"q": q(2, 1, 7, 8)},
+        ValueError,
+        "q.shape[1]: expected a positive multiple of k.shape[1] == 2 heads, got 1",
+    ),
+    "no heads": (
+        {"q": q(2, 0, 7, 8)},
+        ValueError,
+        "q.shape[1]: expected a positive multiple of k.shape[1] == 2 heads, got 0",
+    ),
+    "no heads at all": (
+        {"q": q(2, 0, 7, 8), "k": kv(2, 0, 9, 8), "v": kv(2, 0, 9, 8)},
+        ValueError,
+        "q.shape[1]: expected a positive multiple of k.shape[1] == 0 heads, got 0",
+    ),
+    "sparse q": ({"q": q().to_sparse()}, TypeError, "q: expected a dense strided tensor, got layout torch.sparse_coo"),
+    "nested q": (
+        {"q": torch.nested.nested_tensor([q(4, 7, 8), q(4, 7, 8)])},
+        TypeError,
+        "q: expected a dense strided tensor, got a nested tensor",
+    ),
+}
+
+OPTIONS = {
+    "mask is a list": ({"mask": [True]}, TypeError, "mask: expected a Tensor, got list"),
+    "mask of floats": (
+        {"mask": torch.ones(7, 9)},
+        TypeError,
+        "mask.dtype: expected bool (True takes part), got torch.float32",
+    ),
+    "mask of bytes": (
+        {"mask": torch.ones(7, 9, dtype=torch.uint8)},
+        TypeError,
+        "mask.dtype: expected bool (True takes part), got torch.uint8",
+    ),
+    "mask on another device": (
+        {"mask": torch.ones(7, 9, dtype=torch.bool, device="meta")},
+        ValueError,
+        "mask.device: expected cpu, got meta",
+    ),
+    "mask is sparse": (
+        {"mask": (torch.ones(7, 9) > 0).to_sparse()},
+        TypeError,
+        "mask: expected a dense strided tensor, got layout torch.sparse_coo",
+    ),
+    "mask of another length": (
+        {"mask": torch.ones(7, 8) > 0},
+        ValueError,
+        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (1, 1, 7, 8)",
+    ),
+    "mask of the key heads": (
+        {"mask": torch.ones(2, 2, 7, 9) > 0},
+        ValueError,
+        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (2, 2, 7, 9)",
+    ),
+    "mask transposed": (
+        {"mask": torch.ones(9, 7) > 0},
+        ValueError,
+        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (1, 1, 9, 7)",
+    ),
+    "mask of 5 dimensions": (
+        {"mask": torch.ones(1, 1, 1, 7, 9) > 0},
+        ValueError,
+        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (1, 1, 1, 7, 9)",
+    ),
+    "empty mask": (
+        {"mask": torch.ones(0, 9) > 0},
+        ValueError,
+        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (1, 1, 0, 9)",
+    ),
+    "bias is a number": ({"bias": 1.0}, TypeError, "bias: expected a Tensor, got float"),
+    "bias of bools": (
+        {"bias": torch.ones(7, 9) > 0},
+        TypeError,
+        "bias.dtype: expected a floating-point dtype, got torch.bool",
+    ),
+    "bias of integers": (
+        {"bias": torch.ones(7, 9, dtype=torch.int32)},
+        TypeError,
+        "bias.dtype: expected a floating-point dtype, got torch.int32",
+    ),
+    "bias on another device": (
+        {"bias": torch.ones(7, 9, device="meta")},
+        ValueError,
+        "bias.device: expected cpu, got meta",
+    ),
+    "bias of another batch": (
+        {"bias": torch.ones(3, 1, 7, 9)},
+        ValueError,
+        "bias.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (3, 1, 7, 9)",
+    ),
+    "bias is sparse": (
+        {"bias": torch.ones(7, 9).to_sparse()},
+        TypeError,
+        "bias: expected a dense strided tensor, got layout torch.sparse_coo",
+    ),
+    "causal is a string": ({"causal": "no"}, TypeError, "causal: expected a bool, got str"),
+    "causal is None": ({"causal": None}, TypeError, "causal: expected a bool, got NoneType"),
+    "causal is a tensor": ({"causal": torch.tensor(True)}, TypeError, "causal: expected a bool, got Tensor"),
+    "causal is a number": ({"causal": 1}, TypeError, "causal: expected a bool, got int"),
+    "return_lse is a string": ({"return_lse": "no"}, TypeError, "return_lse: expected a bool, got str"),
+    "q_offset is a float": (
+        {"q_offset": 1.0},
+        TypeError,
+        "q_offset: expected an int or an integer tensor, got float",
+    ),
+    "q_offset is a bool": ({"q_offset": True}, TypeError, "q_offset: expected an int or an integer tensor, got bool"),
+    "q_offset of floats": (
+        {"q_offset": torch.ones(2)},
+        TypeError,
+        "q_offset.dtype: expected int32 or int64, got torch.float32",
+    ),
+    "q_offset of bytes": (
+        {"q_offset": torch.ones(2, dtype=torch.uint8)},
+        TypeError,
+        "q_offset.dtype: expected int32 or int64, got torch.uint8",
+    ),
+    "q_offset of another batch": (
+        {"q_offset": torch.ones(3, dtype=torch.int64)},
+        ValueError,
+        "q_offset.shape: expected (B,) == (2,), got (3,)",
+    ),
+    "q_offset without dimensions": (
+        {"q_offset": torch.tensor(3)},
+        ValueError,
+        "q_offset.shape: expected (B,) == (2,), got ()",
+    ),
+    "q_offset on another device": (
+        {"q_offset": torch.ones(2, dtype=torch.int64, device="meta")},
+        ValueError,
+        "q_offset.device: expected cpu, got meta",
+    ),
+    "q_offset too far": (
+        {"q_offset": 1 << 40},
+        ValueError,
+        "q_offset: expected at most 2**30 in size, got 1099511627776",
+    ),
+    "dropout_p below 0": ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a probability in [0, 1], got -0.1"),
+    "dropout_p above 1": ({"dropout_p": 1.5}, ValueError, "dropout_p: expected a probability in [0, 1], got 1.5"),
+    "dropout_p is NaN": (
+        {"dropout_p": float("nan")},
+        ValueError,
+        "dropout_p: expected a probability in [0, 1], got nan",
+    ),
+    "dropout_p is a string": ({"dropout_p": "0"}, TypeError, "dropout_p: expected a float in [0, 1], got str"),
+    "dropout_p is None": ({"dropout_p": None}, TypeError, "dropout_p: expected a float in [0, 1], got NoneType"),
+    "dropout_p is a bool": ({"dropout_p": True}, TypeError, "dropout_p: expected a float in [0, 1], got bool"),
+    "dropout_p is a tensor": (
+        {"dropout_p": torch.tensor(0.5)},
+        TypeError,
+        "dropout_p: expected a float in [0, 1], got Tensor",
+    ),
+    "scale is a string": ({"scale": "1"}, TypeError, "scale: expected a float, got str"),
+    "scale is complex": ({"scale": 1j}, TypeError, "scale: expected a float, got complex"),
+    "scale is a list": ({"scale": [1.0]}, TypeError, "scale: expected a float, got list"),
+    # Not even of one element: its gradient would be lost.
+    "scale is a tensor": ({"scale": torch.tensor(0.5)}, TypeError, "scale: expected a float, got Tensor"),
+    "scale is a parameter": (
+        {"scale": torch.nn.Parameter(torch.ones(1))},
+        TypeError,
+        "scale: expected a float, got Parameter",
+    ),
+    "window is a number": ({"window": 3}, TypeError, "window: expected (left, right), each an int or None, got 3"),
+    "window of three": (
+        {"window": (1, 2, 3)},
+        TypeError,
+        "window: expected (left, right), each an int or None, got (1, 2, 3)",
+    ),
+    "window of floats": (
+        {"window": (1.0, 2)},
+        TypeError,
+        "window: expected (left, right), each an int or None, got (1.0, 2)",
+    ),
+    "softcap is 0": ({"softcap": 0.0}, ValueError, "softcap: expected a positive finite number or None, got 0.0"),
+    "softcap is a string": ({"softcap": "5"}, TypeError, "softcap: expected a float or None, got str"),
+    "slopes of another size": (
+        {"alibi_slopes": torch.ones(3)},
+        ValueError,
+        "alibi_slopes.shape: expected (4,) or (2, 4) for 4 query heads, got (3,)",
+    ),
+    "slopes of integers": (
+        {"alibi_slopes": torch.ones(4, dtype=torch.int64)},
+        TypeError,
+        "alibi_slopes.dtype: expected a floating-point dtype, got torch.int64",
+    ),
+    "slopes are a list": ({"alibi_slopes": [1.0] * 4}, TypeError, "alibi_slopes: expected a Tensor, got list"),
+    "sinks of the key heads": (
+        {"sinks": torch.ones(2)},
+        ValueError,
+        "sinks.shape: expected (4,) for 4 query heads, got (2,)",
+    ),
+    "sinks on another device": (
+        {"sinks": torch.ones(4, device="meta")},
+        ValueError,
+        "sinks.device: expected cpu, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", [attention, explain, make_spec], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", [*TENSORS, *OPTIONS])
+def test_refused_by_attention(case, function):
+    """By `explain` with the same words."""
+    changes, exception, text = {**TENSORS, **OPTIONS}[case]
+    arguments = {**{name: make() for name, make in GOOD.items()}, **changes}
+    with pytest.raises(exception) as error:
+        function(**arguments)
+    assert type(error.value) is exception and str(error.value) == text
+
+
+@pytest.mark.parametrize("case", [case for case, (changes, *_) in TENSORS.items() if "dimensions" not in case])
+def test_refused_by_scaled_dot_product_attention(case):
+    """The same words, with PyTorch's names of the arguments, wherever broadcasting gives the call no other meaning."""
+    changes, exception, text = TENSORS[case]
+    names = {"q": "query", "k": "key", "v": "value"}
+    arguments = {names[name]: changes.get(name, make()) for name, make in GOOD.items()}
+    for short, long in names.items():
+        text = text.replace(f"{short}.", f"{long}.").replace(f"{short}:", f"{long}:")
+    with pytest.raises(exception) as error:
+        scaled_dot_product_attention(**arguments, enable_gqa=True)
+    assert type(error.value) is exception
+    if case not in ("batch of k", "batch of v"):
+        assert str(error.value) == text
+
+
+SDPA = {
+    "query of 1 dimension": (
+        {"query": torch.ones(8)},
+        ValueError,
+        "query: expected at least 2 dimensions (length, head_dim), got shape (8,)",
+    ),
+    "value without dimensions": (
+        {"value": torch.tensor(1.0)},
+        ValueError,
+        "value: expected at least 2 dimensions (length, head_dim), got shape ()",
+    ),
+    "heads without enable_gqa": (
+        {"key": kv(), "value": kv()},
+        ValueError,
+        "key.shape[:-2]: expected broadcastable with query.shape[:-2] == (2, 4) unless enable_gqa=True, got (2, 2)",
+    ),
+    "batch of key": (
+        {"key": kv(3, 4, 9, 8), "value": kv(3, 4, 9, 8)},
+        ValueError,
+        "key.shape[:-2]: expected broadcastable with query.shape[:-2] == (2, 4), got (3, 4)",
+    ),
+    "batch of value": (
+        {"value": kv(3, 4, 9, 8)},
+        ValueError,
+        "value.shape[:-2]: expected broadcastable with query.shape[:-2] == (2, 4), got (3, 4)",
+    ),
+    "attn_mask is a list": ({"attn_mask": [True]}, TypeError, "attn_mask: expected a Tensor, got list"),
+    "attn_mask of integers": (
+        {"attn_mask": torch.ones(7, 9, dtype=torch.int64)},
+        TypeError,
+        "attn_mask.dtype: expected bool (True takes part) or a floating-point dtype, got torch.int64",
+    ),
+    "boolean attn_mask of another length": (
+        {"attn_mask": torch.ones(7, 8) > 0},
+        ValueError,
+        "attn_mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (1, 1, 7, 8)",
+    ),
+    "float attn_mask of another length": (
+        {"attn_mask": torch.ones(9, 7)},
+        ValueError,
+        "attn_mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (1, 1, 9, 7)",
+    ),
+    "attn_mask on another device": (
+        {"attn_mask": torch.ones(7, 9, device="meta")},
+        ValueError,
+        "attn_mask.device: expected cpu, got meta",
+    ),
+    "is_causal is a string": ({"is_causal": "no"}, TypeError, "is_causal: expected a bool, got str"),
+    "dropout_p above 1": ({"dropout_p": 2}, ValueError, "dropout_p: expected a probability in [0, 1], got 2"),
+    "scale is a tensor": ({"scale": torch.ones(())}, TypeError, "scale: expected a float, got Tensor"),
+}
+
+
+@pytest.mark.parametrize("case", SDPA)
+def test_refused_by_scaled_dot_product_attention_alone(case):
+    changes, exception, text = SDPA[case]
+    arguments = {"query": q(), "key": kv(2, 4, 9, 8), "value": kv(2, 4, 9, 8), **changes}
+    with pytest.raises(exception) as error:
+        scaled_dot_product_attention(**arguments)
+    assert type(error.value) is exception and str(error.value) == text
+
+
+def test_attn_mask_of_five_dimensions_beside_a_larger_batch():
+    x = q(2, 3, 4, 7, 8)
+    with pytest.raises(ValueError, match=r"attn_mask\.shape\[:-3\]: expected broadcastable to \(2, 3\), got \(5, 1\)"):
+        scaled_dot_product_attention(x, x, x, torch.ones(5, 1, 1, 7, 7) > 0)
+
+
+@pytest.mark.parametrize("function", [attention, explain, scaled_dot_product_attention], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["attention_mask", "is_casual", "softmax_scale", "dropout"])
+def test_unknown_keywords_raise(function, name):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        function(q(), q(), q(), **{name: None})
+
+
+def test_options_by_position_raise():
+    with pytest.raises(TypeError, match="takes 3 positional arguments but 4 were given"):
+        attention(q(), kv(), kv(), True)
+
+
+@pytest.mark.parametrize(
+    ("options", "right"),
+    [
+        ({"causal": True}, 0),
+        ({"causal": True, "q_offset": 0}, 0),
+        ({"causal": True, "q_offset": 7}, 0),
+        ({"causal": True, "q_offset": 8}, None),
+        ({"causal": True, "q_offset": 100}, None),
+        ({"q_offset": -5}, None),
+    ],
+    ids=str,
+)
+def test_causal_that_forbids_nothing_is_dropped(options, right):
+    """So that decoding one query takes the same path as a call without causal."""
+    spec = make_spec(q(), kv(), kv(), **options)
+    assert spec.right == right and spec.causal == (right == 0)
+    assert make_spec(q(2, 4, 1, 8), kv(), kv(), causal=True).right is None
+
+
+def test_normalisation():
+    """Masks and biases become 4-D views, the scale a float, an offset an int or a contiguous tensor."""
+    mask, bias = torch.ones(9) > 0, torch.ones(4, 7, 1)
+    offsets = torch.tensor([1, 0, 2, 0])[::2]
+    spec = make_spec(q(), kv(), kv(), mask=mask, bias=bias, q_offset=offsets, scale=1)
+    assert spec.mask.shape == (1, 1, 1, 9) and spec.mask.data_ptr() == mask.data_ptr()
+    assert spec.bias.shape == (1, 4, 7, 1) and spec.bias.data_ptr() == bias.data_ptr()
+    assert spec.q_offset_tensor.is_contiguous() and spec.q_offset_tensor.tolist() == [1, 2]
+    assert spec.scale == 1.0 and isinstance(spec.scale, float)
+    assert make_spec(q(), kv(), kv()).scale == 8**-0.5
+    assert make_spec(q(), kv(), kv()).q_offset == 2
+    assert make_spec(q(), kv(), kv(), scale=numpy.float32(0.5)).scale == 0.5
+
+
+@pytest.mark.parametrize("good", [0, 1, 0.0, 0.5, 1.0])
+def test_probabilities_that_are_accepted(good):
+    assert make_spec(q(), kv(), kv(), dropout_p=good).dropout_p == good
