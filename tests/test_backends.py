@@ -151,7 +151,7 @@ def gpu_spec(capability, monkeypatch, dtype=HALF, **options):
         q, k, v = (torch.empty(1, 2, 8, 16, dtype=dtype, device="cuda") for _ in range(3))
         for name in ("mask", "bias"):
             if options.get(name):
-                options[name] = torch.empty(8, 8, dtype=torch.bool if name == "mask" else SINGLE, device="cuda")
+                options[name] = torch.empty(1, 1, 8, 8, dtype=torch.bool if name == "mask" else SINGLE, device="cuda")
         return make_spec(q, k, v, **options)
 
 
@@ -231,12 +231,14 @@ def test_explain_computes_nothing():
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE, DOUBLE], ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("name", options_for())
 def test_every_backend_that_serves_a_call_agrees_with_the_specification(device, name, dtype):
-    q, k, v = make_qkv(device, (33, 70), heads=(2, 1), batch=2, dims=(16, 24), dtype=dtype)
-    options = options_for(device, (33, 70), batch=2)[name]
+    q, k, v = make_qkv(device, (33, 70), heads=(2, 1), dims=(16, 24), dtype=dtype)
+    options = options_for(device, (33, 70))[name]
     options.pop("return_lse", None)
     reasons = explain(q, k, v, **options).reasons
     served = [backend for backend, why in reasons.items() if not why]
     assert "reference" in served and (("triton" in served) == (dtype != DOUBLE))
+    if dtype in (BFLOAT, SINGLE):  # test_forward.py has Triton in these
+        served.remove("triton")
     for backend in served:
         check_attention(q, k, v, backend=backend, lse_gradient=backend != "torch", **options)
 

@@ -301,9 +301,13 @@ def test_refused_by_attention(case, function):
     assert type(error.value) is exception and str(error.value) == text
 
 
-@pytest.mark.parametrize("case", [case for case, (changes, *_) in TENSORS.items() if "dimensions" not in case])
+# Here tensors of other ranks and batches broadcast: what is left of that to refuse has words of its own.
+SAME_IN_SDPA = [case for case in TENSORS if "dimensions" not in case and not case.startswith("batch of")]
+
+
+@pytest.mark.parametrize("case", SAME_IN_SDPA)
 def test_refused_by_scaled_dot_product_attention(case):
-    """The same words, with PyTorch's names of the arguments, wherever broadcasting gives the call no other meaning."""
+    """In the same words, with PyTorch's names of the arguments."""
     changes, exception, text = TENSORS[case]
     names = {"q": "query", "k": "key", "v": "value"}
     arguments = {names[name]: changes.get(name, make()) for name, make in GOOD.items()}
@@ -311,9 +315,7 @@ def test_refused_by_scaled_dot_product_attention(case):
         text = text.replace(f"{short}.", f"{long}.").replace(f"{short}:", f"{long}:")
     with pytest.raises(exception) as error:
         scaled_dot_product_attention(**arguments, enable_gqa=True)
-    assert type(error.value) is exception
-    if case not in ("batch of k", "batch of v"):
-        assert str(error.value) == text
+    assert type(error.value) is exception and str(error.value) == text
 
 
 SDPA = {
