@@ -120,7 +120,9 @@ def make_spec(
             raise TypeError(f"softcap: expected a float or None, got {type(softcap).__name__}")
         if not 0.0 < softcap < math.inf:
             raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
-    if isinstance(scale, Tensor) or not (scale is None or hasattr(scale, "__float__")):
+    # Numbers first: those of a trace are symbolic and have no attributes to ask for.
+    number = scale is None or isinstance(scale, (int, float))
+    if not number and (isinstance(scale, Tensor) or not hasattr(scale, "__float__")):
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")  # a tensor would lose its gradient
     scale = float(head_dim**-0.5 if scale is None else scale)
     return AttentionSpec(

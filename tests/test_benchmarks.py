@@ -460,17 +460,16 @@ def test_flashinfer_adapter(causal, monkeypatch):
         prepare("flashinfer", problem, grad=True)
 
 
-def test_compiled_peers_never_fall_back_to_eager_code(monkeypatch):
-    import torch._dynamo.config
-    import torch._functorch.config
+def test_compiled_peers_never_fall_back_to_eager_code():
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
 
-    for module, name in (
-        (torch._dynamo.config, "recompile_limit"), (torch._dynamo.config, "accumulated_recompile_limit"),
-        (torch._functorch.config, "donated_buffer"),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, getattr(module, name))  # restored afterwards
-    assert callable(peers.compiled(lambda x: x)) and callable(peers.compiled_flex("cuda"))
-    assert torch._dynamo.config.recompile_limit > 1000 and not torch._functorch.config.donated_buffer
+    # Not by monkeypatch: it undoes a change by deletion where a module computes its attributes.
+    limits = {name: getattr(dynamo, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with dynamo.patch(limits), functorch.patch(donated_buffer=functorch.donated_buffer):
+        assert callable(peers.compiled(lambda x: x)) and callable(peers.compiled_flex("cuda"))
+        assert all(getattr(dynamo, name) > 1000 for name in limits) and not functorch.donated_buffer
+    assert limits == {name: getattr(dynamo, name) for name in limits}
 
 
 def test_a_peer_that_is_missing_says_why(monkeypatch):

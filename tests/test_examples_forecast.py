@@ -467,9 +467,13 @@ def test_checkpoint_errors(tmp_path):
     torch.save(state | {"data": {"crc32": 0}}, path)
     with pytest.raises(CheckpointError, match="expected data crc32="):
         fit_small(checkpoint=path, resume=True)
-    path.write_text("no checkpoint")
-    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+    torch.save(torch.zeros(1), path)
+    with pytest.raises(CheckpointError, match="is not a checkpoint: expected a dict, got Tensor"):
         fit_small(checkpoint=path, resume=True)
+    for junk in ("", "junk", "no checkpoint at all"):
+        path.write_text(junk)
+        with pytest.raises(CheckpointError, match="is not a checkpoint"):
+            fit_small(checkpoint=path, resume=True)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "encoder-decoder"])
@@ -565,7 +569,7 @@ def test_part_one_text_and_figures(cli, tmp_path):
         scores = {test: dict.fromkeys(("mse", "mae", "mase"), 0.25 + index / 100) for test in problem.tests}
         forecasts = np.zeros((180, 1))
         history = train.History([0.3, 0.2], [0.4, 0.3], best_epoch=1)
-        outcomes = [experiments.Outcome(scores, forecasts, np.zeros(1), history, 1.0, 17, 0.1)] * 2
+        outcomes = [experiments.Outcome(scores, forecasts, np.zeros(1), history, 1.0, 17)] * 2
         learned = name in {method.name for method in problem.methods}
         results.append(
             cli.report.Result(name, [scores] * (1 + learned), forecasts, outcomes * learned, [1, 2] * learned)

@@ -147,7 +147,7 @@ def range_cases(by_keys, has_left, has_right):
 def test_tile_ranges(device, by_keys, has_left, has_right, reads):
     """Every visible pair lies in exactly one tile, inner tiles need no test, no tile is met twice or lies outside."""
     cases = list(range_cases(by_keys, has_left, has_right))
-    cases = cases[:: 1 + len(cases) // 600]  # the interpreter runs one at a time
+    cases = cases[:: 1 + len(cases) // 300]  # the interpreter runs one at a time
     table = torch.tensor(cases, dtype=torch.int32, device=device)
     out = torch.empty(len(cases), 6, dtype=torch.int32, device=device)
     _ranges_kernel[(len(cases),)](table, out, by_keys, has_left, has_right, reads, BLOCK_M, BLOCK_N)
@@ -309,8 +309,9 @@ def test_every_kernel_has_the_same_mask_on_any_tile_size(device, tile):
 @pytest.mark.parametrize("dropout_p", [0.1, 0.9])
 def test_the_mask_does_not_depend_on_the_dtype(device, dtype, dropout_p):
     expected = reference.dropout_keep(seed_of(7, device), dropout_p, 2, 2, (0, 16), (0, 40))
-    masks = dict(masks_seen_in_results(device, 16, 40, dropout_p, 7, dtype))
-    assert torch.equal(masks["forward"], expected) and torch.equal(masks["dv"], expected)
+    # In half precision the other gradients are too coarse to show it.
+    for name, mask in itertools.islice(masks_seen_in_results(device, 16, 40, dropout_p, 7, dtype), 2):
+        assert torch.equal(mask, expected), name
 
 
 # Statistics. Every figure below is approximately normal with known mean and variance if the bits are independent, so

@@ -255,5 +255,5 @@ def print_closing(args: argparse.Namespace, problems: Sequence[Problem], files: 
         print(f"  python -m examples.forecast --csv {path} --column temperature --horizon 24   # or a file of your own")
     else:
         print("  another --horizon, --context or --season")
-    print("  python -m examples.forecast --resume   # draw and score again from the checkpoints, without training")
+    print("  the same command with --resume: scores and draws from the checkpoints, without training")
     print("  read examples/forecast/models.py: the Transformers, in some hundred lines")

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from examples.forecast.data import targets
 from examples.forecast.experiments import NOISE_FLOOR, Problem
@@ -59,7 +59,7 @@ def _plot_forecasts(problem: Problem, results: Sequence[Result]) -> Figure:
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes[1].set_xlabel(f"{problem.series.step} of the series")
     horizon = problem.tests["test"].horizon
-    how = "one step ahead" if horizon == 1 else f"the next {horizon} {problem.series.step}s, from each vertical line"
+    how = "one step ahead" if horizon == 1 else f"{horizon} {problem.series.step}s from each vertical line"
     figure.suptitle(f"{_title(problem)}: forecasts on the test part, {how}")
     return figure
 
@@ -98,13 +98,16 @@ def _plot_losses(problem: Problem, results: Sequence[Result]) -> Figure:
                 label = result.name if axis is axes[0] else None
                 axis.plot(np.arange(1, len(losses) + 1), scaled, color=colour, linewidth=1.4, label=label)
                 axis.plot(best + 1, scaled[best], "o", color=colour, markersize=5)
-    for axis, title in zip(axes, ("training", "validation (with early stopping)"), strict=True):
+    for axis, title in zip(
+        axes, ("training (the decoder with teacher forcing)", "validation (with early stopping)"), strict=True
+    ):
         axis.set_title(title, loc="left", fontweight="bold")
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(ScalarFormatter())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel(_label("mean squared error", problem.series.unit, squared=True))
     figure.legend(loc="outside lower center", ncols=min(4, len(learned)))
     figure.suptitle(f"{_title(problem)}: losses; the dot is the epoch that was kept")
@@ -118,22 +121,25 @@ def _plot_comparison(problem: Problem, results: Sequence[Result]) -> Figure:
     bars = [result for result in results if result.name != NOISE_FLOOR]
     floor = next((result for result in results if result.name == NOISE_FLOOR), None)
     figure, axes = plt.subplots(
-        1, len(tests), figsize=(3.6 + 2.9 * len(tests), 1.4 + 0.33 * len(bars)), sharey=True, layout="constrained",
+        1, len(tests), figsize=(3.6 + 3.0 * len(tests), 1.6 + 0.33 * len(bars)), sharey=True, layout="constrained",
         squeeze=False,
     )  # fmt: skip
     for axis, test in zip(axes[0], tests, strict=True):
         summaries = [result.over_seeds()[test]["mse"] for result in bars]
         means = np.array([summary["mean"] for summary in summaries])
         spread = [means - [s["min"] for s in summaries], [s["max"] for s in summaries] - means]
-        # A bar far beyond the others would leave them no room: cut it, and let its number speak.
-        limit = min(means.max(), 4 * np.median(means)) * 1.02
+        limit = min(means.max(), 3 * np.median(means))  # a bar far beyond the others would leave them no room
+        spread = np.where(means > limit, 0, np.clip(spread, 0, None))
         axis.barh(
-            np.arange(len(bars)), means, xerr=np.clip(spread, 0, None), ecolor="0.2", height=0.7,
+            np.arange(len(bars)), np.minimum(means, limit), xerr=spread, ecolor="0.2", height=0.7,
             color=[COLOURS[0] if result.learned else "0.7" for result in bars],
         )  # fmt: skip
         for row, (mean, summary) in enumerate(zip(means, summaries, strict=True)):
-            end = min(max(mean, summary["max"]), limit)
-            axis.text(end + 0.015 * limit, row, f"{mean:.3g}" if mean >= 10 else f"{mean:.3f}", va="center")
+            text = f"{mean:.3f}" if mean < 10 else f"{mean:.1f}" if mean < 1000 else f"{mean:.2e}"
+            if mean > limit:
+                axis.text(0.98 * limit, row, f"{text}, cut off \N{RIGHTWARDS ARROW}", va="center", ha="right")
+            else:
+                axis.text(max(mean, summary["max"]) + 0.015 * limit, row, text, va="center")
         axis.set_xlim(0, 1.2 * limit)
         axis.set_title(titles[test], loc="left", fontweight="bold")
         axis.set_xlabel(_label("MSE", problem.series.unit, squared=True))
@@ -149,7 +155,7 @@ def _plot_comparison(problem: Problem, results: Sequence[Result]) -> Figure:
     )  # fmt: skip
     seeds = max(len(result.seeds) for result in results)
     spread_note = f", mean of {seeds} seeds with the range" if seeds > 1 else ""
-    figure.suptitle(f"{_title(problem)}: mean squared error{spread_note}; lower is better")
+    figure.suptitle(f"{_title(problem)}\nmean squared error{spread_note}; lower is better")
     return figure
 
 

@@ -53,28 +53,30 @@ def execute_all(runs: Sequence[Run], workers: int) -> list[Outcome]:
     epochs = spawn.Queue()
     with ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(epochs,)) as pool:
         # The longest first, so that no core idles while another one works on the last run.
-        order = sorted(runs, key=_cost, reverse=True)
-        futures: dict[Future[Outcome], Run] = {pool.submit(_execute_in_worker, run): run for run in order}
-        pending = set(futures)
+        order = sorted(range(len(runs)), key=lambda index: _cost(runs[index]), reverse=True)
+        futures: dict[int, Future[Outcome]] = {i: pool.submit(_execute_in_worker, runs[i]) for i in order}
+        pending = set(futures.values())
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 _drain(epochs, progress)
-                for future in done:
-                    unused = futures[future].method.recipe.epochs - len(future.result().history.train)
-                    progress.run(unused)
+                for index, future in futures.items():
+                    if future in done:
+                        progress.run(runs[index].method.recipe.epochs - len(future.result().history.train))
         except BaseException:
+            # An error or Ctrl-C: do not finish what nobody will look at. The checkpoints keep what is done.
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
     progress.close()
-    by_run = {id(run): future.result() for future, run in futures.items()}
-    return [by_run[id(run)] for run in runs]
+    return [futures[index].result() for index in range(len(runs))]
 
 
 def _cost(run: Run) -> float:
     """Rough, for sorting only."""
     config = run.method.config
-    factor = {"lstm": 1, "encoder": 3, "encoder-decoder": 9}[config.kind]
+    factor = {"lstm": 1, "encoder": 2, "encoder-decoder": 4}[config.kind]
     return factor * len(run.problem.series.values) * (config.context // config.patch + config.horizon)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import pickle
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -38,11 +38,12 @@ TUTORIAL = Recipe(optimizer="adam", weight_decay=0.0, warmup_steps=0, cosine=Fal
 
 @dataclass
 class History:
-    """Mean squared errors per epoch, in scaled units, and which epoch was kept (counted from 0)."""
+    """Mean squared errors per epoch, in scaled units; which epoch was kept (counted from 0); time spent."""
 
     train: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
     best_epoch: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
 
 class CheckpointError(ValueError):
@@ -92,12 +93,14 @@ def fit(
     for epoch in range(len(history.train), recipe.epochs):
         if recipe.patience is not None and epoch - history.best_epoch > recipe.patience:
             break
+        start = time.perf_counter()
         history.train.append(_train_epoch(model, loader, optimizer, schedule))
         if validation is not None:
             history.validation.append(evaluate_loss(model, validation))
         if validation is None or history.validation[-1] <= min(history.validation):
             history.best_epoch = epoch
             best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        history.seconds += time.perf_counter() - start
         if checkpoint is not None:
             _save_checkpoint(checkpoint, identity, model, optimizer, schedule, history, best_weights)
         on_epoch()
@@ -186,8 +189,12 @@ def load_checkpoint(path: Path, model: Forecaster, identity: dict[str, dict[str,
     try:
         # weights_only: a checkpoint is data. Without it, loading a stranger's file can run the stranger's code.
         state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # on a file that is not its own, torch.load raises whatever its bytes lead it to
+        raise CheckpointError(f"{path} is not a checkpoint: {error!r}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is not a checkpoint: expected a dict, got {type(state).__name__}")
     for group, settings in identity.items():
         for name, expected in settings.items():
             got = state.get(group, {}).get(name)
