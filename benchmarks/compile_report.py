@@ -245,9 +245,7 @@ def read_amd(result: Result, kernel: CompiledKernel) -> None:
     result.spills = int(re.findall(r"\.private_segment_fixed_size:\s+(\d+)", kernel.asm["amdgcn"])[-1])
 
 
-def all_cases(
-    archs: list[str], kernels: list[config.Kernel], dims: list[int], features: list[str]
-) -> list[Case]:
+def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], features: list[str]) -> list[Case]:
     """Every combination that exists: there is no dbias without a bias, and delta knows only the dtype and the dim."""
     cases = []
     for arch, kernel, dim, feature in itertools.product(archs, kernels, dims, features):

@@ -222,9 +222,7 @@ def _to_4d(
         full = [(*batch, *lead[-1:]) for lead in leads]
     else:
         full = [torch.broadcast_shapes(*leads)] * 3
-    q, k, v = (
-        _merge(t.expand(*lead, *t.shape[-2:])) for t, lead in zip((query, key, value), full, strict=True)
-    )
+    q, k, v = (_merge(t.expand(*lead, *t.shape[-2:])) for t, lead in zip((query, key, value), full, strict=True))
     if isinstance(attn_mask, Tensor) and attn_mask.ndim > 3 and len(full[0]) > 2:
         if not _broadcastable(attn_mask.shape[:-3], full[0][:-1]):
             raise ValueError(

@@ -19,12 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 from .spec import AttentionSpec
 
 _LIBRARY = Library("fastattn", "DEF")
-_OPTIONS = (
-    "SymInt? left, SymInt? right, SymInt q_offset, float scale, float? softcap, float dropout_p, str backend"
-)
-_SCORES = (
-    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? q_offset_tensor, Tensor? seed"
-)
+_OPTIONS = "SymInt? left, SymInt? right, SymInt q_offset, float scale, float? softcap, float dropout_p, str backend"
+_SCORES = "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? q_offset_tensor, Tensor? seed"
 _LIBRARY.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}, {_OPTIONS}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),

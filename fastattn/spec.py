@@ -180,9 +180,7 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -
         if tensor.device != q.device:
             raise ValueError(f"{name}.device: expected {q_name}.device == {q.device}, got {tensor.device}")
         if tensor.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{name}.shape[0]: expected {q_name}.shape[0] == {q.shape[0]}, got {tensor.shape[0]}"
-            )
+            raise ValueError(f"{name}.shape[0]: expected {q_name}.shape[0] == {q.shape[0]}, got {tensor.shape[0]}")
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"{k_name}.shape[-1]: expected {q_name}.shape[-1] == {q.shape[3]}, got {k.shape[3]}")
     for name, tensor in ((q_name, q), (v_name, v)):
@@ -193,8 +191,7 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -
             f"{v_name}.shape[1:3]: expected {k_name}.shape[1:3] == {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}"
         )
     raise ValueError(
-        f"{q_name}.shape[1]: expected a positive multiple of {k_name}.shape[1] == {k.shape[1]} heads, "
-        f"got {q.shape[1]}"
+        f"{q_name}.shape[1]: expected a positive multiple of {k_name}.shape[1] == {k.shape[1]} heads, got {q.shape[1]}"
     )
 
 

@@ -150,9 +150,7 @@ def _rounding_effects(
     if spec.dropout_p > 0.0:
         torch.manual_seed(seed)
         batch, q_heads, q_len, kv_len = p.shape
-        kept = reference.dropout_keep(
-            ops.draw_seed(q.device), spec.dropout_p, batch, q_heads, (0, q_len), (0, kv_len)
-        )
+        kept = reference.dropout_keep(ops.draw_seed(q.device), spec.dropout_p, batch, q_heads, (0, q_len), (0, kv_len))
         kept = kept.double() * reference._keep_scale(spec.dropout_p)
     delta, delta_size = (dout * out).sum(-1), (dout * out).abs().sum(-1)
     if dlse is not None:

@@ -84,7 +84,6 @@ def score_operand(tensor: Tensor | None, shape: tuple[int, int, int, int]) -> Sc
     return ScoreOperand(tensor, (b, h, m, n), by_row, unit_cols)
 
 
-
 def keep_scale(dropout_p: float) -> float:
     """What kept probabilities are multiplied by, so that their expectation stays."""
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)

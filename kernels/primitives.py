@@ -123,16 +123,12 @@ def finish_scores(
     elif bias_ptr is not None or slope is not None:
         s = s * qk_scale
     if bias_ptr is not None:
-        bias = load_scores_operand(
-            bias_ptr, bias_strides, rows, cols, q_len, kv_len, EDGE, BIAS_BY_ROW, BIAS_UNIT
-        )
+        bias = load_scores_operand(bias_ptr, bias_strides, rows, cols, q_len, kv_len, EDGE, BIAS_BY_ROW, BIAS_UNIT)
         s += bias.to(tl.float32) * LOG2E
     if slope is not None:
         s -= (slope * LOG2E) * tl.abs(rows + offset - cols).to(tl.float32)
     if mask_ptr is not None:
-        keep = load_scores_operand(
-            mask_ptr, mask_strides, rows, cols, q_len, kv_len, EDGE, MASK_BY_ROW, MASK_UNIT
-        )
+        keep = load_scores_operand(mask_ptr, mask_strides, rows, cols, q_len, kv_len, EDGE, MASK_BY_ROW, MASK_UNIT)
         s = tl.where(keep != 0, s, float("-inf"))
     if EDGE:
         s = tl.where(cols < kv_len, s, float("-inf"))

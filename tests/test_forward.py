@@ -79,9 +79,7 @@ def case_id(value):
 
 @pytest.mark.parametrize(("lengths", "dims", "heads", "dtype", "causal"), CASES, ids=case_id)
 def test_shapes(device, lengths, dims, heads, dtype, causal):
-    check_attention(
-        *make_qkv(device, lengths, dims=dims, heads=heads, dtype=dtype), backend="triton", **causal
-    )
+    check_attention(*make_qkv(device, lengths, dims=dims, heads=heads, dtype=dtype), backend="triton", **causal)
 
 
 FULL = (2, 2, 32, 70)  # B, H, Lq, Lk: an inner tile and a tail

@@ -202,7 +202,7 @@ def test_inputs_reach_the_kernel_without_a_copy(monkeypatch):
     q, k, v = (relayout(x, layout) for x, layout in zip(make_qkv("cpu"), layouts, strict=True))
     mask, bias = make_mask("cpu", (1, 1, 1, 100)), make_bias("cpu", (2, 65, 1)).expand(2, 65, 100)
     attention(q, k, v, mask=mask, bias=bias, backend="triton")
-    (_, _, args), = launches.caught
+    ((_, _, args),) = launches.caught
     pointers = {x.data_ptr() for x in args if isinstance(x, torch.Tensor)}
     assert {x.data_ptr() for x in (q, k, v, mask, bias)} <= pointers
 
@@ -302,6 +302,7 @@ def test_more_elements_than_32_bits_count(device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts what the compiler made: nothing without a GPU")
 def test_a_new_length_compiles_nothing(device):
     """test_ops.py asks the compiler's cache key; this looks into the cache."""
+
     def compiled():
         return sum(len(cache[0]) for cache in forward.forward_kernel.device_caches.values())
 

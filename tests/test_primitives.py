@@ -56,13 +56,9 @@ def _ranges_kernel(
     right = tl.load(case + 3) if RIGHT else None
     q_len, kv_len = tl.load(case + 4), tl.load(case + 5)
     if BY_KEYS:
-        a, b, c, d, e, f = primitives.query_range(
-            position, offset, left, right, q_len, kv_len, READS, BLOCK_M, BLOCK_N
-        )
+        a, b, c, d, e, f = primitives.query_range(position, offset, left, right, q_len, kv_len, READS, BLOCK_M, BLOCK_N)
     else:
-        a, b, c, d, e, f = primitives.key_range(
-            position, offset, left, right, q_len, kv_len, READS, BLOCK_M, BLOCK_N
-        )
+        a, b, c, d, e, f = primitives.key_range(position, offset, left, right, q_len, kv_len, READS, BLOCK_M, BLOCK_N)
     out = out_ptr + tl.program_id(0) * 6
     tl.store(out, a)
     tl.store(out + 1, b)

@@ -164,9 +164,7 @@ def test_gradcheck_of_the_operator(case, bias_shape):
 
     def call(q, k, v, *bias):
         torch.manual_seed(3)  # the same weights are dropped every time
-        out, lse = attention(
-            q, k, v, bias=bias[0] if bias else None, return_lse=True, backend="reference", **options
-        )
+        out, lse = attention(q, k, v, bias=bias[0] if bias else None, return_lse=True, backend="reference", **options)
         return out, finite_lse(lse)
 
     assert torch.autograd.gradcheck(call, (*differentiable(), *bias))
