@@ -61,6 +61,7 @@ class Feature:
     sinks: bool = False
     dropout: bool = False
     q_offset_tensor: bool = False
+    packed: bool = False
     odd_dim: bool = False  # five columns fewer: no power of two, and rows that start at no multiple of 16 bytes
 
 
@@ -76,6 +77,7 @@ FEATURES = {
     "sinks": Feature(causal=True, sinks=True),
     "dropout": Feature(dropout=True),
     "q_offset": Feature(causal=True, q_offset_tensor=True),
+    "packed": Feature(causal=True, packed=True),
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
     "everything": Feature(
@@ -162,6 +164,9 @@ def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
         "scale": dim**-0.5,
         "dropout_p": 0.1 if feature.dropout else 0.0,
     }
+    if feature.packed:
+        given |= {name: given[name][:1] for name in ("q", "k", "v", "out", "lse")} | {"q_offset": None}
+        given |= {name: empty(batch + 1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
     if feature.causal:
         given["right"] = 0
     if feature.window:

@@ -3,7 +3,7 @@
 from . import nn
 from .backends import Explanation
 from .convert import ConversionReport, convert, revert
-from .functional import attention, explain, scaled_dot_product_attention
+from .functional import attention, attention_varlen, explain, scaled_dot_product_attention
 
 __version__ = "0.1.0"
 
@@ -11,6 +11,7 @@ __all__ = [
     "ConversionReport",
     "Explanation",
     "attention",
+    "attention_varlen",
     "convert",
     "explain",
     "nn",

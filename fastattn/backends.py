@@ -50,7 +50,11 @@ def _cuda_reasons(spec: AttentionSpec) -> list[str]:
 def _torch_reasons(spec: AttentionSpec) -> list[str]:
     """What keeps PyTorch's fused kernel from computing exactly this spec without an Lq x Lk buffer."""
     reasons = []
-    q, k, _, mask, bias, slopes, sinks, offsets, left, right, q_offset, scale, softcap, dropout_p, return_lse = spec
+    q, k, _, mask, bias, slopes, sinks, offsets, left, right, q_offset, scale, softcap, dropout_p, return_lse = spec[
+        :15
+    ]
+    if spec.cu_seqlens_q is not None:
+        return ["it has no packed sequences"]
     if slopes is not None:
         reasons.append("it has no alibi_slopes")
     if sinks is not None:
@@ -156,7 +160,10 @@ def explain(spec: AttentionSpec, backend: str | None = None) -> Explanation:
     ]
     if spec.left is not None or spec.right is not None:
         shape = "causal" if spec.causal else f"window ({spec.left}, {spec.right})"
-        parts.append(f"{shape}, q_offset={'per batch entry' if spec.q_offset_tensor is not None else spec.q_offset}")
+        offset = "Lk - Lq" if spec.q_offset is None else spec.q_offset
+        parts.append(f"{shape}, q_offset={offset if spec.q_offset_tensor is None else 'per batch entry'}")
+    if spec.cu_seqlens_q is not None:
+        parts.append(f"{spec.cu_seqlens_q.shape[0] - 1} packed sequences")
     for name in ("mask", "bias", "alibi_slopes", "sinks"):
         if (operand := getattr(spec, name)) is not None:
             parts.append(f"{name} {tuple(operand.shape)}")

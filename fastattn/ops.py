@@ -19,8 +19,11 @@ from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 from .spec import AttentionSpec
 
 _LIBRARY = Library("fastattn", "DEF")
-_OPTIONS = "SymInt? left, SymInt? right, SymInt q_offset, float scale, float? softcap, float dropout_p, str backend"
-_SCORES = "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? q_offset_tensor, Tensor? seed"
+_OPTIONS = "SymInt? left, SymInt? right, SymInt? q_offset, float scale, float? softcap, float dropout_p, str backend"
+_SCORES = (
+    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? q_offset_tensor, Tensor? seed, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+)
 _LIBRARY.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}, {_OPTIONS}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -55,6 +58,15 @@ def _forward_buffers(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_heads(q, (batch, heads, length, v.shape[3])), q.new_empty((batch, heads, length), dtype=lse_dtype)
 
 
+def _clear_unused(packed: Tensor | None, zero: tuple[Tensor, ...], lse: Tensor | None = None) -> None:
+    """Rows behind the last of the packed sequences belong to none: nobody else writes them."""
+    if packed is not None:
+        for tensor in zero:
+            tensor.zero_()
+        if lse is not None:
+            lse.fill_(-torch.inf)
+
+
 def _backward_buffers(
     q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor | None, ...], wanted: list[bool]
 ) -> tuple[Tensor, ...]:
@@ -77,6 +89,7 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *operands, left, right, q_offset, scale, softcap, dropout_p, backend = args
     out, lse = _forward_buffers(q, v)
+    _clear_unused(operands[-1], (out,), lse)
     with _without_autocast(q.device):
         _implementation(backend, "forward").attention_forward(
             out, lse, q, k, v, *operands,
@@ -90,6 +103,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *operands, left, right, q_offset, scale, softcap, dropout_p, backend, wanted = args
     gradients = _backward_buffers(q, k, v, tuple(operands[1:4]), wanted)
+    _clear_unused(operands[-1], gradients[:3])
     fill = [*gradients[:3], *(g if want else None for g, want in zip(gradients[3:], wanted, strict=True))]
     with _without_autocast(q.device):
         _implementation(backend, "backward").attention_backward(
@@ -127,8 +141,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = _FORWARD(*args)
-        ctx.save_for_backward(*args[:9], out, lse)
-        ctx.options = args[9:]
+        ctx.save_for_backward(*args[:11], out, lse)
+        ctx.options = args[11:]
         ctx.set_materialize_grads(False)  # a gradient through lse costs nothing where there is none
         return out, lse
 
@@ -178,13 +192,14 @@ def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]
     seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
     return _FORWARD(
         spec.q, spec.k, spec.v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, spec.q_offset_tensor, seed,
+        spec.cu_seqlens_q, spec.cu_seqlens_k,
         spec.left, spec.right, spec.q_offset, spec.scale, spec.softcap, spec.dropout_p, backend,
     )  # fmt: skip
 
 
 def _torch_attention(spec: AttentionSpec) -> Tensor:
     """PyTorch's own kernel, for specs that `backends` found it to compute exactly."""
-    q, k, v, attn_mask, bias, _, _, _, _, right, _, scale, _, _, _ = spec
+    q, k, v, attn_mask, bias, _, _, _, _, right, _, scale, *_ = spec
     if bias is not None:
         # Its mask has the query's precision, or float32 beside half precision.
         bias = bias.to(q.dtype if q.dtype.itemsize >= 4 else torch.float32)

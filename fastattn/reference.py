@@ -14,6 +14,7 @@ output 0, lse -inf and gradients 0.
 compute the same in blocks of queries, with memory O(block x Lk); they fill buffers, as the fused kernels do.
 """
 
+import itertools
 import math
 import struct
 from collections.abc import Iterator
@@ -54,8 +55,9 @@ def _int32(value: int) -> int:
 
 
 def dropout_keep(
-    seed: Tensor, dropout_p: float, batch: int, heads: int, rows: tuple[int, int], keys: tuple[int, int]
-) -> Tensor:
+    seed: Tensor, dropout_p: float, batch: int, heads: int, rows: tuple[int, int], keys: tuple[int, int],
+    first_batch: int = 0,
+) -> Tensor:  # fmt: skip
     """Which probabilities dropout keeps, for query rows ``rows[0] .. rows[1]`` and keys ``keys[0] .. keys[1]``.
 
     bool (batch, heads, rows, keys), a function of (seed, b, h, i, j) alone: Philox gives each row two keys, a
@@ -66,7 +68,9 @@ def dropout_keep(
     def index(first: int, last: int, dim: int) -> Tensor:
         return torch.arange(first, last, device=seed.device).view([-1 if d == dim else 1 for d in range(3)])
 
-    k0, k1 = _philox_row_keys(int(seed), index(0, batch, 0), index(0, heads, 1), index(*rows, 2))
+    k0, k1 = _philox_row_keys(
+        int(seed), index(first_batch, first_batch + batch, 0), index(0, heads, 1), index(*rows, 2)
+    )
     x = torch.arange(*keys, device=seed.device, dtype=torch.int32) * _int32(0x9E3779B1) ^ k0[..., None]
 
     def xor_shift(bits: int) -> None:  # int32 shifts bring in the sign: mask it off
@@ -148,6 +152,33 @@ def scores(q: Tensor, k: Tensor, terms: Terms, row: int, key: int) -> tuple[Tens
     return s, t, distance
 
 
+class PackedSequence(NamedTuple):
+    """One of several sequences that lie one behind the other."""
+
+    number: int
+    rows: slice
+    keys: slice
+    slopes: Tensor | None
+    q_offset_tensor: Tensor | None
+    q_offset: int
+
+
+def packed_sequences(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, alibi_slopes: Tensor | None, q_offset_tensor: Tensor | None,
+    q_offset: int | None,
+) -> Iterator[PackedSequence]:  # fmt: skip
+    """Each sequence and what belongs to it. Reads the lengths, so it waits for a GPU."""
+    bounds = zip(itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist()), strict=True)
+    for index, ((row, row_end), (key, key_end)) in enumerate(bounds):
+        one = slice(index, index + 1)
+        yield PackedSequence(
+            index, slice(row, row_end), slice(key, key_end),
+            alibi_slopes if alibi_slopes is None or alibi_slopes.shape[0] == 1 else alibi_slopes[one],
+            None if q_offset_tensor is None else q_offset_tensor[one],
+            (key_end - key) - (row_end - row) if q_offset is None else q_offset,
+        )  # fmt: skip
+
+
 def _grouped_matmul(p: Tensor, v: Tensor) -> Tensor:
     """p (B, Hq, rows, Lk) @ v (B, Hk, Lk, Dv), each key head serving its group of query heads."""
     batch, q_heads, rows, kv_len = p.shape
@@ -158,15 +189,32 @@ def _grouped_matmul(p: Tensor, v: Tensor) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, q_offset_tensor: Tensor | None = None,
-    seed: Tensor | None = None, *, left: int | None = None, right: int | None = None, q_offset: int = 0,
-    scale: float, softcap: float | None = None, dropout_p: float = 0.0,
+    seed: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, *,
+    left: int | None = None, right: int | None = None, q_offset: int | None = 0,
+    scale: float, softcap: float | None = None, dropout_p: float = 0.0, first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, in the dtype of the inputs, with all Lq x Lk scores in memory. Returns (out, lse).
 
     ``q`` (B, Hq, Lq, D), ``k`` (B, Hk, Lk, D), ``v`` (B, Hk, Lk, Dv); ``mask`` (bool) and ``bias`` 4-D, broadcastable
     to (B, Hq, Lq, Lk); ``alibi_slopes`` (1 or B, Hq); ``sinks`` (Hq,); ``q_offset_tensor`` (B,) in place of
-    ``q_offset``; ``seed`` one int64 element.
+    ``q_offset``; ``seed`` one int64 element. ``cu_seqlens_q`` and ``cu_seqlens_k`` (sequences + 1,): packed sequences,
+    B = 1, each by itself; rows behind the last give 0. ``first_batch`` is the index of batch entry 0 for dropout.
     """
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        out, lse = [], []
+        for one in packed_sequences(cu_seqlens_q, cu_seqlens_k, alibi_slopes, q_offset_tensor, q_offset):
+            results = attention(
+                q[:, :, one.rows], k[:, :, one.keys], v[:, :, one.keys], None, None, one.slopes, sinks,
+                one.q_offset_tensor, seed, left=left, right=right, q_offset=one.q_offset, scale=scale,
+                softcap=softcap, dropout_p=dropout_p, first_batch=one.number,
+            )  # fmt: skip
+            out.append(results[0])
+            lse.append(results[1])
+        rest = q.shape[2] - sum(x.shape[2] for x in lse)
+        out.append(v.new_zeros(*q.shape[:2], rest, v.shape[3]))
+        lse.append(lse[0].new_full((*q.shape[:2], rest), -torch.inf))
+        return torch.cat(out, 2), torch.cat(lse, 2)
+    assert q_offset is not None
     terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap)
     s, _, _ = scores(q, k, terms, 0, 0)
     sink = None if sinks is None else sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)
@@ -182,7 +230,7 @@ def attention(
     p = (e / total)[..., : k.shape[2]]
     lse = (maximum.masked_fill(empty, 0.0) + total.log()).masked_fill(empty, -torch.inf).squeeze(-1)
     if dropout_p > 0.0 and seed is not None:
-        keep = dropout_keep(seed, dropout_p, p.shape[0], p.shape[1], (0, p.shape[2]), (0, p.shape[3]))
+        keep = dropout_keep(seed, dropout_p, p.shape[0], p.shape[1], (0, p.shape[2]), (0, p.shape[3]), first_batch)
         p = torch.where(keep, p * _keep_scale(dropout_p), 0.0)
     return _grouped_matmul(p, v), lse
 
@@ -210,10 +258,21 @@ def _blocks(q: Tensor, kv_len: int, terms: Terms) -> Iterator[tuple[tuple[int, i
 
 def attention_forward(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
-    alibi_slopes: Tensor | None, sinks: Tensor | None, q_offset_tensor: Tensor | None, seed: Tensor | None, *,
-    left: int | None, right: int | None, q_offset: int, scale: float, softcap: float | None, dropout_p: float,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, q_offset_tensor: Tensor | None, seed: Tensor | None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, *,
+    left: int | None, right: int | None, q_offset: int | None, scale: float, softcap: float | None, dropout_p: float,
+    first_batch: int = 0,
 ) -> None:  # fmt: skip
     """Fill ``out`` (B, Hq, Lq, Dv) and ``lse`` (B, Hq, Lq) block by block; half precision is computed in float32."""
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        for one in packed_sequences(cu_seqlens_q, cu_seqlens_k, alibi_slopes, q_offset_tensor, q_offset):
+            attention_forward(
+                out[:, :, one.rows], lse[:, :, one.rows], q[:, :, one.rows], k[:, :, one.keys], v[:, :, one.keys],
+                None, None, one.slopes, sinks, one.q_offset_tensor, seed, left=left, right=right,
+                q_offset=one.q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p, first_batch=one.number,
+            )  # fmt: skip
+        return
+    assert q_offset is not None
     dtype = _compute_dtype(q.dtype)
     k, v = k.to(dtype), v.to(dtype)
     all_terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap)
@@ -225,7 +284,7 @@ def attention_forward(
             block_lse = torch.logaddexp(block_lse, sinks.to(dtype)[:, None, None])
         p = s.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0.0)).exp_()
         if dropout_p > 0.0 and seed is not None:
-            keep = dropout_keep(seed, dropout_p, s.shape[0], s.shape[1], rows, keys)
+            keep = dropout_keep(seed, dropout_p, s.shape[0], s.shape[1], rows, keys, first_batch)
             p.mul_(keep).mul_(_keep_scale(dropout_p))
         out[:, :, block] = _grouped_matmul(p, v[:, :, own])
         lse[:, :, block] = block_lse.squeeze(-1)
@@ -235,14 +294,39 @@ def attention_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None, dslopes: Tensor | None, dsinks: Tensor | None,
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
-    q_offset_tensor: Tensor | None, seed: Tensor | None, *,
-    left: int | None, right: int | None, q_offset: int, scale: float, softcap: float | None, dropout_p: float,
+    q_offset_tensor: Tensor | None, seed: Tensor | None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, *,
+    left: int | None, right: int | None, q_offset: int | None, scale: float, softcap: float | None, dropout_p: float,
+    first_batch: int = 0,
 ) -> None:  # fmt: skip
     """Fill the gradients block by block, recomputing the probabilities from ``lse``.
 
     ``dbias``, ``dslopes`` and ``dsinks`` have the shapes of ``bias``, ``alibi_slopes`` and ``sinks``, or are None where
     they are not wanted; ``dlse`` may be None.
     """
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        slopes_sum = None if dslopes is None else torch.zeros_like(dslopes, dtype=_compute_dtype(q.dtype))
+        sinks_sum = None if dsinks is None else torch.zeros_like(dsinks, dtype=_compute_dtype(q.dtype))
+        for one in packed_sequences(cu_seqlens_q, cu_seqlens_k, alibi_slopes, q_offset_tensor, q_offset):
+            own_dslopes = None if slopes_sum is None else torch.empty_like(slopes_sum[:1])
+            own_dsinks = None if sinks_sum is None else torch.empty_like(sinks_sum)
+            attention_backward(
+                dq[:, :, one.rows], dk[:, :, one.keys], dv[:, :, one.keys], None, own_dslopes, own_dsinks,
+                dout[:, :, one.rows], None if dlse is None else dlse[:, :, one.rows],
+                q[:, :, one.rows], k[:, :, one.keys], v[:, :, one.keys], out[:, :, one.rows], lse[:, :, one.rows],
+                None, None, one.slopes, sinks, one.q_offset_tensor, seed, left=left, right=right,
+                q_offset=one.q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p, first_batch=one.number,
+            )  # fmt: skip
+            if slopes_sum is not None and own_dslopes is not None:
+                slopes_sum[one.number if len(slopes_sum) > 1 else 0] += own_dslopes[0]
+            if sinks_sum is not None and own_dsinks is not None:
+                sinks_sum += own_dsinks
+        if dslopes is not None and slopes_sum is not None:
+            dslopes.copy_(slopes_sum)
+        if dsinks is not None and sinks_sum is not None:
+            dsinks.copy_(sinks_sum)
+        return
+    assert q_offset is not None
     dtype = _compute_dtype(q.dtype)
     k_, v_ = k.to(dtype), v.to(dtype)
     wanted = {"dk": dk, "dv": dv, "dbias": dbias, "dslopes": dslopes, "dsinks": dsinks}
@@ -259,7 +343,8 @@ def attention_backward(
         dp = _grouped_matmul(dout_, v_[:, :, own].transpose(-1, -2))
         dropped = p
         if dropout_p > 0.0 and seed is not None:
-            keep = dropout_keep(seed, dropout_p, batch, q_heads, rows, keys).to(dtype) * _keep_scale(dropout_p)
+            keep = dropout_keep(seed, dropout_p, batch, q_heads, rows, keys, first_batch).to(dtype)
+            keep *= _keep_scale(dropout_p)
             dropped, dp = p * keep, dp * keep
         delta = (dout_ * out[:, :, block].to(dtype)).sum(-1, keepdim=True)
         if dlse is not None:

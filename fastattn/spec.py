@@ -1,5 +1,6 @@
 """What one attention call asks for, validated and normalised once; every backend reads only this."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ class AttentionSpec(NamedTuple):
     """One call. Sizes: batch B, query heads Hq, key heads Hk, lengths Lq and Lk, head dims D and Dv."""
 
     q: Tensor
-    """(B, Hq, Lq, D)"""
+    """(B, Hq, Lq, D); packed sequences, one behind the other, are one batch entry: (1, Hq, total, D)"""
     k: Tensor
     """(B, Hk, Lk, D), Hq a multiple of Hk"""
     v: Tensor
@@ -34,11 +35,16 @@ class AttentionSpec(NamedTuple):
     """Key j is visible to query i only if i + q_offset - left <= j <= i + q_offset + right; None is open."""
     right: int | None
     """0 is causal. None also where this side forbids nothing."""
-    q_offset: int
+    q_offset: int | None
+    """None, for packed sequences only: the last query of each stands at its last key"""
     scale: float
     softcap: float | None
     dropout_p: float
     return_lse: bool
+    cu_seqlens_q: Tensor | None = None
+    """int32 (sequences + 1,): where each packed sequence begins in q, and the total; per batch entry then means per
+    sequence"""
+    cu_seqlens_k: Tensor | None = None
 
     @property
     def causal(self) -> bool:
@@ -67,9 +73,11 @@ def make_spec(
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     names: tuple[str, str, str, str, str, str] = ("q", "k", "v", "mask", "bias", "causal"),
 ) -> AttentionSpec:
-    """Validate the arguments of `fastattn.attention`.
+    """Validate the arguments of `fastattn.attention`; with ``cu_seqlens_q`` and ``cu_seqlens_k`` packed sequences.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -82,6 +90,15 @@ def make_spec(
     _check_qkv(q, k, v, names[:3])
     batch, q_heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        cu_seqlens_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+        cu_seqlens_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k)
+        if cu_seqlens_k.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                f"cu_seqlens_k.shape: expected cu_seqlens_q.shape == {tuple(cu_seqlens_q.shape)}, "
+                f"got {tuple(cu_seqlens_k.shape)}"
+            )
+        batch = cu_seqlens_q.shape[0] - 1
     if mask is not None:
         mask = _score_operand(names[3], mask, q, kv_len, (torch.bool,))
     if bias is not None:
@@ -93,9 +110,9 @@ def make_spec(
         _check_head_vector("sinks", sinks, q, ((q_heads,),))
     offset_tensor = None
     if q_offset is None:
-        q_offset = kv_len - q_len
+        q_offset = kv_len - q_len if cu_seqlens_q is None else None
     elif isinstance(q_offset, Tensor):
-        offset_tensor, q_offset = _offset_tensor(q_offset, q), 0
+        offset_tensor, q_offset = _offset_tensor(q_offset, batch, q.device), 0
     elif isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
         raise TypeError(f"q_offset: expected an int or an integer tensor, got {type(q_offset).__name__}")
     elif not -_FAR <= q_offset <= _FAR:
@@ -106,7 +123,7 @@ def make_spec(
     left, right = (None, None) if window is None else _check_window(window)
     if causal:
         right = 0 if right is None else min(right, 0)
-    if offset_tensor is None:  # a side that forbids nothing is open
+    if offset_tensor is None and q_offset is not None:  # a side that forbids nothing is open
         if right is not None and q_offset + right >= kv_len - 1:
             right = None
         if left is not None and q_len - 1 + q_offset - left <= 0:
@@ -127,7 +144,7 @@ def make_spec(
     scale = float(head_dim**-0.5 if scale is None else scale)
     return AttentionSpec(
         q, k, v, mask, bias, alibi_slopes, sinks, offset_tensor, left, right, q_offset, scale, softcap, dropout_p,
-        return_lse,
+        return_lse, cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
 
 
@@ -241,11 +258,30 @@ def _check_window(window: tuple[int | None, int | None]) -> tuple[int | None, in
     return window[0], window[1]
 
 
-def _offset_tensor(q_offset: Tensor, q: Tensor) -> Tensor:
+def _offset_tensor(q_offset: Tensor, batch: int, device: torch.device) -> Tensor:
     if q_offset.dtype not in _INTEGER_DTYPES:
         raise TypeError(f"q_offset.dtype: expected int32 or int64, got {q_offset.dtype}")
-    if q_offset.shape != q.shape[:1]:
-        raise ValueError(f"q_offset.shape: expected (B,) == ({q.shape[0]},), got {tuple(q_offset.shape)}")
-    if q_offset.device != q.device:
-        raise ValueError(f"q_offset.device: expected {q.device}, got {q_offset.device}")
+    if q_offset.shape != (batch,):
+        raise ValueError(f"q_offset.shape: expected (B,) == ({batch},), got {tuple(q_offset.shape)}")
+    if q_offset.device != device:
+        raise ValueError(f"q_offset.device: expected {device}, got {q_offset.device}")
     return q_offset.contiguous()
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> Tensor:
+    """``packed`` is (1, heads, total, head_dim)."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in _INTEGER_DTYPES:
+        raise TypeError(f"{name}.dtype: expected int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{name}.shape: expected (sequences + 1,) with a sequence at least, got {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != packed.device:
+        raise ValueError(f"{name}.device: expected {packed.device}, got {cu_seqlens.device}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, reading it would wait
+        values, total = cu_seqlens.tolist(), packed.shape[2]
+        if values[0] != 0 or values[-1] > total or any(a > b for a, b in itertools.pairwise(values)):
+            raise ValueError(f"{name}: expected to rise from 0 to at most the {total} rows there are, got {values}")
+    return cu_seqlens.contiguous()

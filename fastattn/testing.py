@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .functional import Backend, attention
+from .functional import Backend, attention, attention_varlen
 from .spec import make_spec
 
 FACTOR = 2.0
@@ -110,8 +110,8 @@ def _run_specification(inputs: dict[str, Any], options: dict[str, Any], seed: in
         seed_tensor = ops.draw_seed(q.device)
     out, lse = reference.attention(
         q, k, v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, spec.q_offset_tensor, seed_tensor,
-        left=spec.left, right=spec.right, q_offset=spec.q_offset, scale=spec.scale, softcap=spec.softcap,
-        dropout_p=spec.dropout_p,
+        spec.cu_seqlens_q, spec.cu_seqlens_k, left=spec.left, right=spec.right, q_offset=spec.q_offset,
+        scale=spec.scale, softcap=spec.softcap, dropout_p=spec.dropout_p,
     )  # fmt: skip
     return [out, lse, *_gradients(out, lse, leaves, inputs)]
 
@@ -125,8 +125,9 @@ def _gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], inputs: dict[str,
 
 
 def _rounding_effects(
-    inputs: dict[str, Any], options: dict[str, Any], seed: int, out: Tensor, lse: Tensor, actual_out: Tensor
-) -> dict[str, tuple[Tensor, ...]]:
+    inputs: dict[str, Any], options: dict[str, Any], seed: int, out: Tensor, lse: Tensor, actual_out: Tensor,
+    first_batch: int = 0,
+) -> dict[str, tuple[Tensor, ...]]:  # fmt: skip
     """Per result, what rounding does on the way to it, to first order: (size of what is summed, error from storage).
 
     A fused backward has ``dS = P * (dP - delta)`` with ``P = exp(S - lse)`` and ``delta = sum(dO * O) - dlse``. Every
@@ -137,6 +138,7 @@ def _rounding_effects(
     q, k, v = (inputs[name].detach().double() for name in ("q", "k", "v"))
     operands = {name: x.detach().double() for name, x in _operands(options).items()}
     spec = make_spec(q, k, v, **{**options, **operands})
+    assert spec.q_offset is not None
     dout, dlse = inputs["dout"].double(), inputs.get("dlse")
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     terms = reference.Terms(
@@ -150,7 +152,9 @@ def _rounding_effects(
     if spec.dropout_p > 0.0:
         torch.manual_seed(seed)
         batch, q_heads, q_len, kv_len = p.shape
-        kept = reference.dropout_keep(ops.draw_seed(q.device), spec.dropout_p, batch, q_heads, (0, q_len), (0, kv_len))
+        kept = reference.dropout_keep(
+            ops.draw_seed(q.device), spec.dropout_p, batch, q_heads, (0, q_len), (0, kv_len), first_batch
+        )
         kept = kept.double() * reference._keep_scale(spec.dropout_p)
     delta, delta_size = (dout * out).sum(-1), (dout * out).abs().sum(-1)
     if dlse is not None:
@@ -194,14 +198,50 @@ def _rounding_effects(
     return effects
 
 
+def _packed_rounding_effects(
+    inputs: dict[str, Any], options: dict[str, Any], seed: int, out: Tensor, lse: Tensor, actual_out: Tensor
+) -> dict[str, tuple[Tensor, ...]]:
+    """`_rounding_effects` of each packed sequence, put together."""
+    options = dict(options)
+    cu_seqlens_q, cu_seqlens_k = options.pop("cu_seqlens_q"), options.pop("cu_seqlens_k")
+    slopes, q_offset = options.get("alibi_slopes"), options.get("q_offset")
+    per_sequence = slopes is not None and slopes.ndim == 2
+    offsets, fixed = (q_offset, 0) if isinstance(q_offset, Tensor) else (None, q_offset)
+    parts = []
+    for one in reference.packed_sequences(cu_seqlens_q, cu_seqlens_k, None, offsets, fixed):
+        own = {name: x[:, :, one.keys if name in ("k", "v") else one.rows] for name, x in inputs.items()}
+        own_options = options | {"q_offset": one.q_offset if offsets is None else one.q_offset_tensor}
+        if slopes is not None:
+            own_options["alibi_slopes"] = slopes[one.number] if per_sequence else slopes
+        results = (x[:, :, one.rows] for x in (out, lse, actual_out))
+        parts.append(_rounding_effects(own, own_options, seed, *results, first_batch=one.number))
+    effects = {}
+    for name in parts[0]:
+        both = []
+        for sizes in zip(*(part[name] for part in parts), strict=True):
+            if name in ("dalibi_slopes", "dsinks"):
+                stacked = torch.stack(sizes)
+                both.append(stacked if per_sequence and name == "dalibi_slopes" else stacked.sum(0))
+            elif sizes[0].ndim == 0:
+                both.append(sizes[0])
+            else:  # rows of no sequence are 0
+                whole = inputs[{"dk": "k", "dv": "v"}.get(name, "q")].shape[2]
+                rest = whole - sum(x.shape[2] for x in sizes)
+                both.append(torch.cat([*sizes, sizes[0].new_zeros(*sizes[0].shape[:2], rest, *sizes[0].shape[3:])], 2))
+        effects[name] = tuple(both)
+    return effects
+
+
 def check_attention(
     q: Tensor, k: Tensor, v: Tensor, *, backend: Backend | None = None, seed: int = 0, lse_gradient: bool = True,
     **options: Any,
 ) -> None:  # fmt: skip
     """Hold `fastattn.attention` on ``backend`` to the rule: out, lse and every gradient, from one call.
 
+    With ``cu_seqlens_q`` and ``cu_seqlens_k`` among the options the same for `fastattn.attention_varlen`.
+
     Args:
-        q, k, v: inputs as for `fastattn.attention`, in the dtype under test.
+        q, k, v: inputs as for the function, in the dtype under test.
         backend: as there.
         seed: seeds the gradients that flow in, and dropout.
         lse_gradient: also return lse and send a gradient through it.
@@ -211,6 +251,9 @@ def check_attention(
     Raises:
         AssertionError: as `assert_parity`.
     """
+    packed = "cu_seqlens_q" in options
+    if packed:
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Any] = {"q": q, "k": k, "v": v}
@@ -222,18 +265,22 @@ def check_attention(
     leaves = [q, k, v, *learned.values()]
 
     torch.manual_seed(seed)
-    if lse_gradient:
-        out, lse = attention(q, k, v, backend=backend, return_lse=True, **options)
-    else:
-        out = attention(q, k, v, backend=backend, **options)
-        lse = q.new_empty(0)
+    function: Any = attention
+    given = (q, k, v)
+    if packed:
+        function, given = attention_varlen, tuple(t[0].transpose(0, 1) for t in (q, k, v))
+    results = function(*given, backend=backend, return_lse=lse_gradient, **options)
+    out, lse = results if lse_gradient else (results, q.new_empty(0))
+    if packed:
+        out, lse = out.transpose(0, 1)[None], lse[None]
     actual = [out, lse, *_gradients(out, lse, leaves, inputs)]
     expected = _run_specification(inputs, options, seed, torch.float64)
     eager = _run_specification(inputs, options, seed, q.dtype)
     if q.dtype.itemsize < 4:  # lse is never kept in half precision
         eager[1] = _run_specification(inputs, options, seed, torch.float32)[1]
     names = ["out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in learned)]
-    effects = _rounding_effects(inputs, options, seed, expected[0], expected[1], out)
+    rounding_effects = _packed_rounding_effects if packed else _rounding_effects
+    effects = rounding_effects(inputs, options, seed, expected[0], expected[1], out)
     for name, ours, exact, plain in zip(names, actual, expected, eager, strict=False):
         if name[1:] in learned and ours.dtype == torch.float64 != q.dtype:
             ours = ours.float()  # computed in float32, whatever it is kept in

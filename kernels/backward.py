@@ -19,10 +19,13 @@ from .primitives import (
     dropout_row_keys,
     exponent_scale,
     finish_scores,
+    head_offset,
     key_range,
     load_tile,
+    locate,
     query_offset,
     query_range,
+    rows_of,
     store_tile,
     stride,
     tile_position,
@@ -33,7 +36,7 @@ from .primitives import (
 RUNTIME = (
     "q_strides", "k_strides", "v_strides", "dout_strides", "dq_strides", "dk_strides", "dv_strides",
     "mask_strides", "bias_strides", "out_strides",
-    "dbias_h", "dbias_m", "dbias_n", "batches", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right",
+    "dbias_h", "dbias_m", "dbias_n", "sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right",
 )  # fmt: skip
 
 
@@ -82,9 +85,9 @@ def _probability_gradients(s, scale, dp, lse, delta, k0, k1, cols, dropout_p, ke
 @triton.jit(do_not_specialize=RUNTIME)
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr,
+    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, mask_strides, bias_strides,
-    q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
+    sequences, q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
     MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -94,28 +97,31 @@ def dkdv_kernel(
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
     DROPOUT: tl.constexpr = seed_ptr is not None
-    tiles = tl.cdiv(kv_len, BLOCK_N)
-    col = tl.program_id(0) % tiles * BLOCK_N
-    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, kv_head = batch_head // (q_heads // group), batch_head % (q_heads // group)
-    k_ptr += batch * stride(k_strides[0], UNIT) + kv_head * stride(k_strides[1], UNIT)
-    v_ptr += batch * stride(v_strides[0], UNIT) + kv_head * stride(v_strides[1], UNIT)
-    dk_ptr += batch * stride(dk_strides[0], UNIT) + kv_head * stride(dk_strides[1], UNIT)
-    dv_ptr += batch * stride(dv_strides[0], UNIT) + kv_head * stride(dv_strides[1], UNIT)
+    tile, _, batch, kv_head = locate(tl.program_id(0), cu_k_ptr, sequences, q_heads // group, kv_len, BLOCK_N)
+    col = tile * BLOCK_N
+    entry, k_first, kv_len = rows_of(cu_k_ptr, batch, kv_len)
+    _, q_first, q_rows = rows_of(cu_q_ptr, batch, q_len)
+    if cu_k_ptr is not None:
+        if col >= kv_len:
+            return
+    k_ptr += head_offset(k_strides, entry, kv_head, k_first, UNIT)
+    v_ptr += head_offset(v_strides, entry, kv_head, k_first, UNIT)
+    dk_ptr += head_offset(dk_strides, entry, kv_head, k_first, UNIT)
+    dv_ptr += head_offset(dv_strides, entry, kv_head, k_first, UNIT)
 
     cols = (col + tl.arange(0, BLOCK_N))[:, None]
     k = load_tile(k_ptr, col, stride(k_strides[2], UNIT), kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
     v = load_tile(v_ptr, col, stride(v_strides[2], UNIT), kv_len, True, V_DIM, BLOCK_N, BLOCK_DV)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    offset = query_offset(q_offset, q_offset_ptr, batch)
+    offset = query_offset(q_offset, q_offset_ptr, batch, q_rows, kv_len)
     start, first, resume, edges, inner_start, inners = query_range(
-        col, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
+        col, offset, left, right, q_rows, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
     for head in tl.range(kv_head * group, (kv_head + 1) * group):
-        statistics = (batch * q_heads + head) * q_len
-        q_head = q_ptr + batch * stride(q_strides[0], UNIT) + head * stride(q_strides[1], UNIT)
-        dout_head = dout_ptr + batch * stride(dout_strides[0], UNIT) + head * stride(dout_strides[1], UNIT)
+        statistics = (entry * q_heads + head) * q_len + q_first
+        q_head = q_ptr + head_offset(q_strides, entry, head, q_first, UNIT)
+        dout_head = dout_ptr + head_offset(dout_strides, entry, head, q_first, UNIT)
         mask_head, bias_head, slope = mask_ptr, bias_ptr, slopes_ptr
         if mask_ptr is not None:
             mask_head += batch * wide_stride(mask_strides[0]) + head * wide_stride(mask_strides[1])
@@ -131,15 +137,15 @@ def dkdv_kernel(
                 k0, k1 = rows, rows
                 if DROPOUT:
                     k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
-                lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_len)
-                q = load_tile(q_head, row, stride(q_strides[2], UNIT), q_len, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
+                lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_rows)
+                q = load_tile(q_head, row, stride(q_strides[2], UNIT), q_rows, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
                 s, cap_gradient = finish_scores(
-                    dot(k, tl.trans(q), None, PRECISION), rows[None, :], cols, q_len, kv_len, offset, left, right,
+                    dot(k, tl.trans(q), None, PRECISION), rows[None, :], cols, q_rows, kv_len, offset, left, right,
                     scale * LOG2E, softcap, slope, mask_head, mask_strides, bias_head, bias_strides,
                     EDGE == 1, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
                 )  # fmt: skip
                 dout = load_tile(
-                    dout_head, row, stride(dout_strides[2], UNIT), q_len, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV
+                    dout_head, row, stride(dout_strides[2], UNIT), q_rows, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV
                 )
                 dp = dot(v, tl.trans(dout), None, PRECISION)
                 p, ds = _probability_gradients(
@@ -180,9 +186,9 @@ def _tile_ds(
 @triton.jit(do_not_specialize=RUNTIME)
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dslopes_ptr,
-    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr,
+    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
     q_strides, k_strides, v_strides, dout_strides, dq_strides, mask_strides, bias_strides,
-    q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
+    sequences, q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
     MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -195,37 +201,41 @@ def dq_kernel(
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
     DROPOUT: tl.constexpr = seed_ptr is not None
-    tiles = tl.cdiv(q_len, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    if right is not None:
+    tile, tiles, batch, head = locate(tl.program_id(0), cu_q_ptr, sequences, q_heads, q_len, BLOCK_M)
+    if right is not None and cu_q_ptr is None:
         tile = tiles - 1 - tile
     row = tile * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
-    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = batch_head // q_heads, batch_head % q_heads
-    q_ptr += batch * stride(q_strides[0], UNIT) + head * stride(q_strides[1], UNIT)
-    k_ptr += batch * stride(k_strides[0], UNIT) + head // group * stride(k_strides[1], UNIT)
-    v_ptr += batch * stride(v_strides[0], UNIT) + head // group * stride(v_strides[1], UNIT)
-    dout_ptr += batch * stride(dout_strides[0], UNIT) + head * stride(dout_strides[1], UNIT)
-    dq_ptr += batch * stride(dq_strides[0], UNIT) + head * stride(dq_strides[1], UNIT)
+    entry, q_first, q_rows = rows_of(cu_q_ptr, batch, q_len)
+    _, k_first, kv_len = rows_of(cu_k_ptr, batch, kv_len)
+    if cu_q_ptr is not None:
+        if row >= q_rows:
+            return
+    q_ptr += head_offset(q_strides, entry, head, q_first, UNIT)
+    k_ptr += head_offset(k_strides, entry, head // group, k_first, UNIT)
+    v_ptr += head_offset(v_strides, entry, head // group, k_first, UNIT)
+    dout_ptr += head_offset(dout_strides, entry, head, q_first, UNIT)
+    dq_ptr += head_offset(dq_strides, entry, head, q_first, UNIT)
+    statistics = (entry * q_heads + head) * q_len + q_first
+    q_len = q_rows
     slope = slopes_ptr
     if mask_ptr is not None:
         mask_ptr += batch * wide_stride(mask_strides[0]) + head * wide_stride(mask_strides[1])
     if bias_ptr is not None:
         bias_ptr += batch * wide_stride(bias_strides[0]) + head * wide_stride(bias_strides[1])
     if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + batch_head)
+        slope = tl.load(slopes_ptr + batch * q_heads + head)
 
     k0, k1 = rows, rows
     if DROPOUT:
         k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
-    offset = query_offset(q_offset, q_offset_ptr, batch)
+    offset = query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len)
     start, first, resume, edges, inner_start, inners = key_range(
         row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
     q = load_tile(q_ptr, row, stride(q_strides[2], UNIT), q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout = load_tile(dout_ptr, row, stride(dout_strides[2], UNIT), q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-    lse, delta = _load_row_statistics(lse_ptr + batch_head * q_len, delta_ptr + batch_head * q_len, rows, q_len)
+    lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_len)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
     for EDGE in tl.static_range(2):
@@ -243,16 +253,16 @@ def dq_kernel(
             dq = dot(cast(ds * cap_gradient, k.dtype), k, dq, PRECISION)
     store_tile(dq_ptr, dq * scale, row, stride(dq_strides[2], UNIT), q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
     if dslopes_ptr is not None:
-        tl.store(dslopes_ptr + batch_head * tiles + tile, tl.sum(dslope, 0))
+        tl.store(dslopes_ptr + tl.program_id(0), tl.sum(dslope, 0))
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dbias_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,
-    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr,
+    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
     q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides,
-    dbias_h, dbias_m, dbias_n, batches,
-    q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
+    dbias_h, dbias_m, dbias_n,
+    sequences, q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
     MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -269,8 +279,8 @@ def dbias_kernel(
     own_head = tl.program_id(0) // (col_tiles * row_tiles) % dbias_h
     own_batch = tl.program_id(0) // (col_tiles * row_tiles) // dbias_h
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for b in tl.range(0 if SUM_BATCH else own_batch, batches if SUM_BATCH else own_batch + 1):
-        offset = query_offset(q_offset, q_offset_ptr, b)
+    for b in tl.range(0 if SUM_BATCH else own_batch, sequences if SUM_BATCH else own_batch + 1):
+        offset = query_offset(q_offset, q_offset_ptr, b, q_len, kv_len)
         for h in tl.range(0 if SUM_HEAD else own_head, q_heads if SUM_HEAD else own_head + 1):
             batch, head = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
             k_head = k_ptr + batch * stride(k_strides[0], UNIT) + head // group * stride(k_strides[1], UNIT)
@@ -322,8 +332,9 @@ def attention_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None, dslopes: Tensor | None, dsinks: Tensor | None,
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
-    q_offset_tensor: Tensor | None, seed: Tensor | None, *,
-    left: int | None, right: int | None, q_offset: int, scale: float, softcap: float | None, dropout_p: float,
+    q_offset_tensor: Tensor | None, seed: Tensor | None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, *,
+    left: int | None, right: int | None, q_offset: int | None, scale: float, softcap: float | None, dropout_p: float,
 ) -> None:  # fmt: skip
     """Launch the backward kernels, which fill the gradients; other arguments as in `attention_forward`.
 
@@ -337,16 +348,18 @@ def attention_backward(
     q, scale = launch.positive_scale(q, scale)
     delta = torch.empty_like(lse)
     shape = (batch, q_heads, q_len, kv_len)
+    sequences = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     mask_op, bias_op = launch.score_operand(mask, shape), launch.score_operand(bias, shape)
     unit = launch.stride_unit(q, k, v, out, dout, dq, dk, dv)
     q_st, k_st, v_st, dout_st = (launch.strides(t, unit) for t in (q, k, v, dout))
     inputs = (q, k, v, dout, lse, delta)
     score_operands = (
-        mask_op.tensor, bias_op.tensor, launch.slopes(alibi_slopes, batch), q_offset_tensor, seed
+        mask_op.tensor, bias_op.tensor, launch.slopes(alibi_slopes, sequences), q_offset_tensor, seed,
+        cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
     score_strides = (mask_op.strides, bias_op.strides)
     sizes = (
-        q_heads, q_heads // kv_heads, q_len, kv_len, q_offset, left, right, scale, softcap,
+        sequences, q_heads, q_heads // kv_heads, q_len, kv_len, q_offset, left, right, scale, softcap,
         dropout_p, launch.keep_scale(dropout_p),
     )  # fmt: skip
     flags = (
@@ -366,15 +379,15 @@ def attention_backward(
                 launch.strides(out, unit), dout_st, q_heads, q_len, unit, v_dim, cfg.block_m, **cfg.options(),
             )  # fmt: skip
         cfg = configure("dkdv")
-        if programs := triton.cdiv(kv_len, cfg.block_n) * batch * kv_heads:
+        if programs := launch.tiles(kv_len, cfg.block_n, cu_seqlens_k) * batch * kv_heads:
             dkdv_kernel[(programs,)](
                 *inputs, dk, dv, *score_operands,
                 q_st, k_st, v_st, dout_st, launch.strides(dk, unit), launch.strides(dv, unit), *score_strides,
                 *sizes, *flags, cfg.block_m, cfg.block_n, **cfg.options(),
             )  # fmt: skip
         cfg = configure("dq")
-        tiles = int(triton.cdiv(q_len, cfg.block_m))
-        dslope_tiles = None if dslopes is None else lse.new_empty((batch, q_heads, int(tiles)))
+        tiles = launch.tiles(q_len, cfg.block_m, cu_seqlens_q)
+        dslope_tiles = None if dslopes is None else lse.new_zeros((batch, q_heads, tiles))
         if programs := tiles * batch * q_heads:
             dq_kernel[(programs,)](
                 *inputs, dq, dslope_tiles, *score_operands,
@@ -388,10 +401,18 @@ def attention_backward(
         if programs := triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n) * b * h:
             dbias_kernel[(programs,)](
                 *inputs, dbias, *score_operands, q_st, k_st, v_st, dout_st, *score_strides,
-                h, m, n, batch, *sizes, *flags, cfg.block_m, cfg.block_n, b == 1, h == 1, m == 1, n == 1,
+                h, m, n, *sizes, *flags, cfg.block_m, cfg.block_n, b == 1, h == 1, m == 1, n == 1,
                 **cfg.options(),
             )  # fmt: skip
     if dslopes is not None and dslope_tiles is not None:
-        dslopes.copy_(dslope_tiles.sum(-1).sum_to_size(dslopes.shape))
+        if cu_seqlens_q is None or dslopes.shape[0] == 1:
+            dslopes.copy_(dslope_tiles.sum(-1).sum_to_size(dslopes.shape))
+        else:  # the slots of each sequence, see `primitives.locate`
+            first = cu_seqlens_q // config.lookup("dq", arch, max(head_dim, v_dim), q.element_size()).block_m
+            first = first + torch.arange(sequences + 1, device=first.device)
+            dslopes.copy_(torch.segment_reduce(dslope_tiles[0].mT.contiguous(), "sum", offsets=first, unsafe=True))
     if dsinks is not None and sinks is not None:  # a score whose value vector is 0: dP = 0 there
-        dsinks.copy_((torch.exp(sinks.to(lse.dtype)[:, None] - lse) * -delta).sum((0, 2)))
+        weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(
+            lse == -torch.inf, 0.0
+        )  # rows of no sequence
+        dsinks.copy_((weight * -delta).sum((0, 2)))

@@ -84,6 +84,11 @@ def score_operand(tensor: Tensor | None, shape: tuple[int, int, int, int]) -> Sc
     return ScoreOperand(tensor, (b, h, m, n), by_row, unit_cols)
 
 
+def tiles(length: int, block: int, cu_seqlens: Tensor | None) -> int:
+    """Tiles per head and batch entry: for packed sequences the slots of `primitives.locate`, from the shapes alone."""
+    return -(-length // block) if cu_seqlens is None else length // block + cu_seqlens.shape[0] - 1
+
+
 def keep_scale(dropout_p: float) -> float:
     """What kept probabilities are multiplied by, so that their expectation stays."""
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)

@@ -42,6 +42,12 @@ def stride(passed, UNIT: tl.constexpr):
 
 
 @triton.jit
+def head_offset(passed, entry, head, row, UNIT: tl.constexpr):
+    """Where ``row`` of one head of one batch entry begins, in elements; ``passed`` as in `stride`, 64-bit indices."""
+    return entry * stride(passed[0], UNIT) + head * stride(passed[1], UNIT) + row * stride(passed[2], UNIT)
+
+
+@triton.jit
 def wide_stride(passed):
     """A stride of a mask or bias from what `launch.score_operand` passes, see there."""
     return passed // 16 - (1 << 40)
@@ -180,12 +186,48 @@ def dropout_keep(k0, k1, cols, dropout_p):
 
 
 @triton.jit
-def query_offset(q_offset, q_offset_ptr, batch):
+def query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len):
     """Absolute position of query row 0 of this batch entry, cut to what int32 arithmetic can hold."""
     if q_offset_ptr is not None:
         return tl.minimum(tl.maximum(tl.load(q_offset_ptr + batch), -(1 << 30)), 1 << 30).to(tl.int32)
+    elif q_offset is None:
+        return kv_len - q_len
     else:
         return q_offset
+
+
+@triton.jit
+def locate(program, cu_seqlens_ptr, sequences, heads, length, BLOCK: tl.constexpr):
+    """(tile, number of tiles, batch, head) of a program: tiles of ``length`` rows of each head of each batch entry.
+
+    Packed sequences share ``length`` rows. Sequence b has the slots from ``cu_seqlens[b] // BLOCK + b`` on, never fewer
+    than its tiles, so a binary search finds the sequence of a slot; the tile may lie behind its last one.
+    """
+    if cu_seqlens_ptr is None:
+        tiles = tl.cdiv(length, BLOCK)
+        batch_head = (program // tiles).to(tl.int64)
+        return program % tiles, tiles, batch_head // heads, batch_head % heads
+    else:
+        slots = length // BLOCK + sequences
+        slot = program % slots
+        batch, above = slot * 0, slot * 0 + sequences
+        while above - batch > 1:
+            middle = (batch + above) // 2
+            before = tl.load(cu_seqlens_ptr + middle).to(tl.int32) // BLOCK + middle <= slot
+            batch = tl.where(before, middle, batch)
+            above = tl.where(before, above, middle)
+        tile = slot - (tl.load(cu_seqlens_ptr + batch).to(tl.int32) // BLOCK + batch)
+        return tile, slots, batch.to(tl.int64), (program // slots).to(tl.int64)
+
+
+@triton.jit
+def rows_of(cu_seqlens_ptr, batch, length):
+    """(batch entry in memory, first row, number of rows): packed sequences are one batch entry in memory."""
+    if cu_seqlens_ptr is None:
+        return batch, 0, length
+    else:
+        first = tl.load(cu_seqlens_ptr + batch).to(tl.int64)
+        return batch * 0, first, (tl.load(cu_seqlens_ptr + batch + 1) - first).to(tl.int32)
 
 
 @triton.jit

@@ -29,11 +29,12 @@ def operands(q_len=33, kv_len=47):
 
 
 SEED = torch.tensor([5])
+NO_OPERANDS = (None,) * 5  # mask to offsets, before the seed and the packed sequences
 OPTIONS = {
-    "plain": (None, None, None, None, None, None, None, None, 0, 0.25, None, 0.0),
-    "causal": (None, None, None, None, None, None, None, 0, 14, 0.25, None, 0.0),
-    "window, softcap, dropout": (None, None, None, None, None, SEED, 9, 3, 14, 0.25, 5.0, 0.3),
-    "offsets": (None, None, None, None, torch.tensor([3, 20]), None, None, 0, 0, 0.25, None, 0.0),
+    "plain": (*NO_OPERANDS, None, None, None, None, None, 0, 0.25, None, 0.0),
+    "causal": (*NO_OPERANDS, None, None, None, None, 0, 14, 0.25, None, 0.0),
+    "window, softcap, dropout": (*NO_OPERANDS, SEED, None, None, 9, 3, 14, 0.25, 5.0, 0.3),
+    "offsets": (*NO_OPERANDS[1:], torch.tensor([3, 20]), None, None, None, None, 0, 0, 0.25, None, 0.0),
 }
 
 
@@ -48,7 +49,26 @@ def test_opcheck_forward(options):
 def test_opcheck_with_every_operand():
     q, k, v = qkv()
     mask, bias, slopes, sinks = operands().values()
-    args = (q, k, v, mask, bias, slopes[None].detach(), sinks, None, SEED, 9, 3, 14, 0.25, 5.0, 0.3, "reference")
+    args = (
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        slopes[None].detach(),
+        sinks,
+        None,
+        SEED,
+        None,
+        None,
+        9,
+        3,
+        14,
+        0.25,
+        5.0,
+        0.3,
+        "reference",
+    )
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, args)
     with torch.no_grad():
         out, lse = torch.ops.fastattn.attention_forward.default(*args)
