@@ -187,6 +187,8 @@ def draw_seed(device: torch.device) -> Tensor:
 def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]:
     """Run ``spec`` on a backend that can serve it; lse is None from the torch backend."""
     if backend == "torch":
+        if spec.bias is None:  # all else has been cast: nothing is left for autocast to change
+            return _torch_attention(spec), None
         with _without_autocast(spec.q.device):
             return _torch_attention(spec), None
     seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None

@@ -117,9 +117,10 @@ def make_spec(
         raise TypeError(f"q_offset: expected an int or an integer tensor, got {type(q_offset).__name__}")
     elif not -_FAR <= q_offset <= _FAR:
         raise ValueError(f"q_offset: expected at most 2**30 in size, got {q_offset}")
-    for name, flag in ((names[5], causal), ("return_lse", return_lse)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"{names[5]}: expected a bool, got {type(causal).__name__}")
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}")
     left, right = (None, None) if window is None else _check_window(window)
     if causal:
         right = 0 if right is None else min(right, 0)
