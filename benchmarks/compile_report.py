@@ -62,6 +62,7 @@ class Feature:
     dropout: bool = False
     q_offset_tensor: bool = False
     packed: bool = False
+    block_mask: bool = False
     odd_dim: bool = False  # five columns fewer: no power of two, and rows that start at no multiple of 16 bytes
 
 
@@ -78,11 +79,12 @@ FEATURES = {
     "dropout": Feature(dropout=True),
     "q_offset": Feature(causal=True, q_offset_tensor=True),
     "packed": Feature(causal=True, packed=True),
+    "block_mask": Feature(block_mask=True),
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
     "everything": Feature(
         causal=True, window=True, mask="full", bias=True, alibi=True, softcap=True, sinks=True, dropout=True,
-        q_offset_tensor=True,
+        q_offset_tensor=True, block_mask=True,
     ),
 }  # fmt: skip
 DEFAULT_FEATURES = ["plain", "causal", "bias"]
@@ -167,6 +169,10 @@ def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
     if feature.packed:
         given |= {name: given[name][:1] for name in ("q", "k", "v", "out", "lse")} | {"q_offset": None}
         given |= {name: empty(batch + 1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    if feature.block_mask:
+        index = functools.partial(torch.empty, device="meta", dtype=torch.int32)
+        lines, entries, table = index(1, 1, 8, 3), index(64, 2), index(1, 1, 8, 8)
+        given["block_mask"] = [lines, entries, lines, entries, table, index(66, 128, 128).to(torch.uint8)]
     if feature.causal:
         given["right"] = 0
     if feature.window:

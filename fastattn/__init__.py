@@ -2,12 +2,14 @@
 
 from . import nn
 from .backends import Explanation
+from .block_mask import BlockMask
 from .convert import ConversionReport, convert, revert
 from .functional import attention, attention_varlen, explain, scaled_dot_product_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "ConversionReport",
     "Explanation",
     "attention",

@@ -55,6 +55,8 @@ def _torch_reasons(spec: AttentionSpec) -> list[str]:
     ]
     if spec.cu_seqlens_q is not None:
         return ["it has no packed sequences"]
+    if spec.block_mask is not None:
+        reasons.append("it has no block masks")
     if slopes is not None:
         reasons.append("it has no alibi_slopes")
     if sinks is not None:
@@ -167,6 +169,8 @@ def explain(spec: AttentionSpec, backend: str | None = None) -> Explanation:
     for name in ("mask", "bias", "alibi_slopes", "sinks"):
         if (operand := getattr(spec, name)) is not None:
             parts.append(f"{name} {tuple(operand.shape)}")
+    if spec.block_mask is not None:
+        parts.append(repr(spec.block_mask))
     if spec.softcap is not None:
         parts.append(f"softcap {spec.softcap:g}")
     if spec.needs_dbias:

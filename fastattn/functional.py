@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import backends, ops
 from .backends import Explanation
+from .block_mask import BlockMask
 from .spec import make_spec
 
 Backend = Literal["triton", "cuda", "torch", "reference"]
@@ -15,7 +16,8 @@ Backend = Literal["triton", "cuda", "torch", "reference"]
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., q_offset: int | Tensor | None = ...,
-    window: tuple[int | None, int | None] | None = ..., mask: Tensor | None = ..., bias: Tensor | None = ...,
+    window: tuple[int | None, int | None] | None = ..., mask: Tensor | None = ...,
+    block_mask: BlockMask | None = ..., bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
     scale: float | None = ..., dropout_p: float = ...,
     return_lse: Literal[False] = ..., backend: Backend | None = ...,
@@ -23,7 +25,8 @@ def attention(
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., q_offset: int | Tensor | None = ...,
-    window: tuple[int | None, int | None] | None = ..., mask: Tensor | None = ..., bias: Tensor | None = ...,
+    window: tuple[int | None, int | None] | None = ..., mask: Tensor | None = ...,
+    block_mask: BlockMask | None = ..., bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
     scale: float | None = ..., dropout_p: float = ...,
     return_lse: Literal[True], backend: Backend | None = ...,
@@ -37,6 +40,7 @@ def attention(
     q_offset: int | Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     mask: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -61,6 +65,8 @@ def attention(
         window: (left, right): query i sees key j only if ``i + q_offset - left <= j <= i + q_offset + right``; None
             leaves a side open. Work falls with the window.
         mask: bool, broadcastable to (B, Hq, Lq, Lk); True takes part. Never expanded in memory.
+        block_mask: `fastattn.BlockMask` for (B or 1, Hq or 1, Lq, Lk): a mask whose empty tiles cost nothing. What it
+            has in common with ``causal`` or ``window`` belongs into it: then those tiles are not visited either.
         bias: any float dtype, broadcastable likewise, added to the scaled scores; -inf forbids. Its gradient has its
             own shape.
         alibi_slopes: float (Hq,) or (B, Hq): ``slope * |i + q_offset - j|`` is subtracted from the scores.
@@ -85,8 +91,9 @@ def attention(
     (arXiv:2309.17453), in the learned form of gpt-oss, 2025.
     """
     spec = make_spec(
-        q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
-        softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
+        q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, block_mask=block_mask, bias=bias,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
+        return_lse=return_lse,
     )  # fmt: skip
     out, lse = ops.attention(spec, backends.choose(spec, backend))
     if not return_lse:
@@ -195,6 +202,7 @@ def explain(
     q_offset: int | Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     mask: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -209,8 +217,9 @@ def explain(
     Nothing is computed. ``str()`` of the result is a table; ``.backend`` and ``.reasons`` are the data.
     """
     spec = make_spec(
-        q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
-        softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
+        q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, block_mask=block_mask, bias=bias,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
+        return_lse=return_lse,
     )  # fmt: skip
     return backends.explain(spec, backend)
 

@@ -22,7 +22,7 @@ _LIBRARY = Library("fastattn", "DEF")
 _OPTIONS = "SymInt? left, SymInt? right, SymInt? q_offset, float scale, float? softcap, float dropout_p, str backend"
 _SCORES = (
     "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? q_offset_tensor, Tensor? seed, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor[] block_mask"
 )
 _LIBRARY.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORES}, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -89,7 +89,7 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *operands, left, right, q_offset, scale, softcap, dropout_p, backend = args
     out, lse = _forward_buffers(q, v)
-    _clear_unused(operands[-1], (out,), lse)
+    _clear_unused(operands[6], (out,), lse)
     with _without_autocast(q.device):
         _implementation(backend, "forward").attention_forward(
             out, lse, q, k, v, *operands,
@@ -103,7 +103,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *operands, left, right, q_offset, scale, softcap, dropout_p, backend, wanted = args
     gradients = _backward_buffers(q, k, v, tuple(operands[1:4]), wanted)
-    _clear_unused(operands[-1], gradients[:3])
+    _clear_unused(operands[6], gradients[:3])
     fill = [*gradients[:3], *(g if want else None for g, want in zip(gradients[3:], wanted, strict=True))]
     with _without_autocast(q.device):
         _implementation(backend, "backward").attention_backward(
@@ -194,7 +194,7 @@ def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]
     seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
     return _FORWARD(
         spec.q, spec.k, spec.v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, spec.q_offset_tensor, seed,
-        spec.cu_seqlens_q, spec.cu_seqlens_k,
+        spec.cu_seqlens_q, spec.cu_seqlens_k, [] if spec.block_mask is None else list(spec.block_mask.tensors),
         spec.left, spec.right, spec.q_offset, spec.scale, spec.softcap, spec.dropout_p, backend,
     )  # fmt: skip
 

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .block_mask import dense_rows
+
 # Scores held at once by the block-wise functions: 4M float32 values, 16 MiB.
 BLOCK_ELEMENTS = 1 << 22
 
@@ -97,12 +99,16 @@ class Terms(NamedTuple):
     q_offset: int
     scale: float
     softcap: float | None
+    block_mask: list[Tensor] | None = None
 
     def cut(self, rows: tuple[int, int], keys: tuple[int, int]) -> "Terms":
         """The same for query rows ``rows[0] .. rows[1]`` and keys ``keys[0] .. keys[1]``."""
         mask = None if self.mask is None else _cut(self.mask, rows, keys)
         bias = None if self.bias is None else _cut(self.bias, rows, keys)
-        return self._replace(mask=mask, bias=bias)
+        if self.block_mask:
+            blocks = dense_rows(self.block_mask, rows, keys)
+            mask = blocks if mask is None else mask & blocks
+        return self._replace(mask=mask, bias=bias, block_mask=None)
 
     def visible_keys(self, rows: tuple[int, int], kv_len: int) -> tuple[int, int]:
         """The keys that some of these rows sees, as far as one offset for the whole batch tells."""
@@ -189,7 +195,8 @@ def _grouped_matmul(p: Tensor, v: Tensor) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, q_offset_tensor: Tensor | None = None,
-    seed: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, *,
+    seed: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    block_mask: list[Tensor] | None = None, *,
     left: int | None = None, right: int | None = None, q_offset: int | None = 0,
     scale: float, softcap: float | None = None, dropout_p: float = 0.0, first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -215,7 +222,8 @@ def attention(
         lse.append(lse[0].new_full((*q.shape[:2], rest), -torch.inf))
         return torch.cat(out, 2), torch.cat(lse, 2)
     assert q_offset is not None
-    terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap)
+    terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap, block_mask)
+    terms = terms.cut((0, q.shape[2]), (0, k.shape[2]))
     s, _, _ = scores(q, k, terms, 0, 0)
     sink = None if sinks is None else sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)
     if sink is not None:
@@ -259,7 +267,8 @@ def _blocks(q: Tensor, kv_len: int, terms: Terms) -> Iterator[tuple[tuple[int, i
 def attention_forward(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
     alibi_slopes: Tensor | None, sinks: Tensor | None, q_offset_tensor: Tensor | None, seed: Tensor | None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, *,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    block_mask: list[Tensor] | None = None, *,
     left: int | None, right: int | None, q_offset: int | None, scale: float, softcap: float | None, dropout_p: float,
     first_batch: int = 0,
 ) -> None:  # fmt: skip
@@ -275,7 +284,7 @@ def attention_forward(
     assert q_offset is not None
     dtype = _compute_dtype(q.dtype)
     k, v = k.to(dtype), v.to(dtype)
-    all_terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap)
+    all_terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap, block_mask)
     for rows, keys in _blocks(q, k.shape[2], all_terms):
         block, own = slice(*rows), slice(*keys)
         s, _, _ = scores(q[:, :, block].to(dtype), k[:, :, own], all_terms.cut(rows, keys), rows[0], keys[0])
@@ -295,7 +304,7 @@ def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     q_offset_tensor: Tensor | None, seed: Tensor | None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, *,
+    cu_seqlens_k: Tensor | None = None, block_mask: list[Tensor] | None = None, *,
     left: int | None, right: int | None, q_offset: int | None, scale: float, softcap: float | None, dropout_p: float,
     first_batch: int = 0,
 ) -> None:  # fmt: skip
@@ -333,7 +342,7 @@ def attention_backward(
     sums = {name: torch.zeros_like(t, dtype=dtype) for name, t in wanted.items() if t is not None}
     batch, q_heads, _, head_dim = q.shape
     kv_heads, kv_len, v_dim = v.shape[1:]
-    all_terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap)
+    all_terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap, block_mask)
     for rows, keys in _blocks(q, kv_len, all_terms):
         block, own = slice(*rows), slice(*keys)
         q_, dout_ = q[:, :, block].to(dtype), dout[:, :, block].to(dtype)

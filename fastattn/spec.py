@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .block_mask import BlockMask, check_block_mask
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGER_DTYPES = (torch.int32, torch.int64)
 _FAR = 1 << 30  # positions are int32 in the kernels: sums of two such offsets and a length still fit
@@ -45,6 +47,8 @@ class AttentionSpec(NamedTuple):
     """int32 (sequences + 1,): where each packed sequence begins in q, and the total; per batch entry then means per
     sequence"""
     cu_seqlens_k: Tensor | None = None
+    block_mask: BlockMask | None = None
+    """(B or 1, Hq or 1, Lq, Lk)"""
 
     @property
     def causal(self) -> bool:
@@ -75,6 +79,7 @@ def make_spec(
     return_lse: bool = False,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     names: tuple[str, str, str, str, str, str] = ("q", "k", "v", "mask", "bias", "causal"),
 ) -> AttentionSpec:
     """Validate the arguments of `fastattn.attention`; with ``cu_seqlens_q`` and ``cu_seqlens_k`` packed sequences.
@@ -103,6 +108,8 @@ def make_spec(
         mask = _score_operand(names[3], mask, q, kv_len, (torch.bool,))
     if bias is not None:
         bias = _score_operand(names[4], bias, q, kv_len, FLOAT_DTYPES)
+    if block_mask is not None:
+        block_mask = check_block_mask(block_mask, (batch, q_heads, q_len, kv_len), q.device)
     if alibi_slopes is not None:
         _check_head_vector("alibi_slopes", alibi_slopes, q, ((q_heads,), (batch, q_heads)))
         alibi_slopes = alibi_slopes[None] if alibi_slopes.ndim == 1 else alibi_slopes
@@ -145,7 +152,7 @@ def make_spec(
     scale = float(head_dim**-0.5 if scale is None else scale)
     return AttentionSpec(
         q, k, v, mask, bias, alibi_slopes, sinks, offset_tensor, left, right, q_offset, scale, softcap, dropout_p,
-        return_lse, cu_seqlens_q, cu_seqlens_k,
+        return_lse, cu_seqlens_q, cu_seqlens_k, block_mask,
     )  # fmt: skip
 
 

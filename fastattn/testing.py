@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .functional import Backend, attention, attention_varlen
-from .spec import make_spec
+from .spec import AttentionSpec, make_spec
 
 FACTOR = 2.0
 
@@ -110,10 +110,15 @@ def _run_specification(inputs: dict[str, Any], options: dict[str, Any], seed: in
         seed_tensor = ops.draw_seed(q.device)
     out, lse = reference.attention(
         q, k, v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, spec.q_offset_tensor, seed_tensor,
-        spec.cu_seqlens_q, spec.cu_seqlens_k, left=spec.left, right=spec.right, q_offset=spec.q_offset,
-        scale=spec.scale, softcap=spec.softcap, dropout_p=spec.dropout_p,
+        spec.cu_seqlens_q, spec.cu_seqlens_k, _block_tensors(spec),
+        left=spec.left, right=spec.right, q_offset=spec.q_offset, scale=spec.scale,
+        softcap=spec.softcap, dropout_p=spec.dropout_p,
     )  # fmt: skip
     return [out, lse, *_gradients(out, lse, leaves, inputs)]
+
+
+def _block_tensors(spec: AttentionSpec) -> list[Tensor]:
+    return [] if spec.block_mask is None else list(spec.block_mask.tensors)
 
 
 def _gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], inputs: dict[str, Any]) -> list[Tensor]:
@@ -143,8 +148,8 @@ def _rounding_effects(
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     terms = reference.Terms(
         spec.mask, spec.bias, spec.alibi_slopes, spec.q_offset_tensor, spec.left, spec.right, spec.q_offset,
-        spec.scale, spec.softcap,
-    )  # fmt: skip
+        spec.scale, spec.softcap, _block_tensors(spec),
+    ).cut((0, q.shape[2]), (0, k.shape[2]))  # fmt: skip
     s, t, distance = reference.scores(q, k, terms, 0, 0)
     finite_lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
     p = torch.exp(s - finite_lse)

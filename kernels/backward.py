@@ -5,6 +5,8 @@ With ``P = exp(S - lse)``, ``dP = dO V^T`` and ``delta = rowsum(dO * O) - dlse``
 Each output element has one writer that adds in a fixed order, so repeats are bit-equal.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 from . import config, launch
 from .primitives import (
     LOG2E,
+    SPARSE_BLOCK,
     cast,
     dot,
     dropout_keep,
@@ -23,9 +26,13 @@ from .primitives import (
     key_range,
     load_tile,
     locate,
+    pool_tile,
     query_offset,
     query_range,
     rows_of,
+    sparse_line,
+    sparse_range,
+    sparse_tile,
     store_tile,
     stride,
     tile_position,
@@ -36,7 +43,8 @@ from .primitives import (
 RUNTIME = (
     "q_strides", "k_strides", "v_strides", "dout_strides", "dq_strides", "dk_strides", "dv_strides",
     "mask_strides", "bias_strides", "out_strides",
-    "dbias_h", "dbias_m", "dbias_n", "sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right",
+    "dbias_h", "dbias_m", "dbias_n", "sequences", "sparse_batch", "sparse_head", "table_batch", "table_head",
+    "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right",
 )  # fmt: skip
 
 
@@ -86,6 +94,7 @@ def _probability_gradients(s, scale, dp, lse, delta, k0, k1, cols, dropout_p, ke
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
+    lines_ptr, entries_ptr, pool_ptr, sparse_batch, sparse_head,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, mask_strides, bias_strides,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
     MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
@@ -96,6 +105,8 @@ def dkdv_kernel(
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
+    SPARSE: tl.constexpr = lines_ptr is not None
+    BORDERS: tl.constexpr = SPARSE and (left is not None or right is not None)
     DROPOUT: tl.constexpr = seed_ptr is not None
     tile, _, batch, kv_head = locate(tl.program_id(0), cu_k_ptr, sequences, q_heads // group, kv_len, BLOCK_N)
     col = tile * BLOCK_N
@@ -130,9 +141,16 @@ def dkdv_kernel(
         if slopes_ptr is not None:
             slope = tl.load(slopes_ptr + batch * q_heads + head)
         exponent = exponent_scale(scale * LOG2E, softcap, slope, bias_head)
+        if SPARSE:
+            line = sparse_line(batch, head, col, sparse_batch, sparse_head)
+            start, edges, inner_start, inners = sparse_range(lines_ptr, line, BLOCK_M)
         for EDGE in tl.static_range(2):
             for number in tl.range(0, edges if EDGE else inners):
-                row = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_M)
+                if SPARSE:
+                    row, tile_ptr = sparse_tile(number, start, inner_start, entries_ptr, pool_ptr, EDGE == 1, BLOCK_M)
+                else:
+                    row = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_M)
+                    tile_ptr = None
                 rows = row + tl.arange(0, BLOCK_M)
                 k0, k1 = rows, rows
                 if DROPOUT:
@@ -141,8 +159,8 @@ def dkdv_kernel(
                 q = load_tile(q_head, row, stride(q_strides[2], UNIT), q_rows, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
                 s, cap_gradient = finish_scores(
                     dot(k, tl.trans(q), None, PRECISION), rows[None, :], cols, q_rows, kv_len, offset, left, right,
-                    scale * LOG2E, softcap, slope, mask_head, mask_strides, bias_head, bias_strides,
-                    EDGE == 1, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
+                    scale * LOG2E, softcap, slope, mask_head, mask_strides, bias_head, bias_strides, tile_ptr,
+                    EDGE == 1 or BORDERS, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
                 )  # fmt: skip
                 dout = load_tile(
                     dout_head, row, stride(dout_strides[2], UNIT), q_rows, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV
@@ -161,9 +179,9 @@ def dkdv_kernel(
 @triton.jit
 def _tile_ds(
     q, dout, lse, delta, rows, col, k_ptr, v_ptr, k_stride, v_stride, k0, k1, mask_ptr, bias_ptr, mask_strides,
-    bias_strides, slope, q_len, kv_len, offset, left, right, scale, softcap, dropout_p, keep_scale,
+    bias_strides, tile_ptr, slope, q_len, kv_len, offset, left, right, scale, softcap, dropout_p, keep_scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EDGE: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
+    EDGE: tl.constexpr, CHECK: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(dS, d capped / d uncapped, K) of one tile of queries by keys."""
@@ -171,8 +189,8 @@ def _tile_ds(
     k = load_tile(k_ptr, col, k_stride, kv_len, EDGE, HEAD_DIM, BLOCK_N, BLOCK_D)
     s, cap_gradient = finish_scores(
         dot(q, tl.trans(k), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right, scale * LOG2E,
-        softcap, slope, mask_ptr, mask_strides, bias_ptr, bias_strides,
-        EDGE, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
+        softcap, slope, mask_ptr, mask_strides, bias_ptr, bias_strides, tile_ptr,
+        CHECK, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
     )  # fmt: skip
     v = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
     dp = dot(dout, tl.trans(v), None, PRECISION)
@@ -187,6 +205,7 @@ def _tile_ds(
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dslopes_ptr,
     mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
+    lines_ptr, entries_ptr, pool_ptr, sparse_batch, sparse_head,
     q_strides, k_strides, v_strides, dout_strides, dq_strides, mask_strides, bias_strides,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
     MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
@@ -200,6 +219,8 @@ def dq_kernel(
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
+    SPARSE: tl.constexpr = lines_ptr is not None
+    BORDERS: tl.constexpr = SPARSE and (left is not None or right is not None)
     DROPOUT: tl.constexpr = seed_ptr is not None
     tile, tiles, batch, head = locate(tl.program_id(0), cu_q_ptr, sequences, q_heads, q_len, BLOCK_M)
     if right is not None and cu_q_ptr is None:
@@ -233,6 +254,9 @@ def dq_kernel(
     start, first, resume, edges, inner_start, inners = key_range(
         row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
+    if SPARSE:
+        line = sparse_line(batch, head, row, sparse_batch, sparse_head)
+        start, edges, inner_start, inners = sparse_range(lines_ptr, line, BLOCK_N)
     q = load_tile(q_ptr, row, stride(q_strides[2], UNIT), q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout = load_tile(dout_ptr, row, stride(dout_strides[2], UNIT), q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
     lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_len)
@@ -240,12 +264,16 @@ def dq_kernel(
     dslope = tl.zeros([BLOCK_M], tl.float32)
     for EDGE in tl.static_range(2):
         for number in tl.range(0, edges if EDGE else inners):
-            col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
+            if SPARSE:
+                col, tile_ptr = sparse_tile(number, start, inner_start, entries_ptr, pool_ptr, EDGE == 1, BLOCK_N)
+            else:
+                col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
+                tile_ptr = None
             ds, cap_gradient, k = _tile_ds(
                 q, dout, lse, delta, rows, col, k_ptr, v_ptr, stride(k_strides[2], UNIT), stride(v_strides[2], UNIT),
-                k0, k1, mask_ptr, bias_ptr, mask_strides, bias_strides, slope, q_len, kv_len, offset, left, right,
-                scale, softcap, dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
-                EDGE == 1, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
+                k0, k1, mask_ptr, bias_ptr, mask_strides, bias_strides, tile_ptr, slope, q_len, kv_len,
+                offset, left, right, scale, softcap, dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
+                EDGE == 1, EDGE == 1 or BORDERS, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
             )  # fmt: skip
             if dslopes_ptr is not None:
                 distance = tl.abs(rows[:, None] + offset - (col + tl.arange(0, BLOCK_N))[None, :])
@@ -260,6 +288,7 @@ def dq_kernel(
 def dbias_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,
     mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
+    table_ptr, pool_ptr, table_batch, table_head,
     q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides,
     dbias_h, dbias_m, dbias_n,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
@@ -309,12 +338,17 @@ def dbias_kernel(
                     last = tl.where(own_col + BLOCK_N > first, tl.minimum(last, own_col + 1), 0)
                     first = own_col
                 for col in tl.range(first, last, BLOCK_N):
+                    tile_ptr = None
+                    if table_ptr is not None:
+                        line = sparse_line(batch, head, row, table_batch, table_head)
+                        place = sparse_line(line, 0, col, tl.cdiv(kv_len, SPARSE_BLOCK), 0)
+                        tile_ptr = pool_tile(pool_ptr, tl.load(table_ptr + place))
                     ds, _, _ = _tile_ds(
                         q, dout, lse, delta, rows, col, k_head, v_head,
                         stride(k_strides[2], UNIT), stride(v_strides[2], UNIT), k0, k1, mask_head, bias_head,
-                        mask_strides, bias_strides, slope, q_len, kv_len, offset, left, right,
+                        mask_strides, bias_strides, tile_ptr, slope, q_len, kv_len, offset, left, right,
                         scale, softcap, dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
-                        True, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
+                        True, True, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
                     )  # fmt: skip
                     dbias += ds
     if SUM_ROWS:
@@ -333,7 +367,7 @@ def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     q_offset_tensor: Tensor | None, seed: Tensor | None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, *,
+    cu_seqlens_k: Tensor | None = None, block_mask: Sequence[Tensor] | None = None, *,
     left: int | None, right: int | None, q_offset: int | None, scale: float, softcap: float | None, dropout_p: float,
 ) -> None:  # fmt: skip
     """Launch the backward kernels, which fill the gradients; other arguments as in `attention_forward`.
@@ -381,7 +415,7 @@ def attention_backward(
         cfg = configure("dkdv")
         if programs := launch.tiles(kv_len, cfg.block_n, cu_seqlens_k) * batch * kv_heads:
             dkdv_kernel[(programs,)](
-                *inputs, dk, dv, *score_operands,
+                *inputs, dk, dv, *score_operands, *launch.sparse_operand(block_mask, by_key=True),
                 q_st, k_st, v_st, dout_st, launch.strides(dk, unit), launch.strides(dv, unit), *score_strides,
                 *sizes, *flags, cfg.block_m, cfg.block_n, **cfg.options(),
             )  # fmt: skip
@@ -390,17 +424,19 @@ def attention_backward(
         dslope_tiles = None if dslopes is None else lse.new_zeros((batch, q_heads, tiles))
         if programs := tiles * batch * q_heads:
             dq_kernel[(programs,)](
-                *inputs, dq, dslope_tiles, *score_operands,
+                *inputs, dq, dslope_tiles, *score_operands, *launch.sparse_operand(block_mask),
                 q_st, k_st, v_st, dout_st, launch.strides(dq, unit), *score_strides,
                 *sizes, *flags, cfg.block_m, cfg.block_n, **cfg.options(),
             )  # fmt: skip
         if negative:
             dq.neg_()
         cfg = configure("dbias")
+        lines, table = launch.sparse_operand(block_mask), block_mask[4] if block_mask else None
         b, h, m, n = (0, 0, 0, 0) if dbias is None else dbias.shape
         if programs := triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n) * b * h:
             dbias_kernel[(programs,)](
-                *inputs, dbias, *score_operands, q_st, k_st, v_st, dout_st, *score_strides,
+                *inputs, dbias, *score_operands, table, lines.pool, lines.batch_stride, lines.head_stride,
+                q_st, k_st, v_st, dout_st, *score_strides,
                 h, m, n, *sizes, *flags, cfg.block_m, cfg.block_n, b == 1, h == 1, m == 1, n == 1,
                 **cfg.options(),
             )  # fmt: skip

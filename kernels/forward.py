@@ -1,5 +1,7 @@
 """Forward attention: one pass over the keys with an online softmax (FlashAttention-2, Dao, 2023)."""
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +23,9 @@ from .primitives import (
     online_softmax,
     query_offset,
     rows_of,
+    sparse_line,
+    sparse_range,
+    sparse_tile,
     store_tile,
     stride,
     tile_position,
@@ -29,14 +34,15 @@ from .primitives import (
 
 RUNTIME = (
     "q_strides", "k_strides", "v_strides", "out_strides", "mask_strides", "bias_strides",
-    "sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right",
+    "sequences", "sparse_batch", "sparse_head", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, bias_ptr, slopes_ptr, sinks_ptr, q_offset_ptr, seed_ptr,
-    cu_q_ptr, cu_k_ptr, q_strides, k_strides, v_strides, out_strides, mask_strides, bias_strides,
+    cu_q_ptr, cu_k_ptr, lines_ptr, entries_ptr, pool_ptr, sparse_batch, sparse_head,
+    q_strides, k_strides, v_strides, out_strides, mask_strides, bias_strides,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right, qk_scale, softcap, dropout_p, keep_scale,
     MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
@@ -46,6 +52,8 @@ def forward_kernel(
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
+    SPARSE: tl.constexpr = lines_ptr is not None
+    BORDERS: tl.constexpr = SPARSE and (left is not None or right is not None)  # they may cross full tiles
     tile, tiles, batch, head = locate(tl.program_id(0), cu_q_ptr, sequences, q_heads, q_len, BLOCK_M)
     if right is not None and cu_q_ptr is None:
         tile = tiles - 1 - tile  # the longest rows first, so that no program is left running alone
@@ -77,6 +85,9 @@ def forward_kernel(
     start, first, resume, edges, inner_start, inners = key_range(
         row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
+    if SPARSE:
+        line = sparse_line(batch, head, row, sparse_batch, sparse_head)
+        start, edges, inner_start, inners = sparse_range(lines_ptr, line, BLOCK_N)
     scale = exponent_scale(qk_scale, softcap, slope, bias_ptr)
     q = load_tile(q_ptr, row, stride(q_strides[2], UNIT), q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -84,15 +95,21 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for EDGE in tl.static_range(2):
         for number in tl.range(0, edges if EDGE else inners):
-            col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
+            if SPARSE:
+                col, tile_ptr = sparse_tile(number, start, inner_start, entries_ptr, pool_ptr, EDGE == 1, BLOCK_N)
+            else:
+                col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
+                tile_ptr = None
             cols = (col + tl.arange(0, BLOCK_N))[None, :]
             k = load_tile(k_ptr, col, stride(k_strides[2], UNIT), kv_len, EDGE == 1, HEAD_DIM, BLOCK_N, BLOCK_D)
             s, _ = finish_scores(
                 dot(q, tl.trans(k), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right,
-                qk_scale, softcap, slope, mask_ptr, mask_strides, bias_ptr, bias_strides,
-                EDGE == 1, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
+                qk_scale, softcap, slope, mask_ptr, mask_strides, bias_ptr, bias_strides, tile_ptr,
+                EDGE == 1 or BORDERS, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
             )  # fmt: skip
-            p, acc, row_max, row_sum = online_softmax(s, scale, acc, row_max, row_sum, EDGE == 1 or READS_SCORES)
+            p, acc, row_max, row_sum = online_softmax(
+                s, scale, acc, row_max, row_sum, EDGE == 1 or BORDERS or READS_SCORES
+            )
             if seed_ptr is not None:
                 p = tl.where(dropout_keep(k0[:, None], k1[:, None], cols, dropout_p), p, 0.0)
             v = load_tile(v_ptr, col, stride(v_strides[2], UNIT), kv_len, EDGE == 1, V_DIM, BLOCK_N, BLOCK_DV)
@@ -116,7 +133,8 @@ def forward_kernel(
 def attention_forward(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
     alibi_slopes: Tensor | None, sinks: Tensor | None, q_offset_tensor: Tensor | None, seed: Tensor | None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, *,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    block_mask: Sequence[Tensor] | None = None, *,
     left: int | None, right: int | None, q_offset: int | None, scale: float, softcap: float | None, dropout_p: float,
 ) -> None:  # fmt: skip
     """Launch the forward kernel, which fills ``out`` (B, Hq, Lq, Dv) and ``lse`` (B, Hq, Lq), float32, contiguous.
@@ -127,7 +145,8 @@ def attention_forward(
     ``i + q_offset - left <= j <= i + q_offset + right``; None leaves that side open.
 
     ``cu_seqlens_q`` and ``cu_seqlens_k`` int (sequences + 1,): packed sequences, B = 1, no mask and no bias;
-    ``q_offset`` None stands for each sequence's own Lk - Lq. Rows of no sequence are left as they are.
+    ``q_offset`` None stands for each sequence's own Lk - Lq. Rows of no sequence are left as they are. ``block_mask``:
+    the tensors of `fastattn.block_mask.BlockTensors`.
     """
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -148,6 +167,7 @@ def attention_forward(
         forward_kernel[(programs,)](
             q, k, v, out, lse, mask_op.tensor, bias_op.tensor, launch.slopes(alibi_slopes, sequences),
             launch.float32(sinks), q_offset_tensor, seed, cu_seqlens_q, cu_seqlens_k,
+            *launch.sparse_operand(block_mask),
             launch.strides(q, unit), launch.strides(k, unit), launch.strides(v, unit), launch.strides(out, unit),
             mask_op.strides, bias_op.strides,
             sequences, q_heads, q_heads // kv_heads, q_len, kv_len, q_offset, left, right, scale * LOG2E.value, softcap,

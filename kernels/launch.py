@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,26 @@ def score_operand(tensor: Tensor | None, shape: tuple[int, int, int, int]) -> Sc
         tensor = tensor.view(torch.uint8)
     b, h, m, n = (16 * (s + (1 << 40)) for s in tensor.expand(shape).stride())
     return ScoreOperand(tensor, (b, h, m, n), by_row, unit_cols)
+
+
+class SparseOperand(NamedTuple):
+    """A block mask as kernels take it: lines, their entries, and how many lines a batch entry and a head are apart."""
+
+    offsets: Tensor | None
+    entries: Tensor | None
+    pool: Tensor | None
+    batch_stride: int
+    head_stride: int
+
+
+def sparse_operand(block_mask: Sequence[Tensor] | None, by_key: bool = False) -> SparseOperand:
+    """By query or by key, from the tensors of `fastattn.block_mask.BlockTensors`."""
+    if not block_mask:
+        return SparseOperand(None, None, None, 0, 0)
+    query_offsets, query_entries, key_offsets, key_entries, _, pool = block_mask
+    offsets, entries = (key_offsets, key_entries) if by_key else (query_offsets, query_entries)
+    batches, heads, lines, _ = offsets.shape
+    return SparseOperand(offsets, entries, pool, heads * lines if batches > 1 else 0, lines if heads > 1 else 0)
 
 
 def tiles(length: int, block: int, cu_seqlens: Tensor | None) -> int:

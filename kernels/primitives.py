@@ -12,6 +12,9 @@ from triton import knobs
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
+# Side of the tiles of a block mask. Every launch configuration has tiles that divide it.
+SPARSE_BLOCK: tl.constexpr = tl.constexpr(128)
+
 # Whether kernels run in Triton's interpreter. Fixed at import, exactly as `triton.jit` itself decides it.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -112,14 +115,15 @@ def tanh(x):
 @triton.jit
 def finish_scores(
     s, rows, cols, q_len, kv_len, offset, left, right, qk_scale, softcap, slope, mask_ptr, mask_strides, bias_ptr,
-    bias_strides, EDGE: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
+    bias_strides, pool_tile, EDGE: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
     BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """(scores, d capped / d uncapped) of one tile from the products ``s = Q K^T``; -inf where not allowed.
 
     Scores in base 2 where something is added to them or caps them; otherwise they still lack the factor ``qk_scale``,
     which `exponent_scale` then holds for the exponential, where it costs nothing. ``EDGE`` tiles touch the border of
-    what is visible or the end of a sequence; only they pay for index comparisons.
+    what is visible or the end of a sequence; only they pay for index comparisons. ``pool_tile`` points to the tile of a
+    block mask that these indices lie in.
     """
     cap_gradient = 1.0
     if softcap is not None:
@@ -135,6 +139,9 @@ def finish_scores(
         s -= (slope * LOG2E) * tl.abs(rows + offset - cols).to(tl.float32)
     if mask_ptr is not None:
         keep = load_scores_operand(mask_ptr, mask_strides, rows, cols, q_len, kv_len, EDGE, MASK_BY_ROW, MASK_UNIT)
+        s = tl.where(keep != 0, s, float("-inf"))
+    if pool_tile is not None:
+        keep = tl.load(pool_tile + (rows % SPARSE_BLOCK * SPARSE_BLOCK + cols % SPARSE_BLOCK))
         s = tl.where(keep != 0, s, float("-inf"))
     if EDGE:
         s = tl.where(cols < kv_len, s, float("-inf"))
@@ -297,3 +304,39 @@ def tile_position(tile, start, first, resume, inner_start, EDGE: tl.constexpr, B
         return tl.where(tile < first, start + tile * BLOCK, resume + (tile - first) * BLOCK)
     else:
         return inner_start + tile * BLOCK
+
+
+@triton.jit
+def sparse_line(batch, head, index, batch_stride, head_stride):
+    """The line of a block mask that query or key ``index`` of a head of a batch entry lies in."""
+    return batch * batch_stride + head * head_stride + (index + batch * 0) // SPARSE_BLOCK
+
+
+@triton.jit
+def sparse_range(offsets_ptr, line, BLOCK: tl.constexpr):
+    """(first edge entry, edges, first inner entry, inners) of a line of a block mask, counted in tiles of ``BLOCK``.
+
+    Its partial tiles are edge tiles; its full ones lie within the sequence.
+    """
+    offsets_ptr += line * 3
+    start, inner_start, end = tl.load(offsets_ptr), tl.load(offsets_ptr + 1), tl.load(offsets_ptr + 2)
+    pieces: tl.constexpr = SPARSE_BLOCK // BLOCK
+    return start, (inner_start - start) * pieces, inner_start, (end - inner_start) * pieces
+
+
+@triton.jit
+def sparse_tile(tile, start, inner_start, entries_ptr, pool_ptr, EDGE: tl.constexpr, BLOCK: tl.constexpr):
+    """(where tile number ``tile`` of the edge or the inner tiles begins, its tile of the pool or None)."""
+    pieces: tl.constexpr = SPARSE_BLOCK // BLOCK
+    tile += start * 0  # the interpreter's loop counters are Python integers
+    entry_ptr = entries_ptr + ((start if EDGE else inner_start) + tile // pieces).to(tl.int64) * 2
+    position = tl.load(entry_ptr) * SPARSE_BLOCK + tile % pieces * BLOCK
+    if EDGE:
+        return position, pool_tile(pool_ptr, tl.load(entry_ptr + 1))
+    else:
+        return position, None
+
+
+@triton.jit
+def pool_tile(pool_ptr, number):
+    return pool_ptr + number.to(tl.int64) * (SPARSE_BLOCK * SPARSE_BLOCK)

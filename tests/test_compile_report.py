@@ -32,7 +32,7 @@ def describe(row):
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", ["64", "128"])
 def test_hopper_defaults_fit(dim, tmp_path):
-    rows = report(tmp_path, "--arch", "sm_90", "--dims", dim, "--features", "plain", "causal", "packed")
+    rows = report(tmp_path, "--arch", "sm_90", "--dims", dim, "--features", "plain", "causal", "packed", "block_mask")
     assert {row["kernel"] for row in rows} >= {"forward", "dkdv", "dq", "delta"}
     for row in rows:
         assert not row["error"], describe(row)

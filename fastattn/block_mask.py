@@ -1,0 +1,228 @@
+"""Block-sparse masks: which keys each query sees, in tiles, so that empty tiles cost nothing and full ones no mask."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+BLOCK = 128
+"""Side of a tile. Every launch configuration has tiles that divide it."""
+
+_EMPTY, _FULL = 0, 1  # the first two tiles of every pool
+
+
+class BlockTensors(NamedTuple):
+    """What kernels read. A line is one row of tiles, or one column, of one head of one batch entry."""
+
+    query_offsets: Tensor
+    """int32 (B or 1, H or 1, row tiles, 3): where in the entries its partial tiles begin, its full ones, the end"""
+    query_entries: Tensor
+    """int32 (entries, 2): position along the keys in tiles, ascending within each kind, and which tile of the pool"""
+    key_offsets: Tensor
+    """the same for columns of tiles"""
+    key_entries: Tensor
+    table: Tensor
+    """int32 (B or 1, H or 1, row tiles, column tiles): which tile of the pool; 0 is empty, 1 is full"""
+    pool: Tensor
+    """uint8 (tiles, BLOCK, BLOCK)"""
+
+
+class BlockMask:
+    """A boolean mask (B or 1, H or 1, Lq, Lk), True takes part, of which only tiles that are neither full nor empty are
+    stored.
+
+    Make one with `from_mask`, `from_documents` or `from_predicate`, once for all layers and steps that share it, and
+    give it to `fastattn.attention` as ``block_mask``. Forward and backward visit no empty tile.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], tensors: BlockTensors) -> None:
+        self.shape = shape
+        self.tensors = tensors
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> "BlockMask":
+        """From a dense mask, bool, (Lq, Lk), (H or 1, Lq, Lk) or (B or 1, H or 1, Lq, Lk).
+
+        Raises:
+            TypeError, ValueError: not such a mask.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: expected a bool Tensor, got {got}")
+        if not 2 <= mask.ndim <= 4:
+            raise ValueError(f"mask: expected (Lq, Lk), (H, Lq, Lk) or (B, H, Lq, Lk), got {tuple(mask.shape)}")
+        mask = mask[(None,) * (4 - mask.ndim)]
+        batch, heads, q_len, kv_len = mask.shape
+        shape = (batch, heads, q_len, kv_len)
+        return cls._build(lambda first, last: mask[:, :, first:last], shape, mask.device)
+
+    @classmethod
+    def from_documents(
+        cls, documents: Tensor, key_documents: Tensor | None = None, *, causal: bool = False
+    ) -> "BlockMask":
+        """Attention within documents: a query sees the keys of the same document.
+
+        Args:
+            documents: integer (Lq,) or (B, Lq): which document each query belongs to, in any order.
+            key_documents: likewise for the keys; None means the same as the queries.
+            causal: also only keys up to the query's own index.
+
+        Raises:
+            TypeError, ValueError: not such tensors.
+        """
+        keys = documents if key_documents is None else key_documents
+        for name, ids in (("documents", documents), ("key_documents", keys)):
+            if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
+                got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+                raise TypeError(f"{name}: expected an integer Tensor, got {got}")
+            if not 1 <= ids.ndim <= 2:
+                raise ValueError(f"{name}: expected (L,) or (B, L), got {tuple(ids.shape)}")
+        if documents.ndim != keys.ndim or documents.shape[:-1] != keys.shape[:-1] or documents.device != keys.device:
+            raise ValueError(
+                f"key_documents: expected the batch and device of documents, {tuple(documents.shape)} on "
+                f"{documents.device}, got {tuple(keys.shape)} on {keys.device}"
+            )
+        rows, cols = (x.view(-1, x.shape[-1]) for x in (documents, keys))
+        index = torch.arange(max(rows.shape[1], cols.shape[1]), device=rows.device)
+
+        def strip(first: int, last: int) -> Tensor:
+            same = rows[:, first:last, None] == cols[:, None, :]
+            if causal:
+                same &= index[first:last, None] >= index[: cols.shape[1]]
+            return same[:, None]
+
+        return cls._build(strip, (rows.shape[0], 1, rows.shape[1], cols.shape[1]), rows.device)
+
+    @classmethod
+    def from_predicate(
+        cls, predicate: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], shape: tuple[int, int, int, int],
+        device: torch.device | str = "cpu",
+    ) -> "BlockMask":  # fmt: skip
+        """From a function of indices: ``predicate(b, h, i, j)`` says whether query i sees key j.
+
+        It is called with integer tensors that broadcast to (B, H, rows, Lk), a strip of 128 rows at a time, and returns
+        a bool tensor that broadcasts to the same; it may index tensors of its own with them.
+
+        Args:
+            predicate: the function.
+            shape: (B, H, Lq, Lk); 1 for B or H where the mask is the same for all.
+            device: of the mask, and of the indices.
+
+        Raises:
+            TypeError, ValueError: a result of the wrong dtype or shape, or not such a shape.
+        """
+        if len(shape) != 4 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
+            raise ValueError(f"shape: expected (B, H, Lq, Lk), got {shape}")
+        batch, heads, _, kv_len = shape
+
+        def index(first: int, last: int, dim: int) -> Tensor:
+            return torch.arange(first, last, device=device).view([-1 if d == dim else 1 for d in range(4)])
+
+        def strip(first: int, last: int) -> Tensor:
+            keep = predicate(index(0, batch, 0), index(0, heads, 1), index(first, last, 2), index(0, kv_len, 3))
+            if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+                got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
+                raise TypeError(f"predicate: expected it to return a bool Tensor, got {got}")
+            full = (batch, heads, last - first, kv_len)
+            try:
+                return keep.expand(full)
+            except RuntimeError:
+                raise ValueError(
+                    f"predicate: expected a result that broadcasts to {full}, got {tuple(keep.shape)}"
+                ) from None
+
+        return cls._build(strip, shape, torch.device(device))
+
+    @classmethod
+    def _build(
+        cls, strip: Callable[[int, int], Tensor], shape: tuple[int, int, int, int], device: torch.device
+    ) -> "BlockMask":
+        """``strip(first, last)`` is the mask of some query rows: memory for one of them, not for Lq x Lk."""
+        batch, heads, q_len, kv_len = shape
+        columns = -(-kv_len // BLOCK)
+        kinds, tiles = [], [torch.zeros(1, BLOCK, BLOCK, dtype=torch.uint8, device=device)]
+        tiles.append(tiles[0] + 1)
+        count = 2
+        for first in range(0, q_len, BLOCK):
+            rows = strip(first, min(first + BLOCK, q_len))
+            rows = pad(rows, (0, columns * BLOCK - kv_len, 0, BLOCK - rows.shape[2]))
+            cut = rows.view(batch, heads, BLOCK, columns, BLOCK).transpose(2, 3)  # (B, H, columns, BLOCK, BLOCK)
+            full = cut.all(-1).all(-1)
+            partial = cut.any(-1).any(-1) & ~full
+            stored = cut[partial]
+            kind = full.to(torch.int32) * _FULL
+            kind[partial] = torch.arange(count, count + len(stored), dtype=torch.int32, device=device)
+            count += len(stored)
+            kinds.append(kind)
+            tiles.append(stored.to(torch.uint8))
+        table = (
+            torch.stack(kinds, 2) if kinds else torch.zeros(batch, heads, 0, columns, dtype=torch.int32, device=device)
+        )
+        by_query, by_key = _lines(table), _lines(table.transpose(2, 3))
+        return cls(shape, BlockTensors(*by_query, *by_key, table.contiguous(), torch.cat(tiles)))
+
+    def to(self, device: torch.device | str) -> "BlockMask":
+        """The same mask on another device."""
+        return BlockMask(self.shape, BlockTensors(*(t.to(device) for t in self.tensors)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors.table.device
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of tiles that are empty: what attention does not compute."""
+        table = self.tensors.table
+        return (table == _EMPTY).double().mean().item() if table.numel() else 0.0
+
+    def to_dense(self) -> Tensor:
+        """The bool mask (B or 1, H or 1, Lq, Lk) in full."""
+        return dense_rows(self.tensors, (0, self.shape[2]), (0, self.shape[3]))
+
+    def __repr__(self) -> str:
+        partial = len(self.tensors.pool) - 2
+        what = f"shape={self.shape}, sparsity={self.sparsity:.1%}, partial tiles={partial}, device={self.device}"
+        return f"BlockMask({what})"
+
+
+def _lines(table: Tensor) -> tuple[Tensor, Tensor]:
+    """(offsets, entries) of a table (B, H, lines, tiles), as `BlockTensors` has them."""
+    flat = table.flatten(0, 2)
+    tiles = flat.shape[1]
+    partial, full = flat > _FULL, flat == _FULL
+    partials, fulls = partial.sum(1), full.sum(1)
+    start = (partials + fulls).cumsum(0) - partials - fulls
+    offsets = torch.stack([start, start + partials, start + partials + fulls], 1)
+    line, place = torch.cat([partial, full], 1).nonzero(as_tuple=True)
+    position = place % max(tiles, 1)
+    entries = torch.stack([position, flat[line, position].long()], 1)
+    return offsets.to(torch.int32).view(*table.shape[:3], 3), entries.to(torch.int32)
+
+
+def dense_rows(tensors: BlockTensors | list[Tensor], rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+    """bool (B or 1, H or 1, rows, keys): the mask of query rows ``rows[0] .. rows[1]``, keys ``keys[0] .. keys[1]``."""
+    *_, table, pool = tensors
+    (row, row_end), (key, key_end) = ((a // BLOCK, -(-b // BLOCK)) for a, b in (rows, keys))
+    tiles = pool[table[:, :, row:row_end, key:key_end].long()]  # (B, H, row tiles, column tiles, BLOCK, BLOCK)
+    dense = tiles.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return (
+        dense[:, :, rows[0] - row * BLOCK : rows[1] - row * BLOCK, keys[0] - key * BLOCK : keys[1] - key * BLOCK] != 0
+    )
+
+
+def check_block_mask(block_mask: Any, full: tuple[int, int, int, int], device: torch.device) -> BlockMask:
+    """Raise unless ``block_mask`` fits scores (B, Hq, Lq, Lk)."""
+    if not isinstance(block_mask, BlockMask):
+        hint = "; a dense mask goes to mask=, or through BlockMask.from_mask" if isinstance(block_mask, Tensor) else ""
+        raise TypeError(f"block_mask: expected a BlockMask or None, got {type(block_mask).__name__}{hint}")
+    fits = all(own in allowed for own, allowed in zip(block_mask.shape[:2], ((1, full[0]), (1, full[1])), strict=True))
+    if not fits or block_mask.shape[2:] != tuple(full[2:]):
+        raise ValueError(
+            f"block_mask.shape: expected (B or 1, Hq or 1, Lq, Lk) with (B, Hq, Lq, Lk) == {tuple(full)}, "
+            f"got {tuple(block_mask.shape)}"
+        )
+    if block_mask.device != device:
+        raise ValueError(f"block_mask.device: expected {device}, got {block_mask.device}")
+    return block_mask
