@@ -39,7 +39,9 @@ OPTIONAL = ("triton", "transformers", "matplotlib", "numpy")
 
 
 def test_import_needs_torch_alone():
-    fresh("import fastattn, fastattn.nn, fastattn.testing, fastattn.reference", blocked=OPTIONAL)
+    fresh(
+        "import fastattn.integrations.huggingface, fastattn.nn, fastattn.testing, fastattn.reference", blocked=OPTIONAL
+    )
 
 
 def test_cpu_call_works_without_triton():
@@ -142,8 +144,9 @@ def test_import_changes_nothing_in_torch():
 ARROWS = {
     "__init__": {"backends", "block_mask", "convert", "functional", "nn"},
     "__main__": {""},
-    "examples": {"", "convert", "functional", "nn"},
+    "examples": {"", "convert", "functional", "integrations", "nn"},
     "convert": {"functional", "nn"},
+    "integrations": {"functional"},
     "nn": {"functional", "nn"},
     "testing": {"functional", "ops", "reference", "spec"},
     "functional": {"backends", "block_mask", "ops", "spec"},
@@ -182,10 +185,10 @@ def is_module(name):
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def imports(path):
-    """Every module that a source file imports, at any depth, by statement or import_module; and the node."""
+def imports(path, tree=None):
+    """Every module that a source file imports, at any depth, by statement or import_module; and its node in `tree`."""
     package = import_name(path) if path.name == "__init__.py" else import_name(path).rpartition(".")[0]
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in ast.walk(tree or ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, node
@@ -220,7 +223,7 @@ def test_third_party_packages_at_import_time(path):
     tree = ast.parse((ROOT / path).read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     deferred = {inner for function in functions for inner in ast.walk(function)}
-    names = {name.partition(".")[0] for name, node in imports(path) if node not in deferred}
+    names = {name.partition(".")[0] for name, node in imports(path, tree) if node not in deferred}
     allowed = THIRD_PARTY.get(part_of(import_name(path)), {"torch"})
     assert names - set(sys.stdlib_module_names) - {"fastattn"} <= allowed
 
