@@ -52,25 +52,9 @@ def test_opcheck_with_every_operand():
     q, k, v = qkv()
     mask, bias, slopes, sinks = operands().values()
     args = (
-        q,
-        k,
-        v,
-        mask,
-        bias,
-        slopes[None].detach(),
-        sinks,
-        None,
-        SEED,
-        None,
-        None,
-        9,
-        3,
-        14,
-        0.25,
-        5.0,
-        0.3,
-        "reference",
-    )
+        q, k, v, mask, bias, slopes[None].detach(), sinks, None, SEED, None, None, list(BLOCKS),
+        9, 3, 14, 0.25, 5.0, 0.3, "reference",
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, args)
     with torch.no_grad():
         out, lse = torch.ops.fastattn.attention_forward.default(*args)
