@@ -4,6 +4,7 @@ from . import nn
 from .backends import Explanation
 from .convert import ConversionReport, convert, revert
 from .functional import attention, explain, scaled_dot_product_attention
+from .kvcache import attention_with_kvcache
 
 __version__ = "0.1.0"
 
@@ -11,6 +12,7 @@ __all__ = [
     "ConversionReport",
     "Explanation",
     "attention",
+    "attention_with_kvcache",
     "convert",
     "explain",
     "nn",
