@@ -104,9 +104,10 @@ def lookup(
     if reads_matrix and kernel == "forward" and architecture != "interpreter":
         config = dataclasses.replace(config, block_n=max(16, config.block_n // 2))
     if kernel == "decode" and rows > 2 * config.block_m:
-        config = dataclasses.replace(
-            config, block_m=64, block_n=min(config.block_n, 64), num_stages=min(2, config.num_stages)
-        )
+        warps = 8 if head_dim > 128 or (head_dim > 64 and architecture == "sm_80") else 4  # with 4 they would spill
+        config = LaunchConfig(64, min(config.block_n, 64), warps, min(config.num_stages, 2))
+    if kernel == "decode" and element_size > 2:
+        config = dataclasses.replace(config, block_n=min(config.block_n, 64))
     if element_size > 2 and architecture != "interpreter":
         config = dataclasses.replace(
             config, block_m=max(16, config.block_m // 2), block_n=max(16, config.block_n // 2), num_stages=1
