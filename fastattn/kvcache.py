@@ -91,7 +91,8 @@ def attention_with_kvcache(
     """
     if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(device_type := q.device.type):
         dtype = torch.get_autocast_dtype(device_type)
-        q, k, v = (t.to(dtype) if getattr(t, "dtype", None) in FLOAT_DTYPES[:3] else t for t in (q, k, v))
+        q = q.to(dtype) if q.dtype in FLOAT_DTYPES[:3] else q
+        k, v = (t.to(dtype) if t is not None and t.dtype in FLOAT_DTYPES[:3] else t for t in (k, v))
     _check_caches(q, k_cache, v_cache, block_table)
     _check_new(q, k_cache, v_cache, k, v)
     batch, q_heads, q_len, head_dim = q.shape
