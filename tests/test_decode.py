@@ -291,9 +291,9 @@ def test_cache_lens_is_not_modified(device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference", None])
-def test_empty_batch(backend):
-    q, cache = torch.zeros(0, 2, 1, 16), torch.zeros(0, 32, 2, 16)
-    for lens in (3, torch.zeros(0, dtype=torch.int32)):
+def test_empty_batch(backend, device):
+    q, cache = torch.zeros(0, 2, 1, 16, device=device), torch.zeros(0, 32, 2, 16, device=device)
+    for lens in (3, torch.zeros(0, dtype=torch.int32, device=device)):
         assert attention_with_kvcache(q, cache, cache, cache_lens=lens, backend=backend).shape == q.shape
 
 
@@ -314,26 +314,25 @@ def test_pages_before_a_window_may_be_gone(backend, device):
 # --- Lengths and pages that the host cannot see ----------------------------------------------------------------------
 
 
-def surrounded(shape, page_axis_margin=2):
-    """(whole buffer full of NaN, view in its middle with finite numbers)."""
-    whole = torch.full((shape[0] + 2 * page_axis_margin, *shape[1:]), NAN)
-    view = whole[page_axis_margin:-page_axis_margin]
-    view.copy_(torch.randn(shape))
-    return whole, view
+def surrounded(shape, device):
+    """(whole buffer full of NaN, view in its middle with finite numbers), two pages or batch entries on either side."""
+    whole = torch.full((shape[0] + 4, *shape[1:]), NAN, device=device)
+    whole[2:-2] = torch.randn(shape).to(device)
+    return whole, whole[2:-2]
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("page", [0, 16, 48])
-def test_the_kernel_reads_nothing_outside_the_cache(page, num_splits):
+def test_the_kernel_reads_nothing_outside_the_cache(page, num_splits, device):
     decode = pytest.importorskip("fastattn.kernels.decode")
-    q = torch.randn(3, 2, 1, 16)
+    q = torch.randn(3, 2, 1, 16).to(device)
     shape = (4, page, 2, 16) if page else (3, 48, 2, 16)
-    (_, k), (_, v) = surrounded(shape), surrounded(shape)
-    table = torch.tensor([[0, 99, 2], [-7, 1, 2**31 - 1], [3, 3, 3]], dtype=torch.int32) if page else None
-    lens = torch.tensor([1 << 40, 47, -5])
+    (_, k), (_, v) = surrounded(shape, device), surrounded(shape, device)
+    table = torch.tensor([[0, 99, 2], [-7, 1, 2**31 - 1], [3, 3, 3]]).int().to(device) if page else None
+    lens = torch.tensor([1 << 40, 47, -5], device=device)
 
     def call(table, lens):
-        out, lse = torch.empty(3, 2, 1, 16), torch.empty(3, 2, 1)
+        out, lse = torch.empty(3, 2, 1, 16, device=device), torch.empty(3, 2, 1, device=device)
         decode.attention_kvcache(
             out, lse, q, k, v, lens, table, None, None, added=1, length=None, left=None, right=0, scale=0.25,
             softcap=None, num_splits=num_splits,
@@ -343,24 +342,24 @@ def test_the_kernel_reads_nothing_outside_the_cache(page, num_splits):
     out, lse = call(table, lens)
     valid_table = None if table is None else table.clamp(0, 3)
     capacity = 3 * page if page else 48
-    expected, expected_lse = call(valid_table, torch.tensor([capacity - 1, 47, -1]))
+    expected, expected_lse = call(valid_table, torch.tensor([capacity - 1, 47, -1], device=device))
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
     assert out.isfinite().all() and (out[2] == 0.0).all() and (lse[2] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("page", [0, 16])
-def test_nothing_is_written_outside_the_cache(page, backend):
+def test_nothing_is_written_outside_the_cache(page, backend, device):
     if backend == "triton":
         append = pytest.importorskip("fastattn.kernels.decode").kv_cache_append
     else:
         append = reference.kv_cache_append
     shape = (4, page, 2, 16) if page else (3, 48, 2, 16)
-    (k_whole, k_cache), (v_whole, v_cache) = surrounded(shape), surrounded(shape)
-    k, v = torch.randn(3, 2, 3, 16), torch.randn(3, 2, 3, 16)
-    table = torch.tensor([[0, 1, 2], [-7, 3, 4], [99, -1, 4]], dtype=torch.int32) if page else None
+    (k_whole, k_cache), (v_whole, v_cache) = surrounded(shape, device), surrounded(shape, device)
+    k, v = torch.randn(3, 2, 3, 16).to(device), torch.randn(3, 2, 3, 16).to(device)
+    table = torch.tensor([[0, 1, 2], [-7, 3, 4], [99, -1, 4]]).int().to(device) if page else None
     before = k_whole.clone(), v_whole.clone()
-    append(k_cache, v_cache, k, v, torch.tensor([46, 15 if page else 1 << 40, -2]), table)
+    append(k_cache, v_cache, k, v, torch.tensor([46, 15 if page else 1 << 40, -2], device=device), table)
     for whole, old, new in zip((k_whole, v_whole), before, (k, v), strict=True):
         changed = (whole != old) & ~(whole.isnan() & old.isnan())
         old, changed = old[2:-2], changed[2:-2].nonzero()[:, :2].unique(dim=0).tolist()
