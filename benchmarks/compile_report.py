@@ -78,7 +78,7 @@ FEATURES = {
     "sinks": Feature(causal=True, sinks=True),
     "dropout": Feature(dropout=True),
     "q_offset": Feature(causal=True, q_offset_tensor=True),
-    "paged": Feature(causal=True, page=16),
+    "paged": Feature(page=16),  # as one query needs it, which is the last: causal forbids nothing
     "chunk": Feature(causal=True, queries=64),
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
@@ -170,7 +170,7 @@ def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> N
         torch.empty_like(q), empty(q.shape[:3], dtype=torch.float32), q, *caches, lens, table,
         empty(1, heads, dtype=torch.float32) if feature.alibi else None,
         empty(heads, dtype=torch.float32) if feature.sinks else None, added=1, length=None,
-        left=256 if feature.window else None, right=0 if feature.causal and feature.queries > 1 else None,
+        left=256 if feature.window else None, right=0 if feature.causal else None,
         scale=dim**-0.5, softcap=30.0 if feature.softcap else None, num_splits=4 if kernel == "combine" else 1,
     )  # fmt: skip
 
