@@ -601,14 +601,15 @@ def test_a_compiled_gradient_is_refused_when_it_runs():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("page", [0, 16])
-def test_opcheck(page):
+def test_opcheck(page, backend, device):
     torch.use_deterministic_algorithms(False)  # opcheck compares two runs, uninitialised memory included
-    problem = make_problem("cpu", (7, 30), page=page, q_len=2, new=2)
+    problem = make_problem(device, (7, 30), page=page, q_len=2, new=2)
     caches = [t.nan_to_num() for t in (problem.k_cache, problem.v_cache)]
     new = problem.k, problem.v
     append = torch.ops.fastattn.kv_cache_append.default
-    torch.library.opcheck(append, (*caches, *new, problem.lens, problem.table, "reference"))
-    args = (None, None, problem.lens, problem.table, 2, None, 9, 0, 0.25, 5.0, None, "reference")
+    torch.library.opcheck(append, (*caches, *new, problem.lens, problem.table, backend))
+    args = (None, None, problem.lens, problem.table, 2, None, 9, 0, 0.25, 5.0, 2, backend)
     attend = torch.ops.fastattn.attention_kvcache.default
     torch.library.opcheck(attend, (problem.q, *caches, *new, *args))
