@@ -35,7 +35,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastattn.kernels import backward, config, forward, launch, primitives
+from fastattn.kernels import backward, config, decode, forward, launch, primitives
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -63,6 +63,8 @@ class Feature:
     q_offset_tensor: bool = False
     packed: bool = False
     block_mask: bool = False
+    page: int = 0  # of a KV cache, 0 if it is contiguous
+    queries: int = 1  # for each key head of a KV cache there are twice as many rows
     odd_dim: bool = False  # five columns fewer: no power of two, and rows that start at no multiple of 16 bytes
 
 
@@ -80,11 +82,13 @@ FEATURES = {
     "q_offset": Feature(causal=True, q_offset_tensor=True),
     "packed": Feature(causal=True, packed=True),
     "block_mask": Feature(block_mask=True),
+    "paged": Feature(page=16),  # as one query needs it, which is the last: causal forbids nothing
+    "chunk": Feature(causal=True, queries=64),
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
     "everything": Feature(
         causal=True, window=True, mask="full", bias=True, alibi=True, softcap=True, sinks=True, dropout=True,
-        q_offset_tensor=True, block_mask=True,
+        q_offset_tensor=True, block_mask=True, page=16, queries=64,
     ),
 }  # fmt: skip
 DEFAULT_FEATURES = ["plain", "causal", "bias"]
@@ -151,8 +155,35 @@ def compiling_for(arch: str, kernel: str) -> Iterator[list[CompiledKernel]]:
         yield compiled
 
 
+def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
+    """`launch_kernels` for those that work on a KV cache."""
+    empty = functools.partial(torch.empty, device="meta", dtype=feature.dtype)
+    batch, heads, kv_heads, length = 2, 4, 2, 1008
+    dim -= 5 if feature.odd_dim else 0
+    caches = [empty(batch, length, kv_heads, dim) for _ in "kv"]
+    table = None
+    if feature.page:
+        caches = [empty(batch * length // feature.page, feature.page, kv_heads, dim) for _ in "kv"]
+        table = empty(batch, length // feature.page, dtype=torch.int32)
+    lens = empty(batch, dtype=torch.int32)
+    if kernel == "append":
+        decode.kv_cache_append(*caches, *(empty(batch, kv_heads, 1, dim) for _ in "kv"), lens, table)
+        return
+    q = empty(batch, heads, feature.queries, dim)
+    decode.attention_kvcache(
+        torch.empty_like(q), empty(q.shape[:3], dtype=torch.float32), q, *caches, lens, table,
+        empty(1, heads, dtype=torch.float32) if feature.alibi else None,
+        empty(heads, dtype=torch.float32) if feature.sinks else None, added=1, length=None,
+        left=256 if feature.window else None, right=0 if feature.causal else None,
+        scale=dim**-0.5, softcap=30.0 if feature.softcap else None, num_splits=4 if kernel == "combine" else 1,
+    )  # fmt: skip
+
+
 def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
     """Call the launcher that ``kernel`` belongs to, with arguments that have shapes and strides but no memory."""
+    if kernel in ("decode", "combine", "append"):
+        launch_cache_kernels(kernel, dim, feature)
+        return
     empty = functools.partial(torch.empty, device="meta", dtype=feature.dtype)
     batch, heads, kv_heads, length = 2, 4, 2, 1001
     dim -= 5 if feature.odd_dim else 0
@@ -257,11 +288,22 @@ def read_amd(result: Result, kernel: CompiledKernel) -> None:
 
 
 def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], features: list[str]) -> list[Case]:
-    """Every combination that exists: there is no dbias without a bias, and delta knows only the dtype and the dim."""
+    """Every combination that exists: there is no dbias without a bias, and delta knows only the dtype and the dim.
+
+    A KV cache has no mask, bias, dropout or offset: "everything" is there what else there is.
+    """
     cases = []
     for arch, kernel, dim, feature in itertools.product(archs, kernels, dims, features):
-        exists = {"dbias": FEATURES[feature].bias, "delta": feature in ("plain", "odd_dim", "fp32")}
-        if exists.get(kernel, True):
+        simple = feature in ("plain", "odd_dim", "fp32")
+        cache_only = feature in ("paged", "chunk")
+        exists = {
+            "dbias": FEATURES[feature].bias,
+            "delta": simple,
+            "decode": feature not in ("mask", "padding", "bias", "dropout", "q_offset", "packed", "block_mask"),
+            "combine": simple or feature == "sinks",
+            "append": simple or feature == "paged",
+        }
+        if exists.get(kernel, not cache_only):
             cases.append(Case(arch, kernel, dim, feature))
     return cases
 

@@ -16,7 +16,8 @@ KEY = (
     "case", "mode", "provider", "dtype", "batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "causal",
 )  # fmt: skip
 VALUES = (
-    "p20_ms", "p50_ms", "p80_ms", "min_ms", "repeats", "tflops", "of_matmul", "tokens_per_s", "peak_mib", "note",
+    "p20_ms", "p50_ms", "p80_ms", "min_ms", "repeats", "tflops", "of_matmul", "tokens_per_s", "peak_mib", "mbytes",
+    "of_copy", "note",
 )  # fmt: skip
 FIELDS = (*KEY, *VALUES, *provenance.FIELDS)
 

@@ -55,7 +55,8 @@ def cells(rows: Iterable[Row]) -> list[Cell]:
             continue
         key = tuple(row.get(name, "") for name in ("suite", "case", "mode", "dtype", "batch", "q_heads", "kv_heads",
                                                    "q_len", "kv_len", "head_dim", "causal"))  # fmt: skip
-        cell = found.setdefault(key, Cell(line_of(row), int(row["q_len"] or 0), None, {}))
+        length = row["kv_len"] if row["mode"] == "decode" else row["q_len"]
+        cell = found.setdefault(key, Cell(line_of(row), int(length or 0), None, {}))
         if row["provider"] == OWN:
             found[key] = cell._replace(own=row)
         else:
@@ -85,6 +86,9 @@ def figure(cell: Cell, column: str) -> str:
         value = f"{number(cell.own, column) or 0:.0f} MiB"
     elif column == "min_ms":
         value = f"{number(cell.own, column) or 0:.3g} ms"
+    elif cell.own["mode"] == "decode":
+        value = f"{1e3 * (number(cell.own, 'p50_ms') or 0):.3g} us"
+        value += f", {of_copy:.0%} of copy" if (of_copy := number(cell.own, "of_copy")) else ""
     elif tflops := number(cell.own, "tflops"):
         value = f"{tflops:.3g}"
     else:
@@ -128,7 +132,13 @@ def column_of(suite: str) -> str:
     return {"memory": "peak_mib", "cpu": "min_ms"}.get(suite, "p50_ms")
 
 
-UNITS = {"memory": "MiB at the peak", "cpu": "least ms", "layers": "median ms", "features": "TFLOP/s"}
+UNITS = {
+    "memory": "MiB at the peak",
+    "cpu": "least ms",
+    "layers": "median ms",
+    "features": "TFLOP/s",
+    "decode": "median us",
+}
 
 
 def short(rows: Sequence[Row]) -> str:

@@ -5,6 +5,7 @@ from .backends import Explanation
 from .block_mask import BlockMask
 from .convert import ConversionReport, convert, revert
 from .functional import attention, attention_varlen, explain, scaled_dot_product_attention
+from .kvcache import attention_with_kvcache
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "Explanation",
     "attention",
     "attention_varlen",
+    "attention_with_kvcache",
     "convert",
     "explain",
     "nn",

@@ -16,7 +16,7 @@ from torch.library import Library
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
-from .spec import AttentionSpec
+from .spec import AttentionSpec, make_spec
 
 _LIBRARY = Library("fastattn", "DEF")
 _OPTIONS = "SymInt? left, SymInt? right, SymInt? q_offset, float scale, float? softcap, float dropout_p, str backend"
@@ -218,3 +218,125 @@ def _torch_attention(spec: AttentionSpec) -> Tensor:
         grouped = True
     out = torch_sdpa(q, k, v, attn_mask, 0.0, right is not None, scale=scale, enable_gqa=grouped)
     return out if head_dim == v_dim else out[..., :v_dim]
+
+
+# The KV cache: two more operators, and one that raises where a gradient is asked for. The new entries k and v take part
+# in `attention_kvcache` only so that asking for their gradient raises too; they are in the cache already.
+
+_LIBRARY.define(
+    "kv_cache_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lens, Tensor? block_table, "
+    "str backend) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "attention_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k, Tensor? v, Tensor? alibi_slopes, "
+    "Tensor? sinks, Tensor lens, Tensor? block_table, SymInt added, SymInt? length, SymInt? left, SymInt? right, "
+    "float scale, float? softcap, SymInt? num_splits, str backend) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "attention_kvcache_backward(Tensor gradient, SymInt[] shape) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_APPEND = torch.ops.fastattn.kv_cache_append.default
+_KVCACHE = torch.ops.fastattn.attention_kvcache.default
+_KVCACHE_BACKWARD = torch.ops.fastattn.attention_kvcache_backward.default
+
+
+def _append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None, backend: str
+) -> None:
+    _implementation(backend, "decode").kv_cache_append(k_cache, v_cache, k, v, lens, block_table)
+
+
+def _append_in_place(keys: torch.DispatchKeySet, k_cache: Tensor, v_cache: Tensor, *args: Any) -> None:
+    """Let autograd know that the caches have changed, for whoever saved them."""
+    torch.autograd.graph.increment_version((k_cache, v_cache))
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        _APPEND.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, k_cache, v_cache, *args)
+
+
+def _kvcache_buffers(q: Tensor, v_cache: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_buffers(q, v_cache)
+    return out, q.new_empty(0, dtype=lse.dtype) if backend == "torch" else lse  # which has no lse
+
+
+def _kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, lens: Tensor, block_table: Tensor | None, added: int, length: int | None, left: int | None,
+    right: int | None, scale: float, softcap: float | None, num_splits: int | None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse = _kvcache_buffers(q, v_cache, backend)
+    with _without_autocast(q.device):
+        if backend == "torch":
+            keys, values = (cache[:, :length].transpose(1, 2) for cache in (k_cache, v_cache))
+            out.copy_(_torch_attention(make_spec(q, keys, values, causal=right == 0, q_offset=0, scale=scale)))
+        else:
+            _implementation(backend, "decode").attention_kvcache(
+                out, lse, q, k_cache, v_cache, lens, block_table, alibi_slopes, sinks, added=added, length=length,
+                left=left, right=right, scale=scale, softcap=softcap, num_splits=num_splits,
+            )  # fmt: skip
+    return out, lse
+
+
+def _kvcache_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _kvcache_buffers(q, v_cache, args[-1])
+
+
+def _kvcache_backward(gradient: Tensor, shape: list[int]) -> Tensor:
+    raise RuntimeError(
+        "fastattn: attention_with_kvcache has no gradient; call it under torch.no_grad(), and train with "
+        "fastattn.attention"
+    )
+
+
+class _KVCacheAttention(torch.autograd.Function):
+    """Results on a graph that raises when something is differentiated through them.
+
+    Through an operator, so that a compiled step raises when its backward runs and not when it is traced.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        ctx.shapes = [x.shape if isinstance(x, Tensor) else None for x in args]
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _KVCACHE(*args)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (PyTorch's has *grad_outputs)
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        gradient = dlse if dout is None else dout
+        return tuple(
+            _KVCACHE_BACKWARD(gradient, shape) if needed and gradient is not None else None
+            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad, strict=True)
+        )
+
+
+def _kvcache_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:7]):
+        return _KVCacheAttention.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _KVCACHE(*args)
+
+
+_LIBRARY.impl("kv_cache_append", _append, "CompositeExplicitAutograd")
+_LIBRARY.impl("kv_cache_append", _append_in_place, "ADInplaceOrView", with_keyset=True)
+_LIBRARY.impl("attention_kvcache", _kvcache, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_kvcache", _kvcache_autograd, "Autograd")
+_LIBRARY.impl("attention_kvcache_backward", _kvcache_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::kv_cache_append", lambda *_: None, lib=_LIBRARY)
+torch.library.register_fake("fastattn::attention_kvcache", _kvcache_fake, lib=_LIBRARY)
+torch.library.register_fake(
+    "fastattn::attention_kvcache_backward", lambda gradient, shape: gradient.new_empty(shape), lib=_LIBRARY
+)
+
+
+def kv_cache_append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None, backend: str
+) -> None:
+    """Write new entries into the caches, in place; the torch backend has the reference's way of doing so."""
+    _APPEND(k_cache, v_cache, k, v, lens, block_table, "reference" if backend == "torch" else backend)
+
+
+attention_kvcache = _KVCACHE

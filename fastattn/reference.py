@@ -376,3 +376,62 @@ def attention_backward(
         dq[:, :, block] = _grouped_matmul(ds, k_[:, :, own]) * scale
     for name, total in sums.items():
         wanted[name].copy_(total)
+
+
+def cache_capacity(cache: Tensor, block_table: Tensor | None) -> int:
+    """Positions that each batch entry has in a cache (B, Lmax, H, D) or, with a block table, (pages, page, H, D)."""
+    return cache.shape[1] if block_table is None else block_table.shape[1] * cache.shape[1]
+
+
+def cached(cache: Tensor, block_table: Tensor | None, entries: slice, length: int) -> Tensor:
+    """The first ``length`` positions (B, H, length, D) of some batch entries; of one, if there is a block table."""
+    if block_table is None:
+        return cache[entries, :length].transpose(1, 2)
+    pages = block_table[entries.start, : -(-length // cache.shape[1])].long().clamp(0, max(cache.shape[0] - 1, 0))
+    return cache[pages].flatten(0, 1)[:length].transpose(0, 1)[None]
+
+
+def kv_cache_append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
+) -> None:
+    """Write ``k`` and ``v`` (B, H, L, D) into the caches from position ``lens[b]`` on, where the cache has a place."""
+    position = lens.long()[:, None] + torch.arange(k.shape[2], device=k.device)
+    inside = (position >= 0) & (position < cache_capacity(k_cache, block_table))
+    if block_table is None:
+        page, slot = torch.arange(k.shape[0], device=k.device)[:, None].expand_as(position), position
+    else:
+        size = k_cache.shape[1]
+        page = block_table.long().gather(1, position.masked_fill(~inside, 0) // size)
+        slot = position % size
+        inside &= (page >= 0) & (page < k_cache.shape[0])
+    at = page[inside], slot[inside]
+    k_cache[at] = k.transpose(1, 2)[inside]
+    v_cache[at] = v.transpose(1, 2)[inside]
+
+
+def attention_kvcache(
+    out: Tensor, lse: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, lens: Tensor, block_table: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, *, added: int, length: int | None, left: int | None,
+    right: int | None, scale: float, softcap: float | None, num_splits: int | None,
+) -> None:  # fmt: skip
+    """Fill ``out`` and ``lse``: `attention_forward` over the ``lens[b] + added`` cached keys of each batch entry.
+
+    All of them at once where they have the same ``length``, known to the host, and no block table. Otherwise the
+    lengths are read on the host, which on a GPU waits for them. ``num_splits`` means nothing here.
+    """
+    capacity = cache_capacity(k_cache, block_table)
+    batch, q_len = q.shape[0], q.shape[2]
+    if length is not None and block_table is None:
+        parts = [(slice(0, batch), min(max(length, 0), capacity))]
+    else:
+        lengths = (lens.long() + added).clamp(0, capacity).tolist()
+        parts = [(slice(b, b + 1), n) for b, n in enumerate(lengths)]
+    for entries, n in parts:
+        slopes = alibi_slopes
+        if slopes is not None and slopes.shape[0] != 1:
+            slopes = slopes[entries]
+        k, v = (cached(cache, block_table, entries, n) for cache in (k_cache, v_cache))
+        attention_forward(
+            out[entries], lse[entries], q[entries], k, v, None, None, slopes, sinks, None, None,
+            left=left, right=right, q_offset=n - q_len, scale=scale, softcap=softcap, dropout_p=0.0,
+        )  # fmt: skip

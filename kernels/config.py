@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Literal
 
-Kernel = Literal["forward", "dkdv", "dq", "dbias", "delta"]
-KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dq", "dbias", "delta")
+Kernel = Literal["forward", "dkdv", "dq", "dbias", "delta", "decode", "combine", "append"]
+KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dq", "dbias", "delta", "decode", "combine", "append")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 
 
@@ -41,6 +41,7 @@ _SIXTEEN_BIT = {
         dkdv={64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
         dq={64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
         dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
+        decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2)},
     ),
     # H100: 228 KB, wgmma on warp groups of 4 warps and 64 rows. The largest tiles without a spilled register by the
     # compiler's report; head dim 256 leaves the backward no room for wgmma's accumulators.
@@ -49,6 +50,7 @@ _SIXTEEN_BIT = {
         dkdv={64: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (32, 32, 8, 1)},
         dq={64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
         dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (64, 32, 4, 1)},
+        decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 4), 256: (16, 32, 4, 3)},
     ),
     # B200: accumulators live in tensor memory; Hopper's tiles are the safe start.
     "sm_100": _table(
@@ -56,6 +58,7 @@ _SIXTEEN_BIT = {
         dkdv={64: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (32, 32, 8, 1)},
         dq={64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
         dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (64, 32, 4, 1)},
+        decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 4), 256: (16, 32, 4, 3)},
     ),
     # MI300: 64 KB of LDS and 64-wide waves, so smaller tiles and no deep pipelines.
     "gfx942": _table(
@@ -63,6 +66,7 @@ _SIXTEEN_BIT = {
         dkdv={64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
         dq={64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
         dbias={64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+        decode={64: (16, 64, 4, 1), 128: (16, 64, 4, 1), 256: (16, 32, 4, 1)},
     ),
     # Small tiles, so that short sequences already take every path: inner, diagonal and tail.
     "interpreter": _table(
@@ -70,6 +74,7 @@ _SIXTEEN_BIT = {
         dkdv={256: (32, 64, 1, 1)},
         dq={256: (64, 32, 1, 1)},
         dbias={256: (32, 64, 1, 1)},
+        decode={256: (16, 32, 1, 1)},
     ),
 }  # fmt: skip
 
@@ -77,22 +82,36 @@ _override: LaunchConfig | None = None
 
 
 def lookup(
-    kernel: Kernel, architecture: str, head_dim: int, element_size: int, reads_matrix: bool = False
-) -> LaunchConfig:
+    kernel: Kernel, architecture: str, head_dim: int, element_size: int, reads_matrix: bool = False, rows: int = 1,
+    paged: bool = False,
+) -> LaunchConfig:  # fmt: skip
     """The launch config for one kernel.
 
     ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
     loop dimension, since shared memory holds half as many elements. ``reads_matrix``: a mask or bias with a row per
-    query is read too; its tile takes registers, so the forward kernel takes half as many keys at a time.
+    query is read too; its tile takes registers, so the forward kernel takes half as many keys at a time. ``rows``: how
+    many share a key head, query heads times queries; beyond a few the decode kernel takes taller tiles. ``paged``:
+    each load of keys waits for one of the block table, so that Triton halves the distance: twice the stages keep it.
     """
     if _override is not None:
         return _override
     if kernel == "delta":  # one pass over (rows, Dv): memory-bound, any shape does
         return LaunchConfig(64, 1, 4, 1)
+    if kernel == "combine":  # one row, and so many splits at a time
+        return LaunchConfig(1, 16, 4, 1)
+    if kernel == "append":  # so many rows; a decode step appends one per key head
+        return LaunchConfig(16, 1, 4, 1)
     by_dim = _SIXTEEN_BIT[architecture][kernel]
     config = by_dim[min(d for d in by_dim if d >= head_dim)]
     if reads_matrix and kernel == "forward" and architecture != "interpreter":
         config = dataclasses.replace(config, block_n=max(16, config.block_n // 2))
+    if kernel == "decode" and rows > 2 * config.block_m:
+        warps = 8 if head_dim > 128 or (head_dim > 64 and architecture == "sm_80") else 4  # with 4 they would spill
+        config = LaunchConfig(64, min(config.block_n, 64), warps, min(config.num_stages, 2))
+    if kernel == "decode" and element_size > 2:
+        config = dataclasses.replace(config, block_n=min(config.block_n, 64))
+    if paged:
+        config = dataclasses.replace(config, num_stages=2 * config.num_stages - 1)
     if element_size > 2 and architecture != "interpreter":
         config = dataclasses.replace(
             config, block_m=max(16, config.block_m // 2), block_n=max(16, config.block_n // 2), num_stages=1

@@ -22,6 +22,12 @@ def architecture(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100" if major >= 10 else "sm_80")
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; 1 where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: exact unless torch's own matmul setting allows TF32."""
     if dtype != torch.float32 or INTERPRETED.value:

@@ -556,6 +556,7 @@ def dry(tmp_path_factory):
         for suite, match in (
             ("forward", "L=1024"), ("backward", "L=1024"), ("features", "L=1024"), ("layers", "L=1024"),
             ("layers", "training step"), ("memory", "L=1024"), ("memory", "L=2048"), ("overhead", ""), ("cpu", "L=128"),
+            ("decode", "L=1024"),
         ):  # fmt: skip
             dry_run(folder, suite, "--match", match)
     return folder / "dry-run"
@@ -565,6 +566,7 @@ EXPECTED = {
     "forward": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
     "backward": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
     "features": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
+    "decode": {"fastattn", "sdpa", "torch"},
     "layers": {"fastattn", "torch", "torch-compile", "sdpa", "sdpa-flash"},
     "memory": {"fastattn", "sdpa-flash", "sdpa-math", "torch"},
     "overhead": {"fastattn", "sdpa", "torch"},
@@ -586,6 +588,8 @@ def test_every_path_of_a_suite_runs(suite, dry):
         from benchmarks.bench_features import FEATURES as TABLE
 
         assert own == set(TABLE)
+    if suite == "decode":
+        assert all(float(r["mbytes"]) > 0 and float(r["of_copy"]) > 0 for r in rows if r["provider"] == "fastattn")
     if suite == "overhead":
         assert {"sdpa", "attention, reference backend", "first forward"} <= own
 

@@ -57,13 +57,14 @@ def test_a_configuration_for_every_head_dim(architecture, kernel, element_size):
         assert chosen == config.lookup(kernel, architecture, dim, element_size)
         for block in (chosen.block_m, chosen.block_n):
             assert block & (block - 1) == 0  # tl.arange wants powers of two
-        assert kernel == "delta" or min(chosen.block_m, chosen.block_n) >= 16  # tl.dot wants at least 16
+        products = kernel not in ("delta", "combine", "append")
+        assert not products or min(chosen.block_m, chosen.block_n) >= 16  # tl.dot wants at least 16
         assert chosen.num_warps in (1, 2, 4, 8) and chosen.num_stages >= 1
 
 
 def test_head_dims_share_the_configuration_of_the_next_table_entry():
     for architecture in GPU_ARCHITECTURES:
-        for kernel in ("forward", "dkdv", "dq", "dbias"):
+        for kernel in ("forward", "dkdv", "dq", "dbias", "decode"):
             by_dim = [config.lookup(kernel, architecture, dim, 2) for dim in (1, 40, 64)]
             assert len(set(by_dim)) == 1
 
