@@ -197,7 +197,25 @@ def _first_order(*args: Any) -> tuple[Tensor, ...]:
     return _below_autograd(_BACKWARD, *args)
 
 
-class _Attention(torch.autograd.Function):
+class _Vmapped(torch.autograd.Function):
+    """`torch.func.vmap` by one call after the other: operands such as sinks have no batch dimension to merge with."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        calls = [
+            cls.apply(
+                *(
+                    x.select(dim, index) if isinstance(x, Tensor) and dim is not None else x
+                    for x, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for index in range(info.batch_size)
+        ]
+        results = tuple(torch.stack(x) for x in zip(*calls, strict=True))
+        return results, (0,) * len(results)
+
+
+class _Attention(_Vmapped):
     """The derivatives of the forward operator, outputs (out, lse)."""
 
     @staticmethod
@@ -235,7 +253,7 @@ class _Attention(torch.autograd.Function):
         return _second_order(*arguments, (False,) * 6)[:2]
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _AttentionBackward(_Vmapped):
     """The derivatives of the backward operator, outputs (dq, dk, dv, dbias, dslopes, dsinks).
 
     out and lse, which the forward pass stored, count as constants: the formulas know what they depend on.
@@ -285,7 +303,7 @@ class _AttentionBackward(torch.autograd.Function):
         return tuple(results)
 
 
-class _AttentionSecond(torch.autograd.Function):
+class _AttentionSecond(_Vmapped):
     """The derivative of a derivative along a direction, where it is one; beyond, an error.
 
     An error when asked, and not results off the graph: a further derivative would silently take them for constants.

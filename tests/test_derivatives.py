@@ -223,6 +223,27 @@ def test_torch_func():
         torch.testing.assert_close(call(ours), call(exact), msg=name)
 
 
+def test_vmap_and_hessian():
+    q, k, v = (x.detach() for x in leaves())
+    queries, sinks = torch.randn(3, *q.shape, dtype=DOUBLE), torch.randn(3, HEADS, dtype=DOUBLE)
+
+    def ours(q, sinks):
+        return attention(q, k, v, causal=True, sinks=sinks, backend="reference")
+
+    out = torch.func.vmap(ours)(queries, sinks)
+    torch.testing.assert_close(out, torch.stack([ours(*x) for x in zip(queries, sinks, strict=True)]))
+    per_sample = torch.func.vmap(torch.func.grad(lambda q, s: ours(q, s).square().sum()))(queries, sinks)
+    leaf_queries = queries.requires_grad_()
+    total = sum(ours(*x).square().sum() for x in zip(leaf_queries, sinks, strict=True))
+    torch.testing.assert_close(per_sample, torch.autograd.grad(total, leaf_queries)[0])
+
+    def exact(k):
+        return reference.attention(q, k, v, right=0, q_offset=1, scale=3**-0.5)[0].square().sum()
+
+    hessian = torch.func.hessian(lambda k: scalar(q, k, v, backend="reference"))(k)
+    torch.testing.assert_close(hessian, torch.func.hessian(exact)(k))
+
+
 def test_beyond_two_is_refused_not_wrong():
     q, k, v = (x.detach() for x in leaves())
 
