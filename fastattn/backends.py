@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 import torch
+from torch.autograd import forward_ad
 
 from .spec import AttentionSpec
 
@@ -75,6 +76,8 @@ def _torch_reasons(spec: AttentionSpec) -> list[str]:
         reasons.append("it scales its causal mask too: NaN unless scale > 0")
     if q.numel() == 0 or k.numel() == 0:
         reasons.append("empty tensors")
+    if forward_ad._current_level >= 0:
+        reasons.append("it has no derivatives along a direction (forward mode)")
     if mask is not None or bias is not None:
         if q.device.type != "cpu":
             reasons.append("a mask or bias is exact only in its CPU kernel")

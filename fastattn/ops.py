@@ -3,6 +3,9 @@
 ``fastattn::attention_forward`` and ``fastattn::attention_backward`` allocate the results and let a backend's
 ``attention_forward`` / ``attention_backward`` fill them; all backends have the same two signatures. Autograd sits on
 the Autograd key of the forward operator, below it the operators are opaque to torch.compile.
+
+``fastattn::attention_double_backward`` serves second derivatives and derivatives along a direction (forward mode), for
+every backend: it is always the reference's.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
@@ -33,8 +37,15 @@ _LIBRARY.define(
     f"{_SCORES}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_LIBRARY.define(
+    "attention_double_backward(Tensor? tq, Tensor? tk, Tensor? tv, Tensor? tbias, Tensor? tslopes, Tensor? tsinks, "
+    f"Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_SCORES}, {_OPTIONS}, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _FORWARD = torch.ops.fastattn.attention_forward.default
 _BACKWARD = torch.ops.fastattn.attention_backward.default
+_DOUBLE_BACKWARD = torch.ops.fastattn.attention_double_backward.default
 
 
 def _implementation(backend: str, direction: str) -> ModuleType:
@@ -123,28 +134,101 @@ def _backward_fake(
     return _backward_buffers(q, k, v, args[1:4], args[-1])
 
 
-def _not_twice(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The gradients, on a graph that raises when something is differentiated through them.
+def _double_buffers(
+    dout: Tensor | None, q: Tensor, k: Tensor, v: Tensor, operands: tuple[Tensor | None, ...], wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    """tout, tlse, dq, dk, dv, and the gradients of ``operands``: empty where not wanted."""
+    results = (
+        q.new_empty(0) if x is None or dout is None or not want else empty(x, x.shape)
+        for x, want, empty in zip(
+            (q, k, v, *operands), wanted, (_empty_heads,) * 3 + (Tensor.new_empty,) * 3, strict=True
+        )
+    )
+    return *_forward_buffers(q, v), *results
 
-    `once_differentiable` returns them off the graph where ``dout`` needs no gradient: a gradient penalty would then
-    silently take them for constants.
-    """
-    message = b"fastattn: attention cannot be differentiated twice; reference.attention can"
-    error = torch._C._functions.DelayedError(message, len(gradients))  # pyright: ignore[reportAttributeAccessIssue]
-    return error(*(g.detach().requires_grad_() for g in gradients))
+
+def _double_backward(*args: Any) -> tuple[Tensor, ...]:
+    direction, (dout, dlse, q, k, v), rest = args[:6], args[6:11], args[11:]
+    *operands, left, right, q_offset, scale, softcap, dropout_p, _, wanted = rest
+    tq, tk, tv = (torch.zeros_like(x) if t is None else t for t, x in zip(direction[:3], (q, k, v), strict=True))
+    results = _double_buffers(dout, q, k, v, tuple(operands[1:4]), wanted)
+    tout, tlse, *gradients = results
+    _clear_unused(operands[6], results[:5])
+    fill = (g if want and dout is not None else None for g, want in zip(gradients, wanted, strict=True))
+    with _without_autocast(q.device):
+        importlib.import_module("fastattn.reference").attention_double_backward(
+            tout, tlse, *fill, tq, tk, tv, *direction[3:], dout, dlse, q, k, v, *operands,
+            left=left, right=right, q_offset=q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p,
+        )  # fmt: skip
+    return results
 
 
-class _Attention(torch.autograd.Function):
-    """The derivative of the forward operator, outputs (out, lse)."""
+def _double_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    q, k, v = args[8:11]
+    return _double_buffers(args[6], q, k, v, tuple(args[12:15]), args[-1])
+
+
+def _forward_mode() -> bool:
+    """Whether a tensor may carry a derivative along a direction."""
+    return forward_ad._current_level >= 0
+
+
+def _differentiating() -> bool:
+    """Whether something may be differentiated through what a derivative computes."""
+    return torch.is_grad_enabled() or _forward_mode() or torch._C._are_functorch_transforms_active()
+
+
+def _below_autograd(operator: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+def _second_order(*args: Any) -> tuple[Tensor, ...]:
+    """`_DOUBLE_BACKWARD`, on the graph only where there may be one."""
+    if _differentiating():
+        return _AttentionSecond.apply(*args)
+    return _below_autograd(_DOUBLE_BACKWARD, *args)
+
+
+def _first_order(*args: Any) -> tuple[Tensor, ...]:
+    """`_BACKWARD`, on the graph only where there may be one."""
+    if _differentiating():  # create_graph=True
+        return _AttentionBackward.apply(*args)
+    return _below_autograd(_BACKWARD, *args)
+
+
+class _Vmapped(torch.autograd.Function):
+    """`torch.func.vmap` by one call after the other: operands such as sinks have no batch dimension to merge with."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        calls = [
+            cls.apply(
+                *(
+                    x.select(dim, index) if isinstance(x, Tensor) and dim is not None else x
+                    for x, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for index in range(info.batch_size)
+        ]
+        results = tuple(torch.stack(x) for x in zip(*calls, strict=True))
+        return results, (0,) * len(results)
+
+
+class _Attention(_Vmapped):
+    """The derivatives of the forward operator, outputs (out, lse)."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _FORWARD(*args)
-        ctx.save_for_backward(*args[:11], out, lse)
-        ctx.options = args[11:]
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _below_autograd(_FORWARD, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:11], *output)
+        if _forward_mode():
+            ctx.save_for_forward(*inputs[:11], *output)
+        ctx.options = inputs[11:]
         ctx.set_materialize_grads(False)  # a gradient through lse costs nothing where there is none
-        return out, lse
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (PyTorch's has *grad_outputs)
@@ -155,28 +239,137 @@ class _Attention(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if dout is None:
             dout = torch.zeros_like(out)
-        wanted = list(ctx.needs_input_grad[4:7])  # bias, alibi_slopes, sinks
-        with torch.no_grad():
-            gradients = _BACKWARD(dout, dlse, q, k, v, out, lse, *operands, *ctx.options, wanted)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = _not_twice(gradients)
+        wanted = tuple(ctx.needs_input_grad[4:7])  # bias, alibi_slopes, sinks
+        gradients = _first_order(dout, dlse, q, k, v, out.detach(), lse.detach(), *operands, *ctx.options, wanted)
         dq, dk, dv, *others = gradients
         others = [gradient if want else None for gradient, want in zip(others, wanted, strict=True)]
         return dq, dk, dv, None, *others, *(None,) * (len(ctx.needs_input_grad) - 7)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, *operands, _, _ = ctx.saved_tensors
+        direction = (*tangents[:3], *tangents[4:7])
+        arguments = (*direction, None, None, q, k, v, *operands, *ctx.options)
+        return _second_order(*arguments, (False,) * 6)[:2]
+
+
+class _AttentionBackward(_Vmapped):
+    """The derivatives of the backward operator, outputs (dq, dk, dv, dbias, dslopes, dsinks).
+
+    out and lse, which the forward pass stored, count as constants: the formulas know what they depend on.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _below_autograd(_BACKWARD, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:15])
+        if _forward_mode():
+            ctx.save_for_forward(*inputs[:15])
+        ctx.options, ctx.wanted = inputs[15:-1], inputs[-1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *direction: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        dout, dlse, q, k, v, _, _, *operands = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if all(x is None for x in direction):
+            return (None,) * len(needed)
+        # Not asked for: the gradient is an empty tensor, and what comes in for it is nothing.
+        given = (*direction[:3], *(x if w else None for x, w in zip(direction[3:], ctx.wanted, strict=True)))
+        wanted = (*needed[2:5], *needed[8:11])
+        results = _second_order(*given, dout, dlse, q, k, v, *operands, *ctx.options, wanted)
+        tout, tlse, *others = results
+        dq, dk, dv, *others = (x if want else None for x, want in zip(others, wanted, strict=True))
+        return (
+            tout, None if dlse is None else tlse, dq, dk, dv, None, None, None, *others, *(None,) * (len(needed) - 11)
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The Hessian is symmetric: its product with the direction, and the gradients for the changes of dout, dlse."""
+        dout, dlse, q, k, v, out, lse, *operands = ctx.saved_tensors
+        direction = (*tangents[2:5], *tangents[8:11])
+        arguments = (dout, dlse, q, k, v, *operands, *ctx.options)
+        _, _, *results = _second_order(*direction, *arguments, (True, True, True, *ctx.wanted))
+        if tangents[0] is not None or tangents[1] is not None:
+            tdout = torch.zeros_like(out) if tangents[0] is None else tangents[0]
+            more = _first_order(tdout, tangents[1], q, k, v, out, lse, *operands, *ctx.options, ctx.wanted)
+            results = [x + y for x, y in zip(results, more, strict=True)]
+        return tuple(results)
+
+
+class _AttentionSecond(_Vmapped):
+    """The derivative of a derivative along a direction, where it is one; beyond, an error.
+
+    An error when asked, and not results off the graph: a further derivative would silently take them for constants.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _below_autograd(_DOUBLE_BACKWARD, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:19])
+        ctx.options = inputs[19:-1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, tout: Tensor | None, tlse: Tensor | None, *others: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        direction, (dout, _, q, k, v), operands = saved[:6], saved[6:11], saved[11:]
+        needed = ctx.needs_input_grad
+        if dout is not None:
+            raise RuntimeError(_THRICE)
+        if tout is None and tlse is None:
+            return (None,) * len(needed)
+        arguments = (*operands, *ctx.options)
+        if tout is None:
+            tout = q.new_zeros((*q.shape[:3], v.shape[3]))
+        with torch.no_grad():  # constants there
+            out, lse = _Attention.apply(q, k, v, *arguments)
+        direct = _first_order(tout, tlse, q, k, v, out, lse, *arguments, tuple(needed[3:6]))
+        wanted = (*needed[8:11], *needed[12:15])
+        _, _, *results = _second_order(*direction, tout, tlse, q, k, v, *arguments, wanted)
+        dq, dk, dv, *learned = (x if want else None for x, want in zip(results, wanted, strict=True))
+        through = (x if need else None for x, need in zip(direct, needed[:6], strict=True))
+        return *through, None, None, dq, dk, dv, None, *learned, *(None,) * (len(needed) - 15)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError(_FORWARD_TWICE)
+
+
+_THRICE = "fastattn: attention can be differentiated twice, not three times; fastattn.reference.attention can"
+_FORWARD_TWICE = (
+    "fastattn: a derivative of attention along a direction has none along another; "
+    "fastattn.reference.attention has, or differentiate backward (torch.autograd.grad, torch.func.grad) instead"
+)
+
 
 def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:7]):
-        return _Attention.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*args)
+    if _forward_mode() or (
+        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:7])
+    ):
+        # Function.apply looks at the signature and for transforms first, each time; `attention` has.
+        return super(torch.autograd.Function, _Attention).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+    return _below_autograd(_FORWARD, *args)
 
 
 _LIBRARY.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_double_backward", _double_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_forward", _forward_autograd, "Autograd")
 torch.library.register_fake("fastattn::attention_forward", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("fastattn::attention_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("fastattn::attention_double_backward", _double_backward_fake, lib=_LIBRARY)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -192,7 +385,9 @@ def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]
         with _without_autocast(spec.q.device):
             return _torch_attention(spec), None
     seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
-    return _FORWARD(
+    # Tracing sees the operator; torch.func sees a Function, which it knows how to transform.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return (_Attention.apply if transformed else _FORWARD)(
         spec.q, spec.k, spec.v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, spec.q_offset_tensor, seed,
         spec.cu_seqlens_q, spec.cu_seqlens_k, [] if spec.block_mask is None else list(spec.block_mask.tensors),
         spec.left, spec.right, spec.q_offset, spec.scale, spec.softcap, spec.dropout_p, backend,

@@ -10,8 +10,9 @@ For query row ``i`` at absolute position ``x = i + q_offset`` and key ``j``::
 ``mask[i, j]`` and ``x - left <= j <= x + right``; causal is right = 0. A row with nothing allowed, and no sink, gives
 output 0, lse -inf and gradients 0.
 
-`attention` is that definition written down, differentiable to any order. `attention_forward` and `attention_backward`
-compute the same in blocks of queries, with memory O(block x Lk); they fill buffers, as the fused kernels do.
+`attention` is that definition written down, differentiable to any order. `attention_forward`, `attention_backward` and
+`attention_double_backward` compute the same in blocks of queries, with memory O(block x Lk); they fill buffers, as the
+fused kernels do. The last serves every backend: second derivatives, and derivatives along a direction.
 """
 
 import itertools
@@ -251,12 +252,12 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _blocks(q: Tensor, kv_len: int, terms: Terms) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """(rows, keys): blocks of query rows, of one row or at most BLOCK_ELEMENTS scores, and the keys they see."""
+def _blocks(q: Tensor, kv_len: int, terms: Terms, share: int = 1) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """(rows, keys): blocks of query rows, of a row or at most BLOCK_ELEMENTS / share scores, and the keys they see."""
     batch, q_heads, q_len, _ = q.shape
     first, last = terms.visible_keys((0, 1), kv_len)
     span = kv_len if terms.left is None or terms.right is None else max(last - first, terms.left + terms.right + 1)
-    block = max(1, BLOCK_ELEMENTS // max(1, batch * q_heads * min(span, kv_len)))
+    block = max(1, BLOCK_ELEMENTS // share // max(1, batch * q_heads * min(span, kv_len)))
     if span < kv_len:  # a block sees its window and its own length: keep the two alike
         block = min(block, max(span, 64))
     for start in range(0, q_len, block):
@@ -376,6 +377,146 @@ def attention_backward(
         dq[:, :, block] = _grouped_matmul(ds, k_[:, :, own]) * scale
     for name, total in sums.items():
         wanted[name].copy_(total)
+
+
+def attention_double_backward(
+    tout: Tensor, tlse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dbias: Tensor | None,
+    dslopes: Tensor | None, dsinks: Tensor | None,
+    tq: Tensor, tk: Tensor, tv: Tensor, tbias: Tensor | None, tslopes: Tensor | None, tsinks: Tensor | None,
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    q_offset_tensor: Tensor | None, seed: Tensor | None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, block_mask: list[Tensor] | None = None, *,
+    left: int | None, right: int | None, q_offset: int | None, scale: float, softcap: float | None, dropout_p: float,
+    first_batch: int = 0,
+) -> None:  # fmt: skip
+    """Fill the derivative along a direction, and the gradient of its product with (``dout``, ``dlse``), block by block.
+
+    ``tq``, ``tk``, ``tv``, ``tbias``, ``tslopes`` and ``tsinks`` are the direction. ``tout`` and ``tlse`` become the
+    derivatives of out and lse along it; ``dq`` and the others the gradient of ``<dout, tout> + <dlse, tlse>``, which
+    is the Hessian of ``<dout, out> + <dlse, lse>`` times the direction. The direction is what comes into a second
+    backward pass; the results are then what leaves it for dout, dlse, q, k, ...; without ``dout`` only ``tout`` and
+    ``tlse`` are filled.
+
+    With ``y`` the direction's scores, ``lse' = sum_j p y`` and ``p' = p (y - lse')``::
+
+        out' = p' v + p tv
+        w    = y * (dout v^T) + dout tv^T,   delta = sum_j p (dout v^T) - dlse
+        d/ds = p (w - sum_j p w - lse' (dout v^T - sum_j p (dout v^T)) - delta (y - lse'))
+        d/dy = p (dout v^T - delta)
+    """
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        dtype = _compute_dtype(q.dtype)
+        slopes_sum = None if dslopes is None else torch.zeros_like(dslopes, dtype=dtype)
+        sinks_sum = None if dsinks is None else torch.zeros_like(dsinks, dtype=dtype)
+        for one in packed_sequences(cu_seqlens_q, cu_seqlens_k, alibi_slopes, q_offset_tensor, q_offset):
+            own_dslopes = None if slopes_sum is None else torch.empty_like(slopes_sum[:1])
+            own_dsinks = None if sinks_sum is None else torch.empty_like(sinks_sum)
+            own_tslopes = tslopes
+            if tslopes is not None and len(tslopes) > 1:
+                own_tslopes = tslopes[one.number : one.number + 1]
+            row_tensors = (None if t is None else t[:, :, one.rows] for t in (tout, tlse, dq, tq, dout, dlse, q))
+            key_tensors = (None if t is None else t[:, :, one.keys] for t in (dk, dv, tk, tv, k, v))
+            tout_, tlse_, dq_, tq_, dout_, dlse_, q_ = row_tensors
+            dk_, dv_, tk_, tv_, k_, v_ = key_tensors
+            assert tout_ is not None and tlse_ is not None and tq_ is not None and q_ is not None
+            assert tk_ is not None and tv_ is not None and k_ is not None and v_ is not None
+            attention_double_backward(
+                tout_, tlse_, dq_, dk_, dv_, None, own_dslopes, own_dsinks,
+                tq_, tk_, tv_, None, own_tslopes, tsinks, dout_, dlse_, q_, k_, v_,
+                None, None, one.slopes, sinks, one.q_offset_tensor, seed, left=left, right=right,
+                q_offset=one.q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p, first_batch=one.number,
+            )  # fmt: skip
+            if slopes_sum is not None and own_dslopes is not None:
+                slopes_sum[one.number if len(slopes_sum) > 1 else 0] += own_dslopes[0]
+            if sinks_sum is not None and own_dsinks is not None:
+                sinks_sum += own_dsinks
+        if dslopes is not None and slopes_sum is not None:
+            dslopes.copy_(slopes_sum)
+        if dsinks is not None and sinks_sum is not None:
+            dsinks.copy_(sinks_sum)
+        return
+    assert q_offset is not None
+    dtype = _compute_dtype(q.dtype)
+    k_, v_, tk_, tv_ = (x.to(dtype) for x in (k, v, tk, tv))
+    wanted = {"dk": dk, "dv": dv, "dbias": dbias, "dslopes": dslopes, "dsinks": dsinks}
+    sums = {name: torch.zeros_like(x, dtype=dtype) for name, x in wanted.items() if x is not None}
+    batch, q_heads, _, head_dim = q.shape
+    kv_heads, kv_len, v_dim = v.shape[1:]
+    all_terms = Terms(mask, bias, alibi_slopes, q_offset_tensor, left, right, q_offset, scale, softcap, block_mask)
+    for rows, keys in _blocks(q, kv_len, all_terms, share=2):  # holds more of their size than a backward pass
+        block, own = slice(*rows), slice(*keys)
+        q_, tq_ = q[:, :, block].to(dtype), tq[:, :, block].to(dtype)
+        s, t, distance = scores(q_, k_[:, :, own], all_terms.cut(rows, keys), rows[0], keys[0])
+        # Probabilities that sum to 1, as those from a stored lse do only nearly: here large terms cancel.
+        sink = None if sinks is None else sinks.to(dtype)[:, None, None]
+        maximum = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
+        maximum = maximum if sink is None else torch.maximum(maximum, sink)
+        maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
+        p = s.sub_(maximum).exp_()
+        total = p.sum(-1, keepdim=True)
+        p_sink = None if sink is None else torch.exp(sink - maximum)  # a score whose value vector is 0
+        total = total if p_sink is None else total + p_sink
+        total = total.masked_fill(total == 0.0, 1.0)
+        p /= total
+        p_sink = None if p_sink is None else p_sink / total
+        slope = None if t is None else 1.0 - t * t  # of the capped scores
+        product = _grouped_matmul(tq_, k_[:, :, own].mT).add_(_grouped_matmul(q_, tk_[:, :, own].mT)).mul_(scale)
+        y = product if slope is None else product * slope
+        if tbias is not None:
+            y = y + _cut(tbias, rows, keys).to(dtype)
+        if tslopes is not None:
+            y = y - tslopes.to(dtype)[:, :, None, None] * distance.abs().to(dtype)
+        block_tlse = (p * y).sum(-1, keepdim=True)
+        tsink = block_tlse.new_zeros(()) if tsinks is None else tsinks.to(dtype)[:, None, None]
+        if p_sink is not None:
+            block_tlse = block_tlse + p_sink * tsink
+        keep = None
+        if dropout_p > 0.0 and seed is not None:
+            keep = dropout_keep(seed, dropout_p, batch, q_heads, rows, keys, first_batch).to(dtype)
+            keep *= _keep_scale(dropout_p)
+        tp = p * (y - block_tlse)
+        tp, dropped = (tp, p) if keep is None else (tp * keep, p * keep)
+        tout[:, :, block] = _grouped_matmul(tp, v_[:, :, own]) + _grouped_matmul(dropped, tv_[:, :, own])
+        tlse[:, :, block] = block_tlse.squeeze(-1)
+        if dout is None:
+            continue
+        dout_ = dout[:, :, block].to(dtype)
+        grouped = (batch, kv_heads, q_heads // kv_heads * (rows[1] - rows[0]))
+        span = keys[1] - keys[0]
+        if "dv" in sums:
+            sums["dv"][:, :, own] += tp.reshape(*grouped, span).mT @ dout_.reshape(*grouped, v_dim)
+        del tp, dropped
+        dp = _grouped_matmul(dout_, v_[:, :, own].mT)
+        w = _grouped_matmul(dout_, tv_[:, :, own].mT)
+        if keep is not None:
+            dp, w = dp.mul_(keep), w.mul_(keep)
+        w.addcmul_(dp, y)
+        dp_sum, w_sum = (p * dp).sum(-1, keepdim=True), (p * w).sum(-1, keepdim=True)
+        delta = dp_sum if dlse is None else dp_sum - dlse[:, :, block, None].to(dtype)
+        dy = p * (dp - delta)
+        ds = w.sub_(w_sum).sub_((dp - dp_sum).mul_(block_tlse)).sub_((y - block_tlse).mul_(delta)).mul_(p)
+        del w, dp, y
+        if "dbias" in sums:
+            share = _cut(sums["dbias"], rows, keys)
+            share.add_(ds.sum_to_size(share.shape))
+        if "dslopes" in sums:
+            sums["dslopes"] -= (ds * distance.abs()).sum((2, 3)).sum_to_size(sums["dslopes"].shape)
+        if p_sink is not None and "dsinks" in sums:
+            sums["dsinks"] += (p_sink * (block_tlse * dp_sum - w_sum - delta * (tsink - block_tlse))).sum((0, 2, 3))
+        if t is not None and slope is not None and softcap is not None:
+            dy = dy * slope
+            ds = ds * slope - 2.0 / softcap * t * product * dy
+        ds_, dy_ = ds.reshape(*grouped, span).mT, dy.reshape(*grouped, span).mT
+        if "dk" in sums:
+            q_share, tq_share = (x.reshape(*grouped, head_dim) for x in (q_, tq_))
+            sums["dk"][:, :, own] += (ds_ @ q_share + dy_ @ tq_share) * scale
+        if dq is not None:
+            dq[:, :, block] = (_grouped_matmul(ds, k_[:, :, own]) + _grouped_matmul(dy, tk_[:, :, own])) * scale
+    for name, total in sums.items():
+        target = wanted[name]
+        assert target is not None
+        target.copy_(total)
 
 
 def cache_capacity(cache: Tensor, block_table: Tensor | None) -> int:

@@ -125,12 +125,13 @@ def test_autocast_casts_activations_and_leaves_the_bias():
     assert bias.grad is not None and bias.grad.dtype == torch.float32 and q.grad.dtype == torch.float32
 
 
-def test_second_derivative_is_refused_not_wrong():
+def test_third_derivative_is_refused_not_wrong():
     q, k, v = qkv()
     out = fastattn.attention(q, k, v, backend="reference")
     (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        gradient.sum().backward()
+    (second,) = torch.autograd.grad(gradient.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="not three times"):
+        second.sum().backward()
 
 
 def test_seed_comes_from_the_default_generator():
