@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import BlockMask
 from fastattn.testing import check_attention
 
 from .device import Device, DryRun
@@ -106,6 +107,18 @@ def everything(shape: Shape, generator: torch.Generator) -> Options:
     return {name: option for make in makers for name, option in make(shape, generator).items()}
 
 
+def packed(shape: Shape, generator: torch.Generator) -> Options:
+    """Three sequences in the rows of one batch entry, the second one empty."""
+    bounds = (torch.tensor([0, n // 3, n // 3, n], dtype=torch.int32) for n in (shape.q_len, shape.kv_len))
+    return {"causal": True, **dict(zip(("cu_seqlens_q", "cu_seqlens_k"), bounds, strict=True))}
+
+
+def block_mask(shape: Shape, generator: torch.Generator) -> Options:
+    """Empty, full and partial tiles, other ones for each head."""
+    sizes = (1, shape.q_heads, shape.q_len, shape.kv_len)
+    return {"block_mask": BlockMask.from_predicate(lambda b, h, i, j: (i - j + 40 * h) % 290 < 170, sizes)}
+
+
 @dataclass(frozen=True)
 class Feature:
     options: Callable[[Shape, torch.Generator], Options] = no_options
@@ -132,6 +145,8 @@ FEATURES = {
     "softcap": Feature(softcap),
     "sinks, learned": Feature(sinks),
     "everything at once": Feature(everything, Shape(kv_heads=2)),
+    "packed sequences": Feature(packed, Shape(kv_heads=2)),
+    "block mask": Feature(block_mask, Shape(kv_heads=2, q_len=290)),
     "(B, L, H, D) strides": Feature(causal, strided=True),
     "odd head dims": Feature(causal, Shape(head_dim=83, v_dim=40)),
     "2048 tokens": Feature(causal, Shape(batch=1, q_heads=2, kv_heads=2, q_len=2048, kv_len=2048)),
@@ -164,11 +179,15 @@ class ParityCase:
         k = normal(shape.kv_heads, shape.kv_len, head_dim)
         v = normal(shape.kv_heads, shape.kv_len, shape.v_dim or head_dim)
         options = {name: on(device, option, dtype) for name, option in feature.options(shape, generator).items()}
+        if "cu_seqlens_q" in options:  # (total, heads, head dim)
+            q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
         check_attention(q, k, v, backend=backend, **options)  # type: ignore[arg-type]
 
 
 def on(device: Device, option: Any, dtype: torch.dtype) -> Any:
     """An option's tensor on the device; a bias in the dtype under test."""
+    if isinstance(option, BlockMask):
+        return option.to(device.torch_device)
     if not isinstance(option, Tensor):
         return option
     moved = option.detach().to(device.torch_device, dtype if option.is_floating_point() else option.dtype)
