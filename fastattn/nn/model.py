@@ -153,6 +153,8 @@ class Decoder(_Stack):
         else:
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens: expected None with a cache, got a Tensor")
+            if self.training and self.config.dropout > 0:
+                raise RuntimeError("cache: expected evaluation mode, since a cache has no dropout: call eval() first")
             cache.reserve(x.shape[1])
             keep = cache.memory_mask if remembered else keep
         out = self._run(
