@@ -249,7 +249,8 @@ class PagedCache(KVCache):
         for own, n in zip(self._owned, missing, strict=True):
             own.extend(self._free.pop() for _ in range(n))
         self._write_table()
-        self._room = min(len(own) * self.page_size - n for own, n in zip(self._owned, lens, strict=True))
+        places = [len(own) * self.page_size - n for own, n in zip(self._owned, lens, strict=True)]
+        self._room = min(*places, self.capacity - self.length)
 
     def _write_table(self) -> None:
         assert self.block_table is not None

@@ -327,8 +327,12 @@ class EncoderDecoder(nn.Module):
 
 def prefill(hidden: Any, tokens: Tensor, cache: KVCache, lengths: Tensor | None) -> Tensor:
     """Pass a prompt (N, L) through `hidden` by chunks of what the cache takes: the last real element, (N, E)."""
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(
+            f"tokens.shape: expected (batch, length) with a length of 1 or more, got {tuple(tokens.shape)}"
+        )
     step = tokens.shape[1] if cache.chunk is None else cache.chunk
-    last = None
+    last: Tensor | None = None
     for start in range(0, tokens.shape[1], step):
         chunk = tokens[:, start : start + step]
         if lengths is None:
@@ -338,8 +342,7 @@ def prefill(hidden: Any, tokens: Tensor, cache: KVCache, lengths: Tensor | None)
         h = hidden(chunk, cache=cache, lengths=kept)
         ends = h[torch.arange(h.shape[0], device=h.device), (kept - 1).clamp(min=0)]
         last = ends if last is None else torch.where((kept > 0)[:, None], ends, last)
-    if last is None:
-        raise ValueError("tokens.shape[1]: expected at least one token, got 0")
+    assert last is not None
     return last
 
 
