@@ -1,7 +1,6 @@
 """Which backends can serve a call, and why not: pure functions of the spec. `choose` is what `explain` prints."""
 
 import dataclasses
-import functools
 import importlib.util
 import os
 
@@ -16,9 +15,7 @@ BACKENDS = ("triton", "cuda", "torch", "reference")
 _JOINT_ELEMENTS = 1 << 22
 
 
-@functools.cache
-def _triton_missing() -> bool:
-    return importlib.util.find_spec("triton") is None
+_TRITON_MISSING = importlib.util.find_spec("triton") is None  # finds it without importing it
 
 
 def _interpreting() -> bool:
@@ -28,7 +25,7 @@ def _interpreting() -> bool:
 
 def _triton_reasons(spec: AttentionSpec) -> list[str]:
     reasons = []
-    if _triton_missing():
+    if _TRITON_MISSING:
         reasons.append("the triton package is not installed")
     device = spec.q.device
     if device.type == "cuda":

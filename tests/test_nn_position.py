@@ -140,3 +140,46 @@ def test_compiles_without_graph_breaks():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     tokens = torch.randint(10, (5, 2))
     torch.testing.assert_close(compiled(tokens), model(tokens))
+
+
+def test_alibi_slopes_are_the_papers():
+    assert fnn.ALiBi().slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    assert fnn.ALiBi().slopes(1).tolist() == [2.0**-8]
+    # Heads beyond a power of two take every other slope of the double: 12 = 8 and the odd ones of 16.
+    expected = [2.0**-i for i in range(1, 9)] + [2.0 ** (-i / 2) for i in (1, 3, 5, 7)]
+    assert torch.allclose(fnn.ALiBi().slopes(12), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+def test_rope_scores_depend_on_distance_only():
+    q, k = torch.randn(1, 1, 16).double(), torch.randn(1, 1, 16).double()
+    rope = fnn.RoPE(theta=100.0)
+
+    def score(i, j):
+        turned = [fnn.position.rotate(x, rope.tables(torch.tensor([at]), 16)) for x, at in ((q, i), (k, j))]
+        return float((turned[0] * turned[1]).sum())
+
+    eps = torch.finfo(torch.float32).eps  # of the angles, which are at most 40 radians
+    assert abs(score(5, 3) - score(40, 38)) < 40 * eps * float(q.norm() * k.norm())
+    assert abs(score(5, 3) - score(5, 4)) > 1e-3
+
+
+def test_linear_scaling_stretches_positions():
+    positions = torch.arange(12)
+    plain = fnn.RoPE().tables(positions, 8)
+    stretched = fnn.RoPE(scaling=fnn.LinearScaling(4.0)).tables(4 * positions, 8)
+    for a, b in zip(plain, stretched, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=12 * torch.finfo(torch.float32).eps)
+
+
+def test_llama3_and_yarn_keep_short_wavelengths_and_stretch_long_ones():
+    frequency = 10000.0 ** (-torch.arange(0, 128, 2) / 128)
+    for scaling in (fnn.Llama3Scaling(8.0, 4096), fnn.YarnScaling(8.0, 4096)):
+        ratio = scaling.scale(frequency, 10000.0) / frequency
+        assert ratio[0] == 1.0
+        assert abs(float(ratio[-1]) - 1 / 8) < 1e-6
+        assert (ratio.diff() <= 1e-6).all()
+
+
+def test_odd_head_dims_are_refused():
+    with pytest.raises(ValueError, match="head_dim: expected an even number for RoPE, got 7"):
+        fnn.RoPE().tables(torch.arange(3), 7)

@@ -534,3 +534,67 @@ def test_samples_of_torch(name, training):
         if sample.reference_fn is not None:  # with a batch dimension, or in evaluation
             pool.add("reference", sample.reference_fn(ours, *forward.args, **forward.kwargs), expected, eager)
     pool.check()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("name", ["TransformerEncoder", "TransformerDecoder"])
+@torch.no_grad()
+def test_steps_over_a_cache_are_the_full_forward(name, norm_first, batch_first):
+    """At every position, with padded sources of which one is nothing but padding, after a prompt of three."""
+    stack = build(fnn, name, norm_first=norm_first, batch_first=batch_first).eval()
+    order = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
+    mask = nn.Transformer.generate_square_subsequent_mask(T)
+    source_padding = torch.arange(S) >= torch.tensor([S, 5, 0])[:, None]
+    pool = Pool()
+    for _ in range(DRAWS):
+        x, memory = torch.randn(N, T, E), torch.randn(N, S, E)
+        inputs, options = [x], {"mask": mask, "is_causal": True}
+        if name == "TransformerDecoder":
+            inputs.append(memory)
+            options = {"tgt_mask": mask, "tgt_is_causal": True, "memory_key_padding_mask": source_padding}
+            cache = stack.make_cache(order(memory), T, memory_key_padding_mask=source_padding)
+        else:
+            cache = stack.make_cache(N, T)
+        full = stack(*map(order, inputs), **options)
+        steps = [x[:, :3], *x[:, 3:].split(1, dim=1)]
+        stepped = torch.cat([order(stack.step(order(part), cache)) for part in steps], dim=1)
+        with fast_path_off():
+            twin = cast_stack(stack)
+            exact = twin(*(order(y.double()) for y in inputs), **cast(options, torch.float64))
+        pool.add("output", stepped, order(exact), order(full))
+    pool.check()
+
+
+def cast_stack(stack):
+    return copy.deepcopy(stack).double()
+
+
+def test_steps_over_a_cache_refuse_what_they_cannot_do():
+    decoder, encoder = build(fnn, "TransformerDecoder").eval(), build(fnn, "TransformerEncoder").eval()
+    memory = torch.randn(S, N, E)
+    with pytest.raises(ValueError, match=r"cache: expected one from TransformerDecoder\.make_cache"):
+        decoder.step(torch.randn(1, N, E), encoder.make_cache(N, T))
+    with pytest.raises(ValueError, match="cache: expected room for 3 more tokens, got 0 of 2"):
+        decoder.step(torch.randn(3, N, E), decoder.make_cache(memory, 2))
+    with pytest.raises(ValueError, match=r"memory: expected 3 dimensions, got shape \(3, 16\)"):
+        decoder.make_cache(memory[0], T)
+    with pytest.raises(TypeError, match=r"memory_key_padding_mask.dtype: expected bool, got torch.float32"):
+        decoder.make_cache(memory, T, memory_key_padding_mask=torch.zeros(N, S))
+    with pytest.raises(ValueError, match=r"memory_key_padding_mask.shape: expected \(3, 14\), got \(14, 3\)"):
+        decoder.make_cache(memory, T, memory_key_padding_mask=torch.zeros(S, N, dtype=torch.bool))
+
+    class Own(fnn.TransformerDecoderLayer):
+        def _sa_block(self, *args, **kwargs):
+            return super()._sa_block(*args, **kwargs)
+
+    with pytest.raises(TypeError, match="expected every layer to be a TransformerDecoderLayer, layer 0 overrides _sa"):
+        fnn.TransformerDecoder(Own(E, H), 1).make_cache(memory, T)
+    theirs = fnn.TransformerDecoder(nn.TransformerDecoderLayer(E, H), 1)
+    with pytest.raises(TypeError, match="expected every layer to be a TransformerDecoderLayer, layer 0 is a"):
+        theirs.make_cache(memory, T)
+    training = build(fnn, "TransformerEncoder", dropout=0.1).train()
+    with pytest.raises(RuntimeError, match="step: expected evaluation mode"):
+        training.step(torch.randn(1, N, E), training.make_cache(N, T))
+    with pytest.raises(ValueError, match="step: expected 3 dimensions"):
+        encoder.step(torch.randn(N, E), encoder.make_cache(N, T))

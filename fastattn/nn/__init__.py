@@ -1,7 +1,25 @@
-"""Layers on the fused attention operator: drop-in replacements for torch.nn's, and the embeddings they need."""
+"""Layers on the fused attention operator: drop-in replacements for torch.nn's, and today's Transformers.
+
+`MultiheadAttention` and the `Transformer...` classes are torch.nn's with another engine. `Attention`, `FeedForward`,
+`Block`, `Encoder`, `Decoder`, `CausalLM` and `EncoderDecoder` are made from a `TransformerConfig`.
+"""
 
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.position import InputEmbedding, PositionalEncoding
+from fastattn.nn.block import Attention, Block, FeedForward
+from fastattn.nn.cache import DynamicCache, KVCache, PagedCache, SlidingWindowCache
+from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig
+from fastattn.nn.model import CausalLM, Decoder, Encoder, EncoderDecoder
+from fastattn.nn.position import (
+    ALiBi,
+    InputEmbedding,
+    Learned,
+    LinearScaling,
+    Llama3Scaling,
+    PositionalEncoding,
+    RoPE,
+    Sinusoidal,
+    YarnScaling,
+)
 from fastattn.nn.transformer import (
     Transformer,
     TransformerDecoder,
@@ -11,12 +29,33 @@ from fastattn.nn.transformer import (
 )
 
 __all__ = [
+    "ALiBi",
+    "Attention",
+    "Block",
+    "CausalLM",
+    "CausalLMConfig",
+    "Decoder",
+    "DynamicCache",
+    "Encoder",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
+    "FeedForward",
     "InputEmbedding",
+    "KVCache",
+    "Learned",
+    "LinearScaling",
+    "Llama3Scaling",
     "MultiheadAttention",
+    "PagedCache",
     "PositionalEncoding",
+    "RoPE",
+    "Sinusoidal",
+    "SlidingWindowCache",
     "Transformer",
+    "TransformerConfig",
     "TransformerDecoder",
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "YarnScaling",
 ]

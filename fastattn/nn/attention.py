@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import attention
+from fastattn.nn.cache import KVCache
 
 __all__ = ["MultiheadAttention"]
 
@@ -102,15 +103,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         self._check_embeddings(query, key, value, is_batched)
 
-        def split_heads(x: Tensor) -> Tensor:
-            x = x.unflatten(-1, (self.num_heads, self.head_dim))
-            if not is_batched:
-                x = x.unsqueeze(0)
-            elif not self.batch_first:
-                x = x.transpose(0, 1)
-            return x.transpose(1, 2)
-
-        q, k, v = map(split_heads, self._project(query, key, value))  # (N, H, L, D), twice (N, H, S, D): views
+        batch_dim = 0 if self.batch_first else 1
+        projected = self._project(query, key, value)
+        if not is_batched:
+            projected = (x.unsqueeze(batch_dim) for x in projected)
+        q, k, v = map(self._split_heads, projected)  # (N, H, L, D), twice (N, H, S, D): views
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, _as_key(self.bias_k, k)], dim=2)
             v = torch.cat([v, _as_key(self.bias_v, v)], dim=2)
@@ -130,19 +127,55 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             out = attention(q, k, v, causal=causal, q_offset=0, mask=mask, bias=bias, dropout_p=dropout_p)
 
-        out = out.transpose(1, 2)  # (N, L, H, D)
+        out = self._merge_heads(out)
         if not is_batched:
-            out = out.squeeze(0)
-        elif not self.batch_first:
-            out = out.transpose(0, 1)
-        out = self.out_proj(out.flatten(-2))  # as query
-
+            out = out.squeeze(batch_dim)
         if weights is not None:
             if average_attn_weights:
                 weights = weights.mean(dim=1)
             if not is_batched:
                 weights = weights.squeeze(0)
         return out, weights
+
+    def step(self, x: Tensor, cache: KVCache, layer: int = 0) -> Tensor:
+        """Causal self-attention of new elements, which `cache` keeps, to all that it holds; without gradient.
+
+        Args:
+            x: (N, L, E) with `batch_first`, else (L, N, E).
+            cache: with room for L more elements; the caller counts them (`KVCache.advance`).
+            layer: which layer of the cache is this one's.
+
+        Returns:
+            A tensor of x's shape: what `forward` with a causal mask gives at these positions.
+        """
+        if self.bias_k is not None or self.add_zero_attn or self.in_proj_weight is None:
+            raise ValueError("MultiheadAttention.step: expected no add_bias_kv, add_zero_attn, kdim and vdim")
+        q, k, v = (self._split_heads(t) for t in self._project(x, x, x))
+        return self._merge_heads(cache.attend(layer, q, k, v, causal=True))
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of (N, S, E) with `batch_first`, else (S, N, E), for `step_cross`: (N, H, S, D) each."""
+        if self.bias_k is not None or self.add_zero_attn or self.in_proj_weight is None:
+            raise ValueError("MultiheadAttention.keys_values: expected no add_bias_kv, add_zero_attn, kdim and vdim")
+        E, b = self.embed_dim, self.in_proj_bias
+        k, v = F.linear(memory, self.in_proj_weight[E:], None if b is None else b[E:]).chunk(2, dim=-1)
+        return self._split_heads(k), self._split_heads(v)
+
+    def step_cross(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Cross-attention to what `keys_values` made. mask: boolean, broadcastable to (N, H, L, S), True takes part."""
+        E, b = self.embed_dim, self.in_proj_bias
+        q = F.linear(x, self.in_proj_weight[:E], None if b is None else b[:E])
+        return self._merge_heads(attention(self._split_heads(q), k, v, mask=mask))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(N, L, E), or (L, N, E), as (N, H, L, D): a view."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return (x if self.batch_first else x.transpose(0, 1)).transpose(1, 2)
+
+    def _merge_heads(self, out: Tensor) -> Tensor:
+        """The inverse of `_split_heads`, and the output projection."""
+        out = out.transpose(1, 2)
+        return self.out_proj((out if self.batch_first else out.transpose(0, 1)).flatten(-2))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three input projections, in as few matrix products as the identity of the inputs allows."""

@@ -1,17 +1,31 @@
-"""What stands before the first layer of a Transformer: token embedding and position encoding.
+"""Token embedding, and the ways in which a Transformer knows positions.
 
-For continuous input, such as a time series, use `torch.nn.Linear(features, d_model)` in place of `InputEmbedding`.
+`InputEmbedding` and `PositionalEncoding` are modules that stand before the first layer. `Sinusoidal`, `Learned`, `RoPE`
+and `ALiBi` are what `TransformerConfig.position` can be. For continuous input, such as a time series, use
+`torch.nn.Linear(features, d_model)` in place of `InputEmbedding`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["InputEmbedding", "PositionalEncoding"]
+__all__ = [
+    "ALiBi",
+    "InputEmbedding",
+    "Learned",
+    "LinearScaling",
+    "Llama3Scaling",
+    "PositionalEncoding",
+    "RoPE",
+    "Sinusoidal",
+    "YarnScaling",
+    "rotate",
+]
 
 
 class InputEmbedding(nn.Embedding):
@@ -96,6 +110,10 @@ class PositionalEncoding(nn.Module):
         self.table[:, 0::2] = angle.sin().to(self.table.dtype)
         self.table[:, 1::2] = angle[:, : d_model // 2].cos().to(self.table.dtype)
 
+    def at(self, positions: Tensor) -> Tensor:
+        """The encoding of each of `positions` (...), integer: (..., d_model)."""
+        return self.table[positions]
+
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
         """Add the encoding of positions offset, offset + 1, ...; returns a tensor of x's shape and dtype.
 
@@ -118,3 +136,142 @@ class PositionalEncoding(nn.Module):
     def extra_repr(self) -> str:
         max_len, d_model = self.table.shape
         return f"{d_model}, max_len={max_len}, kind={self.kind!r}, batch_first={self.batch_first}"
+
+
+@dataclass(frozen=True)
+class Sinusoidal:
+    """Fixed sines and cosines added to the input of the first layer; see `PositionalEncoding`."""
+
+    max_len: int = 5000
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A learned vector per position added to the input of the first layer; see `PositionalEncoding`."""
+
+    max_len: int
+
+
+@dataclass(frozen=True)
+class ALiBi:
+    """Scores fall linearly with distance, at a slope per head (Press et al. 2022, arXiv:2108.12409).
+
+    Args:
+        learned: the slopes are parameters that start at the paper's values.
+    """
+
+    learned: bool = False
+
+    def slopes(self, num_heads: int, device: torch.device | str | None = None) -> Tensor:
+        """The paper's geometric sequence, (num_heads,) of float32; 8 heads have 1/2, 1/4, ..., 1/256."""
+        power = 2 ** (num_heads.bit_length() - 1)  # heads beyond a power of two take every other slope of the double
+        steps = torch.arange(1, power + 1, device=device) * (8.0 / power)
+        between = (2 * torch.arange(num_heads - power, device=device) + 1) * (4.0 / power)
+        return torch.exp2(-torch.cat([steps, between]))
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation: positions are divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
+
+    factor: float
+
+    magnitude: ClassVar[float] = 1.0
+
+    def scale(self, frequency: Tensor, theta: float) -> Tensor:
+        """`frequency` (head_dim / 2,) in radians per position -> the same, scaled."""
+        return frequency / self.factor
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1).
+
+    Args:
+        factor: how many times longer the context is than it was in training.
+        original_max_len: the context of training.
+        low, high: wavelengths longer than original_max_len / low are stretched fully, shorter than
+            original_max_len / high not at all.
+    """
+
+    factor: float = 8.0
+    original_max_len: int = 8192
+    low: float = 1.0
+    high: float = 4.0
+
+    magnitude: ClassVar[float] = 1.0
+
+    def scale(self, frequency: Tensor, theta: float) -> Tensor:
+        turns = self.original_max_len * frequency / (2 * math.pi)  # over the context of training
+        keep = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return frequency * (keep + (1 - keep) / self.factor)
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN: frequencies blended by how often they turn, and scores sharpened (Peng et al. 2023, arXiv:2309.00071).
+
+    Args:
+        factor: how many times longer the context is than it was in training.
+        original_max_len: the context of training.
+        slow, fast: frequencies with at most `slow` turns over it are stretched fully, those with at least `fast` not
+            at all.
+    """
+
+    factor: float
+    original_max_len: int
+    slow: float = 1.0
+    fast: float = 32.0
+
+    @property
+    def magnitude(self) -> float:
+        """Of the rotated vectors; its square sharpens the scores."""
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    def scale(self, frequency: Tensor, theta: float) -> Tensor:
+        half = frequency.shape[0]
+
+        def index(turns: float) -> float:  # of the frequency that turns so often
+            return half * math.log(self.original_max_len / (2 * math.pi * turns)) / math.log(theta)
+
+        first, last = max(math.floor(index(self.fast)), 0), min(math.ceil(index(self.slow)), 2 * half - 1)
+        ramp = (torch.arange(half, device=frequency.device) - first) / max(last - first, 1e-3)
+        stretch = ramp.clamp(0, 1)
+        return frequency * (1 - stretch + stretch / self.factor)
+
+
+@dataclass(frozen=True)
+class RoPE:
+    """Rotary position embedding: queries and keys turn with position (Su et al. 2021, arXiv:2104.09864).
+
+    Dimension i turns with dimension i + head_dim / 2, as in GPT-NeoX and in the Llama weights of Hugging Face.
+
+    Args:
+        theta: dimension pair i turns by theta^(-2 i / head_dim) radians per position.
+        scaling: how a longer context than that of training is served.
+    """
+
+    theta: float = 10000.0
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+
+    def tables(self, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+        """cos and sin for `rotate`: positions (...) integer -> two of (..., head_dim / 2) in float32."""
+        if head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number for RoPE, got {head_dim}")
+        exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+        frequency = 1.0 / self.theta**exponent
+        magnitude = 1.0
+        if self.scaling is not None:
+            frequency, magnitude = self.scaling.scale(frequency, self.theta), self.scaling.magnitude
+        angle = positions[..., None] * frequency
+        return angle.cos() * magnitude, angle.sin() * magnitude
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn x (..., L, heads, D) by the angles of `RoPE.tables` (..., L, D / 2), in float32 at least.
+
+    Returns a tensor of x's shape and dtype.
+    """
+    cos, sin = (table.unsqueeze(-2) for table in tables)  # the same for all heads
+    first, second = x.chunk(2, dim=-1)  # times float32 tables: half precision is promoted
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -5,17 +5,21 @@ checks are torch.nn's own. What changes: attention is `fastattn.nn.MultiheadAtte
 training and evaluation. torch.nn's encoder has a second implementation for evaluation, which skips overridden methods,
 packs padded input into nested tensors, and returns zeros at padded positions; here padded positions are computed like
 all others.
+
+What torch.nn has not: `make_cache` and `step`, which decode a sequence element by element at the cost of the new ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.nn.attention import adopt, check_mask_dtype
+from fastattn.nn.attention import MultiheadAttention, adopt, check_mask_dtype
+from fastattn.nn.cache import KVCache
 
 __all__ = [
     "Transformer",
@@ -32,6 +36,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     Post-norm as in Vaswani et al. 2017, section 3.1, or with `norm_first` pre-norm (Xiong et al. 2020, figure 1).
     Subclasses may override `_sa_block` and `_ff_block`; they are called in evaluation too.
     """
+
+    self_attn: MultiheadAttention
 
     def __init__(
         self,
@@ -77,12 +83,24 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
         return self.norm2(x + self._ff_block(x))
 
+    def step(self, src: Tensor, cache: KVCache, layer: int = 0) -> Tensor:
+        """`forward` with a causal mask for the elements that follow those in `cache`; see `TransformerEncoder.step`."""
+        x = src
+        if self.norm_first:
+            x = x + self.dropout1(self.self_attn.step(self.norm1(x), cache, layer))
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + self.dropout1(self.self_attn.step(x, cache, layer)))
+        return self.norm2(x + self._ff_block(x))
+
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """Drop-in replacement for `torch.nn.TransformerDecoderLayer`: self-attention, cross-attention, feed-forward.
 
     Shapes and masks as in `TransformerDecoder`. Subclasses may override `_sa_block`, `_mha_block` and `_ff_block`.
     """
+
+    self_attn: MultiheadAttention
+    multihead_attn: MultiheadAttention
 
     def __init__(
         self,
@@ -104,6 +122,20 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         )  # fmt: skip
         adopt(self.self_attn)
         adopt(self.multihead_attn)
+
+    def step(self, tgt: Tensor, cache: KVCache, layer: int = 0) -> Tensor:
+        """`forward` with a causal mask for the elements that follow those in `cache`; see `TransformerDecoder.step`."""
+        assert cache.memory is not None
+        k, v = cache.memory[layer]
+        mask = None if cache.memory_mask is None else cache.memory_mask[:, None, None, :]
+        x = tgt
+        if self.norm_first:
+            x = x + self.dropout1(self.self_attn.step(self.norm1(x), cache, layer))
+            x = x + self.dropout2(self.multihead_attn.step_cross(self.norm2(x), k, v, mask))
+            return x + self._ff_block(self.norm3(x))
+        x = self.norm1(x + self.dropout1(self.self_attn.step(x, cache, layer)))
+        x = self.norm2(x + self.dropout2(self.multihead_attn.step_cross(x, k, v, mask)))
+        return self.norm3(x + self._ff_block(x))
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -147,6 +179,26 @@ class TransformerEncoder(nn.TransformerEncoder):
             x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
         return x if self.norm is None else self.norm(x)
 
+    def make_cache(self, batch: int, capacity: int, kind: type[KVCache] = KVCache, **options: Any) -> KVCache:
+        """An empty cache for `step`: `capacity` elements of `batch` sequences.
+
+        kind: `KVCache`, `DynamicCache` or `PagedCache`; `options` are its own arguments and `dtype`.
+        """
+        return _make_cache(self.layers, TransformerEncoderLayer, batch, capacity, kind, options)
+
+    def step(self, src: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
+        """What `forward` with a causal mask gives for the elements that follow those in `cache`, and keep them there.
+
+        Args:
+            src: (N, L, E) with `batch_first`, else (L, N, E).
+            cache: from `make_cache`.
+            lengths: integer (N,): elements of `src` from there on are padding, and not kept.
+
+        Returns:
+            A tensor of src's shape, without gradient.
+        """
+        return _step(self, src, cache, lengths)
+
 
 class TransformerDecoder(nn.TransformerDecoder):
     """Drop-in replacement for `torch.nn.TransformerDecoder`: a stack of copies of `decoder_layer`."""
@@ -188,6 +240,55 @@ class TransformerDecoder(nn.TransformerDecoder):
                 memory_is_causal=memory_is_causal,
             )
         return x if self.norm is None else self.norm(x)
+
+    @torch.no_grad()
+    def make_cache(
+        self,
+        memory: Tensor,
+        capacity: int,
+        kind: type[KVCache] = KVCache,
+        *,
+        memory_key_padding_mask: Tensor | None = None,
+        **options: Any,
+    ) -> KVCache:
+        """An empty cache for `step`, with the keys and values of `memory`, computed once.
+
+        Args:
+            memory: the encoder's output: (N, S, E) with `batch_first`, else (S, N, E).
+            capacity: target elements per sequence.
+            kind: `KVCache`, `DynamicCache` or `PagedCache`; `options` are its own arguments and `dtype`.
+            memory_key_padding_mask: boolean (N, S), True = padding.
+        """
+        if memory.dim() != 3:
+            raise ValueError(f"memory: expected 3 dimensions, got shape {tuple(memory.shape)}")
+        batch_first = self.layers[0].self_attn.batch_first  # pyright: ignore[reportAttributeAccessIssue]
+        N, S = memory.shape[:2] if batch_first else memory.shape[:2][::-1]
+        cache = _make_cache(self.layers, TransformerDecoderLayer, N, capacity, kind, options)
+        if memory_key_padding_mask is not None:
+            if memory_key_padding_mask.dtype != torch.bool:
+                raise TypeError(f"memory_key_padding_mask.dtype: expected bool, got {memory_key_padding_mask.dtype}")
+            if memory_key_padding_mask.shape != (N, S):
+                raise ValueError(
+                    f"memory_key_padding_mask.shape: expected {(N, S)}, got {tuple(memory_key_padding_mask.shape)}"
+                )
+            cache.memory_mask = ~memory_key_padding_mask
+        cache.memory = [layer.multihead_attn.keys_values(memory) for layer in self.layers]  # pyright: ignore
+        return cache
+
+    def step(self, tgt: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
+        """What `forward` with a causal mask gives for the elements that follow those in `cache`, and keep them there.
+
+        Args:
+            tgt: (N, T, E) with `batch_first`, else (T, N, E).
+            cache: from `make_cache`.
+            lengths: integer (N,): elements of `tgt` from there on are padding, and not kept.
+
+        Returns:
+            A tensor of tgt's shape, without gradient.
+        """
+        if cache.memory is None:
+            raise ValueError("cache: expected one from TransformerDecoder.make_cache, got one without a memory")
+        return _step(self, tgt, cache, lengths)
 
 
 class Transformer(nn.Transformer):
@@ -247,3 +348,38 @@ def _is_causal(mask: Tensor | None, hint: bool | None, x: Tensor, layers: nn.Mod
         return False
     causal_mask = nn.Transformer.generate_square_subsequent_mask(L, mask.device, mask.dtype)
     return bool((mask == causal_mask).all())
+
+
+def _make_cache(
+    layers: nn.ModuleList, kind_of_layer: type[nn.Module], batch: int, capacity: int, kind: type[KVCache],
+    options: dict[str, Any],
+) -> KVCache:  # fmt: skip
+    for i, layer in enumerate(layers):
+        changed = [
+            name
+            for name in ("forward", "_sa_block", "_mha_block")
+            if getattr(type(layer), name, None) is not getattr(kind_of_layer, name, None)
+        ]
+        if not isinstance(layer, kind_of_layer) or changed:
+            what = f"overrides {changed[0]}" if isinstance(layer, kind_of_layer) else f"is a {type(layer).__name__}"
+            raise TypeError(f"make_cache: expected every layer to be a {kind_of_layer.__name__}, layer {i} {what}")
+    attn = layers[0].self_attn
+    assert isinstance(attn, MultiheadAttention)
+    weight = attn.out_proj.weight
+    options = {"dtype": weight.dtype} | options
+    return kind(len(layers), batch, capacity, attn.num_heads, attn.head_dim, device=weight.device, **options)
+
+
+def _step(stack: TransformerEncoder | TransformerDecoder, x: Tensor, cache: KVCache, lengths: Tensor | None) -> Tensor:
+    first = stack.layers[0]
+    assert isinstance(first, (TransformerEncoderLayer, TransformerDecoderLayer))
+    if stack.training and first.dropout.p > 0:
+        raise RuntimeError("step: expected evaluation mode, since a cache has no dropout: call eval() first")
+    if x.dim() != 3:
+        raise ValueError(f"step: expected 3 dimensions, got shape {tuple(x.shape)}")
+    length = x.shape[1 if first.self_attn.batch_first else 0]
+    cache.reserve(length)
+    for i, layer in enumerate(stack.layers):
+        x = layer.step(x, cache, i)  # pyright: ignore[reportCallIssue]
+    cache.advance(length, lengths)
+    return x if stack.norm is None else stack.norm(x)

@@ -1,0 +1,318 @@
+"""KV caches for the layers: what has been seen, as keys and values, so that a step computes new tokens only.
+
+A model makes one (`make_cache`) and fills it; between steps the caller may select, crop or release entries. Batch
+entries may have different lengths: `lens` is a tensor, read on the device. `length` is what the host knows, the longest
+entry or more, by which a cache that is full raises before anything is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.kvcache import attention_with_kvcache
+
+__all__ = ["DynamicCache", "KVCache", "PagedCache", "SlidingWindowCache"]
+
+
+class KVCache:
+    """Room for `capacity` tokens per batch entry, allocated at once. Safe under CUDA graphs: no buffer ever moves.
+
+    Args:
+        num_layers: attention layers that share the cache.
+        batch: batch entries.
+        capacity: tokens per entry.
+        num_kv_heads: heads of keys and values.
+        head_dim: of keys and of values.
+        device, dtype: of keys and values; dtype is that of the queries.
+
+    Attributes:
+        k, v: per layer (batch, capacity, num_kv_heads, head_dim).
+        lens: int32 (batch,), tokens in the cache.
+        length: the longest entry, on the host; entries may be shorter.
+        block_table: int32 (batch, pages), or None; see `fastattn.attention_with_kvcache`.
+        memory: per layer the keys and values (batch, num_kv_heads, S, head_dim) of what a decoder with
+            cross-attention attends to, or None.
+        memory_mask: boolean (batch, S), True takes part, or None.
+        chunk: most tokens per step, or None for no limit.
+    """
+
+    chunk: int | None = None
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("batch", batch), ("capacity", capacity)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        self.capacity = capacity
+        self.block_table: Tensor | None = None
+        self.memory: list[tuple[Tensor, Tensor]] | None = None
+        self.memory_mask: Tensor | None = None
+        self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.length = 0
+        rows = self._rows(batch)
+        self.k, self.v = (
+            [torch.empty(*rows, num_kv_heads, head_dim, device=device, dtype=dtype) for _ in range(num_layers)]
+            for _ in "kv"
+        )
+
+    def _rows(self, batch: int) -> tuple[int, int]:
+        """The two first sizes of a buffer."""
+        return batch, self.capacity
+
+    @property
+    def batch(self) -> int:
+        """Batch entries."""
+        return self.lens.shape[0]
+
+    def reserve(self, new: int) -> None:
+        """Make sure that every entry has room for `new` more tokens; the models call it before each step.
+
+        Raises:
+            ValueError: there is no room. The cache is as before.
+        """
+        if self.length + new > self.capacity:
+            raise ValueError(
+                f"cache: expected room for {new} more tokens, got {self.length} of {self.capacity} places in use"
+            )
+
+    def positions(self, new: int) -> Tensor:
+        """Where the next `new` tokens of each entry stand: (batch, new)."""
+        return self.lens[:, None] + torch.arange(new, device=self.lens.device, dtype=self.lens.dtype)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Append `k` and `v` (B, Hk, L, D) to `layer`, then attend; see `fastattn.attention_with_kvcache`.
+
+        `lens` stays as it is, since all layers of a step append at one place: `advance` moves it.
+        """
+        return attention_with_kvcache(
+            q, self.k[layer], self.v[layer], k, v, cache_lens=self.lens, block_table=self.block_table, **options
+        )
+
+    def advance(self, new: int, lengths: Tensor | None = None) -> None:
+        """Count what a step appended: `new` tokens; or for entry b the first `lengths[b]` of them, the rest being
+        padding, which the next step overwrites."""
+        self.lens += new if lengths is None else lengths.to(self.lens.dtype)
+        self.length += new
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens from position `length` on."""
+        if length < 0:
+            raise ValueError(f"length: expected 0 or more, got {length}")
+        self.lens.clamp_(max=length)
+        self.length = min(self.length, length)
+
+    def select(self, index: Tensor) -> None:
+        """Entry b becomes a copy of what entry index[b] was; index (batch,), or of any length for another batch.
+
+        As beam search needs it. Buffers stay where they are if the batch stays what it is.
+        """
+        _check_index(index, self.batch)
+        self.k, self.v = ([_selected(x, index) for x in buffers] for buffers in (self.k, self.v))
+        self._select_lengths(index)
+
+    def _select_lengths(self, index: Tensor) -> None:
+        self.lens = _selected(self.lens, index)
+        if self.memory is not None:
+            self.memory = [(_selected(k, index), _selected(v, index)) for k, v in self.memory]
+        if self.memory_mask is not None:
+            self.memory_mask = _selected(self.memory_mask, index)
+
+
+class DynamicCache(KVCache):
+    """A cache that doubles its buffers when they are full. `capacity` is what it starts with."""
+
+    def reserve(self, new: int) -> None:
+        needed = self.length + new
+        if needed <= self.capacity:
+            return
+        self.capacity = max(needed, 2 * self.capacity)
+        self.k, self.v = ([self._grown(x) for x in buffers] for buffers in (self.k, self.v))
+
+    def _grown(self, x: Tensor) -> Tensor:
+        larger = x.new_empty(x.shape[0], self.capacity, *x.shape[2:])
+        larger[:, : x.shape[1]] = x
+        return larger
+
+
+class SlidingWindowCache(KVCache):
+    """A cache that keeps only what a window still sees: memory for `window + chunk` tokens, however long the text.
+
+    The pages of an entry are used in turn: a new token takes the place of one that has left every window. Tokens keep
+    their true positions, so that RoPE, ALiBi and several tokens per step work as elsewhere.
+
+    Args:
+        capacity: tokens of the longest text; they cost 4 bytes per page.
+        window: the left side of the attention window.
+        chunk: most tokens per step. A longer prompt goes in by chunks.
+        page_size: a multiple of 16.
+    """
+
+    def __init__(self, *shape: int, window: int, chunk: int = 128, page_size: int = 16, **options: Any) -> None:
+        self.window, self.page_size = window, page_size
+        self.chunk = chunk
+        self._pages = -(-(window + chunk - 1) // page_size) + 1  # as many as `window + chunk` positions can touch
+        super().__init__(*shape, **options)
+        table = torch.arange(-(-self.capacity // page_size), dtype=torch.int32, device=self.lens.device) % self._pages
+        first = torch.arange(self.batch, dtype=torch.int32, device=self.lens.device) * self._pages
+        self.block_table = first[:, None] + table
+
+    def _rows(self, batch: int) -> tuple[int, int]:
+        return batch * self._pages, self.page_size
+
+    def reserve(self, new: int) -> None:
+        if self.chunk is not None and new > self.chunk:
+            raise ValueError(f"cache: expected at most chunk == {self.chunk} tokens in a step, got {new}")
+        super().reserve(new)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        window = options.get("window")
+        if window is None or window[0] is None or window[0] > self.window:
+            raise ValueError(f"window: expected at most the cache's {self.window} to the left, got {window}")
+        return super().attend(layer, q, k, v, **options)
+
+    def crop(self, length: int) -> None:
+        raise ValueError("cache: a sliding window has forgotten what it would need to go back")
+
+    def select(self, index: Tensor) -> None:
+        _check_index(index, self.batch)
+        pages = (index[:, None] * self._pages + torch.arange(self._pages, device=index.device)).flatten()
+        self.k, self.v = ([_selected(x, pages) for x in buffers] for buffers in (self.k, self.v))
+        self._select_lengths(index)
+        if self.block_table is not None and index.shape[0] != self.block_table.shape[0]:
+            first = torch.arange(index.shape[0], dtype=torch.int32, device=index.device) * self._pages
+            self.block_table = first[:, None] + self.block_table[:1]
+
+
+class PagedCache(KVCache):
+    """Entries take pages from a common pool as they grow and give them back (Kwon et al. 2023, arXiv:2309.06180).
+
+    `reserve` assigns pages. It reads `lens` only when a page may be full: on a GPU a synchronisation every `page_size`
+    steps. Under `torch.compile` and CUDA graphs call it before each step yourself.
+
+    Args:
+        capacity: tokens of the longest entry; they cost 4 bytes per page.
+        num_pages: pages in the pool. None: enough for every entry at full capacity.
+        page_size: a multiple of 16.
+    """
+
+    def __init__(self, *shape: int, num_pages: int | None = None, page_size: int = 16, **options: Any) -> None:
+        self.page_size, self._num_pages = page_size, num_pages
+        super().__init__(*shape, **options)
+        self.block_table = torch.zeros(
+            self.batch, -(-self.capacity // page_size), dtype=torch.int32, device=self.lens.device
+        )
+        self._owned: list[list[int]] = [[] for _ in range(self.batch)]
+        self._free = list(range(self.k[0].shape[0]))[::-1]
+        self._room = 0  # tokens for which every entry has a place already, at least
+
+    def _rows(self, batch: int) -> tuple[int, int]:
+        pages = self._num_pages if self._num_pages is not None else batch * -(-self.capacity // self.page_size)
+        return pages, self.page_size
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no entry owns."""
+        return len(self._free)
+
+    def reserve(self, new: int) -> None:
+        if new <= self._room:
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "cache.reserve: expected to be called before the compiled step, which cannot assign pages"
+            )
+        lens = self.lens.tolist()
+        self.length = max(lens)
+        super().reserve(new)
+        self._assign([length + new for length in lens], lens)
+
+    def _assign(self, wanted: list[int], lens: list[int]) -> None:
+        """Pages for `wanted[b]` tokens of each entry."""
+        missing = [-(-n // self.page_size) - len(own) for n, own in zip(wanted, self._owned, strict=True)]
+        needed = sum(max(n, 0) for n in missing)
+        if needed > len(self._free):
+            raise ValueError(f"cache: expected {needed} free pages, got {len(self._free)}")
+        for own, n in zip(self._owned, missing, strict=True):
+            own.extend(self._free.pop() for _ in range(n))
+        self._write_table()
+        places = [len(own) * self.page_size - n for own, n in zip(self._owned, lens, strict=True)]
+        self._room = min(*places, self.capacity - self.length)
+
+    def _write_table(self) -> None:
+        assert self.block_table is not None
+        table = torch.zeros(self.block_table.shape, dtype=torch.int32)
+        for row, own in zip(table, self._owned, strict=True):
+            row[: len(own)] = torch.tensor(own, dtype=torch.int32)
+        self.block_table.copy_(table)
+
+    def advance(self, new: int, lengths: Tensor | None = None) -> None:
+        super().advance(new, lengths)
+        self._room -= new
+
+    def release(self, entry: int) -> None:
+        """Empty one entry and give its pages back, so that another sequence can take its place."""
+        self._free.extend(self._owned[entry])
+        self._owned[entry] = []
+        self.lens[entry] = 0
+        self._room = 0
+
+    def crop(self, length: int) -> None:
+        super().crop(length)
+        kept = -(-length // self.page_size)
+        for own in self._owned:
+            self._free.extend(own[kept:])
+            del own[kept:]
+        self._room = 0
+
+    def select(self, index: Tensor) -> None:
+        _check_index(index, self.batch)
+        sources, lens = index.tolist(), self.lens.tolist()
+        used = [-(-lens[b] // self.page_size) for b in sources]
+        kept = [page for b, n in zip(sources, used, strict=True) for page in self._owned[b][:n]]
+        if len(kept) > self.k[0].shape[0]:
+            raise ValueError(
+                f"cache: expected a pool of {len(kept)} pages for this selection, got {self.k[0].shape[0]}"
+            )
+        pages = torch.tensor(kept, dtype=torch.int64, device=self.lens.device)
+        # Every entry gets pages of its own, filled with copies: pages are written to, hence never shared.
+        self._free = list(range(self.k[0].shape[0]))[::-1]
+        self._owned = [[self._free.pop() for _ in range(n)] for n in used]
+        target = torch.tensor([p for own in self._owned for p in own], dtype=torch.int64, device=self.lens.device)
+        for x in (*self.k, *self.v):
+            x[target] = x[pages]
+        self._select_lengths(index)
+        if self.block_table is not None and len(sources) != self.block_table.shape[0]:
+            self.block_table = self.block_table.new_zeros(len(sources), self.block_table.shape[1])
+        self._write_table()
+        self._room = 0
+
+
+def _selected(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], in x itself where the sizes allow it."""
+    chosen = x.index_select(0, index)
+    return x.copy_(chosen) if chosen.shape == x.shape else chosen
+
+
+def _check_index(index: Tensor, batch: int) -> None:
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"index: expected an int32 or int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}"
+        )
+    if index.ndim != 1 or index.shape[0] == 0:
+        raise ValueError(f"index.shape: expected (batch,), got {tuple(index.shape)}")
+    if index.device.type == "cpu" and not bool(((index >= 0) & (index < batch)).all()):
+        raise ValueError(f"index: expected entries from 0 to {batch - 1}, got {index.tolist()}")

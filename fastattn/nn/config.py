@@ -1,0 +1,169 @@
+"""What a Transformer is made of, as data: one frozen description that every layer reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastattn.nn.position import ALiBi, Learned, RoPE, Sinusoidal
+
+__all__ = ["CausalLMConfig", "EncoderDecoderConfig", "TransformerConfig"]
+
+GATED = ("swiglu", "geglu")
+_ROPE = RoPE()
+PLAIN = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """One stack of blocks. The defaults are today's: pre-norm, RMSNorm, SwiGLU, RoPE, no biases.
+
+    `TransformerConfig(norm="layer", norm_first=False, activation="relu", bias=True, position=Sinusoidal())` is
+    Vaswani et al. 2017; `TransformerConfig(norm="layer", activation="gelu_tanh", bias=True, position=Learned(1024))`
+    is GPT-2.
+
+    Args:
+        d_model: size of an element.
+        num_layers: number of blocks.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads: fewer than it is grouped-query attention (Ainslie et
+            al. 2023, arXiv:2305.13245), 1 multi-query. None: num_heads.
+        head_dim: None: d_model / num_heads.
+        dim_feedforward: width of the feed-forward network. None: 4 d_model, or with a gate 8/3 d_model rounded up to a
+            multiple of 8, so that it has about as many parameters.
+        activation: "relu", "gelu", "gelu_tanh", "silu"; or with a gate "swiglu", "geglu" (Shazeer 2020,
+            arXiv:2002.05202).
+        norm: "rms" (`torch.nn.RMSNorm`) or "layer" (`torch.nn.LayerNorm`).
+        norm_first: normalise the input of each part (pre-norm); False: the result of each residual sum (post-norm).
+        final_norm: normalise the output of the stack. None: with pre-norm.
+        norm_eps: epsilon of all norms.
+        bias: whether linear layers and LayerNorm have biases.
+        position: `RoPE`, `ALiBi`, `Learned`, `Sinusoidal` or None. It applies to self-attention; cross-attention has
+            no positions.
+        qk_norm: RMSNorm of each head's query and key before RoPE (Henry et al. 2020, arXiv:2010.04245).
+        window: (left, right) as in `fastattn.attention`, for self-attention.
+        softcap: as in `fastattn.attention`.
+        sinks: one learned logit per query head, which takes part in the softmax and has no value (Xiao et al. 2023,
+            arXiv:2309.17453). They start at 0.
+        dropout: of attention weights, of each part's output before the residual sum, and of embeddings.
+        init_std: weights start as N(0, init_std), biases at 0, norms at 1; the projections that end in one of the R
+            residual sums of the stack at N(0, init_std / sqrt(R)), so that the sum does not grow with depth (Radford
+            et al. 2019, GPT-2).
+        checkpoint: in training, keep only the input of each block and compute it again for the backward.
+    """
+
+    d_model: int = 512
+    num_layers: int = 6
+    num_heads: int = 8
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    dim_feedforward: int | None = None
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"] = "swiglu"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_first: bool = True
+    final_norm: bool | None = None
+    norm_eps: float = 1e-5
+    bias: bool = False
+    position: RoPE | ALiBi | Learned | Sinusoidal | None = _ROPE
+    qk_norm: bool = False
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    dropout: float = 0.0
+    init_std: float = 0.02
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_layers", "num_heads", "kv_heads", "ff_dim", "dim_per_head"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{_FIELD.get(name, name)}: expected an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{_FIELD.get(name, name)}: expected a positive number, got {value}")
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ValueError(f"d_model: expected a multiple of num_heads == {self.num_heads}, got {self.d_model}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads == {self.num_heads}, got {self.kv_heads}")
+        if isinstance(self.position, RoPE) and self.dim_per_head % 2:
+            raise ValueError(f"head_dim: expected an even number for RoPE, got {self.dim_per_head}")
+        if not isinstance(self.position, (RoPE, ALiBi, Learned, Sinusoidal, type(None))):
+            raise TypeError(
+                f"position: expected RoPE, ALiBi, Learned, Sinusoidal or None, got {_describe(self.position)}"
+            )
+        for name, allowed in (("activation", PLAIN + GATED), ("norm", ("rms", "layer"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
+                )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
+
+    @property
+    def kv_heads(self) -> int:
+        """num_kv_heads, resolved."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def dim_per_head(self) -> int:
+        """head_dim, resolved."""
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward network has a gate."""
+        return self.activation in GATED
+
+    @property
+    def ff_dim(self) -> int:
+        """dim_feedforward, resolved."""
+        if self.dim_feedforward is not None:
+            return self.dim_feedforward
+        return -(-8 * self.d_model // 24) * 8 if self.gated else 4 * self.d_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLMConfig(TransformerConfig):
+    """A decoder-only language model: `TransformerConfig`, and
+
+    Args:
+        vocab_size: number of tokens.
+        tie_embeddings: the output projection is the embedding (Press and Wolf 2017, arXiv:1608.05859).
+        scale_embeddings: multiply embeddings by sqrt(d_model) (Vaswani et al. 2017, section 3.4).
+    """
+
+    vocab_size: int
+    tie_embeddings: bool = True
+    scale_embeddings: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig:
+    """A sequence-to-sequence model: two stacks of one d_model, and
+
+    Args:
+        encoder, decoder: the two stacks.
+        source_vocab_size: number of source tokens.
+        target_vocab_size: number of target tokens. None: the source's tokens, and both share one embedding.
+        tie_embeddings: the output projection is the target's embedding.
+        scale_embeddings: multiply embeddings by sqrt(d_model) (Vaswani et al. 2017, section 3.4).
+    """
+
+    encoder: TransformerConfig
+    decoder: TransformerConfig
+    source_vocab_size: int
+    target_vocab_size: int | None = None
+    tie_embeddings: bool = True
+    scale_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.encoder.d_model != self.decoder.d_model:
+            raise ValueError(
+                f"decoder.d_model: expected encoder.d_model == {self.encoder.d_model}, got {self.decoder.d_model}"
+            )
+
+
+_FIELD = {"kv_heads": "num_kv_heads", "ff_dim": "dim_feedforward", "dim_per_head": "head_dim"}
+
+
+def _describe(value: object) -> str:
+    return f"the class {value.__name__}, not an instance" if isinstance(value, type) else type(value).__name__

@@ -1,0 +1,405 @@
+"""Whole Transformers from one config each: `Encoder`, `Decoder`, `CausalLM` and `EncoderDecoder`.
+
+Dimensions in comments: N batch, L length, S source length, E d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastattn.nn.block import Block, make_norm, positions
+from fastattn.nn.cache import KVCache
+from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig
+from fastattn.nn.position import Learned, PositionalEncoding, RoPE, Sinusoidal
+
+__all__ = ["CausalLM", "Decoder", "Encoder", "EncoderDecoder"]
+
+
+class _Stack(nn.Module):
+    """Positions, blocks and a final norm."""
+
+    def __init__(self, config: TransformerConfig, cross: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        absolute = isinstance(config.position, (Learned, Sinusoidal))
+        self.position = _encoding(config) if absolute else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, cross, layer) for layer in range(config.num_layers))
+        final_norm = config.norm_first if config.final_norm is None else config.final_norm
+        self.norm = make_norm(config, config.d_model) if final_norm else None
+        self._initialise(residual_sums=config.num_layers * (3 if cross else 2))
+
+    @torch.no_grad()
+    def _initialise(self, residual_sums: int) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                ends_in_sum = name.endswith(("out_proj", "down_proj"))
+                std = self.config.init_std / math.sqrt(residual_sums) if ends_in_sum else self.config.init_std
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def _run(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        *,
+        cu_seqlens: Tensor | None,
+        cache: KVCache | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        expected = "(total, d_model)" if cu_seqlens is not None else "(batch, length, d_model)"
+        if x.ndim != (2 if cu_seqlens is not None else 3) or x.shape[-1] != self.config.d_model:
+            raise ValueError(
+                f"x.shape: expected {expected} with d_model == {self.config.d_model}, got {tuple(x.shape)}"
+            )
+        rope = self.config.position if isinstance(self.config.position, RoPE) else None
+        rotary = None
+        if rope is not None:
+            rotary = rope.tables(positions(x, cu_seqlens, cache), self.config.dim_per_head)
+        elif self.position is not None:
+            length = x.shape[-2] + (0 if cache is None else cache.length)
+            if cu_seqlens is None and length > (most := self.position.table.shape[0]):
+                raise ValueError(f"x: expected at most max_len == {most} positions, got {length}")
+            x = x + self.position.at(positions(x, cu_seqlens, cache)).to(x.dtype)
+        x = self.dropout(x)
+        for block in self.blocks:
+            inputs_of_block = dict(inputs, rotary=rotary, cu_seqlens=cu_seqlens, cache=cache)
+            if self.config.checkpoint and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, memory, use_reentrant=False, **inputs_of_block)
+            else:
+                x = block(x, memory, **inputs_of_block)
+        return x if self.norm is None else self.norm(x)
+
+
+class Encoder(_Stack):
+    """A stack of blocks in which every element sees every other one. Args: config: what it is made of."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Encode x; returns a tensor of its shape. What stands at padding has no meaning.
+
+        Args:
+            x: (N, L, E); or packed (total, E) with `cu_seqlens`.
+            lengths: integer (N,): elements from there on are padding.
+            mask: boolean (N, L), True takes part, where padding stands elsewhere.
+            cu_seqlens: int32 (sequences + 1,), where each packed sequence starts: no padding is computed.
+        """
+        keep = padding_mask(x, lengths, mask, cu_seqlens)
+        return self._run(x, None, cu_seqlens=cu_seqlens, mask=_for_keys(keep))
+
+
+class Decoder(_Stack):
+    """A stack of blocks in which an element sees itself and earlier ones; with `cross` also what an encoder made.
+
+    Args:
+        config: what it is made of.
+        cross: with cross-attention to a `memory`.
+    """
+
+    def __init__(self, config: TransformerConfig, cross: bool = False) -> None:
+        super().__init__(config, cross)
+        self.cross = cross
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Decode x; returns a tensor of its shape. What stands at padding has no meaning.
+
+        Args:
+            x: (N, L, E), padded at the end if at all, which causal order hides; or packed (total, E) with `cu_seqlens`.
+            memory: (N, S, E), or packed (total_k, E), if the decoder has cross-attention; None with a cache that
+                `make_cache` filled from it.
+            lengths: integer (N,), with a cache: elements of x from there on are padding, and not kept.
+            memory_lengths: integer (N,): elements of `memory` from there on are padding.
+            memory_mask: boolean (N, S), True takes part, where padding stands elsewhere.
+            cu_seqlens: int32 (sequences + 1,), where each packed sequence starts.
+            cu_seqlens_k: likewise for a packed `memory`.
+            cache: from `make_cache`. x continues what is in it, and is kept in it. No gradient.
+        """
+        remembered = cache is not None and cache.memory is not None
+        if self.cross and (memory is None) != remembered:
+            got = "None" if memory is None else "both a Tensor and a cache that has one"
+            raise ValueError(f"memory: expected one, as a Tensor or in the cache, got {got}")
+        if not self.cross and memory is not None:
+            raise ValueError("memory: expected None for a decoder without cross-attention, got a Tensor")
+        keep = padding_mask(memory, memory_lengths, memory_mask, cu_seqlens_k, "memory_")
+        if cache is None:
+            if lengths is not None:
+                raise ValueError("lengths: expected None without a cache, since causal order hides padding at the end")
+        else:
+            if cu_seqlens is not None:
+                raise ValueError("cu_seqlens: expected None with a cache, got a Tensor")
+            if self.training and self.config.dropout > 0:
+                raise RuntimeError("cache: expected evaluation mode, since a cache has no dropout: call eval() first")
+            cache.reserve(x.shape[1])
+            keep = cache.memory_mask if remembered else keep
+        out = self._run(
+            x, memory, causal=True, memory_mask=_for_keys(keep), cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k,
+            cache=cache,
+        )  # fmt: skip
+        if cache is not None:
+            cache.advance(x.shape[1], lengths)
+        return out
+
+    @torch.no_grad()
+    def make_cache(
+        self,
+        batch: int,
+        capacity: int,
+        kind: type[KVCache] = KVCache,
+        *,
+        memory: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> KVCache:
+        """An empty cache of this decoder's shape, on its device.
+
+        Args:
+            batch: batch entries.
+            capacity: tokens per entry.
+            kind: `KVCache`, `DynamicCache`, `SlidingWindowCache` or `PagedCache`; `options` are its own arguments.
+            memory, memory_lengths, memory_mask: as in `forward`; keys and values of `memory` are computed here, once.
+            dtype: of keys and values. None: what the layers compute in, under autocast too.
+        """
+        weight = next(self.parameters())
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(weight.device.type)
+            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        config = self.config
+        cache = kind(
+            config.num_layers, batch, capacity, config.kv_heads, config.dim_per_head, device=weight.device,
+            dtype=dtype, **options,
+        )  # fmt: skip
+        if self.cross:
+            if memory is None:
+                raise ValueError("memory: expected a Tensor for a decoder with cross-attention, got None")
+            pairs = [block.cross_attn.keys_values(memory) for block in self.blocks]  # pyright: ignore
+            cache.memory = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in pairs]
+            cache.memory_mask = padding_mask(memory, memory_lengths, memory_mask, None, "memory_")
+        return cache
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model, in the manner of GPT and Llama.
+
+    `F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())` is its training loss, and
+    `fastattn.generate(model, prompt, max_new_tokens)` its use.
+    """
+
+    def __init__(self, config: CausalLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = _embedding(config.vocab_size, config.d_model, config.init_std)
+        self.decoder = Decoder(config)
+        self.head = _head(self.embedding, config.vocab_size, config.init_std, config.tie_embeddings)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits of what comes after each token: (N, L) integer -> (N, L, V); packed (total,) -> (total, V).
+
+        The arguments are those of `Decoder.forward`.
+        """
+        return self.head(self.hidden(tokens, lengths=lengths, cu_seqlens=cu_seqlens, cache=cache))
+
+    def hidden(self, tokens: Tensor, **inputs: Any) -> Tensor:
+        """What `head` makes logits of: (N, L) -> (N, L, E). The arguments are those of `forward`."""
+        x = _embed(self.embedding, tokens, self.config.scale_embeddings)
+        return self.decoder(x, **inputs)
+
+    def prefill(self, tokens: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
+        """Put a prompt into the cache, in as many steps as the cache needs; the logits after its last token.
+
+        Args:
+            tokens: (N, L) integer, padded at the end.
+            cache: from `make_cache`.
+            lengths: integer (N,), tokens before the padding, at least 1. None: all.
+
+        Returns:
+            (N, V).
+        """
+        return self.head(prefill(self.hidden, tokens, cache, lengths))
+
+    def make_cache(self, batch: int, capacity: int, kind: type[KVCache] = KVCache, **options: Any) -> KVCache:
+        """An empty cache; the arguments are those of `Decoder.make_cache`."""
+        return self.decoder.make_cache(batch, capacity, kind, **options)
+
+
+class EncoderDecoder(nn.Module):
+    """A sequence-to-sequence model (Vaswani et al. 2017, figure 1): source tokens in, target tokens out.
+
+    Trained by teacher forcing: `F.cross_entropy(model(source, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten())`.
+    `fastattn.generate(model, source, max_new_tokens, start=bos)` is its use.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        d_model, init_std = config.decoder.d_model, config.decoder.init_std
+        shared = config.target_vocab_size is None
+        target_vocab_size = config.source_vocab_size if shared else config.target_vocab_size
+        assert target_vocab_size is not None
+        self.source_embedding = _embedding(config.source_vocab_size, d_model, init_std)
+        self.target_embedding = self.source_embedding if shared else _embedding(target_vocab_size, d_model, init_std)
+        self.encoder = Encoder(config.encoder)
+        self.decoder = Decoder(config.decoder, cross=True)
+        self.head = _head(self.target_embedding, target_vocab_size, init_std, config.tie_embeddings)
+
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        *,
+        source_lengths: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_source: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of what comes after each target token.
+
+        Args:
+            source: (N, S) integer; or packed (total_source,) with `cu_seqlens_source`.
+            target: (N, L) integer, padded at the end if at all; or packed (total,) with `cu_seqlens`.
+            source_lengths: integer (N,): source tokens from there on are padding.
+            source_mask: boolean (N, S), True takes part, where padding stands elsewhere.
+            cu_seqlens, cu_seqlens_source: int32 (sequences + 1,), where each packed sequence starts.
+
+        Returns:
+            (N, L, V), or (total, V).
+        """
+        memory = self.encode(source, lengths=source_lengths, mask=source_mask, cu_seqlens=cu_seqlens_source)
+        return self.decode(
+            target, memory, memory_lengths=source_lengths, memory_mask=source_mask, cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_source,
+        )  # fmt: skip
+
+    def encode(self, source: Tensor, **inputs: Any) -> Tensor:
+        """(N, S) -> (N, S, E). The arguments are those of `Encoder.forward`."""
+        return self.encoder(_embed(self.source_embedding, source, self.config.scale_embeddings), **inputs)
+
+    def decode(self, target: Tensor, memory: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Logits (N, L, V) of what comes after each target token. The arguments are those of `Decoder.forward`."""
+        return self.head(self.hidden(target, memory=memory, **inputs))
+
+    def hidden(self, target: Tensor, **inputs: Any) -> Tensor:
+        """What `head` makes logits of: (N, L) -> (N, L, E). The arguments are those of `Decoder.forward`."""
+        return self.decoder(_embed(self.target_embedding, target, self.config.scale_embeddings), **inputs)
+
+    def prefill(self, target: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
+        """As `CausalLM.prefill`, for target tokens and a cache that has the memory."""
+        return self.head(prefill(self.hidden, target, cache, lengths))
+
+    def make_cache(self, batch: int, capacity: int, kind: type[KVCache] = KVCache, **options: Any) -> KVCache:
+        """An empty cache with keys and values of a `memory`; the arguments are those of `Decoder.make_cache`."""
+        return self.decoder.make_cache(batch, capacity, kind, **options)
+
+
+def prefill(hidden: Any, tokens: Tensor, cache: KVCache, lengths: Tensor | None) -> Tensor:
+    """Pass a prompt (N, L) through `hidden` by chunks of what the cache takes: the last real element, (N, E)."""
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(
+            f"tokens.shape: expected (batch, length) with a length of 1 or more, got {tuple(tokens.shape)}"
+        )
+    step = tokens.shape[1] if cache.chunk is None else cache.chunk
+    last: Tensor | None = None
+    for start in range(0, tokens.shape[1], step):
+        chunk = tokens[:, start : start + step]
+        if lengths is None:
+            last = hidden(chunk, cache=cache)[:, -1]
+            continue
+        kept = (lengths - start).clamp(0, chunk.shape[1])
+        h = hidden(chunk, cache=cache, lengths=kept)
+        ends = h[torch.arange(h.shape[0], device=h.device), (kept - 1).clamp(min=0)]
+        last = ends if last is None else torch.where((kept > 0)[:, None], ends, last)
+    assert last is not None
+    return last
+
+
+def padding_mask(
+    x: Tensor | None, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, prefix: str = ""
+) -> Tensor | None:
+    """What takes part of x (N, S, E), boolean (N, S), or None for everything; from one of three descriptions."""
+    given = [f"{prefix}lengths"] * (lengths is not None) + [f"{prefix}mask"] * (mask is not None)
+    given += [f"{prefix}cu_seqlens"] * (cu_seqlens is not None)
+    if len(given) > 1:
+        raise ValueError(f"{given[-1]}: expected one description of padding, got {' and '.join(given)}")
+    if x is None or (lengths is None and mask is None):
+        return None
+    expected = tuple(x.shape[:1] if lengths is not None else x.shape[:2])
+    value = lengths if lengths is not None else mask
+    assert value is not None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{given[0]}: expected a Tensor or None, got {type(value).__name__}")
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{given[0]}.shape: expected {expected}, got {tuple(value.shape)}")
+    if lengths is None:
+        if value.dtype != torch.bool:
+            raise TypeError(f"{given[0]}.dtype: expected bool, True takes part, got {value.dtype}")
+        return value
+    if value.is_floating_point() or value.dtype == torch.bool:
+        raise TypeError(f"{given[0]}.dtype: expected an integer type, got {value.dtype}")
+    return torch.arange(x.shape[1], device=x.device) < value[:, None]
+
+
+def _for_keys(keep: Tensor | None) -> Tensor | None:
+    """(N, S) as the mask (N, 1, 1, S) of every head and query."""
+    return None if keep is None else keep[:, None, None, :]
+
+
+def _encoding(config: TransformerConfig) -> PositionalEncoding:
+    kind = "learned" if isinstance(config.position, Learned) else "sinusoidal"
+    assert isinstance(config.position, (Learned, Sinusoidal))
+    return PositionalEncoding(config.d_model, config.position.max_len, 0.0, kind, batch_first=True)
+
+
+def _embedding(vocab_size: int, d_model: int, init_std: float) -> nn.Embedding:
+    embedding = nn.Embedding(vocab_size, d_model)
+    nn.init.normal_(embedding.weight, std=init_std)
+    return embedding
+
+
+def _embed(embedding: nn.Embedding, tokens: Tensor, scale: bool) -> Tensor:
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise TypeError(f"tokens.dtype: expected an integer type, got {tokens.dtype}")
+    x = embedding(tokens)
+    return x * math.sqrt(embedding.embedding_dim) if scale else x
+
+
+def _head(embedding: nn.Embedding, vocab_size: int, init_std: float, tied: bool) -> nn.Linear:
+    head = nn.Linear(embedding.embedding_dim, vocab_size, bias=False)
+    if tied:
+        head.weight = embedding.weight
+    else:
+        nn.init.normal_(head.weight, std=init_std)
+    return head

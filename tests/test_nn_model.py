@@ -1,0 +1,441 @@
+"""Encoder, Decoder, CausalLM and EncoderDecoder, in every pair of options."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+
+import fastattn
+import fastattn.nn as fnn
+from fastattn.testing import assert_parity
+
+V, N, L = 17, 3, 12  # vocabulary, batch, length
+SMALL = {"d_model": 32, "num_layers": 2, "num_heads": 4}
+OPTIONS = {
+    "grouped": {"num_kv_heads": 2},
+    "head_dim": {"head_dim": 6},
+    "alibi": {"position": fnn.ALiBi()},
+    "learned slopes": {"position": fnn.ALiBi(learned=True)},
+    "learned": {"position": fnn.Learned(64)},
+    "sinusoidal": {"position": fnn.Sinusoidal(64)},
+    "no position": {"position": None},
+    "scaled rope": {"position": fnn.RoPE(theta=100.0, scaling=fnn.LinearScaling(2.0))},
+    "qk_norm": {"qk_norm": True},
+    "window": {"window": (4, 0)},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": True},
+    "layer norm": {"norm": "layer", "bias": True},
+    "post norm": {"norm_first": False, "final_norm": False},
+    "gelu": {"activation": "gelu_tanh"},
+}
+PAIRS = [
+    (a, b)
+    for a, b in itertools.combinations_with_replacement(OPTIONS, 2)
+    if a == b or not OPTIONS[a].keys() & OPTIONS[b].keys()
+]
+CACHES = {
+    "static": (fnn.KVCache, {}),
+    "dynamic": (fnn.DynamicCache, {}),
+    "paged": (fnn.PagedCache, {}),
+    "sliding": (fnn.SlidingWindowCache, {"window": 4, "chunk": 5}),
+}
+
+
+def make_lm(**options):
+    """A small CausalLM in evaluation mode, its parameters large enough that every option matters."""
+    model = fnn.CausalLM(fnn.CausalLMConfig(vocab_size=V, **SMALL | {"init_std": 0.3} | options)).eval()
+    with torch.no_grad():
+        for block in model.decoder.blocks:
+            if block.self_attn.sinks is not None:
+                block.self_attn.sinks.normal_()
+    return model
+
+
+def make_seq2seq(cross_options=None, **options):
+    config = fnn.TransformerConfig(**SMALL | {"init_std": 0.3} | options)
+    return fnn.EncoderDecoder(
+        fnn.EncoderDecoderConfig(encoder=config, decoder=config, source_vocab_size=V, **cross_options or {})
+    ).eval()
+
+
+def in_float64(model, *args, **kwargs):
+    """What the model gives in float64."""
+    twin = type(model)(model.config).double().eval()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        return twin(*args, **kwargs)
+
+
+def decoded(step, tokens, cache, first):
+    """Logits at every position, decoded by a step of `first` tokens and then token by token."""
+    parts = [tokens[:, :first], *tokens[:, first:].split(1, dim=1)]
+    return torch.cat([step(part, cache=cache) for part in parts], dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda name: name.replace(" ", "-"))
+def test_cached_decoding_is_the_full_forward_for_every_pair_of_options(first, second):
+    options = OPTIONS[first] | OPTIONS[second]
+    model, tokens = make_lm(**options), torch.randint(V, (N, L))
+    full, exact = model(tokens), in_float64(model, tokens)
+    for name, (kind, arguments) in CACHES.items():
+        if name == "sliding" and "window" not in options:
+            continue
+        capacity = 2 if name == "dynamic" else L
+        cache = model.make_cache(N, capacity, kind, **arguments)
+        assert_parity(decoded(model, tokens, cache, 4), exact, full, name=name)
+        assert cache.lens.tolist() == [L] * N
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", OPTIONS, ids=lambda name: name.replace(" ", "-"))
+def test_cached_decoding_of_an_encoder_decoder(first):
+    model = make_seq2seq(**OPTIONS[first])
+    source, target, lengths = torch.randint(V, (N, 9)), torch.randint(V, (N, L)), torch.tensor([9, 4, 0])
+    full = model(source, target, source_lengths=lengths)
+    exact = in_float64(model, source, target, source_lengths=lengths)
+    memory = model.encode(source, lengths=lengths)
+    cache = model.make_cache(N, L, memory=memory, memory_lengths=lengths)
+    assert_parity(decoded(model.decode, target, cache, 3), exact, full)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CACHES)
+def test_prompts_of_different_length_decode_as_alone(kind):
+    window = (4, 0) if kind == "sliding" else None
+    model, tokens, lengths = make_lm(window=window), torch.randint(V, (N, L)), torch.tensor([1, 8, 5])
+    cache_type, arguments = CACHES[kind]
+    cache = model.make_cache(N, L + 4, cache_type, **arguments)
+    exact, eager = in_float64(model, tokens), model(tokens)
+    rows = torch.arange(N)
+    logits = [model.prefill(tokens[:, :8], cache, lengths)]
+    wanted = [lengths - 1]
+    for _ in range(4):
+        at = cache.lens.long()
+        wanted.append(at.clone())
+        logits.append(model(tokens.gather(1, at[:, None]), cache=cache)[:, 0])
+    for got, at in zip(logits, wanted, strict=True):
+        assert_parity(got, exact[rows, at], eager[rows, at])
+
+
+@pytest.mark.parametrize("position", [None, fnn.RoPE(), fnn.ALiBi(learned=True), fnn.Learned(64)], ids=str)
+def test_packed_equals_padded(position):
+    """Logits and gradients of every parameter, of a sequence-to-sequence model with an empty source in the batch."""
+    model = make_seq2seq(position=position)
+    source_lengths, lengths = torch.tensor([9, 0, 4]), torch.tensor([5, 12, 1])
+    source, target = torch.randint(V, (N, 9)), torch.randint(V, (N, L))
+    real_source = torch.arange(9) < source_lengths[:, None]
+    real = torch.arange(L) < lengths[:, None]
+    starts, starts_source = (nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (lengths, source_lengths))
+    weights = torch.randn(int(lengths.sum()), V)
+
+    def run(model, packed, dtype):
+        model = model.to(dtype)
+        model.zero_grad()
+        if packed:
+            out = model(source[real_source], target[real], cu_seqlens=starts, cu_seqlens_source=starts_source)
+        else:
+            out = model(source, target, source_lengths=source_lengths)[real]
+        (out * weights.to(dtype)).sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    padded, packed = run(model, False, torch.float32), run(model, True, torch.float32)
+    exact = run(model, False, torch.float64)
+    assert_parity(packed[0], exact[0], padded[0], name="logits")
+    # All gradients as one tensor, each in units of its largest element: of a few numbers the largest error is chance.
+    sizes = [e.abs().max() for e in exact[1:]]
+    packed, exact, padded = (
+        torch.cat([(g / size).flatten().to(g.dtype) for g, size in zip(result[1:], sizes, strict=True)])
+        for result in (packed, exact, padded)
+    )
+    assert_parity(packed, exact, padded, name="gradients")
+
+
+def test_padding_of_the_source_is_never_seen():
+    """Whatever stands at padded keys of cross-attention and of the encoder, outputs and gradients stay the same."""
+    model = make_seq2seq()
+    lengths, target = torch.tensor([9, 4, 0]), torch.randint(V, (N, L))
+    source = torch.randint(V, (N, 9))
+    padding = torch.arange(9) >= lengths[:, None]
+    other = torch.where(padding, (source + 5) % V, source)
+    results = []
+    for tokens, described in ((source, True), (other, True), (other, False)):
+        model.zero_grad()
+        options = {"source_lengths": lengths} if described else {"source_mask": ~padding}
+        out = model(tokens, target, **options)
+        out.square().sum().backward()
+        results.append([out, *(p.grad.clone() for name, p in model.named_parameters() if "embedding" not in name)])
+    for other_result in results[1:]:
+        for a, b in zip(results[0], other_result, strict=True):
+            assert torch.equal(a, b)
+    assert all(x.isfinite().all() for x in results[0])  # the third source is nothing but padding
+
+
+def test_a_decoder_does_not_see_the_future():
+    decoder = fnn.Decoder(fnn.TransformerConfig(**SMALL, init_std=0.3))
+    x = torch.randn(1, L, 32, requires_grad=True)
+    decoder(x)[0, 5].sum().backward()
+    assert (x.grad[0, 6:] == 0).all()
+    assert (x.grad[0, :6].abs().sum(-1) > 0).all()
+    x.grad = None
+    fnn.Encoder(fnn.TransformerConfig(**SMALL, init_std=0.3))(x)[0, 5].sum().backward()
+    assert (x.grad[0].abs().sum(-1) > 0).all()
+
+
+def test_a_window_limits_what_is_seen():
+    decoder = fnn.Decoder(fnn.TransformerConfig(**SMALL | {"num_layers": 1}, window=(3, 0), init_std=0.3))
+    x = torch.randn(1, L, 32, requires_grad=True)
+    decoder(x)[0, 8].sum().backward()
+    seen = x.grad[0].abs().sum(-1) > 0
+    assert seen.nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+
+def test_initial_weights():
+    config = fnn.CausalLMConfig(
+        vocab_size=500, d_model=128, num_layers=8, bias=True, norm="layer", tie_embeddings=False
+    )
+    model = fnn.CausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(16) if "out_proj" in name or "down_proj" in name else 0.02
+            spread = std / math.sqrt(2 * parameter.numel())  # of an estimated standard deviation
+            assert abs(float(parameter.detach().std()) - std) < 5 * spread, name
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_number_of_parameters():
+    assert count(make_lm()) == 17 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 88 + 2 * 32) + 32  # tied; 88 = 8/3 * 32, up to 8
+    assert count(make_lm(tie_embeddings=False)) == count(make_lm()) + 17 * 32
+    assert count(make_lm(num_kv_heads=1)) == count(make_lm()) - 2 * 2 * 32 * 24
+    assert count(make_lm(activation="gelu")) == 17 * 32 + 2 * (4 * 32 * 32 + 2 * 32 * 128 + 2 * 32) + 32
+
+
+def test_embeddings_are_tied_and_shared_on_request():
+    model = make_lm()
+    assert model.head.weight is model.embedding.weight
+    assert make_lm(tie_embeddings=False).head.weight is not model.embedding.weight
+    model = make_seq2seq()
+    assert model.head.weight is model.target_embedding.weight is model.source_embedding.weight
+    model = make_seq2seq({"target_vocab_size": 9, "tie_embeddings": False})
+    assert model.target_embedding is not model.source_embedding
+    assert model(torch.randint(V, (1, 3)), torch.randint(9, (1, 2))).shape == (1, 2, 9)
+
+
+def test_embeddings_are_scaled_on_request():
+    model, tokens = make_lm(), torch.randint(V, (N, L))
+    scaled = make_lm(scale_embeddings=True)
+    scaled.load_state_dict(model.state_dict())
+    model.embedding.weight.data *= math.sqrt(32)
+    assert torch.equal(scaled.hidden(tokens), model.hidden(tokens))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_changes_nothing(dropout):
+    plain = make_lm(dropout=dropout).train()
+    saving = make_lm(dropout=dropout, checkpoint=True).train()
+    saving.load_state_dict(plain.state_dict())
+    tokens, gradients = torch.randint(V, (N, L)), []
+    for model in (plain, saving):
+        torch.manual_seed(5)
+        model(tokens).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpointing_keeps_less():
+    def kept(model):
+        sizes = {}
+        pack = lambda x: sizes.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) and x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(torch.randint(V, (N, L)))
+        return sum(sizes.values())
+
+    assert kept(make_lm(checkpoint=True, num_layers=4).train()) < 0.5 * kept(make_lm(num_layers=4).train())
+
+
+def test_dropout_drops_in_training_only():
+    model, tokens = make_lm(dropout=0.5), torch.randint(V, (N, L))
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("name", OPTIONS, ids=lambda name: name.replace(" ", "-"))
+def test_training_compiles_in_one_graph_for_all_lengths(name):
+    model = make_lm(**OPTIONS[name])
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for length in (L, 7, 9, 20):
+        tokens = torch.randint(V, (N, length))
+        assert torch.equal(compiled(tokens), model(tokens))
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["static", "paged", "sliding"])
+def test_a_compiled_step_is_compiled_twice_at_most(kind):
+    """Once with the first length as a constant, and once for all lengths."""
+    model = make_lm(window=(4, 0) if kind == "sliding" else None)
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    step = torch.compile(model, backend=counter, fullgraph=True)
+    cache_type, arguments = CACHES[kind]
+    tokens = torch.randint(V, (N, 20))
+    full, exact = model(tokens), in_float64(model, tokens)
+    cache = model.make_cache(N, 20, cache_type, **arguments)
+    model.prefill(tokens[:, :4], cache)
+    for i in range(4, 20):
+        cache.reserve(1)
+        assert_parity(step(tokens[:, i : i + 1], cache=cache)[:, 0], exact[:, i], full[:, i])
+    assert counter.frame_count <= 2
+
+
+@torch.no_grad()
+def test_half_precision_and_autocast():
+    model, tokens = make_lm(), torch.randint(V, (N, L))
+    exact = in_float64(model, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        full = model(tokens)
+        cache = model.make_cache(N, L)
+        assert cache.k[0].dtype == torch.bfloat16
+        assert_parity(decoded(model, tokens, cache, 4), exact, full)
+    half = make_lm().bfloat16()
+    half.load_state_dict(model.state_dict())
+    assert half(tokens).dtype == torch.bfloat16
+    exact = in_float64(half, tokens)
+    assert_parity(decoded(half, tokens, half.make_cache(N, L), 4), exact, half(tokens))
+
+
+def test_a_config_survives_a_round_trip():
+    config = fnn.CausalLMConfig(vocab_size=V, position=fnn.RoPE(scaling=fnn.Llama3Scaling()), window=(3, 0))
+    assert dataclasses.replace(config) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.vocab_size = 3
+    model = make_lm()
+    again = fnn.CausalLM(model.config)
+    again.load_state_dict(model.state_dict())
+    tokens = torch.randint(V, (N, L))
+    assert torch.equal(again.eval()(tokens), model(tokens))
+
+
+def test_gradients_reach_every_parameter():
+    model = make_lm(position=fnn.ALiBi(learned=True), sinks=True, qk_norm=True, norm="layer", bias=True)
+    model(torch.randint(V, (N, L))).square().sum().backward()
+    # A bias of the keys moves all scores of a row alike, but for the norm behind it.
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_layers_stand_alone():
+    """Attention, cross-attention and a block without a stack give what they give within one."""
+    config = fnn.TransformerConfig(**SMALL, init_std=0.3)
+    x, memory = torch.randn(N, L, 32), torch.randn(N, 5, 32)
+    attn = fnn.Attention(config)
+    q, k, v = (proj(x).unflatten(-1, (4, 8)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+    angle = torch.arange(L)[:, None] * 10000.0 ** (-torch.arange(4) / 4)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # RoPE is a product of complex numbers
+
+    def turned(t):
+        z = torch.complex(t[..., :4], t[..., 4:]) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    heads = [t.transpose(1, 2) for t in (turned(q), turned(k), v)]
+    eager = nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(-2)
+    expected = fastattn.attention(*(t.double() for t in heads), causal=True, backend="reference")
+    exact = expected.transpose(1, 2).flatten(-2) @ attn.out_proj.weight.double().T
+    assert_parity(attn(x, causal=True), exact, attn.out_proj(eager))
+    cross = fnn.Attention(config, cross=True)
+    assert cross(x, memory).shape == x.shape
+    assert fnn.Block(config, cross=True)(x, memory, causal=True).shape == x.shape
+
+
+BAD_CONFIGS = {
+    "d_model": ({"d_model": 30}, ValueError),
+    "num_heads": ({"num_heads": 0}, ValueError),
+    "num_layers": ({"num_layers": 1.5}, TypeError),
+    "num_kv_heads": ({"num_kv_heads": 3}, ValueError),
+    "head_dim": ({"head_dim": 7}, ValueError),
+    "dim_feedforward": ({"dim_feedforward": -1}, ValueError),
+    "activation": ({"activation": "tanh"}, ValueError),
+    "norm": ({"norm": "batch"}, ValueError),
+    "position": ({"position": fnn.RoPE}, TypeError),
+    "dropout": ({"dropout": 1.0}, ValueError),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_configs_are_refused(name):
+    options, error = BAD_CONFIGS[name]
+    with pytest.raises(error, match=f"{name}: expected .*got"):
+        fnn.TransformerConfig(**{"d_model": 32, "num_heads": 4} | options)
+
+
+def test_encoder_and_decoder_have_one_width():
+    small, large = fnn.TransformerConfig(d_model=32), fnn.TransformerConfig(d_model=64)
+    with pytest.raises(ValueError, match=r"decoder\.d_model: expected encoder\.d_model == 32, got 64"):
+        fnn.EncoderDecoderConfig(encoder=small, decoder=large, source_vocab_size=V)
+
+
+def bad_calls():
+    lm, pair = make_lm(position=fnn.Learned(16)), make_seq2seq()
+    x, tokens = torch.randn(N, L, 32), torch.randint(V, (N, L))
+    encoder, decoder = pair.encoder, pair.decoder
+    starts = torch.tensor([0, L], dtype=torch.int32)
+    full, lens = torch.ones(N, L, dtype=torch.bool), torch.full((N,), L)
+    training = make_lm(dropout=0.1).train()
+    return {
+        "x.shape": (lambda: encoder(x[0]), ValueError),
+        "x.shape, packed": (lambda: encoder(x, cu_seqlens=starts), ValueError),
+        "x: expected at most max_len": (lambda: lm(torch.zeros(1, 17, dtype=torch.long)), ValueError),
+        "lengths.shape": (lambda: encoder(x, lengths=lens[:2]), ValueError),
+        "lengths.dtype": (lambda: encoder(x, lengths=lens.float()), TypeError),
+        "lengths: expected a Tensor": (lambda: encoder(x, lengths=[L] * N), TypeError),
+        "mask.dtype": (lambda: encoder(x, mask=full.float()), TypeError),
+        "mask.shape": (lambda: encoder(x, mask=full[:, 1:]), ValueError),
+        "mask: expected one description": (lambda: encoder(x, mask=full, lengths=lens), ValueError),
+        "cu_seqlens: expected one description": (lambda: encoder(x, mask=full, cu_seqlens=starts), ValueError),
+        "memory_mask.dtype": (lambda: decoder(x, x, memory_mask=full.int()), TypeError),
+        "memory: expected one": (lambda: decoder(x), ValueError),
+        "memory: expected None": (lambda: lm.decoder(x, x), ValueError),
+        "memory: expected a Tensor": (lambda: decoder.make_cache(N, L), ValueError),
+        "lengths: expected None": (lambda: lm(tokens, lengths=lens), ValueError),
+        "cu_seqlens: expected None": (
+            lambda: lm.decoder(x, cu_seqlens=starts, cache=lm.make_cache(N, L)),
+            ValueError,
+        ),
+        "tokens.dtype": (lambda: lm(tokens.float()), TypeError),
+        "tokens.shape": (lambda: lm.prefill(tokens[:, :0], lm.make_cache(N, L)), ValueError),
+        "cache: expected room": (lambda: lm(tokens, cache=lm.make_cache(N, L - 1)), ValueError),
+        "cache: expected evaluation mode": (lambda: training(tokens, cache=training.make_cache(N, L)), RuntimeError),
+        "cache: expected at most chunk": (
+            lambda: lm(tokens, cache=lm.make_cache(N, L, fnn.SlidingWindowCache, window=4, chunk=5)),
+            ValueError,
+        ),
+        "window: expected at most": (
+            lambda: lm(tokens, cache=lm.make_cache(N, L, fnn.SlidingWindowCache, window=4)),
+            ValueError,
+        ),
+        "capacity: expected a positive": (lambda: lm.make_cache(N, 0), ValueError),
+        "batch: expected an int": (lambda: lm.make_cache(1.0, L), TypeError),
+    }
+
+
+@pytest.mark.parametrize("text", bad_calls())
+def test_bad_calls_are_refused(text):
+    call, error = bad_calls()[text]
+    with pytest.raises(error, match=text.split(",")[0]) as caught:
+        call()
+    assert "expected" in str(caught.value)
+    assert any(word in str(caught.value) for word in ("got", "since"))
