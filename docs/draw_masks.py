@@ -51,8 +51,8 @@ def causal() -> list[Panel]:
     return [
         Panel("Lq = Lk", allowed(6, 6, causal=True)[0], range(6)),
         Panel("q_offset=0\n(PyTorch's is_causal)", allowed(4, 8, causal=True, q_offset=0)[0], range(4)),
-        Panel("Lq < Lk, the default\nq_offset = Lk − Lq = 4", allowed(4, 8, causal=True)[0], range(4, 8)),
-        Panel("Lq > Lk, the default\nq_offset = Lk − Lq = −3", allowed(8, 5, causal=True)[0], range(-3, 5)),
+        Panel("Lq < Lk, the default\nq_offset = Lk - Lq = 4", allowed(4, 8, causal=True)[0], range(4, 8)),
+        Panel("Lq > Lk, the default\nq_offset = Lk - Lq = -3", allowed(8, 5, causal=True)[0], range(-3, 5)),
     ]
 
 
@@ -72,7 +72,7 @@ def windows() -> list[Panel]:
         panel("window=(2, 2)", window=(2, 2)),
         panel("window=(3, 0)\nor causal, (3, None)", window=(3, 0)),
         panel("window=(None, 2)", window=(None, 2)),
-        panel("window=(4, −1)\nonly keys before", window=(4, -1)),
+        panel("window=(4, -1)\nonly keys before", window=(4, -1)),
     ]
 
 
@@ -175,9 +175,7 @@ def draw_cells(name: str, panels: list[Panel]) -> None:
     left = MARGIN
     for panel, (rows, columns) in zip(panels, shapes, strict=True):
         own = CELL * rows
-        axes = figure.add_axes(
-            (left / width, (BOTTOM + tallest - own) / height, CELL * columns / width, own / height)
-        )
+        axes = figure.add_axes((left / width, (BOTTOM + tallest - own) / height, CELL * columns / width, own / height))
         _matrix_axes(axes, rows, columns, panel.title)
         for colour, chosen in (
             (ALLOWED, panel.data),
@@ -322,7 +320,9 @@ def main() -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "fastattn", "font.family": "DejaVu Sans", "image.composite_image": False})
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "fastattn", "font.family": "DejaVu Sans", "image.composite_image": False}
+    )
     for name, panels in CELLS.items():
         draw_cells(name, panels())
     draw_heat("alibi", alibi())

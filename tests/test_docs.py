@@ -56,7 +56,8 @@ def test_every_page_is_in_the_navigation():
 
 
 def documented():
-    return set(re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.M))
+    entries = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.M)
+    return {name.replace("fastattn.convert.", "fastattn.") for name in entries}  # a module has the name of the function
 
 
 def public_names(module):
@@ -73,6 +74,21 @@ def test_every_public_name_is_in_the_reference():
     expected |= {f"fastattn.testing.{name}" for name in public_names(testing)}
     expected |= {f"fastattn.integrations.huggingface.{name}" for name in public_names(huggingface)}
     assert documented() == expected
+
+
+@pytest.mark.parametrize("name", sorted(documented()))
+def test_docstrings_name_the_arguments_that_there_are(name):
+    thing = fastattn
+    for part in name.split(".")[1:]:
+        thing = getattr(thing, part)
+    members = [m for m in vars(thing).values() if inspect.isroutine(m)] if inspect.isclass(thing) else []
+    for function in (thing, *(m.__func__ if isinstance(m, classmethod) else m for m in members)):
+        section = re.search(r"\n *Args:\n(.*?)(\n\n|$)", inspect.getdoc(function) or "", re.S)
+        if section is None:
+            continue
+        described = [n for names in re.findall(r"^    (\w[\w, ]*):", section[1], re.M) for n in names.split(", ")]
+        undocumented = {"self", "cls", "device", "dtype"}  # PyTorch's own, and known
+        assert sorted({*described} - undocumented) == sorted({*inspect.signature(function).parameters} - undocumented)
 
 
 def test_every_argument_of_attention_is_explained():
