@@ -189,7 +189,7 @@ def draw_cells(name: str, panels: list[Panel]) -> None:
         for points, colour in ((on, "white"), (off, GREY)):
             axes.scatter([j for _, j in points], [i for i, _ in points], s=9, color=colour, linewidths=0)
         if panel.joint:
-            figure.text((left - GAP / 2 - 4) / width, (BOTTOM + tallest - own / 2) / height, panel.joint,
+            figure.text((left - GAP / 2 - 8) / width, (BOTTOM + tallest - own / 2) / height, panel.joint,
                         ha="center", va="center", fontsize=12, color=INK)  # fmt: skip
         left += CELL * columns + GAP
     entries = [(ALLOWED, "takes part"), (FORBIDDEN, "does not")]
