@@ -66,7 +66,7 @@ def offsets() -> list[Panel]:
 
 def windows() -> list[Panel]:
     def panel(title: str, **options: Any) -> Panel:
-        return Panel(title, allowed(10, 10, **options)[0], range(10))
+        return Panel(title, allowed(8, 8, **options)[0], range(8))
 
     return [
         panel("window=(2, 2)", window=(2, 2)),
@@ -98,24 +98,24 @@ def packed() -> list[Panel]:
 
 
 def combined() -> list[Panel]:
-    mask = torch.ones(10, dtype=torch.bool)
-    mask[2], mask[6] = False, False
+    mask = torch.ones(8, dtype=torch.bool)
+    mask[2], mask[5] = False, False
 
     def panel(title: str, joint: str, **options: Any) -> Panel:
-        return Panel(title, allowed(10, 10, **options)[0], range(10), joint)
+        return Panel(title, allowed(8, 8, **options)[0], range(8), joint)
 
     return [
         panel("causal=True", "", causal=True),
-        panel("window=(4, 4)", "and", window=(4, 4)),
-        panel("mask (without keys 2, 6)", "and", mask=mask),
-        panel("all three in one call", "=", causal=True, window=(4, 4), mask=mask),
+        panel("window=(3, 3)", "and", window=(3, 3)),
+        panel("mask (without keys 2, 5)", "and", mask=mask),
+        panel("all three in one call", "=", causal=True, window=(3, 3), mask=mask),
     ]
 
 
 def alibi() -> list[Panel]:
     """The term that slopes add, read off the scores: ``log p + lse``."""
     slopes = torch.tensor([1.0, 0.5, 0.25, 0.125])
-    p, lse = probabilities(10, 10, heads=4, alibi_slopes=slopes, causal=True)
+    p, lse = probabilities(8, 8, heads=4, alibi_slopes=slopes, causal=True)
     scores = torch.log(p) + lse[..., None]
     return [Panel(f"head {h}, slope {slope:g}", scores[0, h]) for h, slope in enumerate(slopes.tolist())]
 
@@ -158,7 +158,7 @@ def kinds(mask: BlockMask) -> Tensor:
     return mask.tensors.table[0, 0].clamp(max=2)
 
 
-CELL, GAP, MARGIN, TOP, BOTTOM = 15.0, 54.0, 34.0, 40.0, 66.0  # points
+CELL, GAP, MARGIN, TOP, BOTTOM = 15.0, 56.0, 38.0, 42.0, 70.0  # points
 
 
 def draw_cells(name: str, panels: list[Panel]) -> None:
@@ -190,7 +190,7 @@ def draw_cells(name: str, panels: list[Panel]) -> None:
             axes.scatter([j for _, j in points], [i for i, _ in points], s=9, color=colour, linewidths=0)
         if panel.joint:
             figure.text((left - GAP / 2 - 8) / width, (BOTTOM + tallest - own / 2) / height, panel.joint,
-                        ha="center", va="center", fontsize=12, color=INK)  # fmt: skip
+                        ha="center", va="center", fontsize=11, color=INK)  # fmt: skip
         left += CELL * columns + GAP
     entries = [(ALLOWED, "takes part"), (FORBIDDEN, "does not")]
     if any(not panel.data.any(1).all() for panel in panels):
@@ -227,8 +227,8 @@ def draw_heat(name: str, panels: list[Panel]) -> None:
     scale = figure.add_axes(((width - 58) / width, 44 / height, 9 / width, CELL * rows / height))
     bar = figure.colorbar(shown, cax=scale)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, colors=GREY, length=0)
-    bar.ax.set_title("added", fontsize=8, color=INK, pad=6)
+    bar.ax.tick_params(labelsize=8.5, colors=GREY, length=0)
+    bar.ax.set_title("added", fontsize=9.5, color=INK, pad=6)
     _save(figure, name)
 
 
@@ -274,10 +274,10 @@ def _rounded_square(outline: Any) -> Any:
 
 
 def _plain(axes: Any, title: str) -> None:
-    axes.set_title(title, fontsize=9, color=INK, pad=7, linespacing=1.35)
-    axes.set_xlabel("key j", fontsize=8, color=INK, labelpad=3)
-    axes.set_ylabel("query i", fontsize=8, color=INK, labelpad=3)
-    axes.tick_params(length=0, pad=2, labelsize=7, colors=GREY)
+    axes.set_title(title, fontsize=9.5, color=INK, pad=8, linespacing=1.35)
+    axes.set_xlabel("key j", fontsize=9.5, color=INK, labelpad=3)
+    axes.set_ylabel("query i", fontsize=9.5, color=INK, labelpad=3)
+    axes.tick_params(length=0, pad=2, labelsize=8, colors=GREY)
     axes.set_facecolor("none")
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -302,8 +302,8 @@ def _legend(figure: Any, width: float, height: float, entries: list[tuple[str | 
         axes.scatter([at + 5], [15], s=70, marker="s", color=colour or ALLOWED, linewidths=0)
         if colour is None:
             axes.scatter([at + 5], [15], s=9, color="white", linewidths=0)
-        axes.text(at + 15, 15, text, fontsize=8, color=INK, va="center_baseline")
-        at += 15 + 4.4 * len(text) + 22
+        axes.text(at + 15, 15, text, fontsize=9.5, color=INK, va="center_baseline")
+        at += 15 + 5.2 * len(text) + 22
 
 
 def _save(figure: Any, name: str) -> None:
