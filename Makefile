@@ -16,7 +16,7 @@ export FASTATTN_TRITON_3_6 = $(TRITON_3_6)
 TRITON_3_6_STAMP := $(TRITON_3_6)/.stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo lint types compile-report bench-overhead gpu-check gpu-bench gpu-tune clean
+.PHONY: help env test demo lint types docs compile-report bench-overhead gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -35,6 +35,9 @@ lint: $(VENV)/.stamp-dev  ## ruff
 
 types: $(VENV)/.stamp-dev  ## pyright over fastattn and kernels
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.stamp-docs  ## the documentation site, into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 compile-report: $(VENV)/.stamp-test $(TRITON_3_6_STAMP)  ## compile every kernel for every target, no GPU needed
 	$(BIN)/python -m benchmarks.compile_report
@@ -59,7 +62,7 @@ clean:  ## remove the environment, caches and build output
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# .stamp-test, .stamp-examples, .stamp-dev: the package with the extras of that name
+# .stamp-test, .stamp-examples, .stamp-docs, .stamp-dev: the package with the extras of that name
 $(VENV)/.stamp-%: $(SETUP_FILES) | $(BIN)/python
 	$(PIP) --constraint constraints.txt --editable ".[$*]"
 	touch $@

@@ -137,9 +137,11 @@ class Explanation:
     """Which backend serves a call, and for each other one the reasons why it does not; ``str()`` is a table."""
 
     backend: str
+    """The one that serves the call."""
     reasons: dict[str, list[str]]
     """Backend name -> why it cannot serve the call; empty for one that could."""
     call: str
+    """The call as it was understood: shapes, dtype, device and terms."""
 
     def __str__(self) -> str:
         lines = [self.call]

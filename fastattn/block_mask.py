@@ -169,6 +169,7 @@ class BlockMask:
 
     @property
     def device(self) -> torch.device:
+        """Where it is kept; that of q, k and v."""
         return self.tensors.table.device
 
     @property

@@ -68,7 +68,7 @@ def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
         filter_fn: called with each candidate and its name in `model`; False leaves it alone.
 
     Returns:
-        The report. Converting twice is no error: the second report lists the modules as skipped.
+        The report. Converting twice is no error; the second report lists the modules as skipped.
 
     Raises:
         TypeError: `model` is not a module, or `filter_fn` not callable.

@@ -143,7 +143,8 @@ def attention_forward(
         query: (B, Hq, Lq, D).
         key: (B, Hk, Lk, D), Hq a multiple of Hk. Not repeated.
         value: (B, Hk, Lk, Dv).
-        attention_mask: 4-D, broadcastable to (B, Hq, Lq, Lk): bool (True takes part) or float (added). None: see above.
+        attention_mask: 4-D, broadcastable to (B, Hq, Lq, Lk): bool (True takes part) or float (added). None
+            forbids nothing if the layer is not causal or there is one query; else query i sees keys 0 .. i.
         dropout: of the weights; 0 unless the layer is training.
         scaling: default ``1 / sqrt(D)``.
         is_causal: only counts without a mask.

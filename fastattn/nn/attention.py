@@ -77,7 +77,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 `add_bias_kv` or `add_zero_attn`, whose extra keys every query may see.
 
         Returns:
-            The output, of the shape of `query`, and the weights after dropout: (N, L, S), with
+            The output, of the shape of `query`, and the weights after dropout, (N, L, S), with
             `average_attn_weights=False` (N, H, L, S), without N if unbatched, or None with `need_weights=False`.
 
         Raises:
