@@ -256,7 +256,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         Args:
             memory: the encoder's output: (N, S, E) with `batch_first`, else (S, N, E).
             capacity: target elements per sequence.
-            kind: `KVCache`, `DynamicCache` or `PagedCache`; `options` are its own arguments and `dtype`.
+            kind, options: `KVCache`, `DynamicCache` or `PagedCache`, and its own arguments and `dtype`.
             memory_key_padding_mask: boolean (N, S), True = padding.
         """
         if memory.dim() != 3:
