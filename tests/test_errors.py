@@ -1,4 +1,4 @@
-"""Every argument of every public function, given what it cannot be: an error with its name, what was expected and got."""
+"""Every argument of every public function, given what it cannot be: an error that names it, and what was expected."""
 
 import inspect
 import re
