@@ -72,6 +72,8 @@ class BlockMask:
         Raises:
             TypeError, ValueError: not such tensors.
         """
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
         keys = documents if key_documents is None else key_documents
         for name, ids in (("documents", documents), ("key_documents", keys)):
             if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
@@ -113,7 +115,10 @@ class BlockMask:
         Raises:
             TypeError, ValueError: a result of the wrong dtype or shape, or not such a shape.
         """
-        if len(shape) != 4 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
+        if not callable(predicate):
+            raise TypeError(f"predicate: expected a function of (b, h, i, j), got {type(predicate).__name__}")
+        sizes = [n for n in shape if isinstance(n, int) and n >= 0] if isinstance(shape, (tuple, list)) else []
+        if len(sizes) != 4 or len(shape) != 4 or any(isinstance(n, bool) for n in sizes):
             raise ValueError(f"shape: expected (B, H, Lq, Lk), got {shape}")
         batch, heads, _, kv_len = shape
 

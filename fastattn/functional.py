@@ -256,6 +256,8 @@ def scaled_dot_product_attention(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     leading = None
+    if not isinstance(enable_gqa, bool):
+        raise TypeError(f"enable_gqa: expected a bool, got {type(enable_gqa).__name__}")
     if not _is_4d(query, key, value, enable_gqa):
         query, key, value, attn_mask, leading = _to_4d(query, key, value, attn_mask, enable_gqa)
     mask = bias = None

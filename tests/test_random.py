@@ -14,7 +14,8 @@ from attention_cases import DTYPE_NAMES, INF, LAYOUTS, relayout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastattn import explain
+from fastattn import BlockMask, explain
+from fastattn.block_mask import BLOCK
 from fastattn.testing import check_attention
 
 LENGTHS = st.one_of(st.sampled_from([0, 1, 2, 16, 31, 32, 33, 63, 64, 65, 127, 128, 129]), st.integers(0, 160))
@@ -49,6 +50,8 @@ class Case:
     scale: float | None
     dropout_p: float
     lse: bool
+    packed: int  # sequences in one row, of random lengths, with some rows behind the last; 0: not packed
+    block_mask: tuple[bool, bool] | None  # which of batch and heads are full
     seed: int
 
 
@@ -88,6 +91,8 @@ def cases(dtypes, **fixed):
         "scale": rarely(st.sampled_from([1.0, 0.01, -0.3, 0.0])),
         "dropout_p": st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.9, 1.0]),
         "lse": st.booleans(),
+        "packed": rarely(st.integers(1, 4)).map(lambda n: n or 0),
+        "block_mask": rarely(st.tuples(st.booleans(), st.booleans())),
         "seed": st.integers(0, 1000),
     }
     return st.builds(Case, **{**fields, **{name: st.just(value) for name, value in fixed.items()}})
@@ -97,7 +102,8 @@ def arguments(case, device):
     """(q, k, v), options."""
     generator = torch.Generator().manual_seed(case.seed)
     q_heads, (q_len, kv_len), (dim, v_dim) = case.kv_heads * case.group, case.lengths, case.dims
-    full = (case.batch, q_heads, q_len, kv_len)
+    batch = 1 if case.packed else case.batch
+    full = (batch, q_heads, q_len, kv_len)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator)
@@ -106,16 +112,24 @@ def arguments(case, device):
         return [size if bit else 1 for size, bit in zip(full, bits, strict=True)]
 
     shapes = ((q_heads, q_len, dim), (case.kv_heads, kv_len, dim), (case.kv_heads, kv_len, v_dim))
-    qkv = [normal(case.batch, *shape).to(device, DTYPES[case.dtype]) for shape in shapes]
+    qkv = [normal(batch, *shape).to(device, DTYPES[case.dtype]) for shape in shapes]
     qkv = [relayout(x, layout) for x, layout in zip(qkv, case.layouts, strict=True)]
     options = {"causal": case.causal, "scale": case.scale, "dropout_p": case.dropout_p, "softcap": case.softcap}
     options["window"], options["q_offset"] = case.window, case.q_offset
     if isinstance(case.q_offset, tuple):
         low, high = case.q_offset
-        options["q_offset"] = torch.randint(low, high + 1, (case.batch,), generator=generator).to(device)
-    if case.mask is not None:
+        options["q_offset"] = torch.randint(low, high + 1, (case.packed or batch,), generator=generator).to(device)
+    if case.packed:  # each sequence by itself, which a mask or bias of all rows cannot describe
+        qkv = [x[0].transpose(0, 1) for x in qkv]
+        for name, length in (("cu_seqlens_q", q_len), ("cu_seqlens_k", kv_len)):
+            ends = torch.randint(0, length + 1, (case.packed,), generator=generator).sort().values
+            options[name] = torch.nn.functional.pad(ends, (1, 0)).int().to(device)
+    elif case.block_mask is not None:
+        shape = [size if full_size else 1 for size, full_size in zip(full[:2], case.block_mask, strict=True)]
+        options["block_mask"] = BlockMask.from_mask(sparse(shape, q_len, kv_len, case.keep, generator)).to(device)
+    if case.mask is not None and not case.packed:
         options["mask"] = (torch.rand(broadcast(case.mask), generator=generator) < case.keep).to(device)
-    if case.bias is not None:
+    if case.bias is not None and not case.packed:
         bias = normal(*broadcast(case.bias))
         if case.forbid:
             bias[torch.rand(bias.shape, generator=generator) < 0.3] = -INF
@@ -125,6 +139,13 @@ def arguments(case, device):
     if case.sinks:
         options["sinks"] = normal(q_heads).to(device).requires_grad_(case.learned)
     return qkv, options
+
+
+def sparse(shape, q_len, kv_len, keep, generator):
+    """A boolean mask of which some tiles are empty, some full, and the others random."""
+    tiles = torch.randint(0, 3, (*shape, -(-q_len // BLOCK), -(-kv_len // BLOCK)), generator=generator)
+    tiles = tiles.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)[:, :, :q_len, :kv_len]
+    return torch.where(tiles == 2, torch.rand(tiles.shape, generator=generator) < keep, tiles == 1)
 
 
 def check(case, device, backend):
@@ -143,7 +164,7 @@ def examples(count):
 
 
 # What every attention kernel has; `test_triton_with_everything` adds what few have.
-COMMON = {"window": None, "alibi": False, "softcap": None, "sinks": False}
+COMMON = {"window": None, "alibi": False, "softcap": None, "sinks": False, "packed": 0, "block_mask": None}
 
 
 @examples(14)
@@ -158,6 +179,12 @@ def test_triton_with_everything(device, case):
     check(case, device, "triton")
 
 
+@examples(10)
+@given(case=cases(["fp16", "bf16", "fp32"]).filter(lambda case: case.packed or case.block_mask))
+def test_triton_packed_or_with_a_block_mask(device, case):
+    check(case, device, "triton")
+
+
 @examples(60)
 @given(case=cases(["fp16", "bf16", "fp32", "fp64"]))
 def test_reference(case):
@@ -167,7 +194,7 @@ def test_reference(case):
 # Nothing that PyTorch's kernel is known to refuse.
 FOR_TORCH = {
     "q_offset": 0, "window": None, "learned": False, "alibi": False, "softcap": None, "sinks": False,
-    "dropout_p": 0.0, "lse": False,
+    "dropout_p": 0.0, "lse": False, "packed": 0, "block_mask": None,
 }  # fmt: skip
 
 
@@ -184,6 +211,7 @@ def test_torch(case):
 def test_whatever_is_chosen(case):
     """The default on CPU serves every call there is."""
     (q, k, v), options = arguments(case, "cpu")
-    chosen = explain(q, k, v, return_lse=case.lse, **options).backend
-    assert chosen in ("torch", "reference")
+    if not case.packed:  # `explain` describes calls of `attention`
+        chosen = explain(q, k, v, return_lse=case.lse, **options).backend
+        assert chosen in ("torch", "reference")
     check_attention(q, k, v, seed=case.seed, lse_gradient=case.lse, **options)
