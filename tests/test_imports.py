@@ -147,7 +147,7 @@ ARROWS = {
     "examples": {"", "convert", "functional", "integrations", "nn"},
     "convert": {"functional", "nn"},
     "integrations": {"functional"},
-    "nn": {"functional", "nn"},
+    "nn": {"functional", "kvcache", "nn"},
     "testing": {"functional", "ops", "reference", "spec"},
     "functional": {"backends", "block_mask", "ops", "spec"},
     "kvcache": {"backends", "functional", "ops", "spec"},
