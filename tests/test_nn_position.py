@@ -140,3 +140,13 @@ def test_compiles_without_graph_breaks():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     tokens = torch.randint(10, (5, 2))
     torch.testing.assert_close(compiled(tokens), model(tokens))
+
+
+def test_yarn_magnitude():
+    """cos and sin of an angle have the length that the scaling says: the paper's, or the one given."""
+    for scaling, magnitude in (
+        (fnn.YarnScaling(8.0, 4096), 0.1 * math.log(8.0) + 1.0),
+        (fnn.YarnScaling(8.0, 4096, attention_factor=0.75), 0.75),
+    ):
+        cos, sin = fnn.RoPE(scaling=scaling).tables(torch.arange(9), 8)
+        torch.testing.assert_close(torch.hypot(cos, sin), torch.full((9, 4), magnitude))
