@@ -283,7 +283,7 @@ def _read_layer(layer: Any, classes: tuple[type[nn.Module], ...], where: str) ->
 
 
 def _activation(given: Any, where: str) -> str:
-    if isinstance(given, nn.GELU) and given.approximate == "tanh":
+    if type(given) is nn.GELU and given.approximate == "tanh":
         return "gelu_tanh"
     for name, known in _ACTIVATIONS.items():
         if given is known[0] or type(given) is known[1]:
