@@ -1,5 +1,6 @@
 """The documentation: its code runs, its pictures show what the code does, and nothing public is missing."""
 
+import dataclasses
 import importlib.util
 import inspect
 import re
@@ -12,7 +13,7 @@ import torch
 
 import fastattn
 from fastattn import testing
-from fastattn.integrations import huggingface
+from fastattn.integrations import huggingface, huggingface_weights
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -72,7 +73,8 @@ def test_every_public_name_is_in_the_reference():
     expected = {f"fastattn.{name}" for name in fastattn.__all__ if name != "nn"}
     expected |= {f"fastattn.nn.{name}" for name in fastattn.nn.__all__}
     expected |= {f"fastattn.testing.{name}" for name in public_names(testing)}
-    expected |= {f"fastattn.integrations.huggingface.{name}" for name in public_names(huggingface)}
+    for module in (huggingface, huggingface_weights):
+        expected |= {f"{module.__name__}.{name}" for name in public_names(module)}
     assert documented() == expected
 
 
@@ -87,8 +89,10 @@ def test_docstrings_name_the_arguments_that_there_are(name):
         if section is None:
             continue
         described = [n for names in re.findall(r"^    (\w[\w, ]*):", section[1], re.M) for n in names.split(", ")]
-        undocumented = {"self", "cls", "device", "dtype"}  # PyTorch's own, and known
-        assert sorted({*described} - undocumented) == sorted({*inspect.signature(function).parameters} - undocumented)
+        arguments = {*inspect.signature(function).parameters} - {"self", "cls", "device", "dtype"}  # PyTorch's own
+        if dataclasses.is_dataclass(function):  # a base class describes its own fields
+            arguments &= {*inspect.get_annotations(function)}
+        assert sorted({*described} - {"device", "dtype"}) == sorted(arguments)
 
 
 def test_every_argument_of_attention_is_explained():

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
 # transformers looks for an optional package `kernels`, and would find this repository's folder of that name.
@@ -20,6 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 import fastattn  # noqa: E402
 from fastattn.integrations import huggingface  # noqa: E402
 from fastattn.testing import assert_parity  # noqa: E402
+from tests.layer_checks import InDouble  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, LENGTH, WINDOW = 99, 12, 4
@@ -120,16 +120,6 @@ def batch(name, padding):
     if name in ENCODER_DECODERS:
         return {"input_ids": ids, **mask, "decoder_input_ids": ids.flip(0)}, torch.ones_like(valid)
     return {"input_ids": ids, **mask}, valid
-
-
-class InDouble(TorchFunctionMode):
-    """Float64 throughout: models ask for float32 in their norms and softmax whatever their own dtype is."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
-        kwargs = {key: torch.float64 if x is torch.float32 else x for key, x in (kwargs or {}).items()}
-        return func(*args, **kwargs)
 
 
 def run(model, inputs, valid):

@@ -40,7 +40,9 @@ OPTIONAL = ("triton", "transformers", "matplotlib", "numpy")
 
 def test_import_needs_torch_alone():
     fresh(
-        "import fastattn.integrations.huggingface, fastattn.nn, fastattn.testing, fastattn.reference", blocked=OPTIONAL
+        "import fastattn.integrations.huggingface, fastattn.integrations.huggingface_weights, fastattn.nn\n"
+        "import fastattn.testing, fastattn.reference",
+        blocked=OPTIONAL,
     )
 
 
@@ -146,7 +148,7 @@ ARROWS = {
     "__main__": {""},
     "examples": {"", "convert", "functional", "integrations", "nn"},
     "convert": {"functional", "nn"},
-    "integrations": {"functional"},
+    "integrations": {"functional", "integrations", "nn"},
     "nn": {"functional", "kvcache", "nn"},
     "testing": {"functional", "ops", "reference", "spec"},
     "functional": {"backends", "block_mask", "ops", "spec"},

@@ -183,3 +183,13 @@ def test_llama3_and_yarn_keep_short_wavelengths_and_stretch_long_ones():
 def test_odd_head_dims_are_refused():
     with pytest.raises(ValueError, match="head_dim: expected an even number for RoPE, got 7"):
         fnn.RoPE().tables(torch.arange(3), 7)
+
+
+def test_yarn_magnitude():
+    """cos and sin of an angle have the length that the scaling says: the paper's, or the one given."""
+    for scaling, magnitude in (
+        (fnn.YarnScaling(8.0, 4096), 0.1 * math.log(8.0) + 1.0),
+        (fnn.YarnScaling(8.0, 4096, attention_factor=0.75), 0.75),
+    ):
+        cos, sin = fnn.RoPE(scaling=scaling).tables(torch.arange(9), 8)
+        torch.testing.assert_close(torch.hypot(cos, sin), torch.full((9, 4), magnitude))

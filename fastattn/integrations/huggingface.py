@@ -66,7 +66,8 @@ def unregister() -> None:
             interface.register(NAME, before)
 
 
-def _interfaces() -> tuple[tuple[Any, Callable[..., Any]], ...]:
+def _require_transformers() -> None:
+    """Raise ImportError unless transformers is there and as new as what was tested."""
     expected = "transformers: expected 5.23 or later (pip install 'transformers>=5.23')"
     try:
         import transformers
@@ -74,6 +75,10 @@ def _interfaces() -> tuple[tuple[Any, Callable[..., Any]], ...]:
         raise ImportError(f"{expected}, found none") from error
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
         raise ImportError(f"{expected}, found {transformers.__version__}")
+
+
+def _interfaces() -> tuple[tuple[Any, Callable[..., Any]], ...]:
+    _require_transformers()
     from transformers import AttentionInterface, AttentionMaskInterface
 
     return (AttentionInterface, attention_forward), (AttentionMaskInterface, mask)

@@ -27,6 +27,7 @@ from fastattn.nn.transformer import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from fastattn.nn.weights import from_torch, load_torch_state_dict, torch_state_dict
 
 __all__ = [
     "ALiBi",
@@ -58,4 +59,7 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "YarnScaling",
+    "from_torch",
+    "load_torch_state_dict",
+    "torch_state_dict",
 ]

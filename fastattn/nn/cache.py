@@ -26,7 +26,7 @@ class KVCache:
         capacity: tokens per entry.
         num_kv_heads: heads of keys and values.
         head_dim: of keys and of values.
-        device, dtype: of keys and values; dtype is that of the queries.
+        device, dtype: of keys and values; the dtype is that of the queries.
 
     Attributes:
         k, v: per layer (batch, capacity, num_kv_heads, head_dim).
@@ -155,17 +155,31 @@ class SlidingWindowCache(KVCache):
     their true positions, so that RoPE, ALiBi and several tokens per step work as elsewhere.
 
     Args:
+        num_layers, batch, num_kv_heads, head_dim, device, dtype: as in `KVCache`.
         capacity: tokens of the longest text; they cost 4 bytes per page.
         window: the left side of the attention window.
         chunk: most tokens per step. A longer prompt goes in by chunks.
         page_size: a multiple of 16.
     """
 
-    def __init__(self, *shape: int, window: int, chunk: int = 128, page_size: int = 16, **options: Any) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        window: int,
+        chunk: int = 128,
+        page_size: int = 16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.window, self.page_size = window, page_size
         self.chunk = chunk
         self._pages = -(-(window + chunk - 1) // page_size) + 1  # as many as `window + chunk` positions can touch
-        super().__init__(*shape, **options)
+        super().__init__(num_layers, batch, capacity, num_kv_heads, head_dim, device=device, dtype=dtype)
         table = torch.arange(-(-self.capacity // page_size), dtype=torch.int32, device=self.lens.device) % self._pages
         first = torch.arange(self.batch, dtype=torch.int32, device=self.lens.device) * self._pages
         self.block_table = first[:, None] + table
@@ -204,14 +218,27 @@ class PagedCache(KVCache):
     steps. Under `torch.compile` and CUDA graphs call it before each step yourself.
 
     Args:
+        num_layers, batch, num_kv_heads, head_dim, device, dtype: as in `KVCache`.
         capacity: tokens of the longest entry; they cost 4 bytes per page.
         num_pages: pages in the pool. None: enough for every entry at full capacity.
         page_size: a multiple of 16.
     """
 
-    def __init__(self, *shape: int, num_pages: int | None = None, page_size: int = 16, **options: Any) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        num_pages: int | None = None,
+        page_size: int = 16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.page_size, self._num_pages = page_size, num_pages
-        super().__init__(*shape, **options)
+        super().__init__(num_layers, batch, capacity, num_kv_heads, head_dim, device=device, dtype=dtype)
         self.block_table = torch.zeros(
             self.batch, -(-self.capacity // page_size), dtype=torch.int32, device=self.lens.device
         )

@@ -183,7 +183,7 @@ class Decoder(_Stack):
         Args:
             batch: batch entries.
             capacity: tokens per entry.
-            kind: `KVCache`, `DynamicCache`, `SlidingWindowCache` or `PagedCache`; `options` are its own arguments.
+            kind, options: `KVCache`, `DynamicCache`, `SlidingWindowCache` or `PagedCache`, and its own arguments.
             memory, memory_lengths, memory_mask: as in `forward`; keys and values of `memory` are computed here, once.
             dtype: of keys and values. None: what the layers compute in, under autocast too.
         """

@@ -216,16 +216,21 @@ class YarnScaling:
         original_max_len: the context of training.
         slow, fast: frequencies with at most `slow` turns over it are stretched fully, those with at least `fast` not
             at all.
+        attention_factor: magnitude of the rotated vectors; its square sharpens the scores. None: the paper's
+            0.1 ln(factor) + 1.
     """
 
     factor: float
     original_max_len: int
     slow: float = 1.0
     fast: float = 32.0
+    attention_factor: float | None = None
 
     @property
     def magnitude(self) -> float:
-        """Of the rotated vectors; its square sharpens the scores."""
+        """attention_factor, resolved."""
+        if self.attention_factor is not None:
+            return self.attention_factor
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
     def scale(self, frequency: Tensor, theta: float) -> Tensor:
