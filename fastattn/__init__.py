@@ -1,6 +1,7 @@
 """fastattn: one fused attention operator for PyTorch, the layers built on it, and the proof that both are right."""
 
 from . import nn
+from .activate import activate, deactivate
 from .backends import Explanation
 from .block_mask import BlockMask
 from .convert import ConversionReport, convert, revert
@@ -13,10 +14,12 @@ __all__ = [
     "BlockMask",
     "ConversionReport",
     "Explanation",
+    "activate",
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
     "convert",
+    "deactivate",
     "explain",
     "nn",
     "revert",
