@@ -1,6 +1,6 @@
 """fastattn: one fused attention operator for PyTorch, the layers built on it, and the proof that both are right."""
 
-from . import nn
+from . import flops, nn
 from .activate import activate, deactivate
 from .backends import Explanation
 from .block_mask import BlockMask
@@ -21,6 +21,7 @@ __all__ = [
     "convert",
     "deactivate",
     "explain",
+    "flops",
     "nn",
     "revert",
     "scaled_dot_product_attention",
