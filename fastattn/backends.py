@@ -1,7 +1,6 @@
 """Which backends can serve a call, and why not: pure functions of the spec. `choose` is what `explain` prints."""
 
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
@@ -16,10 +15,8 @@ BACKENDS = ("triton", "cuda", "torch", "reference")
 # PyTorch's kernel takes one float mask: a mask and a bias that broadcast differently are joined up to 16 MiB.
 _JOINT_ELEMENTS = 1 << 22
 
-
-@functools.cache
-def _triton_missing() -> bool:
-    return importlib.util.find_spec("triton") is None
+# A constant, because a trace cannot ask for it.
+_TRITON_MISSING = importlib.util.find_spec("triton") is None
 
 
 def _interpreting() -> bool:
@@ -29,7 +26,7 @@ def _interpreting() -> bool:
 
 def _triton_reasons(spec: AttentionSpec) -> list[str]:
     reasons = []
-    if _triton_missing():
+    if _TRITON_MISSING:
         reasons.append("the triton package is not installed")
     device = spec.q.device
     if device.type == "cuda":

@@ -286,7 +286,7 @@ def _check_pages(lengths: Sequence[int], block_table: Tensor | None, pages: int,
 
 def _triton_reasons(q: Tensor, v_cache: Tensor) -> list[str]:
     reasons = []
-    if backends._triton_missing():
+    if backends._TRITON_MISSING:
         reasons.append("the triton package is not installed")
     device = q.device
     if device.type == "cuda":

@@ -125,7 +125,7 @@ def test_triton_is_never_the_default_on_cpu(monkeypatch):
 
 
 def test_a_missing_triton_is_a_reason(monkeypatch):
-    monkeypatch.setattr(backends, "_triton_missing", lambda: True)
+    monkeypatch.setattr(backends, "_TRITON_MISSING", True)
     q, k, v = make_qkv("cpu", (7, 9))
     assert "triton package is not installed" in str(explain(q, k, v))
     with pytest.raises(ValueError, match="not installed"):
