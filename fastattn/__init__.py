@@ -1,6 +1,7 @@
 """fastattn: one fused attention operator for PyTorch, the layers built on it, and the proof that both are right."""
 
-from . import nn
+from . import flops, nn
+from .activate import activate, deactivate
 from .backends import Explanation
 from .block_mask import BlockMask
 from .convert import ConversionReport, convert, revert
@@ -13,11 +14,14 @@ __all__ = [
     "BlockMask",
     "ConversionReport",
     "Explanation",
+    "activate",
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
     "convert",
+    "deactivate",
     "explain",
+    "flops",
     "nn",
     "revert",
     "scaled_dot_product_attention",

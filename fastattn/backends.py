@@ -2,20 +2,21 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 
 import torch
 from torch.autograd import forward_ad
 
-from .spec import AttentionSpec
+from .spec import AttentionSpec, known
 
 BACKENDS = ("triton", "cuda", "torch", "reference")
 
 # PyTorch's kernel takes one float mask: a mask and a bias that broadcast differently are joined up to 16 MiB.
 _JOINT_ELEMENTS = 1 << 22
 
-
-_TRITON_MISSING = importlib.util.find_spec("triton") is None  # finds it without importing it
+# A constant, because a trace cannot ask for it.
+_TRITON_MISSING = importlib.util.find_spec("triton") is None
 
 
 def _interpreting() -> bool:
@@ -67,7 +68,7 @@ def _torch_reasons(spec: AttentionSpec) -> list[str]:
         reasons.append("it does not return lse")
     if left is not None or right not in (None, 0):
         reasons.append("it has no window")
-    elif right == 0 and (offsets is not None or q_offset != 0):
+    elif right == 0 and (offsets is not None or not known(q_offset == 0)):
         reasons.append("its causal mask is top-left only (q_offset == 0)")
     if right is not None and scale <= 0.0:
         reasons.append("it scales its causal mask too: NaN unless scale > 0")
@@ -79,8 +80,8 @@ def _torch_reasons(spec: AttentionSpec) -> list[str]:
         if q.device.type != "cpu":
             reasons.append("a mask or bias is exact only in its CPU kernel")
         elif mask is not None and bias is not None:
-            joint = torch.broadcast_shapes(mask.shape, bias.shape).numel()
-            if joint > max(mask.numel(), bias.numel(), _JOINT_ELEMENTS):
+            joint = math.prod([b if a == 1 else a for a, b in zip(mask.shape, bias.shape, strict=True)])
+            if not any(known(joint <= most) for most in (_JOINT_ELEMENTS, mask.numel(), bias.numel())):
                 reasons.append("mask and bias together would need a large buffer")
         # PyTorch's switch for flash kernels holds for the CPU one too. Tracing cannot read it.
         if right is not None and not (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()):

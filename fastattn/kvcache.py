@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backends, ops
 from .functional import Backend
-from .spec import FLOAT_DTYPES, _check_head_vector, _check_window
+from .spec import FLOAT_DTYPES, _check_head_vector, _check_window, known
 
 _INTEGERS = (torch.int32, torch.int64)
 PAGE_MULTIPLE = 16
@@ -122,9 +122,9 @@ def attention_with_kvcache(
     left, right = (None, None) if window is None else _check_window(window)
     if causal:
         right = 0 if right is None else min(right, 0)
-    if right is not None and right >= q_len - 1:  # a side that forbids nothing, whatever the length, is open
+    if right is not None and known(right >= q_len - 1):  # a side that forbids nothing, whatever the length, is open
         right = None
-    if left is not None and left >= capacity - 1:
+    if left is not None and known(left >= capacity - 1):
         left = None
     lens, length = _lengths(cache_lens, q, added, capacity, block_table, k_cache.shape[0])
 

@@ -1,4 +1,6 @@
-"""The operator as PyTorch knows it: schemas, fakes, autograd. The only file that knows about dispatch keys.
+"""The operator as PyTorch knows it: schemas, fakes, autograd.
+
+Only this file and activate.py know about dispatch keys.
 
 ``fastattn::attention_forward`` and ``fastattn::attention_backward`` allocate the results and let a backend's
 ``attention_forward`` / ``attention_backward`` fill them; all backends have the same two signatures. Autograd sits on
@@ -90,7 +92,7 @@ def _backward_buffers(
     return dq, dk, dv, *others
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """The spec has cast what autocast casts: what a backend computes in float32 must stay there."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):  # which raises for meta
         return torch.autocast(device.type, enabled=False)
@@ -101,7 +103,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
     *operands, left, right, q_offset, scale, softcap, dropout_p, backend = args
     out, lse = _forward_buffers(q, v)
     _clear_unused(operands[6], (out,), lse)
-    with _without_autocast(q.device):
+    with without_autocast(q.device):
         _implementation(backend, "forward").attention_forward(
             out, lse, q, k, v, *operands,
             left=left, right=right, q_offset=q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p,
@@ -116,7 +118,7 @@ def _backward(
     gradients = _backward_buffers(q, k, v, tuple(operands[1:4]), wanted)
     _clear_unused(operands[6], gradients[:3])
     fill = [*gradients[:3], *(g if want else None for g, want in zip(gradients[3:], wanted, strict=True))]
-    with _without_autocast(q.device):
+    with without_autocast(q.device):
         _implementation(backend, "backward").attention_backward(
             *fill, dout, dlse, q, k, v, out, lse, *operands,
             left=left, right=right, q_offset=q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p,
@@ -155,7 +157,7 @@ def _double_backward(*args: Any) -> tuple[Tensor, ...]:
     tout, tlse, *gradients = results
     _clear_unused(operands[6], results[:5])
     fill = (g if want and dout is not None else None for g, want in zip(gradients, wanted, strict=True))
-    with _without_autocast(q.device):
+    with without_autocast(q.device):
         importlib.import_module("fastattn.reference").attention_double_backward(
             tout, tlse, *fill, tq, tk, tv, *direction[3:], dout, dlse, q, k, v, *operands,
             left=left, right=right, q_offset=q_offset, scale=scale, softcap=softcap, dropout_p=dropout_p,
@@ -377,21 +379,26 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=device)
 
 
+def operator_arguments(spec: AttentionSpec, backend: str, seed: Tensor | None) -> tuple[Any, ...]:
+    """What the forward operator takes; those of the backward operator end in the same, but for q, k and v."""
+    return (
+        spec.q, spec.k, spec.v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, spec.q_offset_tensor, seed,
+        spec.cu_seqlens_q, spec.cu_seqlens_k, [] if spec.block_mask is None else list(spec.block_mask.tensors),
+        spec.left, spec.right, spec.q_offset, spec.scale, spec.softcap, spec.dropout_p, backend,
+    )  # fmt: skip
+
+
 def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]:
     """Run ``spec`` on a backend that can serve it; lse is None from the torch backend."""
     if backend == "torch":
         if spec.bias is None:  # all else has been cast: nothing is left for autocast to change
             return _torch_attention(spec), None
-        with _without_autocast(spec.q.device):
+        with without_autocast(spec.q.device):
             return _torch_attention(spec), None
     seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
     # Tracing sees the operator; torch.func sees a Function, which it knows how to transform.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return (_Attention.apply if transformed else _FORWARD)(
-        spec.q, spec.k, spec.v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, spec.q_offset_tensor, seed,
-        spec.cu_seqlens_q, spec.cu_seqlens_k, [] if spec.block_mask is None else list(spec.block_mask.tensors),
-        spec.left, spec.right, spec.q_offset, spec.scale, spec.softcap, spec.dropout_p, backend,
-    )  # fmt: skip
+    return (_Attention.apply if transformed else _FORWARD)(*operator_arguments(spec, backend, seed))
 
 
 def _torch_attention(spec: AttentionSpec) -> Tensor:
@@ -461,7 +468,7 @@ def _kvcache(
     right: int | None, scale: float, softcap: float | None, num_splits: int | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = _kvcache_buffers(q, v_cache, backend)
-    with _without_autocast(q.device):
+    with without_autocast(q.device):
         if backend == "torch":
             keys, values = (cache[:, :length].transpose(1, 2) for cache in (k_cache, v_cache))
             out.copy_(_torch_attention(make_spec(q, keys, values, causal=right == 0, q_offset=0, scale=scale)))

@@ -132,9 +132,9 @@ def make_spec(
     if causal:
         right = 0 if right is None else min(right, 0)
     if offset_tensor is None and q_offset is not None:  # a side that forbids nothing is open
-        if right is not None and q_offset + right >= kv_len - 1:
+        if right is not None and known(q_offset + right >= kv_len - 1):
             right = None
-        if left is not None and q_len - 1 + q_offset - left <= 0:
+        if left is not None and known(q_len - 1 + q_offset - left <= 0):
             left = None
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: expected a float in [0, 1], got {type(dropout_p).__name__}")
@@ -154,6 +154,16 @@ def make_spec(
         q, k, v, mask, bias, alibi_slopes, sinks, offset_tensor, left, right, q_offset, scale, softcap, dropout_p,
         return_lse, cu_seqlens_q, cu_seqlens_k, block_mask,
     )  # fmt: skip
+
+
+def known(condition: bool) -> bool:
+    """Whether it holds; in a trace, where lengths may be symbols, whether it holds for every length, so that nothing
+    that only saves work ties the trace to the lengths it was made with."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:

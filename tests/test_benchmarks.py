@@ -55,18 +55,6 @@ SMALL = Problem(2, 4, 4, 24, 16, "fp32")
 # FLOPs
 
 
-@pytest.mark.parametrize("q_len, kv_len", [(1, 1), (5, 5), (3, 9), (9, 3), (0, 4)])
-@pytest.mark.parametrize("q_offset", [-4, 0, 1, 6, 20])
-@pytest.mark.parametrize("left, right", [(None, None), (None, 0), (2, None), (2, 0), (1, 3), (0, 0)])
-def test_pairs_are_counted_by_the_position_rule(q_len, kv_len, left, right, q_offset):
-    def allowed(i, j):
-        position = i + q_offset
-        return (left is None or j >= position - left) and (right is None or j <= position + right)
-
-    pairs = sum(allowed(i, j) for i, j in itertools.product(range(q_len), range(kv_len)))
-    assert flops.allowed_pairs(q_len, kv_len, left, right, q_offset) == pairs
-
-
 def test_flops_are_those_of_the_two_products():
     q, k, v = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8), torch.zeros(2, 3, 7, 4)
     with FlopCounterMode(display=False) as counter:

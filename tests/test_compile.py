@@ -123,11 +123,14 @@ LENGTHS = [(17, 20), (32, 64), (33, 33), (100, 7), (129, 300), (64, 32)]
 DYNAMIC_CALLS = {
     "attention": attention,
     "causal": lambda q, k, v: attention(q, k, v, causal=True, q_offset=0),
+    "causal, bottom-right": lambda q, k, v: attention(q, k, v, causal=True),
+    "window": lambda q, k, v: attention(q, k, v, window=(30, 5)),
     "dropout": lambda q, k, v: attention(q, k, v, dropout_p=0.1),
     "sdpa": scaled_dot_product_attention,
     "sdpa, causal": lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True),
     "key padding": lambda q, k, v: attention(q, k, v, mask=k[:1, :1, :, 0].unsqueeze(1) < 1.0),
     "learned bias": lambda q, k, v: attention(q, k, v, bias=(q @ k.mT)),
+    "mask and bias": lambda q, k, v: attention(q, k, v, mask=k[:1, :1, :, :1].mT < 1.0, bias=q[:1, :, :, :1].detach()),
 }
 
 
@@ -146,14 +149,6 @@ def test_lengths_that_vary_are_noticed_once():
     known = counter.frame_count
     train(function, LENGTHS[2:])
     assert counter.frame_count == known
-
-
-def test_bottom_right_causal_is_traced_once_beside_the_square():
-    """Whether its offset Lk - Lq is 0 decides the backend: no more than that is remembered."""
-    function = compiled(lambda q, k, v: attention(q, k, v, causal=True), dynamic=True)
-    train(function, [(17, 20), (16, 16)])
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        train(function, LENGTHS)
 
 
 @pytest.mark.slow
@@ -177,9 +172,35 @@ def test_inductor():
         assert_parity(*three, name, intermediate=three[1].abs().max().item())
 
 
-def test_a_layer_compiles_whole():
-    layer = fastattn.nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
-    x = torch.randn(2, 9, 32)
-    padding = torch.arange(9) >= torch.tensor([[9], [5]])
-    expected = layer(x, src_key_padding_mask=padding)
-    assert torch.equal(compiled(layer)(x, src_key_padding_mask=padding), expected)
+# Layers by name: how to make one, and its arguments at two lengths.
+LAYERS = {
+    "MultiheadAttention": (lambda n: n.MultiheadAttention(32, 2), lambda x, y: (x, y, y)),
+    "TransformerEncoderLayer": (lambda n: n.TransformerEncoderLayer(32, 2, 64), lambda x, y: (x,)),
+    "TransformerEncoder": (lambda n: n.TransformerEncoder(n.TransformerEncoderLayer(32, 2, 64), 2), lambda x, y: (x,)),
+    "TransformerDecoderLayer": (lambda n: n.TransformerDecoderLayer(32, 2, 64), lambda x, y: (x, y)),
+    "TransformerDecoder": (
+        lambda n: n.TransformerDecoder(n.TransformerDecoderLayer(32, 2, 64), 2), lambda x, y: (x, y)
+    ),
+    "Transformer": (lambda n: n.Transformer(32, 2, 1, 1, 64), lambda x, y: (x, y)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_compiles_whole_and_once_for_all_lengths(name):
+    """Dropout is on; outputs and gradients are those of the layer to the bit."""
+    make, arguments = LAYERS[name]
+    layer = make(fastattn.nn)
+    function = compiled(layer, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for first, second in [(9, 12), (17, 5), (33, 33)]:
+            args = arguments(torch.randn(first, 2, 32), torch.randn(second, 2, 32))
+            results = []
+            for f in (function, layer):
+                torch.manual_seed(0)
+                layer.zero_grad()
+                out = f(*args)
+                out = out[0] if isinstance(out, tuple) else out
+                out.square().sum().backward()
+                results.append([out, *(p.grad.clone() for p in layer.parameters())])
+            for ours, expected in zip(*results, strict=True):
+                assert torch.equal(ours, expected)
