@@ -83,15 +83,16 @@ _override: LaunchConfig | None = None
 
 def lookup(
     kernel: Kernel, architecture: str, head_dim: int, element_size: int, reads_matrix: bool = False, rows: int = 1,
-    paged: bool = False,
+    indirect: bool = False,
 ) -> LaunchConfig:  # fmt: skip
     """The launch config for one kernel.
 
     ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
     loop dimension, since shared memory holds half as many elements. ``reads_matrix``: a mask or bias with a row per
     query is read too; its tile takes registers, so the forward kernel takes half as many keys at a time. ``rows``: how
-    many share a key head, query heads times queries; beyond a few the decode kernel takes taller tiles. ``paged``:
-    each load of keys waits for one of the block table, so that Triton halves the distance: twice the stages keep it.
+    many share a key head, query heads times queries; beyond a few the decode kernel takes taller tiles.
+    ``indirect``: where a tile lies stands in memory, in a block table or a block mask. Each load of a tile then waits
+    for another, so that Triton halves the distance over which it loads ahead: twice the stages keep it.
     """
     if _override is not None:
         return _override
@@ -110,7 +111,7 @@ def lookup(
         config = LaunchConfig(64, min(config.block_n, 64), warps, min(config.num_stages, 2))
     if kernel == "decode" and element_size > 2:
         config = dataclasses.replace(config, block_n=min(config.block_n, 64))
-    if paged:
+    if indirect:
         config = dataclasses.replace(config, num_stages=2 * config.num_stages - 1)
     if element_size > 2 and architecture != "interpreter":
         config = dataclasses.replace(

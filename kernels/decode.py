@@ -355,7 +355,7 @@ def attention_kvcache(
     group, total = q_heads // kv_heads, batch * q_heads * q_len
     architecture, widest = launch.architecture(q.device), max(head_dim, v_dim)
     cfg = config.lookup(
-        "decode", architecture, widest, q.element_size(), rows=group * q_len, paged=table is not None
+        "decode", architecture, widest, q.element_size(), rows=group * q_len, indirect=table is not None
     )  # fmt: skip
     programs = triton.cdiv(group * q_len, cfg.block_m) * batch * kv_heads
     if programs == 0:

@@ -1,5 +1,6 @@
 """What is decided on the host: configurations, strides, grids, 64-bit offsets, precision of float32 products."""
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -67,6 +68,13 @@ def test_head_dims_share_the_configuration_of_the_next_table_entry():
         for kernel in ("forward", "dkdv", "dq", "dbias", "decode"):
             by_dim = [config.lookup(kernel, architecture, dim, 2) for dim in (1, 40, 64)]
             assert len(set(by_dim)) == 1
+
+
+@pytest.mark.parametrize("architecture", GPU_ARCHITECTURES)
+def test_tiles_found_through_memory_take_more_stages(architecture):
+    for kernel in ("forward", "dkdv", "dq", "decode"):
+        usual, indirect = (config.lookup(kernel, architecture, 128, 2, indirect=flag) for flag in (False, True))
+        assert indirect == dataclasses.replace(usual, num_stages=2 * usual.num_stages - 1)
 
 
 def test_configurations_cannot_be_changed():
