@@ -243,7 +243,7 @@ class Tuner:
     def parity_error(self, group: Group, candidate: LaunchConfig) -> str | None:
         case = parity.ParityCase("causal" if group.causal else "plain", group.dtype, group.head_dim)
         with only(group.kernel, candidate):
-            return next((reason for _, reason in parity.failures(self.device, [case])), None)
+            return next((parity.describe(error) for _, error in parity.failures(self.device, [case])), None)
 
 
 def table(rows: Sequence[results.Row]) -> str:
