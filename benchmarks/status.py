@@ -37,10 +37,12 @@ KERNELS: dict[str, tuple[str, Callable[[results.Row], bool]]] = {
         "dq": "gradient of q", "dbias": "gradient of the bias", "decode": "one step over a KV cache",
         "combine": "merges the parts of a step", "append": "writes into a KV cache",
     }.items()},
-    "packed sequences": ("`attention_varlen`, in the kernels above", lambda row: row["feature"] == "packed sequences"),
-    "block mask": ("`BlockMask`, in the kernels above", lambda row: row["feature"] == "block mask"),
+    **{name: (text, lambda row, name=name: row["feature"] in (name, "")) for name, text in {
+        "packed sequences": "`attention_varlen`, in the kernels above",
+        "block mask": "`BlockMask`, in the kernels above",
+    }.items()},
 }  # fmt: skip
-"""Line of the table of kernels -> what it is, which rows are about it."""
+"""Line of the table of kernels -> what it is, which rows are about it; those of no feature are about all."""
 
 
 def verdict(rows: Sequence[results.Row], expected: int, current: str) -> str:

@@ -419,11 +419,11 @@ def test_autocast_casts_what_is_new():
 
 def test_the_number_of_splits():
     decode = pytest.importorskip("fastattn.kernels.decode")
-    assert decode.choose_splits(programs=8, keys=1 << 17, block_n=64, multiprocessors=132) == 33
-    assert decode.choose_splits(programs=1, keys=1 << 17, block_n=64, multiprocessors=132) == 128
-    assert decode.choose_splits(programs=8, keys=512, block_n=64, multiprocessors=132) == 2
-    assert decode.choose_splits(programs=1024, keys=1 << 17, block_n=64, multiprocessors=132) == 1
-    assert decode.choose_splits(programs=1, keys=0, block_n=64, multiprocessors=132) == 1
+    assert decode.choose_splits(programs=8, keys=1 << 17, block_n=64, multiprocessors=132, split_programs=2) == 33
+    assert decode.choose_splits(programs=1, keys=1 << 17, block_n=64, multiprocessors=132, split_programs=2) == 128
+    assert decode.choose_splits(programs=8, keys=512, block_n=64, multiprocessors=132, split_programs=2) == 2
+    assert decode.choose_splits(programs=1024, keys=1 << 17, block_n=64, multiprocessors=132, split_programs=2) == 1
+    assert decode.choose_splits(programs=1, keys=0, block_n=64, multiprocessors=132, split_programs=2) == 1
 
 
 COUNT_SPECIALISATIONS = """

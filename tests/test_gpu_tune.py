@@ -27,6 +27,25 @@ def test_tuner_runs_backward_kernels(tmp_path, capsys):
     assert "1 of 1 searches" in capsys.readouterr().out
 
 
+def test_tuner_finds_how_to_decode(tmp_path, capsys):
+    assert gpu_tune.main(["--dry-run", "--output", str(tmp_path), "--match", "decode bf16 D=64"]) == 0
+    rows = results.read(tmp_path / "dry-run" / "tune.csv")
+    assert len(rows) == 3 and Counter(r["stage"] for r in rows)["winner"] == 1
+    assert all(r["p50_ms"] and r["tflops"] and r["split_programs"] for r in rows)
+    out = capsys.readouterr().out
+    assert "1 of 1 searches" in out and "decode: 64: (16, " in out and " programs, " in out
+
+
+def test_decode_candidates_fit_and_keep_memory_busy():
+    group = gpu_tune.Group("decode", "bf16", 128, True)
+    pool = gpu_tune.candidates(group, "sm_90", {})
+    assert {c.split_programs for c in pool} == {1, 2, 4} and len(set(pool)) == len(pool)
+    for c in pool[1:]:
+        on_the_way = 4 * 128 * c.block_n * c.num_stages
+        assert on_the_way <= 227 * 1024 and (c.split_programs == 1 or c.split_programs * on_the_way <= 227 * 1024)
+        assert gpu_tune.config_of(group.key(c)) == c
+
+
 def test_tuner_varies_one_kernel():
     from fastattn.kernels import config
 
@@ -71,7 +90,7 @@ def test_tuner_skips_a_fast_winner_that_is_wrong(tmp_path, monkeypatch):
     group = gpu_tune.Group("forward", "bf16", 64, False)
     tuner = gpu_tune.Tuner(DryRun(), tmp_path, 1e9, 0.01, provenance.provenance(DryRun()))
     pool = gpu_tune.candidates(group, "sm_90", {})[:3]
-    monkeypatch.setattr(gpu_tune, "runnable", lambda group, problem, device: lambda: None)
+    monkeypatch.setattr(gpu_tune, "runnable", lambda group, device: lambda: None)
     monkeypatch.setattr(tuner, "parity_error", lambda group, c: "out: wrong" if c == pool[0] else None)
     tuner.search(group, pool)
     stages = {gpu_tune.config_of(r): r["stage"] for r in results.read(tmp_path / "dry-run" / "tune.csv")}

@@ -96,7 +96,7 @@ def test_an_override_ends_with_its_block():
     assert config.lookup("dq", "sm_90", 64, 2) == default
 
 
-@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias"])
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias", "decode"])
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
 def test_the_search_space_is_not_empty_and_has_no_duplicates(kernel, dim):
     space = config.search_space(kernel, dim)
