@@ -6,7 +6,8 @@ pairs that the position rule allows::
     forward  = 2 * B * Hq * pairs * (D + Dv)        4 * B * Hq * Lq * Lk * D where D == Dv and nothing is masked
     backward = 2.5 * forward                        five products instead of two
 
-Arbitrary masks and key padding count as if every pair were allowed: what a kernel skips there shows as a higher rate.
+The pairs of documents, prefixes and block-sparse patterns are counted as they are. Other masks and key padding count as
+if every pair were allowed: what a kernel skips there shows as a higher rate.
 The literature halves the dense count for causal attention; the exact count is larger by the diagonal, a factor
 ``1 + 1 / L``. Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691), section 4.1.
 """

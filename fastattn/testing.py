@@ -315,7 +315,8 @@ def check_kvcache(
     lens = [cache_lens] * q.shape[0] if isinstance(cache_lens, int) else cache_lens.tolist()
     added = 0 if k is None else k.shape[2]
     caches = [_appended(cache, new, lens, block_table) for cache, new in zip((k_cache, v_cache), (k, v), strict=True)]
-    results: Any = attention_with_kvcache(
+    function: Any = attention_with_kvcache
+    results = function(
         q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, num_splits=num_splits,
         backend=backend, return_lse=lse, **options,
     )  # fmt: skip

@@ -22,6 +22,7 @@ import fastattn
 from benchmarks import (
     attention,
     bench_cpu,
+    bench_features,
     bench_forward,
     bench_layers,
     bench_overhead,
@@ -290,6 +291,8 @@ FEATURES = {
     "causal, learned bias": {"bias": "learned", "causal": True}, "mask, bias": {"mask": "random", "bias": "constant"},
     "window": {"window": 5}, "causal, window": {"window": 5, "causal": True}, "alibi": {"alibi": True},
     "causal, alibi, bias": {"alibi": True, "bias": "constant", "causal": True},
+    "documents": {"pattern": "documents", "causal": True}, "prefix": {"pattern": "prefix"},
+    "strided": {"pattern": "strided", "causal": True, "length": 300, "batch": 1}, "block mask": {"pattern": "causal"},
 }  # fmt: skip
 MORE = {"softcap": {"softcap": 1.0}, "sinks": {"sinks": True}, "softcap, alibi": {"softcap": 1.0, "alibi": True}}
 
@@ -311,6 +314,26 @@ def test_adapter_computes_the_feature(name, feature):
     problem = dataclasses.replace(SMALL, **FEATURES[feature])
     inputs, prepared = prepare(name, problem)
     problems.check_output(prepared.to_heads(prepared.call()), problem, inputs, own=name == "fastattn")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_documents_are_the_documents_of_a_block_mask(batch):
+    problem = dataclasses.replace(SMALL, pattern="documents", causal=True, batch=batch, kv_heads=2)
+    assert len(problems.document_lengths(SMALL.length)) > 1 and sum(problems.document_lengths(1000)) == 1000
+    packed = dataclasses.replace(problem, packed=True)
+    inputs, prepared = prepare("fastattn", packed, grad=True)
+    problems.check_output(prepared.to_heads(prepared.call()), packed, inputs, own=True)
+    masked = gradients(prepare("fastattn", problem, grad=True)[1])
+    for ours, theirs in zip(gradients(prepared), masked, strict=True):
+        torch.testing.assert_close(ours.unflatten(0, (batch, -1)).transpose(1, 2), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", problems.PATTERNS)
+def test_pairs_of_a_pattern_are_those_of_its_mask(pattern):
+    problem = Problem(1, 1, 1, 700, 16, pattern=pattern, causal=pattern == "documents")
+    inputs = problems.make_inputs(problem, Device(), 0, False)
+    assert problem.pattern_pairs() == int(inputs.block_mask.to_dense().sum()) < 700 * 700
+    assert problem.flops("forward") == 4.0 * 16 * problem.pattern_pairs()
 
 
 @pytest.mark.parametrize("name", ["fastattn", "flex"])
@@ -384,6 +407,16 @@ def test_flash_attn_adapters(name, module, result, causal, monkeypatch):
     agrees(monkeypatch, name, dataclasses.replace(SMALL, kv_heads=2, causal=causal))
     with pytest.raises(peers.Cannot, match="no mask"):
         prepare(name, dataclasses.replace(SMALL, mask="random"))
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+        bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        return result(fastattn.attention_varlen(q, k, v, causal=causal, **bounds))
+
+    fake_module(monkeypatch, module, flash_attn_varlen_func=flash_attn_varlen_func)
+    agrees(monkeypatch, name, dataclasses.replace(SMALL, kv_heads=2, causal=causal, pattern="documents"))
+    with pytest.raises(peers.Cannot, match="documents alone"):
+        prepare(name, dataclasses.replace(SMALL, pattern="prefix"))
 
 
 def test_flash_attn_2_has_more(monkeypatch):
@@ -524,9 +557,9 @@ def dry(tmp_path_factory):
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(parity, "gate", lambda device: [])  # once is enough: test_red_parity_records_nothing
         for suite, match in (
-            ("forward", "L=1024"), ("backward", "L=1024"), ("features", "L=1024"), ("layers", "L=1024"),
-            ("layers", "training step"), ("memory", "L=1024"), ("memory", "L=2048"), ("overhead", ""), ("cpu", "L=128"),
-            ("decode", "L=1024"),
+            ("forward", "L=1024"), ("backward", "L=1024"), ("features", "L=1024"), ("features", "L=16384"),
+            ("layers", "L=1024"), ("layers", "training step"), ("memory", "L=1024"), ("memory", "L=2048"),
+            ("overhead", ""), ("cpu", "L=128"), ("decode", "L=1024"),
         ):  # fmt: skip
             dry_run(folder, suite, "--match", match)
     return folder / "dry-run"
@@ -536,7 +569,7 @@ EXPECTED = {
     "forward": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
     "backward": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
     "features": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
-    "decode": {"fastattn", "sdpa", "torch"},
+    "decode": {"fastattn", "sdpa", "flex", "torch"},
     "layers": {"fastattn", "torch", "torch-compile", "sdpa", "sdpa-flash"},
     "memory": {"fastattn", "sdpa-flash", "sdpa-math", "torch"},
     "overhead": {"fastattn", "sdpa", "torch"},
@@ -555,9 +588,7 @@ def test_every_path_of_a_suite_runs(suite, dry):
             assert (r["p50_ms"] or r["peak_mib"]) and "cannot" not in r["note"], r
     own = {r["case"] for r in rows if r["provider"] == "fastattn"}
     if suite == "features":
-        from benchmarks.bench_features import FEATURES as TABLE
-
-        assert own == set(TABLE)
+        assert own == {*bench_features.FEATURES, *bench_features.LONG_FEATURES}
     if suite == "decode":
         assert all(float(r["mbytes"]) > 0 and float(r["of_copy"]) > 0 for r in rows if r["provider"] == "fastattn")
     if suite == "overhead":
@@ -578,6 +609,10 @@ def test_suites_by_device():
     assert {c.suite for c in runner.cells_of(runner.SUITES, CudaDevice())} == set(runner.SUITES) - {"cpu"}
     priorities = [c.priority for c in runner.cells_of(runner.SUITES, CudaDevice())]
     assert priorities == sorted(priorities) and priorities[0] == 0
+    decode = [c.label for c in runner.cells_of(["decode"], CudaDevice())]
+    assert all(label.startswith("32/8 heads") and label.endswith(("L=8192", "L=32768")) for label in decode[:6])
+    features = [c.label for c in runner.cells_of(["features"], CudaDevice())]
+    assert features[0] == "causal L=16384 forward" and "L=1024" in features[-1]
 
 
 def test_a_budget_keeps_the_most_important_cells(tmp_path, capsys, monkeypatch):
