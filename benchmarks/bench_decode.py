@@ -18,7 +18,7 @@ from fastattn.testing import assert_parity
 
 from . import runner
 from .device import Call, DryRun
-from .peers import Cannot, Peer, Prepared, first_line
+from .peers import Cannot, Peer, Prepared, compiled_flex, first_line
 from .problems import DTYPES
 from .runner import Bench, Cell
 
@@ -106,6 +106,13 @@ def prepare_sdpa(step: Step, x: StepInputs) -> Prepared:
     return Prepared(call, [], x.q)
 
 
+def prepare_flex(step: Step, x: StepInputs) -> Prepared:
+    if x.table is not None:
+        raise Cannot("its pages are experimental")
+    run = compiled_flex(x.q.device.type)
+    return Prepared(lambda: run(x.q, x.rows(x.k_cache), x.rows(x.v_cache), enable_gqa=True), [], x.q)
+
+
 def prepare_flash_attn(step: Step, x: StepInputs) -> Prepared:
     if step.page % 256:
         raise Cannot("its pages are multiples of 256")
@@ -141,6 +148,7 @@ PROVIDERS = {
     for peer in (
         Peer("fastattn", prepare_fastattn, cpu=True, compiles=True),
         Peer("sdpa", prepare_sdpa, cpu=True),
+        Peer("flex", prepare_flex, "torch.nn.attention.flex_attention", cpu=True, compiles=True),
         Peer("flash-attn", prepare_flash_attn, "flash_attn", "flash_attn_with_kvcache"),
         Peer("flashinfer", prepare_flashinfer, "flashinfer", "BatchDecodeWithPagedKVCacheWrapper", compiles=True),
     )
@@ -196,7 +204,9 @@ def cells() -> list[Cell]:
             step = Step(batch, *heads, length, page)
             compiles = ("decode", heads, page)
             run = functools.partial(measure_step, step=step)
-            found.append(Cell("decode", f"{step.case} L={length}", run, 1 if page in (0, 16) else 3, compiles))
+            usual = heads == HEADS[0] and page in (0, 16) and length in (8192, 32768)
+            priority = 1 if usual else 2 if page in (0, 16) else 3
+            found.append(Cell("decode", f"{step.case} L={length}", run, priority, compiles))
     return found
 
 

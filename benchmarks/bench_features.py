@@ -1,4 +1,4 @@
-"""Features against whichever peers have them: GQA, bias, masks, key padding, dropout.
+"""Features against whichever peers have them: GQA, bias, masks, dropout, windows, documents, block-sparse patterns.
 
 Another feature is another row of FEATURES, and a field of `problems.Problem` if it is of a new kind.
 """
@@ -33,13 +33,30 @@ FEATURES: dict[str, dict[str, object]] = {
     "causal + softcap 30": {"softcap": 30.0, "causal": True},
     "causal + sinks": {"sinks": True, "causal": True},
 }
+LONG = 16384
+# The same for one long sequence. The first line is what the others are held against: operations are those of the pairs
+# that are allowed, and "causal as a block mask" visits the same tiles.
+LONG_FEATURES: dict[str, dict[str, object]] = {
+    "causal": {"causal": True},
+    "causal + window 1024": {"window": 1024, "causal": True},
+    "documents, packed": {"pattern": "documents", "packed": True, "causal": True},
+    "documents, block mask": {"pattern": "documents", "causal": True},
+    "causal as a block mask": {"pattern": "causal"},
+    "prefix LM": {"pattern": "prefix"},
+    "causal + every 8th block": {"pattern": "strided", "causal": True},
+    "causal + window 1024 + softcap 30": {"window": 1024, "softcap": 30.0, "causal": True},
+}
 
 
 def cells() -> list[Cell]:
+    """Most important first: long sequences, then the others at the first of LENGTHS."""
+    wanted = [(LONG, case, changes, 1) for case, changes in LONG_FEATURES.items()]
+    wanted += [
+        (length, case, changes, 1 if length == LENGTHS[0] else 2)
+        for length, (case, changes) in itertools.product(LENGTHS, FEATURES.items())
+    ]
     found = []
-    for (length, (case, changes)), mode in itertools.product(
-        itertools.product(LENGTHS, FEATURES.items()), ("forward", "backward")
-    ):
+    for (length, case, changes, priority), mode in itertools.product(wanted, ("forward", "backward")):
         if case == "bias with gradient" and mode == "forward":
             continue  # the same as a constant bias
         heads = {"q_heads": 16, "kv_heads": 16}
@@ -47,7 +64,7 @@ def cells() -> list[Cell]:
         run = functools.partial(
             measure, suite="features", case=case, problem=problem, mode=mode, providers=(*FAST, *OTHERS)
         )
-        found.append(Cell("features", f"{case} L={length} {mode}", run, 1, ("features", case, length, mode)))
+        found.append(Cell("features", f"{case} L={length} {mode}", run, priority, ("features", case, length, mode)))
     return found
 
 

@@ -116,6 +116,10 @@ class Device:
         """Bytes."""
         return 8 * 2.0**30
 
+    def free_memory(self) -> float:
+        """Bytes that can still be had."""
+        return self.total_memory()
+
     def clock(self) -> float:
         return time.monotonic()
 
@@ -219,6 +223,9 @@ class CudaDevice(Device):
 
     def total_memory(self) -> float:
         return float(torch.cuda.get_device_properties(0).total_memory)
+
+    def free_memory(self) -> float:
+        return float(torch.cuda.mem_get_info()[0])
 
     def pause(self) -> None:
         time.sleep(0.05)

@@ -14,7 +14,9 @@ so the compromise between causal and not is its reader's.
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import faulthandler
+import functools
 import itertools
 import multiprocessing
 import os
@@ -28,17 +30,21 @@ from unittest import mock
 import torch
 
 import fastattn
+from fastattn.functional import Backend
 from fastattn.kernels import config
 from fastattn.kernels.config import LaunchConfig
 
-from . import parity, results, runner, summary
+from . import bench_decode, parity, results, runner, summary
 from .device import Call, Compiling, Device, DryRun, choose
+from .flops import attention_flops
 from .peers import first_line
 from .problems import Problem, fit, make_inputs
 from .provenance import digest, provenance
 
-KERNELS: tuple[config.Kernel, ...] = ("forward", "dkdv", "dq")
+KERNELS: tuple[config.Kernel, ...] = ("forward", "dkdv", "dq", "decode")
 TOKENS, HIDDEN, LENGTH = 16384, 2048, 4096
+STEPS = ((8, 8192), (1, 32768))
+"""Batches and cached keys of the decode steps that are timed together, at 32 query heads on 8 key heads."""
 FINALISTS = 3
 CHUNK = 6
 """Candidates that take turns with one another and with the present choice."""
@@ -46,7 +52,9 @@ CHUNK = 6
 
 @dataclass(frozen=True)
 class Group:
-    """One search. Time is that of the forward pass, or of the whole backward pass with one of its kernels varied."""
+    """One search. Time is that of the forward pass, of the whole backward pass with one of its kernels varied, or of
+    decode steps over contiguous caches.
+    """
 
     kernel: config.Kernel
     dtype: str
@@ -58,7 +66,12 @@ class Group:
 
     @property
     def mode(self) -> str:
-        return "forward" if self.kernel == "forward" else "backward"
+        return self.kernel if self.kernel in ("forward", "decode") else "backward"
+
+    def flops(self) -> float:
+        if self.kernel != "decode":
+            return self.problem().flops(self.mode)
+        return sum(attention_flops(batch, 32, 1, length, self.head_dim) for batch, length in STEPS)
 
     def problem(self, length: int = LENGTH) -> Problem:
         heads = HIDDEN // self.head_dim
@@ -69,6 +82,7 @@ class Group:
             "kernel": self.kernel, "dtype": self.dtype, "head_dim": str(self.head_dim),
             "causal": results.text(self.causal), "block_m": str(candidate.block_m), "block_n": str(candidate.block_n),
             "num_warps": str(candidate.num_warps), "num_stages": str(candidate.num_stages),
+            "split_programs": str(candidate.split_programs),
         }  # fmt: skip
 
 
@@ -79,12 +93,14 @@ def groups() -> list[Group]:
         for dtype, head_dim, kernel, causal in itertools.product(
             ("bf16", "fp16"), (128, 64, 256), KERNELS, (True, False)
         )
+        if causal or kernel != "decode"  # one query sees all keys
     ]
     return sorted(found, key=lambda group: (group.dtype != "bf16", group.head_dim == 256))
 
 
 def config_of(row: results.Row) -> LaunchConfig:
-    return LaunchConfig(*(int(row[name]) for name in ("block_m", "block_n", "num_warps", "num_stages")))
+    names = ("block_m", "block_n", "num_warps", "num_stages", "split_programs")
+    return LaunchConfig(**{name: int(row[name]) for name in names if row[name]})
 
 
 def architecture(device: Device) -> str:
@@ -108,7 +124,8 @@ def candidates(group: Group, arch: str, facts: dict[tuple[str, ...], results.Row
 
     def unpromising(candidate: LaunchConfig) -> tuple[bool, bool, int, int]:
         serialised = facts_of(candidate).get("serialised") == "yes"
-        return spills(candidate), serialised, -candidate.block_m * candidate.block_n, abs(candidate.num_stages - 2)
+        tile = candidate.block_m * candidate.block_n
+        return spills(candidate), serialised, -tile, abs(candidate.num_stages - present.num_stages)
 
     current = digest()
     space = [candidate for candidate in config.search_space(group.kernel, group.head_dim) if candidate != present]
@@ -133,10 +150,37 @@ def only(kernel: config.Kernel, candidate: LaunchConfig) -> Iterator[None]:
         yield
 
 
-def runnable(group: Group, problem: Problem, device: Device) -> Callable[[], None]:
-    """One pass of the group's direction, on the Triton backend where it can run."""
+def decode_steps(group: Group, device: Device, backend: Backend | None, short: bool) -> Callable[[], None]:
+    """One step of each of STEPS, or two short ones."""
+    runs = []
+    for batch, length in STEPS:
+        step = bench_decode.Step(batch, 32, 8, length, 0, group.head_dim, group.dtype)
+        if short:
+            step = dataclasses.replace(step, batch=min(batch, 2), length=512)
+        if isinstance(device, DryRun):
+            step = bench_decode.Step(2, 4, 2, 64, 0, 16, "fp32")
+        x = bench_decode.make_inputs(step, device.torch_device)
+        runs.append(
+            functools.partial(
+                fastattn.attention_with_kvcache, x.q, x.k_cache, x.v_cache, cache_lens=x.lens, backend=backend
+            )
+        )
+
+    def run() -> None:
+        for step in runs:
+            step()
+
+    return run
+
+
+def runnable(group: Group, device: Device, short: bool = False) -> Callable[[], None]:
+    """One pass of the group's direction, on the Triton backend where it can run; ``short``: on little data."""
     triton = device.torch_device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     backend = "triton" if triton else None
+    if group.kernel == "decode":
+        return decode_steps(group, device, backend, short)
+    problem = Problem(1, 2, 2, 256, group.head_dim, group.dtype, group.causal) if short else group.problem()
+    problem = fit(problem, device)
     x = make_inputs(problem, device, 0, grad=group.mode == "backward")
     if group.mode == "forward":
 
@@ -169,7 +213,7 @@ class Tuner:
         row = group.key(candidate) | {"stage": stage, "note": note} | self.stamp
         if times:
             row |= {name: results.text(ms) for name, ms in zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True)}
-            row["tflops"] = results.text(group.problem().flops(group.mode) / times[1] * 1e-9)
+            row["tflops"] = results.text(group.flops() / times[1] * 1e-9)
         results.upsert(self.output / self.device.folder / "tune.csv", [row])
 
     def shortlist(self, group: Group, pool: Sequence[LaunchConfig]) -> Sequence[LaunchConfig]:
@@ -187,7 +231,7 @@ class Tuner:
 
     def search(self, group: Group, pool: Sequence[LaunchConfig]) -> None:
         """Measure the pool in chunks, then the best again, and mark the winner."""
-        run = runnable(group, fit(group.problem(), self.device), self.device)
+        run = runnable(group, self.device)
         present = pool[0]
         medians: dict[LaunchConfig, float] = {}
         for start in range(1, max(2, len(pool)), CHUNK):
@@ -241,9 +285,10 @@ class Tuner:
         return call
 
     def parity_error(self, group: Group, candidate: LaunchConfig) -> str | None:
-        case = parity.ParityCase("causal" if group.causal else "plain", group.dtype, group.head_dim)
+        feature = "cache" if group.kernel == "decode" else "causal" if group.causal else "plain"
+        case = parity.ParityCase(feature, group.dtype, group.head_dim)
         with only(group.kernel, candidate):
-            return next((reason for _, reason in parity.failures(self.device, [case])), None)
+            return next((parity.describe(error) for _, error in parity.failures(self.device, [case])), None)
 
 
 def table(rows: Sequence[results.Row]) -> str:
@@ -277,13 +322,16 @@ def table(rows: Sequence[results.Row]) -> str:
             for (dtype, causal), found in sorted(by_group.items())
         )
         numbers, behind = (best.block_m, best.block_n, best.num_warps, best.num_stages), 100 * (cost(best) - 1)
+        numbers += (best.split_programs,) if kernel == "decode" else ()
         lines.append(f"{kernel}: {head_dim}: {numbers},  # TFLOP/s: {rates}; {behind:.1f} % off the best")
     for row in rows:
         if row["stage"] == "winner":
             group = Group(row["kernel"], row["dtype"], int(row["head_dim"]), row["causal"] == "yes")
             lines.append(
                 f"  {group}: {row['block_m']}x{row['block_n']} w{row['num_warps']} s{row['num_stages']}, "
-                f"{float(row['p50_ms']):.3f} ms, {float(row['tflops']):.0f} TFLOP/s"
+                f"{row['split_programs']} programs, "
+                * (row["kernel"] == "decode")
+                + f"{float(row['p50_ms']):.3f} ms, {float(row['tflops']):.0f} TFLOP/s"
             )
     return "\n".join(lines) or "nothing measured"
 
@@ -335,7 +383,7 @@ def compile_share(spec: str, match: str) -> None:
     for index in runner.share(spec, tasks):
         group, candidate = tasks[index]
         with contextlib.suppress(Exception), only(group.kernel, candidate):
-            runnable(group, Problem(1, 2, 2, 256, group.head_dim, group.dtype, group.causal), device)()
+            runnable(group, device, short=True)()
         device.free()
 
 

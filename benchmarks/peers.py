@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 
-from .problems import Inputs, Problem, options
+from .problems import Inputs, Problem, document_lengths, options
 
 
 class Cannot(Exception):
@@ -78,7 +78,7 @@ def first_line(error: BaseException, width: int = 140) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:width]
 
 
-FEATURES = ("window", "mask", "bias", "alibi", "softcap", "sinks", "dropout_p")
+FEATURES = ("window", "mask", "bias", "alibi", "softcap", "sinks", "dropout_p", "pattern")
 
 
 def refuse(problem: Problem, *features: str) -> None:
@@ -93,8 +93,33 @@ def refuse_all_but(problem: Problem, *features: str) -> None:
 
 
 def prepare_fastattn(problem: Problem, x: Inputs) -> Prepared:
+    if problem.packed:
+        starts = problem.starts().to(x.q.device)
+        leaves = packed_tokens(x)
+        call = functools.partial(
+            fastattn.attention_varlen, *leaves, cu_seqlens_q=starts, cu_seqlens_k=starts, causal=problem.causal
+        )
+        return Prepared(call, leaves, x.dout.transpose(1, 2).flatten(0, 1), unpacked(problem))
     call = functools.partial(fastattn.attention, x.q, x.k, x.v, **options(problem, x))
     return Prepared(call, x.leaves, x.dout)
+
+
+def packed_tokens(x: Inputs) -> list[Tensor]:
+    """q, k, v as contiguous (B * L, H, D) leaves."""
+    return [t.detach().flatten(0, 1).requires_grad_(t.requires_grad) for t in tokens_first(x)]
+
+
+def unpacked(problem: Problem) -> Callable[[Tensor], Tensor]:
+    return lambda out: heads_first(out.unflatten(0, (problem.batch, -1)))
+
+
+def refuse_pattern_but_documents(problem: Problem) -> None:
+    if problem.pattern not in ("", "documents"):
+        raise Cannot("of patterns, documents alone")
+
+
+def longest(problem: Problem) -> int:
+    return max(document_lengths(problem.length)) if problem.pattern else problem.length
 
 
 def relative_positions(x: Inputs) -> Tensor:
@@ -117,10 +142,13 @@ def prepare_sdpa(problem: Problem, x: Inputs, backend: SDPBackend | None) -> Pre
         slopes = -x.alibi_slopes[:, None, None].to(x.q.dtype) * relative_positions(x).abs()
         bias = slopes[None] if bias is None else bias + slopes
     is_causal = problem.causal and allowed is None and bias is None and problem.window is None
+    if problem.pattern:
+        positions = torch.arange(problem.length, device=x.q.device)
+        allowed, is_causal = problem.sees(positions[:, None], positions, x.documents), False
     if problem.window is not None:
         inside = relative_positions(x) >= -problem.window
         allowed = inside if allowed is None else allowed & inside
-    if problem.causal and not is_causal:
+    if problem.causal and not is_causal and not problem.pattern:
         below = relative_positions(x) <= 0
         allowed = below if allowed is None else allowed & below
     learned = bias is not None and bias.requires_grad
@@ -177,6 +205,8 @@ def prepare_flex(problem: Problem, x: Inputs) -> Prepared:
 
     def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         visible = j <= i if problem.causal else j >= 0
+        if problem.pattern:
+            visible = problem.sees(i, j, x.documents)
         if problem.window is not None:
             visible = visible & (j >= i - problem.window)
         if mask is not None:
@@ -193,7 +223,7 @@ def prepare_flex(problem: Problem, x: Inputs) -> Prepared:
         return score
 
     block_mask = None
-    if problem.causal or problem.window is not None or mask is not None:
+    if problem.causal or problem.window is not None or mask is not None or problem.pattern:
         batch = None if mask is None else problem.batch
         block_mask = create_block_mask(allowed, batch, None, x.q.shape[2], x.k.shape[2], device=x.q.device)
     changes = any(option is not None for option in (bias, slopes, softcap))
@@ -226,10 +256,11 @@ def only_output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def prepare_varlen(problem: Problem, x: Inputs) -> Prepared:
-    """`torch.nn.attention.varlen`: the batch packed, its sequences of equal length."""
+    """`torch.nn.attention.varlen`: the batch packed, as sequences of equal length or as documents."""
     from torch.nn.attention.varlen import varlen_attn
 
-    refuse_all_but(problem, "window")
+    refuse_all_but(problem, "window", "pattern")
+    refuse_pattern_but_documents(problem)
     arguments: dict[str, Any] = {}
     known = inspect.signature(varlen_attn).parameters
     if "window_size" in known:
@@ -242,17 +273,12 @@ def prepare_varlen(problem: Problem, x: Inputs) -> Prepared:
         if "enable_gqa" not in known:
             raise Cannot("no GQA in this torch")
         arguments["enable_gqa"] = True
-    leaves = [t.detach().flatten(0, 1).requires_grad_(t.requires_grad) for t in tokens_first(x)]
-    starts = [
-        torch.arange(0, (problem.batch + 1) * n, n, dtype=torch.int32, device=x.q.device)
-        for n in (x.q.shape[2], x.k.shape[2])
-    ]
+    leaves, starts, most = packed_tokens(x), problem.starts().to(x.q.device), longest(problem)
 
     def call() -> Tensor:
-        return only_output(varlen_attn(*leaves, *starts, x.q.shape[2], x.k.shape[2], **arguments))
+        return only_output(varlen_attn(*leaves, starts, starts, most, most, **arguments))
 
-    dout = x.dout.transpose(1, 2).flatten(0, 1)
-    return Prepared(call, leaves, dout, lambda out: heads_first(out.unflatten(0, (problem.batch, -1))))
+    return Prepared(call, leaves, x.dout.transpose(1, 2).flatten(0, 1), unpacked(problem))
 
 
 def window_size(problem: Problem) -> tuple[int, int]:
@@ -261,8 +287,11 @@ def window_size(problem: Problem) -> tuple[int, int]:
 
 
 def prepare_flash_attn(problem: Problem, x: Inputs, module: str, features: tuple[str, ...]) -> Prepared:
-    """flash-attn's ``flash_attn_func`` in any generation; ``features`` is what this one has."""
-    refuse_all_but(problem, *features)
+    """flash-attn's ``flash_attn_func`` in any generation, for documents its ``flash_attn_varlen_func``; ``features`` is
+    what this one has.
+    """
+    refuse_all_but(problem, "pattern", *features)
+    refuse_pattern_but_documents(problem)
     arguments: dict[str, Any] = {"causal": problem.causal}
     if problem.window is not None:
         arguments["window_size"] = window_size(problem)
@@ -272,6 +301,14 @@ def prepare_flash_attn(problem: Problem, x: Inputs, module: str, features: tuple
         arguments["alibi_slopes"] = x.alibi_slopes
     if problem.dropout_p:
         arguments["dropout_p"] = problem.dropout_p
+    if problem.pattern:
+        leaves, starts = packed_tokens(x), problem.starts().to(x.q.device)
+        run = functools.partial(
+            importlib.import_module(module).flash_attn_varlen_func, *leaves, cu_seqlens_q=starts, cu_seqlens_k=starts,
+            max_seqlen_q=longest(problem), max_seqlen_k=longest(problem), **arguments,
+        )  # fmt: skip
+        dout = x.dout.transpose(1, 2).flatten(0, 1)
+        return Prepared(lambda: only_output(run()), leaves, dout, unpacked(problem))
     leaves = tokens_first(x)
     run = functools.partial(importlib.import_module(module).flash_attn_func, *leaves, **arguments)
     return Prepared(lambda: only_output(run()), leaves, x.dout.transpose(1, 2), heads_first)
@@ -281,9 +318,15 @@ def prepare_xformers(problem: Problem, x: Inputs) -> Prepared:
     ops = importlib.import_module("xformers.ops")
     if problem.q_heads != problem.kv_heads:
         raise Cannot("no GQA with a gradient")
-    refuse_all_but(problem, "bias", "dropout_p")
+    refuse_all_but(problem, "bias", "dropout_p", "pattern")
+    refuse_pattern_but_documents(problem)
     attn_bias: Any = None
-    if x.bias is not None:
+    if problem.pattern:
+        if problem.batch != 1 or not problem.causal:
+            raise Cannot("written for causal documents in one batch entry")
+        lengths = document_lengths(problem.length)
+        attn_bias = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(lengths).make_causal()
+    elif x.bias is not None:
         if problem.causal:
             raise Cannot("no gradient for the bias under its causal mask")
         attn_bias = x.bias.expand(problem.batch, -1, -1, -1)
@@ -297,24 +340,19 @@ def prepare_xformers(problem: Problem, x: Inputs) -> Prepared:
 
 def prepare_flashinfer(problem: Problem, x: Inputs) -> Prepared:
     """FlashInfer's ragged prefill. It plans ahead of the call and has no backward."""
-    refuse_all_but(problem)
+    refuse_all_but(problem, "pattern")
+    refuse_pattern_but_documents(problem)
     if any(t.requires_grad for t in x.leaves):
         raise Cannot("no backward")
     flashinfer = importlib.import_module("flashinfer")
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
         torch.empty(2**27, dtype=torch.uint8, device=x.q.device), "NHD"
     )
-    q, k, v = (t.flatten(0, 1) for t in tokens_first(x))
-    starts = [
-        torch.arange(0, (problem.batch + 1) * n, n, dtype=torch.int32, device=x.q.device)
-        for n in (x.q.shape[2], x.k.shape[2])
-    ]
-    wrapper.plan(
-        *starts, problem.q_heads, problem.kv_heads, problem.head_dim, causal=problem.causal, q_data_type=x.q.dtype
-    )
-    return Prepared(
-        lambda: wrapper.run(q, k, v), [], x.dout, lambda out: heads_first(out.unflatten(0, (problem.batch, -1)))
-    )
+    q, k, v = packed_tokens(x)
+    starts = problem.starts().to(x.q.device)
+    heads = (problem.q_heads, problem.kv_heads)
+    wrapper.plan(starts, starts, *heads, problem.head_dim, causal=problem.causal, q_data_type=x.q.dtype)
+    return Prepared(lambda: wrapper.run(q, k, v), [], x.dout, unpacked(problem))
 
 
 def sdpa_peer(name: str, backend: SDPBackend, cpu: bool = False) -> Peer:

@@ -1,6 +1,10 @@
 """What one attention benchmark computes: the problem, random inputs for it, and a check of what came out."""
 
 import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastattn
+from fastattn import BlockMask
 from fastattn.testing import assert_parity
 
 from .device import Device, DryRun
@@ -38,13 +43,38 @@ class Problem:
     softcap: float | None = None
     sinks: bool = False
     """A learned logit per head."""
+    pattern: str = ""
+    """One of `PATTERNS`: which keys a query sees beside the other rules, the same for every head."""
+    packed: bool = False
+    """The documents of the pattern go to fastattn as packed sequences, not as a block mask."""
     dropout_p: float = 0.0
 
     def flops(self, mode: str) -> float:
+        if self.pattern:
+            return attention_flops(self.batch, self.q_heads, 1, self.pattern_pairs(), self.head_dim, mode=mode)
         return attention_flops(
             self.batch, self.q_heads, self.length, self.length, self.head_dim,
             causal=self.causal, window=self.window, mode=mode,
         )  # fmt: skip
+
+    def pattern_pairs(self) -> int:
+        """How many (query, key) pairs the pattern allows."""
+        return count_pairs(self.pattern, self.length, self.causal)
+
+    def documents(self) -> Tensor:
+        """int32 (L,): which document each token belongs to."""
+        lengths = torch.tensor(document_lengths(self.length))
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).int()
+
+    def starts(self) -> Tensor:
+        """int32: where the sequences start, packed one behind the other, and where the last one ends."""
+        lengths = document_lengths(self.length) if self.pattern else [self.length]
+        return torch.tensor([0, *itertools.accumulate(lengths * self.batch)], dtype=torch.int32)
+
+    def sees(self, i: Tensor, j: Tensor, documents: Tensor | None) -> Tensor:
+        """Whether query i sees key j by the pattern and, with ``causal``, by position."""
+        seen = PATTERNS[self.pattern](i, j, self.length, documents)
+        return seen & (j <= i) if self.causal else seen
 
     def key(self) -> dict[str, object]:
         """The columns that identify it."""
@@ -52,6 +82,35 @@ class Problem:
             "dtype": self.dtype, "batch": self.batch, "q_heads": self.q_heads, "kv_heads": self.kv_heads,
             "q_len": self.length, "kv_len": self.length, "head_dim": self.head_dim, "causal": self.causal,
         }  # fmt: skip
+
+
+PATTERNS: dict[str, Callable[[Any, Any, int, Any], Any]] = {
+    "documents": lambda i, j, length, documents: documents[i] == documents[j],
+    "prefix": lambda i, j, length, documents: (j <= i) | (j < length // 4),
+    "strided": lambda i, j, length, documents: (i // 128 - j // 128) % 8 == 0,
+    "causal": lambda i, j, length, documents: j <= i,
+}
+"""Name -> rule for (query, key, length, document of each token)."""
+
+
+@functools.cache
+def document_lengths(length: int) -> list[int]:
+    """Lengths of the documents that fill a sequence: log-normal as those of text are, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    lengths: list[int] = []
+    while (rest := length - sum(lengths)) > 0:
+        drawn = length / 32 * math.exp(torch.randn((), generator=generator).item())
+        lengths.append(min(rest, max(4, int(drawn))))
+    return lengths
+
+
+@functools.cache
+def count_pairs(pattern: str, length: int, causal: bool) -> int:
+    problem = Problem(1, 1, 1, length, 1, pattern=pattern, causal=causal)
+    documents, keys, pairs = problem.documents(), torch.arange(length), 0
+    for rows in torch.arange(length).split(512):
+        pairs += int(problem.sees(rows[:, None], keys, documents).sum())
+    return pairs
 
 
 def fit(problem: Problem, device: Device) -> Problem:
@@ -74,6 +133,8 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     alibi_slopes: Tensor | None
     sinks: Tensor | None
+    documents: Tensor | None
+    block_mask: BlockMask | None
     dout: Tensor
     total_memory: float
     """Of the device, in bytes."""
@@ -111,15 +172,22 @@ def make_inputs(problem: Problem, device: Device, seed: int, grad: bool) -> Inpu
         bias = normal(1, problem.q_heads, length, length).requires_grad_(grad and problem.bias == "learned")
     slopes = 2.0 ** -torch.linspace(1, 8, problem.q_heads, device=device.torch_device) if problem.alibi else None
     sinks = normal(problem.q_heads).requires_grad_(grad) if problem.sinks else None
+    documents, block_mask = None, None
+    if problem.pattern:
+        documents = problem.documents().to(device.torch_device)
+        block_mask = BlockMask.from_predicate(
+            lambda b, h, i, j: problem.sees(i, j, documents), (1, 1, length, length), device=device.torch_device
+        )
     dout = normal(batch, problem.q_heads, length, dim)
-    return Inputs(q, k, v, mask, bias, slopes, sinks, dout, device.total_memory())
+    return Inputs(q, k, v, mask, bias, slopes, sinks, documents, block_mask, dout, device.total_memory())
 
 
 def options(problem: Problem, x: Inputs) -> dict[str, Any]:
     """The arguments of `fastattn.attention` beside q, k and v."""
     window = None if problem.window is None else (problem.window, None)
     return {
-        "causal": problem.causal, "q_offset": 0, "window": window, "mask": x.mask, "bias": x.bias,
+        "causal": problem.causal and not problem.pattern,  # the block mask says it then
+        "q_offset": 0, "window": window, "mask": x.mask, "block_mask": x.block_mask, "bias": x.bias,
         "alibi_slopes": x.alibi_slopes, "softcap": problem.softcap, "sinks": x.sinks, "dropout_p": problem.dropout_p,
     }  # fmt: skip
 
@@ -150,9 +218,12 @@ def check_output(out: Tensor, problem: Problem, x: Inputs, own: bool, rows: int 
 
     def rows_in(dtype: torch.dtype) -> Tensor:
         q, k, v = (t.detach()[-1:, -1:].to(dtype) for t in (x.q[:, :, start : start + rows], x.k, x.v))
-        bias = some_rows(x.bias)
+        bias, mask = some_rows(x.bias), some_rows(x.mask)
+        if problem.pattern:
+            keys = torch.arange(problem.length, device=q.device)
+            mask = problem.sees(keys[start : start + rows, None], keys, x.documents)
         changes = {
-            "q_offset": start, "mask": some_rows(x.mask), "bias": None if bias is None else bias.to(dtype),
+            "q_offset": start, "mask": mask, "block_mask": None, "bias": None if bias is None else bias.to(dtype),
             "alibi_slopes": None if x.alibi_slopes is None else x.alibi_slopes[-1:],
             "sinks": None if x.sinks is None else x.sinks.detach()[-1:],
         }  # fmt: skip

@@ -46,11 +46,16 @@ class Fatal(Exception):
 LOST = ("illegal memory access", "misaligned address", "device-side assert", "launch failure", "illegal instruction")
 
 
-def raise_if_lost(error: BaseException) -> None:
+def is_lost(error: BaseException) -> bool:
     """After one of these every later call on the device fails too."""
+    return isinstance(error, Fatal) or any(text in str(error) for text in LOST)
+
+
+def raise_if_lost(error: BaseException) -> None:
+    """End the run where it could measure nothing any more."""
     if isinstance(error, Fatal):
         raise error
-    if any(text in str(error) for text in LOST):
+    if is_lost(error):
         raise Fatal(peers.first_line(error)) from error
 
 
@@ -246,9 +251,9 @@ def parity_green(device: Device) -> bool:
     """The gate. Prints what is red."""
     cases = parity.gate(device)
     red = 0
-    for case, reason in parity.failures(device, cases):
+    for case, error in parity.failures(device, cases):
         red += 1
-        print(f"parity red: {case}: {reason}")
+        print(f"parity red: {case}: {parity.describe(error)}")
     print(f"parity: {len(cases) - red} of {len(cases)} cases green" + ("; nothing is recorded" if red else ""))
     return not red
 

@@ -5,7 +5,7 @@ python -m benchmarks.status --write      or --check, which fails where the page 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import parity, results
@@ -17,17 +17,32 @@ HEADER = """# Status on GPUs
 
 <!-- Generated from benchmarks/results by `python -m benchmarks.status --write`. Do not edit. -->
 
-What the Triton kernels have been run on. A feature has passed where output, log-sum-exp and every gradient kept to the
-parity rule of `fastattn/testing.py` in every dtype and head dim listed. Without a GPU the same kernels run in Triton's
-interpreter and are compiled ahead of time for four architectures; that is part of the test suite and not of this page.
+What the Triton kernels have been run on. A feature has passed where output, log-sum-exp and every gradient, or what was
+written into the cache, kept to the parity rule of `fastattn/testing.py` in every dtype and head dim listed. Without a
+GPU the same kernels run in Triton's interpreter and are compiled ahead of time for four architectures; that is part of
+the test suite and not of this page.
 """
 OTHER_CHECKS = {
-    "tests": "the tests that take a device",
-    "determinism": "repeats are equal bit for bit",
-    "race": "the same while another stream is busy",
+    "large": "tensors of more than 2^31 elements",
+    "determinism": "50 repeats are equal bit for bit",
+    "race": "250 repeats while another stream is busy",
     "memcheck": "compute-sanitizer memcheck",
     "racecheck": "compute-sanitizer racecheck",
+    "synccheck": "compute-sanitizer synccheck",
+    "tests": "the tests that take a device",
 }
+KERNELS: dict[str, tuple[str, Callable[[results.Row], bool]]] = {
+    **{name: (text, lambda row, name=name: name in row["kernel"].split(", ")) for name, text in {
+        "forward": "output and log-sum-exp", "delta": "row sums for the backward", "dkdv": "gradients of k and v",
+        "dq": "gradient of q", "dbias": "gradient of the bias", "decode": "one step over a KV cache",
+        "combine": "merges the parts of a step", "append": "writes into a KV cache",
+    }.items()},
+    **{name: (text, lambda row, name=name: row["feature"] in (name, "")) for name, text in {
+        "packed sequences": "`attention_varlen`, in the kernels above",
+        "block mask": "`BlockMask`, in the kernels above",
+    }.items()},
+}  # fmt: skip
+"""Line of the table of kernels -> what it is, which rows are about it; those of no feature are about all."""
 
 
 def verdict(rows: Sequence[results.Row], expected: int, current: str) -> str:
@@ -65,26 +80,37 @@ def page(folder: Path = results.HERE, current: str | None = None) -> str:
 
 
 def section(title: str, rows: Sequence[results.Row], current: str, intro: str = "") -> str:
-    """What one GPU has seen: features by kernels, then the other checks."""
-    lines = [["feature", "dtypes and head dims", *parity.KERNELS]]
-    for feature in parity.FEATURES:
-        cases = [case for case in parity.matrix() if case.feature == feature]
-        entries = []
-        for kernel in parity.KERNELS:
-            wanted = ("parity", kernel, feature)
-            own = [row for row in rows if (row["check"], row["kernel"], row["feature"]) == wanted]
-            entries.append(verdict(own, len(cases), current) if kernel in parity.outcomes(feature, None) else "-")
-        lines.append([feature, describe(cases), *entries])
+    """What one GPU has seen: kernels by checks, features by kernels, then each check as a whole."""
+    kinds = ("parity", *(check for check in OTHER_CHECKS if check != "tests"))
+    overview = [["kernel", "", *kinds]]
+    for name, (text, about) in KERNELS.items():
+        own = [row for row in rows if about(row)]
+        verdicts = [verdict([row for row in own if row["check"] == kind], 0, current) for kind in kinds]
+        overview.append([name, text, *verdicts])
+    tables = [markdown(overview)]
+    for kind in (parity.Feature, parity.CacheFeature):
+        features = {name: feature for name, feature in parity.FEATURES.items() if isinstance(feature, kind)}
+        kernels = [name for name in parity.KERNELS if any(name in feature.kernels for feature in features.values())]
+        lines = [["feature", "dtypes and head dims", *kernels]]
+        for name, feature in features.items():
+            cases = [case for case in parity.matrix() if case.feature == name]
+            entries = []
+            for kernel in kernels:
+                wanted = ("parity", kernel, name)
+                own = [row for row in rows if (row["check"], row["kernel"], row["feature"]) == wanted]
+                entries.append(verdict(own, len(cases), current) if kernel in feature.kernels else "-")
+            lines.append([name, describe(cases), *entries])
+        tables.append(markdown(lines))
     checks = [["check", "", "outcome"]]
     for check, text in OTHER_CHECKS.items():
         checks.append([check, text, verdict([row for row in rows if row["check"] == check], 0, current)])
-    return f"## {title}\n\n{intro}{markdown(lines)}\n\n{markdown(checks)}\n"
+    return f"## {title}\n\n{intro}" + "\n\n".join([*tables, markdown(checks)]) + "\n"
 
 
 def describe(cases: Sequence[parity.ParityCase]) -> str:
     by_dtype: dict[str, list[str]] = {}
     for case in cases:
-        dim = parity.FEATURES[case.feature].shape.head_dim or case.head_dim
+        dim = parity.FEATURES[case.feature].head_dim or case.head_dim
         by_dtype.setdefault(case.dtype, []).append(str(dim))
     return "; ".join(f"{dtype} {', '.join(dims)}" for dtype, dims in by_dtype.items())
 

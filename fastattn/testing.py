@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .functional import Backend, attention, attention_varlen
+from .kvcache import attention_with_kvcache
 from .spec import AttentionSpec, make_spec
 
 FACTOR = 2.0
@@ -293,3 +294,86 @@ def check_attention(
             assert_parity(ours, exact, plain, name, *effects.get(name, ()))
     for name, leaf, gradient in zip(names[2:], leaves, actual[2:], strict=False):
         assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype, f"{name}: shape or dtype of its input"
+
+
+def check_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
+    cache_lens: int | Tensor, block_table: Tensor | None = None, backend: Backend | None = None,
+    num_splits: int | None = None, lse: bool = True, **options: Any,
+) -> None:  # fmt: skip
+    """Hold `fastattn.attention_with_kvcache` on ``backend`` to the rule: what it writes into the caches, out and lse.
+
+    Args:
+        q, k_cache, v_cache, k, v, cache_lens, block_table: as for the function, which writes into the caches.
+        backend, num_splits: as there.
+        lse: also ask for lse.
+        options: further arguments of the function.
+
+    Raises:
+        AssertionError: as `assert_parity`; or where a cache differs in any bit from what it should hold.
+    """
+    lens = [cache_lens] * q.shape[0] if isinstance(cache_lens, int) else cache_lens.tolist()
+    added = 0 if k is None else k.shape[2]
+    caches = [_appended(cache, new, lens, block_table) for cache, new in zip((k_cache, v_cache), (k, v), strict=True)]
+    function: Any = attention_with_kvcache
+    results = function(
+        q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, num_splits=num_splits,
+        backend=backend, return_lse=lse, **options,
+    )  # fmt: skip
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[q.element_size()]  # NaN is equal to itself there
+    for name, cache, expected_cache in zip(("k_cache", "v_cache"), (k_cache, v_cache), caches, strict=True):
+        if not torch.equal(cache.view(bits), expected_cache.view(bits)):
+            raise AssertionError(f"{name}: not the new rows in their places and nothing else")
+
+    def specification(dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        """(out, lse) over the keys of each batch entry; in float64 also the sizes of what is summed for each."""
+        found = []
+        for entry, n in enumerate(lens):
+            rows = (_cached_rows(cache, block_table, entry)[: n + added] for cache in caches)
+            own_k, own_v = (x.transpose(0, 1)[None].to(dtype) for x in rows)
+            found.append(_run_step(q[entry : entry + 1].to(dtype), own_k, own_v, entry, options))
+        return found
+
+    expected, eager = specification(torch.float64), specification(q.dtype)
+    eager_lse = specification(torch.float32) if q.dtype.itemsize < 4 else eager
+    out, actual_lse = results if lse else (results, None)
+    both = [(out, eager)] if actual_lse is None else [(out, eager), (actual_lse, eager_lse)]
+    for index, (name, (actual, plain)) in enumerate(zip(("out", "lse"), both, strict=False)):
+        exact, size = (torch.cat([step[i] for step in expected]) for i in (index, index + 2))
+        assert_parity(actual, exact, torch.cat([step[index] for step in plain]), name, size)
+
+
+def _cached_rows(cache: Tensor, block_table: Tensor | None, entry: int) -> Tensor:
+    """(capacity, Hk, D) of one batch entry."""
+    return cache[entry] if block_table is None else cache[block_table[entry].long()].flatten(0, 1)
+
+
+def _appended(cache: Tensor, new: Tensor | None, lens: list[int], block_table: Tensor | None) -> Tensor:
+    """A copy of the cache with the new rows (B, Hk, Lnew, D) in their places."""
+    cache = cache.clone()
+    for entry, n in enumerate(lens if new is not None else []):
+        assert new is not None
+        position = torch.arange(n, n + new.shape[2], device=cache.device)
+        if block_table is None:
+            cache[entry, position] = new[entry].transpose(0, 1)
+        else:
+            page = block_table[entry, position // cache.shape[1]].long()
+            cache[page, position % cache.shape[1]] = new[entry].transpose(0, 1)
+    return cache
+
+
+def _run_step(q: Tensor, k: Tensor, v: Tensor, entry: int, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """`reference.attention` of one batch entry over the keys it has; see `check_kvcache`."""
+    own = {"causal": True, **options}
+    own |= {name: x.double() if q.dtype == torch.float64 else x.float() for name, x in _operands(options).items()}
+    if own.get("alibi_slopes") is not None and own["alibi_slopes"].ndim == 2:
+        own["alibi_slopes"] = own["alibi_slopes"][entry]
+    spec = make_spec(q, k, v, **own)
+    out, lse = reference.attention(
+        q, k, v, None, None, spec.alibi_slopes, spec.sinks, left=spec.left, right=spec.right,
+        q_offset=spec.q_offset, scale=spec.scale, softcap=spec.softcap,
+    )  # fmt: skip
+    if q.dtype != torch.float64:
+        return out, lse
+    effects = _rounding_effects({"q": q, "k": k, "v": v, "dout": out}, own, 0, out, lse, out)
+    return out, lse, effects["out"][0], effects["lse"][0]

@@ -403,7 +403,7 @@ def attention_backward(
     arch = launch.architecture(q.device)
 
     def configure(kernel: config.Kernel) -> config.LaunchConfig:
-        return config.lookup(kernel, arch, max(head_dim, v_dim), q.element_size())
+        return config.lookup(kernel, arch, max(head_dim, v_dim), q.element_size(), indirect=bool(block_mask))
 
     with launch.on_device(q):
         cfg = configure("delta")

@@ -23,17 +23,19 @@ class LaunchConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    split_programs: int = 2
+    """For how many programs on each multiprocessor the decode kernel divides the keys."""
 
     def options(self) -> dict[str, int]:
         """The arguments that Triton's launcher itself consumes."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def _table(**kernels: dict[int, tuple[int, int, int, int]]) -> dict[str, dict[int, LaunchConfig]]:
+def _table(**kernels: dict[int, tuple[int, ...]]) -> dict[str, dict[int, LaunchConfig]]:
     return {name: {d: LaunchConfig(*c) for d, c in by_dim.items()} for name, by_dim in kernels.items()}
 
 
-# Per architecture and kernel: padded head dim -> (block_m, block_n, num_warps, num_stages), 16-bit inputs.
+# Per architecture and kernel: padded head dim -> (block_m, block_n, num_warps, num_stages[, split_programs]), 16-bit.
 _SIXTEEN_BIT = {
     # A100: 164 KB of shared memory, mma.sync. FlashAttention-2's tiles, with 8 warps where 4 would spill.
     "sm_80": _table(
@@ -83,15 +85,16 @@ _override: LaunchConfig | None = None
 
 def lookup(
     kernel: Kernel, architecture: str, head_dim: int, element_size: int, reads_matrix: bool = False, rows: int = 1,
-    paged: bool = False,
+    indirect: bool = False,
 ) -> LaunchConfig:  # fmt: skip
     """The launch config for one kernel.
 
     ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
     loop dimension, since shared memory holds half as many elements. ``reads_matrix``: a mask or bias with a row per
     query is read too; its tile takes registers, so the forward kernel takes half as many keys at a time. ``rows``: how
-    many share a key head, query heads times queries; beyond a few the decode kernel takes taller tiles. ``paged``:
-    each load of keys waits for one of the block table, so that Triton halves the distance: twice the stages keep it.
+    many share a key head, query heads times queries; beyond a few the decode kernel takes taller tiles.
+    ``indirect``: where a tile lies stands in memory, in a block table or a block mask. Each load of a tile then waits
+    for another, so that Triton halves the distance over which it loads ahead: twice the stages keep it.
     """
     if _override is not None:
         return _override
@@ -110,7 +113,7 @@ def lookup(
         config = LaunchConfig(64, min(config.block_n, 64), warps, min(config.num_stages, 2))
     if kernel == "decode" and element_size > 2:
         config = dataclasses.replace(config, block_n=min(config.block_n, 64))
-    if paged:
+    if indirect:
         config = dataclasses.replace(config, num_stages=2 * config.num_stages - 1)
     if element_size > 2 and architecture != "interpreter":
         config = dataclasses.replace(
@@ -131,9 +134,21 @@ def override(config: LaunchConfig | None) -> Iterator[None]:
 
 
 def search_space(kernel: Kernel, head_dim: int) -> list[LaunchConfig]:
-    """Candidates for an offline tuner, without those that exceed 227 KB of shared memory or a thread's registers."""
+    """Candidates for an offline tuner, without those that exceed 227 KB of shared memory or a thread's registers.
+
+    A decode step is bound by memory: its tiles are of 16 rows, and at least 16 KB of keys and values are on their way.
+    """
     dim = max(64, 1 << (head_dim - 1).bit_length())
     fits = []
+    if kernel == "decode":
+        for n, warps, stages, programs in itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 5), (1, 2, 4)):
+            tile_bytes, accumulators = 4 * dim * n, 16 * (n + dim) // (32 * warps)
+            ahead = tile_bytes * (stages - 1)
+            resident = programs * tile_bytes * stages <= 227 * 1024  # programs that wait for room gain nothing
+            if ahead >= 16 * 1024 and tile_bytes * stages <= 227 * 1024 and accumulators <= 208:
+                if resident or programs == 1:
+                    fits.append(LaunchConfig(16, n, warps, stages, programs))
+        return fits
     for m, n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
         tile_bytes = 2 * dim * (2 * m + 2 * n * stages)  # q, out and `stages` copies of k, v
         accumulators = (m * n + m * dim + (n * dim if kernel == "dkdv" else 0)) // (32 * warps)

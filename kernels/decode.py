@@ -299,13 +299,13 @@ def _pages(cache: Tensor, block_table: Tensor | None) -> tuple[Tensor | None, in
     return table, table.stride(0), cache.shape[1], table.shape[1] * cache.shape[1] if cache.shape[0] else 0
 
 
-def choose_splits(programs: int, keys: int, block_n: int, multiprocessors: int) -> int:
+def choose_splits(programs: int, keys: int, block_n: int, multiprocessors: int, split_programs: int) -> int:
     """Into how many parts to divide ``keys`` so that ``programs`` times as many fill the device.
 
-    Two programs per multiprocessor, at least four tiles of keys for each at full length, at most 128 parts. A function
-    of shapes alone: lengths are on the device, and a captured graph keeps its grid.
+    ``split_programs`` for each multiprocessor, at least four tiles of keys for each at full length, at most 128 parts.
+    A function of shapes alone: lengths are on the device, and a captured graph keeps its grid.
     """
-    return max(1, min(2 * multiprocessors // max(programs, 1), keys // (4 * block_n), 128))
+    return max(1, min(split_programs * multiprocessors // max(programs, 1), keys // (4 * block_n), 128))
 
 
 def kv_cache_append(
@@ -355,7 +355,7 @@ def attention_kvcache(
     group, total = q_heads // kv_heads, batch * q_heads * q_len
     architecture, widest = launch.architecture(q.device), max(head_dim, v_dim)
     cfg = config.lookup(
-        "decode", architecture, widest, q.element_size(), rows=group * q_len, paged=table is not None
+        "decode", architecture, widest, q.element_size(), rows=group * q_len, indirect=table is not None
     )  # fmt: skip
     programs = triton.cdiv(group * q_len, cfg.block_m) * batch * kv_heads
     if programs == 0:
@@ -363,7 +363,7 @@ def attention_kvcache(
     splits = num_splits
     if splits is None:
         keys = capacity if left is None or right is None else min(capacity, max(left + right + q_len, 0))
-        splits = choose_splits(programs, keys, cfg.block_n, launch.multiprocessors(q.device))
+        splits = choose_splits(programs, keys, cfg.block_n, launch.multiprocessors(q.device), cfg.split_programs)
     target, target_lse = out, lse
     if splits > 1:
         target = lse.new_empty((splits, total, v_dim))

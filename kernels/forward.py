@@ -158,7 +158,7 @@ def attention_forward(
     unit = launch.stride_unit(q, k, v, out)
     cfg = config.lookup(
         "forward", launch.architecture(q.device), max(head_dim, v_dim), q.element_size(),
-        reads_matrix=mask_op.by_row or bias_op.by_row,
+        reads_matrix=mask_op.by_row or bias_op.by_row, indirect=bool(block_mask),
     )  # fmt: skip
     programs = launch.tiles(q_len, cfg.block_m, cu_seqlens_q) * batch * q_heads
     if programs == 0:

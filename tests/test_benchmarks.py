@@ -22,6 +22,7 @@ import fastattn
 from benchmarks import (
     attention,
     bench_cpu,
+    bench_features,
     bench_forward,
     bench_layers,
     bench_overhead,
@@ -46,7 +47,6 @@ from benchmarks import (
 from benchmarks.device import CudaDevice, Device, DryRun
 from benchmarks.problems import Problem
 from benchmarks.runner import Bench, Cell
-from fastattn.kernels.config import LaunchConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Problem(2, 4, 4, 24, 16, "fp32")
@@ -279,6 +279,8 @@ FEATURES = {
     "causal, learned bias": {"bias": "learned", "causal": True}, "mask, bias": {"mask": "random", "bias": "constant"},
     "window": {"window": 5}, "causal, window": {"window": 5, "causal": True}, "alibi": {"alibi": True},
     "causal, alibi, bias": {"alibi": True, "bias": "constant", "causal": True},
+    "documents": {"pattern": "documents", "causal": True}, "prefix": {"pattern": "prefix"},
+    "strided": {"pattern": "strided", "causal": True, "length": 300, "batch": 1}, "block mask": {"pattern": "causal"},
 }  # fmt: skip
 MORE = {"softcap": {"softcap": 1.0}, "sinks": {"sinks": True}, "softcap, alibi": {"softcap": 1.0, "alibi": True}}
 
@@ -300,6 +302,26 @@ def test_adapter_computes_the_feature(name, feature):
     problem = dataclasses.replace(SMALL, **FEATURES[feature])
     inputs, prepared = prepare(name, problem)
     problems.check_output(prepared.to_heads(prepared.call()), problem, inputs, own=name == "fastattn")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_documents_are_the_documents_of_a_block_mask(batch):
+    problem = dataclasses.replace(SMALL, pattern="documents", causal=True, batch=batch, kv_heads=2)
+    assert len(problems.document_lengths(SMALL.length)) > 1 and sum(problems.document_lengths(1000)) == 1000
+    packed = dataclasses.replace(problem, packed=True)
+    inputs, prepared = prepare("fastattn", packed, grad=True)
+    problems.check_output(prepared.to_heads(prepared.call()), packed, inputs, own=True)
+    masked = gradients(prepare("fastattn", problem, grad=True)[1])
+    for ours, theirs in zip(gradients(prepared), masked, strict=True):
+        torch.testing.assert_close(ours.unflatten(0, (batch, -1)).transpose(1, 2), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", problems.PATTERNS)
+def test_pairs_of_a_pattern_are_those_of_its_mask(pattern):
+    problem = Problem(1, 1, 1, 700, 16, pattern=pattern, causal=pattern == "documents")
+    inputs = problems.make_inputs(problem, Device(), 0, False)
+    assert problem.pattern_pairs() == int(inputs.block_mask.to_dense().sum()) < 700 * 700
+    assert problem.flops("forward") == 4.0 * 16 * problem.pattern_pairs()
 
 
 @pytest.mark.parametrize("name", ["fastattn", "flex"])
@@ -373,6 +395,16 @@ def test_flash_attn_adapters(name, module, result, causal, monkeypatch):
     agrees(monkeypatch, name, dataclasses.replace(SMALL, kv_heads=2, causal=causal))
     with pytest.raises(peers.Cannot, match="no mask"):
         prepare(name, dataclasses.replace(SMALL, mask="random"))
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+        bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        return result(fastattn.attention_varlen(q, k, v, causal=causal, **bounds))
+
+    fake_module(monkeypatch, module, flash_attn_varlen_func=flash_attn_varlen_func)
+    agrees(monkeypatch, name, dataclasses.replace(SMALL, kv_heads=2, causal=causal, pattern="documents"))
+    with pytest.raises(peers.Cannot, match="documents alone"):
+        prepare(name, dataclasses.replace(SMALL, pattern="prefix"))
 
 
 def test_flash_attn_2_has_more(monkeypatch):
@@ -496,35 +528,6 @@ def test_backward_calls_can_be_repeated():
         call(repeat)
 
 
-# Parity gate
-
-
-def test_every_feature_is_in_the_matrix_and_the_gate():
-    for cases in (parity.matrix(), parity.gate(CudaDevice())):
-        assert {case.feature for case in cases} == set(parity.FEATURES)
-    dims = {(case.dtype, case.head_dim) for case in parity.gate(CudaDevice()) if case.feature == "causal"}
-    assert dims == set(itertools.product(("bf16", "fp16"), (64, 128, 256)))
-
-
-def test_gate_passes_here_and_finds_a_wrong_backend(monkeypatch):
-    case = parity.ParityCase("everything at once", "fp32", 64)
-    assert not list(parity.failures(DryRun(), [case]))
-    right = fastattn.attention
-    monkeypatch.setattr("fastattn.testing.attention", lambda *a, **o: tuple(1.01 * t for t in right(*a, **o)))
-    ((failed, reason),) = parity.failures(DryRun(), [case])
-    assert failed == case and reason.startswith("AssertionError: out: ")
-
-
-def test_outcomes_name_the_kernel_that_failed():
-    assert set(parity.outcomes("plain", None).items()) == {
-        (name, "passed") for name in ("forward", "delta", "dkdv", "dq")
-    }  # fmt: skip
-    wrong = parity.outcomes("bias gradient", "AssertionError: dk: largest error 1")
-    assert wrong["forward"] == wrong["dq"] == "passed"
-    assert wrong["dkdv"] == "failed" and wrong["dbias"] == "not reached"
-    assert set(parity.outcomes("plain", "OutOfResources: shared memory").values()) == {"error"}
-
-
 # Runs
 
 
@@ -542,9 +545,9 @@ def dry(tmp_path_factory):
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(parity, "gate", lambda device: [])  # once is enough: test_red_parity_records_nothing
         for suite, match in (
-            ("forward", "L=1024"), ("backward", "L=1024"), ("features", "L=1024"), ("layers", "L=1024"),
-            ("layers", "training step"), ("memory", "L=1024"), ("memory", "L=2048"), ("overhead", ""), ("cpu", "L=128"),
-            ("decode", "L=1024"),
+            ("forward", "L=1024"), ("backward", "L=1024"), ("features", "L=1024"), ("features", "L=16384"),
+            ("layers", "L=1024"), ("layers", "training step"), ("memory", "L=1024"), ("memory", "L=2048"),
+            ("overhead", ""), ("cpu", "L=128"), ("decode", "L=1024"),
         ):  # fmt: skip
             dry_run(folder, suite, "--match", match)
     return folder / "dry-run"
@@ -554,7 +557,7 @@ EXPECTED = {
     "forward": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
     "backward": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
     "features": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
-    "decode": {"fastattn", "sdpa", "torch"},
+    "decode": {"fastattn", "sdpa", "flex", "torch"},
     "layers": {"fastattn", "torch", "torch-compile", "sdpa", "sdpa-flash"},
     "memory": {"fastattn", "sdpa-flash", "sdpa-math", "torch"},
     "overhead": {"fastattn", "sdpa", "torch"},
@@ -573,9 +576,7 @@ def test_every_path_of_a_suite_runs(suite, dry):
             assert (r["p50_ms"] or r["peak_mib"]) and "cannot" not in r["note"], r
     own = {r["case"] for r in rows if r["provider"] == "fastattn"}
     if suite == "features":
-        from benchmarks.bench_features import FEATURES as TABLE
-
-        assert own == set(TABLE)
+        assert own == {*bench_features.FEATURES, *bench_features.LONG_FEATURES}
     if suite == "decode":
         assert all(float(r["mbytes"]) > 0 and float(r["of_copy"]) > 0 for r in rows if r["provider"] == "fastattn")
     if suite == "overhead":
@@ -596,6 +597,10 @@ def test_suites_by_device():
     assert {c.suite for c in runner.cells_of(runner.SUITES, CudaDevice())} == set(runner.SUITES) - {"cpu"}
     priorities = [c.priority for c in runner.cells_of(runner.SUITES, CudaDevice())]
     assert priorities == sorted(priorities) and priorities[0] == 0
+    decode = [c.label for c in runner.cells_of(["decode"], CudaDevice())]
+    assert all(label.startswith("32/8 heads") and label.endswith(("L=8192", "L=32768")) for label in decode[:6])
+    features = [c.label for c in runner.cells_of(["features"], CudaDevice())]
+    assert features[0] == "causal L=16384 forward" and "L=1024" in features[-1]
 
 
 def test_a_budget_keeps_the_most_important_cells(tmp_path, capsys, monkeypatch):
@@ -894,218 +899,6 @@ def test_every_block_has_a_text_with_and_without_data(name, dry, tmp_path):
 def test_texts_of_this_repository_are_what_the_data_says():
     assert readme.outdated() == [], "python -m benchmarks.readme --write"
     assert status.PAGE.read_text() == status.page(), "python -m benchmarks.status --write"
-
-
-# Status
-
-
-def check_row(kernel, outcome="passed", **columns):
-    base = {
-        "check": "parity", "kernel": kernel, "feature": "plain", "dtype": "bf16", "head_dim": "64", "outcome": outcome,
-        "gpu": "NVIDIA H100", "commit": "abc", "dirty": "no", "digest": "new", "date": "2026-12-01T00:00:00Z",
-    }  # fmt: skip
-    return base | columns
-
-
-def test_status_of_nothing(tmp_path):
-    text = status.page(tmp_path)
-    assert "**Nothing has run on any GPU yet.**" in text and "passed" not in text.replace("has passed where", "")
-
-
-def test_status_of_some_runs(tmp_path):
-    rows = [
-        check_row("forward"), check_row("dkdv", "failed", note="dk: largest error"),
-        check_row("dq", digest="old", dirty="yes"), check_row("", check="memcheck", feature="", dtype="", head_dim=""),
-    ]  # fmt: skip
-    results.upsert(tmp_path / "gpu" / "parity.csv", rows)
-    text = status.page(tmp_path, current="new")
-    line = next(line for line in text.splitlines() if line.startswith("| plain"))
-    cells = [cell.strip() for cell in line.split("|")[3:]]
-    assert cells[0] == "passed 1/7 at abc" and cells[1] == "never run" and cells[4] == "-"
-    assert cells[2] == "**failed** 1/1, first bf16 64 at abc" and cells[3] == "passed 1/7 at abc+, older kernels"
-    assert "| memcheck | compute-sanitizer memcheck | passed at abc |" in text and "## NVIDIA H100" in text
-
-
-# GPU scripts
-
-
-def test_gpu_check_dry_run(tmp_path, capsys, monkeypatch):
-    few = [parity.ParityCase(feature, "bf16", 64) for feature in ("plain", "everything at once")]
-    monkeypatch.setattr(parity, "matrix", lambda: few)
-    arguments = ["--dry-run", "--output", str(tmp_path), "--steps", "parity", "repeats", "sanitizer"]
-    assert gpu_check.main(arguments) == 0
-    rows = results.read(tmp_path / "dry-run" / "parity.csv")
-    outcomes = Counter((r["check"], r["outcome"]) for r in rows)
-    assert outcomes["parity", "passed"] == 4 + 5 and outcomes["race", "passed"] == 2
-    assert outcomes["determinism", "passed"] == 1 and outcomes["memcheck", "not run"] == 1
-    assert "parity             2       0      0        0" in capsys.readouterr().out
-
-
-def test_gpu_check_reports_what_fails(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(parity, "matrix", lambda: [parity.ParityCase("plain", "bf16", 64)])
-    right, calls = fastattn.attention, itertools.count()
-    monkeypatch.setattr(fastattn, "attention", lambda *a, **o: right(*a, **o) * (1.0 + next(calls)))  # never the same
-    monkeypatch.setattr("fastattn.testing.attention", lambda *a, **o: tuple(1.01 * t for t in right(*a, **o)))
-    assert gpu_check.main(["--dry-run", "--output", str(tmp_path), "--steps", "parity", "repeats"]) == 1
-    rows = {(r["check"], r["kernel"]): r for r in results.read(tmp_path / "dry-run" / "parity.csv")}
-    assert rows["parity", "forward"]["outcome"] == "failed" and rows["parity", "dq"]["outcome"] == "not reached"
-    assert rows["determinism", "forward, backward"]["note"] == "1x239: 2 of 2 repeats differ"
-    assert "determinism: causal, head dim 16: 1x239: 2 of 2 repeats differ" in capsys.readouterr().out
-
-
-def make_checks(tmp_path, step=1.0, seconds=100.0):
-    stamp = provenance.provenance(DryRun())
-    return gpu_check.Checks(DryRun(step), tmp_path, seconds, stamp, Counter(), [])
-
-
-def test_gpu_check_out_of_time(tmp_path):
-    checks = make_checks(tmp_path, seconds=0.0)
-    gpu_check.check_parity(checks)
-    gpu_check.check_repeats(checks)
-    assert {outcome for _, outcome in checks.tally} == {"not run"}
-
-
-def test_device_tests_are_selected_and_recorded(tmp_path):
-    (tmp_path / "test_some.py").write_text(
-        "import pytest\n"
-        "@pytest.fixture\ndef device(): return 'cpu'\n"
-        "def test_host(): pass\n"
-        "def test_on_device(device): pass\n"
-        "def test_wrong(device): assert False\n"
-    )
-    script = (
-        "import sys, collections, pytest\nfrom pathlib import Path\n"
-        "from benchmarks import gpu_check, device\n"
-        "checks = gpu_check.Checks(device.DryRun(), Path('out'), 1e9, {}, collections.Counter(), [])\n"
-        "recorder = gpu_check.Recorder(checks)\n"
-        "pytest.main(['test_some.py', '-q', '-p', 'benchmarks.only_device', '-p', 'no:cacheprovider'],"
-        " plugins=[recorder])\nrecorder.store()\nprint(dict(checks.tally))\n"
-    )
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert "{('tests', 'passed'): 1, ('tests', 'failed'): 1}" in result.stdout, result.stdout + result.stderr
-    (recorded,) = results.read(tmp_path / "out" / "dry-run" / "parity.csv")
-    assert (recorded["outcome"], recorded["feature"]) == ("failed", "test_some.py")
-    assert recorded["note"] == "1 failed, 1 passed: test_wrong"
-
-
-@pytest.mark.parametrize(
-    "code, text, outcome",
-    [
-        (0, "========= ERROR SUMMARY: 0 errors", "passed"),
-        (99, "========= ERROR SUMMARY: 2 errors", "failed"),
-        (1, "Device not supported", "not run"),
-    ],
-)
-def test_sanitizer_outcomes(code, text, outcome, tmp_path):
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!/bin/sh\necho '{text}'\nexit {code}\n")
-    tool.chmod(0o755)
-    assert gpu_check.run_sanitizer(str(tool), "memcheck", 10.0) == (outcome, text)
-
-
-def test_sanitizer_that_does_not_finish(tmp_path):
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text("#!/bin/sh\nexec sleep 20\n")
-    tool.chmod(0o755)
-    assert gpu_check.run_sanitizer(str(tool), "memcheck", 0.2)[0] == "not run"
-
-
-def test_tuner_dry_run_launches_and_finds_a_winner(tmp_path, capsys):
-    arguments = ["--dry-run", "--output", str(tmp_path), "--match", "forward bf16 D=64"]
-    assert gpu_tune.main(arguments) == 0
-    rows = results.read(tmp_path / "dry-run" / "tune.csv")
-    assert len(rows) == 6 and Counter(r["stage"] for r in rows)["winner"] == 2
-    assert all(r["p50_ms"] and r["tflops"] and r["digest"] for r in rows)
-    out = capsys.readouterr().out
-    assert "2 of 2 searches" in out and "forward: 64: (" in out
-    assert gpu_tune.main(["--table", str(tmp_path / "dry-run" / "tune.csv")]) == 0
-    assert capsys.readouterr().out.strip() in out
-
-
-def test_tuner_runs_backward_kernels(tmp_path, capsys):
-    assert gpu_tune.main(["--dry-run", "--output", str(tmp_path), "--match", "dq bf16 D=64 causal"]) == 0
-    assert "1 of 1 searches" in capsys.readouterr().out
-
-
-def test_tuner_varies_one_kernel():
-    from fastattn.kernels import config
-
-    candidate = LaunchConfig(16, 16, 1, 1)
-    usual = config.lookup("forward", "sm_90", 64, 2)
-    with gpu_tune.only("dkdv", candidate):
-        assert config.lookup("dkdv", "sm_90", 64, 2) == candidate
-        assert config.lookup("forward", "sm_90", 64, 2) == usual
-
-
-def test_tuner_order_and_pruning(monkeypatch):
-    group = gpu_tune.Group("forward", "bf16", 128, True)
-    pool = gpu_tune.candidates(group, "sm_90", {})
-    assert len(pool) == len(set(pool)) > 10
-    spilling = pool[1]
-    fact = group.key(spilling) | {"spills": "8", "digest": "old"}
-    facts = {tuple(group.key(spilling).values()): fact}
-    assert gpu_tune.candidates(group, "sm_90", facts)[-1] == spilling
-    fact["digest"] = provenance.digest()
-    assert spilling not in gpu_tune.candidates(group, "sm_90", facts)
-    assert gpu_tune.groups()[0] == group
-
-
-def test_tuner_records_what_does_not_compile(tmp_path):
-    group = gpu_tune.Group("forward", "bf16", 64, False)
-    tuner = gpu_tune.Tuner(DryRun(), tmp_path, 1e9, 0.01, provenance.provenance(DryRun()))
-    pool = gpu_tune.candidates(group, "sm_90", {})[:2]
-
-    def run():
-        from fastattn.kernels import config
-
-        if config.lookup("forward", "sm_90", 64, 2) == pool[1]:
-            raise RuntimeError("out of resource: shared memory")
-
-    medians = tuner.measure(group, pool, run, "search")
-    assert medians.keys() == {pool[0]}
-    bad = results.read(tmp_path / "dry-run" / "tune.csv")[0]
-    assert bad["note"] == "cannot: out of resource: shared memory"
-
-
-def test_tuner_skips_a_fast_winner_that_is_wrong(tmp_path, monkeypatch):
-    group = gpu_tune.Group("forward", "bf16", 64, False)
-    tuner = gpu_tune.Tuner(DryRun(), tmp_path, 1e9, 0.01, provenance.provenance(DryRun()))
-    pool = gpu_tune.candidates(group, "sm_90", {})[:3]
-    monkeypatch.setattr(gpu_tune, "runnable", lambda group, problem, device: lambda: None)
-    monkeypatch.setattr(tuner, "parity_error", lambda group, c: "out: wrong" if c == pool[0] else None)
-    tuner.search(group, pool)
-    stages = {gpu_tune.config_of(r): r["stage"] for r in results.read(tmp_path / "dry-run" / "tune.csv")}
-    assert stages[pool[0]] == "wrong" and stages[pool[1]] == "winner"
-
-
-def test_float16_searches_start_from_bfloat16(tmp_path):
-    tuner = gpu_tune.Tuner(DryRun(), tmp_path, 1e9, 0.01, provenance.provenance(DryRun()))
-    twin, group = gpu_tune.Group("forward", "bf16", 64, False), gpu_tune.Group("forward", "fp16", 64, False)
-    pool = gpu_tune.candidates(group, "sm_90", {})
-    assert tuner.shortlist(group, pool) == pool
-    for number, candidate in enumerate(pool):
-        tuner.record(twin, candidate, "search", (1.0, 100.0 - number, 1.0))
-    assert tuner.shortlist(group, pool) == [pool[0], *pool[: -gpu_tune.CHUNK - 1 : -1]]
-    assert tuner.shortlist(twin, pool) == pool
-
-
-def test_resource_facts_are_stored(tmp_path, monkeypatch):
-    pytest.importorskip("triton")
-    from benchmarks import compile_report
-
-    def compile_case(case):
-        return compile_report.Result(**dataclasses.asdict(case), registers=168, spills=4)
-
-    monkeypatch.setattr(compile_report, "compile_case", compile_case)
-    group = gpu_tune.Group("forward", "bf16", 64, False)
-    candidate = gpu_tune.candidates(group, "sm_90", {})[0]
-    path = tmp_path / "resources-sm_90.csv"
-    results.upsert(path, [gpu_tune.resource_row("sm_90", group, candidate)])
-    (fact,) = results.read(path)
-    assert (fact["registers"], fact["spills"], fact["digest"]) == ("168", "4", provenance.digest())
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -39,6 +39,9 @@ def test_hopper_defaults_fit(dim, tmp_path):
         assert row["spills"] == 0, describe(row)
         if row["kernel"] in ("forward", "dkdv", "dq"):  # tiles of a decode step are too short for wgmma
             assert row["wgmma"] > 0 and not row["serialised"], describe(row)
+    shared = {(row["kernel"], row["feature"]): row["shared"] for row in rows}
+    for kernel in ("forward", "dkdv", "dq"):  # as many tiles are loaded ahead where a block mask says which
+        assert shared[kernel, "block_mask"] >= shared[kernel, "plain"], shared
 
 
 @pytest.mark.slow

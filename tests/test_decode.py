@@ -12,8 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
 from fastattn import attention_with_kvcache, reference
-from fastattn.spec import make_spec
-from fastattn.testing import _rounding_effects, assert_parity
+from fastattn.testing import assert_parity, check_kvcache
 
 NAN = float("nan")
 PAGES = (0, 16, 48, 64)
@@ -21,7 +20,7 @@ PAGES = (0, 16, 48, 64)
 
 @dataclasses.dataclass
 class Problem:
-    """A cache that holds ``lens`` tokens and NaN elsewhere, the tokens to append, and what it all stands for."""
+    """A cache that holds ``lens`` tokens and NaN elsewhere, and the tokens to append."""
 
     q: torch.Tensor
     k_cache: torch.Tensor
@@ -30,9 +29,6 @@ class Problem:
     v: torch.Tensor | None
     table: torch.Tensor | None
     lens: torch.Tensor
-    keys: torch.Tensor  # (B, Hk, capacity, D): position by position what the cache should hold
-    values: torch.Tensor
-    new: int
 
     def run(self, **options):
         given = {"cache_lens": self.lens, "block_table": self.table, **options}
@@ -40,10 +36,6 @@ class Problem:
 
     def copy(self):
         return dataclasses.replace(self, k_cache=self.k_cache.clone(), v_cache=self.v_cache.clone())
-
-    def rows(self, cache, entry):
-        """(capacity, Hk, D) of one batch entry."""
-        return cache[entry] if self.table is None else cache[self.table[entry].long()].flatten(0, 1)
 
 
 def make_problem(
@@ -85,71 +77,15 @@ def make_problem(
         if strided:
             k, v = k.mT.contiguous().mT, v.transpose(1, 2).contiguous().transpose(1, 2)
     lens = torch.tensor(lens, device=device, dtype=torch.int32)
-    return Problem(q, caches[0], caches[1], k, v, table, lens, keys, values, new)
+    return Problem(q, caches[0], caches[1], k, v, table, lens)
 
 
-def specification(problem, dtype, options):
-    """(out, lse) of `reference.attention` in ``dtype``, over the keys of one batch entry at a time; for float64 also
-    the sizes of what is summed on the way to each of them.
-    """
-    outs, lses, sizes = [], [], []
-    for entry, n in enumerate(problem.lens.tolist()):
-        q, k, v = (
-            t[entry : entry + 1].to(dtype)
-            for t in (problem.q, problem.keys[:, :, : n + problem.new], problem.values[:, :, : n + problem.new])
-        )
-        own = {"causal": True, **options}
-        for name in ("alibi_slopes", "sinks"):
-            if own.get(name) is not None:
-                own[name] = own[name].to(torch.float64 if dtype == DOUBLE else torch.float32)
-        if own.get("alibi_slopes") is not None and own["alibi_slopes"].ndim == 2:
-            own["alibi_slopes"] = own["alibi_slopes"][entry]
-        spec = make_spec(q, k, v, **own)
-        out, lse = reference.attention(
-            q, k, v, None, None, spec.alibi_slopes, spec.sinks, left=spec.left, right=spec.right,
-            q_offset=spec.q_offset, scale=spec.scale, softcap=spec.softcap,
-        )  # fmt: skip
-        outs.append(out)
-        lses.append(lse)
-        if dtype == DOUBLE:
-            effects = _rounding_effects({"q": q, "k": k, "v": v, "dout": out}, own, 0, out, lse, out)
-            sizes.append((effects["out"][0], effects["lse"][0]))
-    if dtype == DOUBLE:
-        return torch.cat(outs), torch.cat(lses), *(torch.cat(parts) for parts in zip(*sizes, strict=True))
-    return torch.cat(outs), torch.cat(lses)
-
-
-def check(problem, backend="triton", num_splits=None, **options):
+def check(problem, backend="triton", num_splits=None, cache_lens=None, **options):
     """Hold a call to the rule, and see that it wrote what it should and nothing else."""
-    before = problem.copy()
-    out, lse = problem.run(backend=backend, num_splits=num_splits, return_lse=True, **options)
-    expected, expected_lse, out_size, lse_size = specification(problem, DOUBLE, options)
-    dtype = problem.q.dtype
-    eager, eager_lse, *_ = specification(problem, dtype, options)
-    if dtype.itemsize < 4:
-        eager_lse = specification(problem, SINGLE, options)[1]
-    assert out.dtype == dtype and lse.dtype == (DOUBLE if dtype == DOUBLE else SINGLE)
-    assert_parity(out, expected, eager, "out", out_size)
-    assert_parity(lse, expected_lse, eager_lse, "lse", lse_size)
-    check_written(problem, before)
-    return out, lse
-
-
-def check_written(problem, before):
-    """The new rows are there bit by bit; every other element of the caches is what it was."""
-    for name, content, new in (("k_cache", problem.keys, problem.k), ("v_cache", problem.values, problem.v)):
-        cache, old = getattr(problem, name), getattr(before, name).clone()
-        for entry, n in enumerate(problem.lens.tolist()):
-            rows = problem.rows(cache, entry)[n : n + problem.new]
-            assert torch.equal(rows, content[entry, :, n : n + problem.new].transpose(0, 1)), name
-            for j in range(n, n + problem.new):
-                place = (entry, j)
-                if problem.table is not None:
-                    size = cache.shape[1]
-                    place = (int(problem.table[entry, j // size]), j % size)
-                old[place] = cache[place]
-        assert torch.equal(cache.nan_to_num(nan=9e4), old.nan_to_num(nan=9e4)), name
-        assert new is None or not new.isnan().any()
+    check_kvcache(
+        problem.q, problem.k_cache, problem.v_cache, problem.k, problem.v, block_table=problem.table, backend=backend,
+        cache_lens=problem.lens if cache_lens is None else cache_lens, num_splits=num_splits, **options,
+    )  # fmt: skip
 
 
 # --- Parity ----------------------------------------------------------------------------------------------------------
@@ -237,13 +173,10 @@ def test_pytorch_kernel(q_len, causal, as_int):
     new = q_len if q_len != 4 else 2
     problem = make_problem("cpu", (0 if q_len == 20 else 30,) * 2, new=new, q_len=q_len, dims=(16, 24))
     lens = int(problem.lens[0]) if as_int else problem.lens
-    expected, _, size, _ = specification(problem, DOUBLE, {"causal": causal})
-    eager, _ = specification(problem, SINGLE, {"causal": causal})
-    before = problem.copy()
-    out = problem.run(cache_lens=lens, causal=causal)
-    assert torch.equal(out, before.copy().run(cache_lens=lens, causal=causal, backend="torch"))
-    assert_parity(out, expected, eager, "out", size)
-    check_written(problem, before)
+    chosen, named = problem.copy(), problem.copy()
+    options = {"cache_lens": lens, "causal": causal}
+    assert torch.equal(chosen.run(**options), named.run(**options, backend="torch"))
+    check(problem, None, lse=False, **options)
 
 
 # --- What counts, and what does not ----------------------------------------------------------------------------------
@@ -486,11 +419,11 @@ def test_autocast_casts_what_is_new():
 
 def test_the_number_of_splits():
     decode = pytest.importorskip("fastattn.kernels.decode")
-    assert decode.choose_splits(programs=8, keys=1 << 17, block_n=64, multiprocessors=132) == 33
-    assert decode.choose_splits(programs=1, keys=1 << 17, block_n=64, multiprocessors=132) == 128
-    assert decode.choose_splits(programs=8, keys=512, block_n=64, multiprocessors=132) == 2
-    assert decode.choose_splits(programs=1024, keys=1 << 17, block_n=64, multiprocessors=132) == 1
-    assert decode.choose_splits(programs=1, keys=0, block_n=64, multiprocessors=132) == 1
+    assert decode.choose_splits(programs=8, keys=1 << 17, block_n=64, multiprocessors=132, split_programs=2) == 33
+    assert decode.choose_splits(programs=1, keys=1 << 17, block_n=64, multiprocessors=132, split_programs=2) == 128
+    assert decode.choose_splits(programs=8, keys=512, block_n=64, multiprocessors=132, split_programs=2) == 2
+    assert decode.choose_splits(programs=1024, keys=1 << 17, block_n=64, multiprocessors=132, split_programs=2) == 1
+    assert decode.choose_splits(programs=1, keys=0, block_n=64, multiprocessors=132, split_programs=2) == 1
 
 
 COUNT_SPECIALISATIONS = """

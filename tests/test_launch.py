@@ -1,5 +1,6 @@
 """What is decided on the host: configurations, strides, grids, 64-bit offsets, precision of float32 products."""
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -69,6 +70,13 @@ def test_head_dims_share_the_configuration_of_the_next_table_entry():
             assert len(set(by_dim)) == 1
 
 
+@pytest.mark.parametrize("architecture", GPU_ARCHITECTURES)
+def test_tiles_found_through_memory_take_more_stages(architecture):
+    for kernel in ("forward", "dkdv", "dq", "decode"):
+        usual, indirect = (config.lookup(kernel, architecture, 128, 2, indirect=flag) for flag in (False, True))
+        assert indirect == dataclasses.replace(usual, num_stages=2 * usual.num_stages - 1)
+
+
 def test_configurations_cannot_be_changed():
     with pytest.raises(AttributeError):
         config.lookup("forward", "sm_90", 64, 2).block_m = 7
@@ -88,7 +96,7 @@ def test_an_override_ends_with_its_block():
     assert config.lookup("dq", "sm_90", 64, 2) == default
 
 
-@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias"])
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias", "decode"])
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
 def test_the_search_space_is_not_empty_and_has_no_duplicates(kernel, dim):
     space = config.search_space(kernel, dim)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from attention_cases import BFLOAT, DOUBLE, DTYPE_NAMES, HALF, SINGLE, make_bias, make_mask, make_qkv
 
-from fastattn import reference
+from fastattn import reference, testing
 from fastattn.testing import FACTOR, assert_parity, check_attention, rounding_floor
 
 DTYPES = [HALF, BFLOAT, SINGLE]
@@ -262,3 +262,32 @@ def test_inputs_are_left_alone():
     check_attention(q, k, v, backend="reference", bias=bias)
     assert all(torch.equal(x, copy) for x, copy in zip((q, k, v, bias), copies, strict=True))
     assert bias.grad is None and not q.requires_grad
+
+
+def test_a_wrong_cache_is_found(monkeypatch):
+    q, cache, new = torch.randn(2, 2, 1, 8), torch.full((2, 16, 2, 8), torch.nan), torch.randn(2, 2, 3, 8)
+
+    def check():
+        testing.check_kvcache(q, cache.clone(), cache.clone(), new, new, cache_lens=torch.tensor([0, 5]))
+
+    cache[1, :5] = 0.5
+    check()
+    right = testing.attention_with_kvcache
+
+    def wrong(damage):
+        def function(q, k_cache, v_cache, *arguments, **options):
+            out, lse = right(q, k_cache, v_cache, *arguments, **options)
+            return damage(k_cache, v_cache, out, lse) or (out, lse)
+
+        return function
+
+    damages = {
+        "k_cache: not the new rows": lambda k_cache, v_cache, out, lse: k_cache[0, 9].zero_() is None,
+        "v_cache: not the new rows": lambda k_cache, v_cache, out, lse: v_cache[1, 7].mul_(2) is None,
+        "out: largest error": lambda k_cache, v_cache, out, lse: (1.01 * out, lse),
+        "lse: largest error": lambda k_cache, v_cache, out, lse: (out, 1.01 * lse),
+    }
+    for text, damage in damages.items():
+        monkeypatch.setattr(testing, "attention_with_kvcache", wrong(damage))
+        with pytest.raises(AssertionError, match=text):
+            check()
