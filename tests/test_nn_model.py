@@ -45,6 +45,16 @@ CACHES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _on_device(device):
+    """Models and inputs are made on the GPU where there is one."""
+    if device == "cpu":
+        yield
+    else:
+        with torch.device(device):
+            yield
+
+
 def make_lm(**options):
     """A small CausalLM in evaluation mode, its parameters large enough that every option matters."""
     model = fnn.CausalLM(fnn.CausalLMConfig(vocab_size=V, **SMALL | {"init_std": 0.3} | options)).eval()
@@ -307,7 +317,7 @@ def test_a_compiled_step_is_compiled_twice_at_most(kind):
 def test_half_precision_and_autocast():
     model, tokens = make_lm(), torch.randint(V, (N, L))
     exact = in_float64(model, tokens)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(tokens.device.type, torch.bfloat16):
         full = model(tokens)
         cache = model.make_cache(N, L)
         assert cache.k[0].dtype == torch.bfloat16

@@ -230,6 +230,34 @@ def check_derivatives(device):
         assert_parity(ours, derivative("reference", *exact), eager, intermediate=ours.abs().max().item())
 
 
+@feature("models with RoPE, caches and generation", "yes, sequence-to-sequence too")
+def check_models(device):
+    config = {"d_model": 32, "num_layers": 2, "num_heads": 4}
+    lm = fastattn.nn.CausalLM(fastattn.nn.CausalLMConfig(vocab_size=11, **config)).to(device).eval()
+    prompt = torch.randint(11, (2, 4), device=device)
+    new = fastattn.generate(lm, prompt, 3).tokens
+    assert torch.equal(new, lm(torch.cat([prompt, new], dim=1))[:, 3:-1].argmax(-1))
+    stack = fastattn.nn.TransformerConfig(**config)
+    both = fastattn.nn.EncoderDecoderConfig(encoder=stack, decoder=stack, source_vocab_size=11)
+    answers = fastattn.nn.EncoderDecoder(both).to(device).eval()
+    new = fastattn.generate(answers, prompt, 3, start=1).tokens
+    target = torch.cat([torch.ones_like(new[:, :1]), new], dim=1)
+    assert torch.equal(new, answers(prompt, target)[:, :-1].argmax(-1))
+
+
+@feature("PyTorch's own attention, rerouted and restored", "yes, `activate()`")
+def check_activate(device):
+    q, k, v = make_qkv(device, (20, 20), dtype=SINGLE)
+
+    def call(dtype=SINGLE):
+        return torch.nn.functional.scaled_dot_product_attention(*(t.to(dtype) for t in (q, k, v)), is_causal=True)
+
+    before = call()
+    with fastattn.activate(backend="reference"):
+        assert_parity(call(), call(torch.float64), before)
+    assert torch.equal(call(), before)
+
+
 @feature("measured on a GPU", "**not yet**")
 def check_not_measured(device):
     assert "**Nothing has run on any GPU yet.**" in (README.parent / "docs" / "status.md").read_text()
