@@ -142,11 +142,12 @@ def test_import_changes_nothing_in_torch():
 # Which part of the package may import which others. A part is a module or subpackage of fastattn, "" fastattn
 # itself. Implementations (reference, kernels) stand at the end of every arrow, so none imports another.
 ARROWS = {
-    "__init__": {"backends", "block_mask", "convert", "functional", "kvcache", "nn"},
+    "__init__": {"backends", "block_mask", "convert", "functional", "generation", "kvcache", "nn"},
     "__main__": {""},
-    "examples": {"", "convert", "functional", "integrations", "nn"},
+    "examples": {"", "convert", "functional", "generation", "integrations", "nn"},
     "convert": {"functional", "nn"},
     "integrations": {"functional"},
+    "generation": {"nn"},
     "nn": {"functional", "kvcache", "nn"},
     "testing": {"functional", "ops", "reference", "spec"},
     "functional": {"backends", "block_mask", "ops", "spec"},
