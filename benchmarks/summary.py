@@ -136,6 +136,7 @@ UNITS = {
     "memory": "MiB at the peak",
     "cpu": "least ms",
     "layers": "median ms",
+    "generation": "median ms",
     "features": "TFLOP/s",
     "decode": "median us",
 }

@@ -154,8 +154,7 @@ def generate(
     scores = torch.zeros(run.target.shape[0], device=run.target.device)
     with _evaluating(model):
         for token, logits, running in _steps(run):
-            logits = logits.float()
-            score = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(1)
+            score = logits.float().log_softmax(1).gather(1, token[:, None]).squeeze(1)
             scores += score if running is None else score.where(running, 0.0)
             tokens.append(token)
             alive.append(torch.ones_like(token, dtype=torch.bool) if running is None else running)

@@ -29,7 +29,7 @@ class _Stack(nn.Module):
         self.config = config
         absolute = isinstance(config.position, (Learned, Sinusoidal))
         self.position = _encoding(config) if absolute else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, cross, layer) for layer in range(config.num_layers))
         final_norm = config.norm_first if config.final_norm is None else config.final_norm
         self.norm = make_norm(config, config.d_model) if final_norm else None
