@@ -99,6 +99,28 @@ class Device:
         call(0)
         return time.perf_counter() - start
 
+    def time_long(self, calls: Mapping[str, Call], repeats: int = 3, seconds: float = 20.0) -> dict[str, Timing]:
+        """Time calls that take seconds and end with a result on the host's clock; they have been called once already.
+
+        Args:
+            calls: by name; each is given its repeat index.
+            repeats: of each.
+            seconds: a call that has taken so long altogether is not repeated.
+        """
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        for repeat in range(repeats):
+            for name in rotated(list(calls), repeat):
+                if sum(samples[name]) < seconds * 1e3:
+                    self.synchronize()
+                    start = time.perf_counter()
+                    calls[name](repeat)
+                    self.synchronize()
+                    samples[name].append((time.perf_counter() - start) * 1e3)
+        return {name: summarize(values) for name, values in samples.items()}
+
+    def synchronize(self) -> None:
+        """Wait until all that was asked for is done."""
+
     def host_time(self, calls: Mapping[str, Call], seconds: float = 0.1) -> dict[str, Timing]:
         """Time that the calling thread needs, in blocks long enough for the clock."""
         return self.time(calls, seconds, block_seconds=1e-3)
@@ -209,6 +231,9 @@ class CudaDevice(Device):
         del result
         return peak / 2**20
 
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
     def capture(self, call: Callable[[], Any]) -> Callable[[], Any] | None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -261,6 +286,9 @@ class DryRun(Device):
         self.timings += 1
         return {name: Timing(*(x * (1.0 + 0.25 * i) for x in (0.9, 1.0, 1.1, 0.8)), 5) for i, name in enumerate(calls)}
 
+    def time_long(self, calls: Mapping[str, Call], repeats: int = 3, seconds: float = 20.0) -> dict[str, Timing]:
+        return self.time(calls)
+
     def peak_memory(self, call: Callable[[], Any]) -> float | None:
         call()
         self.now += self.step
@@ -288,6 +316,9 @@ class Compiling(CudaDevice):
         return {name: Timing(1.0, 1.0, 1.0, 1.0, 1) for name in calls}
 
     def host_time(self, calls: Mapping[str, Call], seconds: float = 0.1) -> dict[str, Timing]:
+        return self.time(calls)
+
+    def time_long(self, calls: Mapping[str, Call], repeats: int = 3, seconds: float = 20.0) -> dict[str, Timing]:
         return self.time(calls)
 
     def pause(self) -> None:

@@ -127,6 +127,8 @@ BLOCKS: dict[str, Callable[[Data], str]] = {
     "layers": suite_block("layers", gpu=True),
     "memory": suite_block("memory", gpu=True),
     "cpu": suite_block("cpu", gpu=False),
+    "generation": suite_block("generation", gpu=True),
+    "generation-cpu": suite_block("generation", gpu=False),
     "overhead": overhead_block,
     "first-call": first_call_block,
     "overhead-us": added_microseconds("sdpa"),

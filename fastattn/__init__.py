@@ -6,14 +6,18 @@ from .backends import Explanation
 from .block_mask import BlockMask
 from .convert import ConversionReport, convert, revert
 from .functional import attention, attention_varlen, explain, scaled_dot_product_attention
+from .generation import BeamSearch, Generated, Sampling, generate, stream
 from .kvcache import attention_with_kvcache
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BeamSearch",
     "BlockMask",
     "ConversionReport",
     "Explanation",
+    "Generated",
+    "Sampling",
     "activate",
     "attention",
     "attention_varlen",
@@ -22,7 +26,9 @@ __all__ = [
     "deactivate",
     "explain",
     "flops",
+    "generate",
     "nn",
     "revert",
     "scaled_dot_product_attention",
+    "stream",
 ]

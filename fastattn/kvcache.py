@@ -1,7 +1,7 @@
 """Attention over a KV cache, as inference needs it: the public function, its validation and its choice of a backend."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
 import torch
@@ -128,13 +128,13 @@ def attention_with_kvcache(
         left = None
     lens, length = _lengths(cache_lens, q, added, capacity, block_table, k_cache.shape[0])
 
-    reasons = {
-        "triton": _triton_reasons(q, v_cache),
-        "cuda": ["this version has no CUDA C++ kernels yet"],
-        "torch": _torch_reasons(
+    reasons: dict[str, Callable[[], list[str]]] = {
+        "triton": lambda: _triton_reasons(q, v_cache),
+        "cuda": lambda: ["this version has no CUDA C++ kernels yet"],
+        "torch": lambda: _torch_reasons(
             q, length, block_table, left, right, softcap, alibi_slopes, sinks, scale, capacity, return_lse
         ),
-        "reference": [],
+        "reference": lambda: [],
     }
     chosen = _choose(reasons, q.device.type, backend)
     if k is not None and v is not None:
@@ -222,7 +222,8 @@ def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v:
             raise ValueError(f"{name}.shape: expected (B, Hk, Lnew, D) == {expected}, got {tuple(x.shape)}")
         if cache.requires_grad:
             raise ValueError(f"{name}_cache.requires_grad: expected False, since {name} is written into it in place")
-        if any(step == 0 and size > 1 for step, size in zip(cache.stride(), cache.shape, strict=True)):
+        strides = cache.stride()
+        if 0 in strides and any(step == 0 and size > 1 for step, size in zip(strides, cache.shape, strict=True)):
             raise ValueError(
                 f"{name}_cache: expected every element in a place of its own, got strides {cache.stride()}"
             )
@@ -329,13 +330,13 @@ def _torch_reasons(
     return reasons
 
 
-def _choose(reasons: dict[str, list[str]], device_type: str, backend: str | None) -> str:
+def _choose(reasons: dict[str, Callable[[], list[str]]], device_type: str, backend: str | None) -> str:
     """As `backends.choose`: the backend asked for, or the first in order of preference that can."""
     if backend is None:
         preference = backends._PREFERENCE.get(device_type, backends._PREFERENCE_ELSEWHERE)
-        return next(name for name in preference if not reasons[name])
+        return next(name for name in preference if not reasons[name]())
     if not isinstance(backend, str) or backend not in reasons:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, backends.BACKENDS))} or None, got {backend!r}")
-    if reasons[backend]:
-        raise ValueError(f"backend {backend!r} cannot serve this call: {'; '.join(reasons[backend])}")
+    if found := reasons[backend]():
+        raise ValueError(f"backend {backend!r} cannot serve this call: {'; '.join(found)}")
     return backend

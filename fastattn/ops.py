@@ -22,7 +22,7 @@ from torch.library import Library
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
-from .spec import AttentionSpec, make_spec
+from .spec import AttentionSpec
 
 _LIBRARY = Library("fastattn", "DEF")
 _OPTIONS = "SymInt? left, SymInt? right, SymInt? q_offset, float scale, float? softcap, float dropout_p, str backend"
@@ -462,6 +462,15 @@ def _kvcache_buffers(q: Tensor, v_cache: Tensor, backend: str) -> tuple[Tensor, 
     return out, q.new_empty(0, dtype=lse.dtype) if backend == "torch" else lse  # which has no lse
 
 
+def _cached_spec(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int | None, right: int | None, scale: float
+) -> AttentionSpec:
+    """Attention to the first ``length`` entries of contiguous caches."""
+    keys, values = (cache[:, :length].transpose(1, 2) for cache in (k_cache, v_cache))
+    no_terms = (None,) * 5
+    return AttentionSpec(q, keys, values, *no_terms, None, right, 0, scale, None, 0.0, return_lse=False)
+
+
 def _kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, lens: Tensor, block_table: Tensor | None, added: int, length: int | None, left: int | None,
@@ -470,8 +479,7 @@ def _kvcache(
     out, lse = _kvcache_buffers(q, v_cache, backend)
     with without_autocast(q.device):
         if backend == "torch":
-            keys, values = (cache[:, :length].transpose(1, 2) for cache in (k_cache, v_cache))
-            out.copy_(_torch_attention(make_spec(q, keys, values, causal=right == 0, q_offset=0, scale=scale)))
+            out.copy_(_torch_attention(_cached_spec(q, k_cache, v_cache, length, right, scale)))
         else:
             _implementation(backend, "decode").attention_kvcache(
                 out, lse, q, k_cache, v_cache, lens, block_table, alibi_slopes, sinks, added=added, length=length,
@@ -515,8 +523,12 @@ class _KVCacheAttention(torch.autograd.Function):
         )
 
 
+def _wants_gradient(*args: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+
+
 def _kvcache_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args[:7]):
+    if _wants_gradient(*args[:7]):
         return _KVCacheAttention.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return _KVCACHE(*args)
@@ -534,11 +546,23 @@ torch.library.register_fake(
 )
 
 
+# In eager mode PyTorch's own functions are called as they are: on a CPU an operator of ours would cost a decode step as
+# much again as the attention in it.
+
+
 def kv_cache_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None, backend: str
 ) -> None:
     """Write new entries into the caches, in place; the torch backend has the reference's way of doing so."""
-    _APPEND(k_cache, v_cache, k, v, lens, block_table, "reference" if backend == "torch" else backend)
+    if backend == "torch" and not torch.compiler.is_compiling():
+        return _append(k_cache, v_cache, k, v, lens, block_table, "reference")
+    return _APPEND(k_cache, v_cache, k, v, lens, block_table, "reference" if backend == "torch" else backend)
 
 
-attention_kvcache = _KVCACHE
+def attention_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+    """Output and lse; the torch backend has no lse. The arguments are those of the operator."""
+    *tensors, _added, length, _left, right, scale, _softcap, _splits, backend = args
+    if backend == "torch" and not torch.compiler.is_compiling() and not _wants_gradient(q, k_cache, v_cache, *tensors):
+        with without_autocast(q.device):
+            return _torch_attention(_cached_spec(q, k_cache, v_cache, length, right, scale)), None
+    return _KVCACHE(q, k_cache, v_cache, *args)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import faulthandler
+import importlib.util
 import itertools
 import shutil
 import subprocess
@@ -547,18 +548,20 @@ def dry(tmp_path_factory):
         for suite, match in (
             ("forward", "L=1024"), ("backward", "L=1024"), ("features", "L=1024"), ("features", "L=16384"),
             ("layers", "L=1024"), ("layers", "training step"), ("memory", "L=1024"), ("memory", "L=2048"),
-            ("overhead", ""), ("cpu", "L=128"), ("decode", "L=1024"),
+            ("overhead", ""), ("cpu", "L=128"), ("decode", "L=1024"), ("generation", "64 tokens"),
         ):  # fmt: skip
             dry_run(folder, suite, "--match", match)
     return folder / "dry-run"
 
 
+TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 EXPECTED = {
     "forward": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
     "backward": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
     "features": {"fastattn", "sdpa-flash", "sdpa-math", "flex", "torch"},
     "decode": {"fastattn", "sdpa", "flex", "torch"},
     "layers": {"fastattn", "torch", "torch-compile", "sdpa", "sdpa-flash"},
+    "generation": {"fastattn", "torch"} | ({"transformers", "transformers-static"} if TRANSFORMERS else set()),
     "memory": {"fastattn", "sdpa-flash", "sdpa-math", "torch"},
     "overhead": {"fastattn", "sdpa", "torch"},
     "cpu": {"fastattn", "sdpa", "torch"},
@@ -593,7 +596,7 @@ def test_the_grid_is_the_fields():
 
 
 def test_suites_by_device():
-    assert {c.suite for c in runner.cells_of(runner.SUITES, Device())} == {"overhead", "cpu"}
+    assert {c.suite for c in runner.cells_of(runner.SUITES, Device())} == {"generation", "overhead", "cpu"}
     assert {c.suite for c in runner.cells_of(runner.SUITES, CudaDevice())} == set(runner.SUITES) - {"cpu"}
     priorities = [c.priority for c in runner.cells_of(runner.SUITES, CudaDevice())]
     assert priorities == sorted(priorities) and priorities[0] == 0

@@ -112,7 +112,8 @@ class Attention(nn.Module):
             if self.rope is not None:
                 if rotary is None:
                     rotary = self.rope.tables(positions(x, cu_seqlens, cache), self.head_dim)
-                q, k = rotate(q, rotary), rotate(k, rotary)
+                both = rotate(torch.cat([q, k], dim=-2), rotary)  # in one go: a decode step is made of small operations
+                q, k = both.split((self.num_heads, self.num_kv_heads), dim=-2)
 
         if cu_seqlens is not None:
             out = attention_varlen(q, k, v, cu_seqlens, cu_seqlens_k, dropout_p=dropout_p, **options)
@@ -172,7 +173,7 @@ class Block(nn.Module):
         self.cross_norm = make_norm(config, config.d_model) if cross else None
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = make_norm(config, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.norm_first = config.norm_first
 
     def forward(

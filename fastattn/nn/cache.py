@@ -220,7 +220,7 @@ class PagedCache(KVCache):
     Args:
         num_layers, batch, num_kv_heads, head_dim, device, dtype: as in `KVCache`.
         capacity: tokens of the longest entry; they cost 4 bytes per page.
-        num_pages: pages in the pool. None: enough for every entry at full capacity.
+        num_pages: pages in the pool. None: enough for every entry at full capacity, also once `select` has made more.
         page_size: a multiple of 16.
     """
 
@@ -310,17 +310,18 @@ class PagedCache(KVCache):
         sources, lens = index.tolist(), self.lens.tolist()
         used = [-(-lens[b] // self.page_size) for b in sources]
         kept = [page for b, n in zip(sources, used, strict=True) for page in self._owned[b][:n]]
-        if len(kept) > self.k[0].shape[0]:
-            raise ValueError(
-                f"cache: expected a pool of {len(kept)} pages for this selection, got {self.k[0].shape[0]}"
-            )
+        pool = max(self.k[0].shape[0], self._rows(len(sources))[0])
+        if len(kept) > pool:
+            raise ValueError(f"cache: expected a pool of {len(kept)} pages for this selection, got {pool}")
         pages = torch.tensor(kept, dtype=torch.int64, device=self.lens.device)
         # Every entry gets pages of its own, filled with copies: pages are written to, hence never shared.
-        self._free = list(range(self.k[0].shape[0]))[::-1]
+        self._free = list(range(pool))[::-1]
         self._owned = [[self._free.pop() for _ in range(n)] for n in used]
         target = torch.tensor([p for own in self._owned for p in own], dtype=torch.int64, device=self.lens.device)
-        for x in (*self.k, *self.v):
-            x[target] = x[pages]
+        for buffers in (self.k, self.v):
+            for layer, x in enumerate(buffers):
+                buffers[layer] = larger = x if pool == x.shape[0] else x.new_empty(pool, *x.shape[1:])
+                larger[target] = x[pages]
         self._select_lengths(index)
         if self.block_table is not None and len(sources) != self.block_table.shape[0]:
             self.block_table = self.block_table.new_zeros(len(sources), self.block_table.shape[1])

@@ -6,6 +6,7 @@ Dimensions in comments: N batch, L length, S source length, E d_model, V vocabul
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastattn.nn.block import Block, make_norm, positions
-from fastattn.nn.cache import KVCache
+from fastattn.nn.cache import KVCache, SlidingWindowCache
 from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig
 from fastattn.nn.position import Learned, PositionalEncoding, RoPE, Sinusoidal
 
@@ -28,7 +29,7 @@ class _Stack(nn.Module):
         self.config = config
         absolute = isinstance(config.position, (Learned, Sinusoidal))
         self.position = _encoding(config) if absolute else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, cross, layer) for layer in range(config.num_layers))
         final_norm = config.norm_first if config.final_norm is None else config.final_norm
         self.norm = make_norm(config, config.d_model) if final_norm else None
@@ -170,7 +171,7 @@ class Decoder(_Stack):
         self,
         batch: int,
         capacity: int,
-        kind: type[KVCache] = KVCache,
+        kind: Callable[..., KVCache] = KVCache,
         *,
         memory: Tensor | None = None,
         memory_lengths: Tensor | None = None,
@@ -183,7 +184,8 @@ class Decoder(_Stack):
         Args:
             batch: batch entries.
             capacity: tokens per entry.
-            kind, options: `KVCache`, `DynamicCache`, `SlidingWindowCache` or `PagedCache`, and its own arguments.
+            kind, options: `KVCache`, `DynamicCache`, `SlidingWindowCache` or `PagedCache`, and its own arguments. The
+                `window` of a `SlidingWindowCache` is the model's unless given.
             memory, memory_lengths, memory_mask: as in `forward`; keys and values of `memory` are computed here, once.
             dtype: of keys and values. None: what the layers compute in, under autocast too.
         """
@@ -192,6 +194,8 @@ class Decoder(_Stack):
             autocast = torch.is_autocast_enabled(weight.device.type)
             dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
         config = self.config
+        if kind is SlidingWindowCache and config.window is not None and config.window[0] is not None:
+            options.setdefault("window", config.window[0])
         cache = kind(
             config.num_layers, batch, capacity, config.kv_heads, config.dim_per_head, device=weight.device,
             dtype=dtype, **options,
@@ -251,7 +255,7 @@ class CausalLM(nn.Module):
         """
         return self.head(prefill(self.hidden, tokens, cache, lengths))
 
-    def make_cache(self, batch: int, capacity: int, kind: type[KVCache] = KVCache, **options: Any) -> KVCache:
+    def make_cache(self, batch: int, capacity: int, kind: Callable[..., KVCache] = KVCache, **options: Any) -> KVCache:
         """An empty cache; the arguments are those of `Decoder.make_cache`."""
         return self.decoder.make_cache(batch, capacity, kind, **options)
 
@@ -320,7 +324,7 @@ class EncoderDecoder(nn.Module):
         """As `CausalLM.prefill`, for target tokens and a cache that has the memory."""
         return self.head(prefill(self.hidden, target, cache, lengths))
 
-    def make_cache(self, batch: int, capacity: int, kind: type[KVCache] = KVCache, **options: Any) -> KVCache:
+    def make_cache(self, batch: int, capacity: int, kind: Callable[..., KVCache] = KVCache, **options: Any) -> KVCache:
         """An empty cache with keys and values of a `memory`; the arguments are those of `Decoder.make_cache`."""
         return self.decoder.make_cache(batch, capacity, kind, **options)
 

@@ -269,7 +269,8 @@ class RoPE:
         if self.scaling is not None:
             frequency, magnitude = self.scaling.scale(frequency, self.theta), self.scaling.magnitude
         angle = positions[..., None] * frequency
-        return angle.cos() * magnitude, angle.sin() * magnitude
+        cos, sin = angle.cos(), angle.sin()
+        return (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,0 +1,195 @@
+"""Text from a whole model: `fastattn.generate` against transformers, and against torch.nn without a cache.
+
+The model of transformers is a Llama with the weights of ours. torch.nn has no cache: an encoder of the same size under
+a causal mask, the only decoder-only stack it has, computes the whole text again for every token.
+"""
+
+import copy
+import functools
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastattn
+from fastattn.nn import CausalLM, CausalLMConfig
+from fastattn.testing import assert_parity
+
+from . import runner
+from .device import Call, DryRun
+from .peers import Cannot
+from .problems import DTYPES
+from .runner import Bench, Cell
+
+DEVICES = ("cuda", "cpu")
+BATCHES = (1, 8)
+NEW_TOKENS = (64, 512)
+PROMPT = 16
+PROVIDERS = ("fastattn", "transformers", "transformers-static", "torch")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama: RMSNorm, RoPE, a gated feed-forward, no biases."""
+
+    layers: int
+    width: int
+    q_heads: int
+    kv_heads: int
+    hidden: int
+    vocabulary: int
+    dtype: str
+
+    @property
+    def case(self) -> str:
+        return f"Llama, {self.layers} layers, d {self.width}"
+
+
+SIZES = {
+    "cpu": Size(4, 256, 8, 4, 688, 4096, "fp32"),
+    "cuda": Size(8, 1024, 16, 8, 2752, 32000, "bf16"),
+}
+TINY = Size(1, 32, 4, 2, 48, 64, "fp32")
+
+# Parts of parameter names: transformers' -> ours.
+NAMES = {
+    "model.embed_tokens": "embedding", "model.layers": "decoder.blocks", "model.norm": "decoder.norm",
+    "lm_head": "head", "o_proj": "out_proj", "mlp": "feed_forward", "input_layernorm": "self_norm",
+    "post_attention_layernorm": "feed_forward_norm",
+}  # fmt: skip
+
+
+def renamed(name: str) -> str:
+    """What a parameter of transformers' Llama is called in `CausalLM`."""
+    return functools.reduce(lambda text, pair: text.replace(*pair), NAMES.items(), name)
+
+
+def make_own(size: Size) -> CausalLM:
+    config = CausalLMConfig(
+        vocab_size=size.vocabulary, d_model=size.width, num_layers=size.layers, num_heads=size.q_heads,
+        num_kv_heads=size.kv_heads, dim_feedforward=size.hidden, tie_embeddings=False,
+    )  # fmt: skip
+    return CausalLM(config).eval()
+
+
+def make_transformers(size: Size, own: CausalLM, length: int) -> nn.Module:
+    """Its Llama with our weights, on the device and in the dtype of `own`."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # It looks for an optional package `kernels`, and would find this repository's folder of that name.
+    sys.modules.setdefault("kernels", None)  # pyright: ignore
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.hidden,
+        num_hidden_layers=size.layers, num_attention_heads=size.q_heads, num_key_value_heads=size.kv_heads,
+        max_position_embeddings=length, rms_norm_eps=own.config.norm_eps, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(own.head.weight.device, own.head.weight.dtype).eval()
+    weights = own.state_dict()
+    model.load_state_dict({name: weights[renamed(name)] for name in model.state_dict()})
+    return model
+
+
+class Uncached(nn.Module):
+    """torch.nn's stack with an embedding and an output projection."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size.vocabulary, size.width)
+        layer = nn.TransformerEncoderLayer(
+            size.width, size.q_heads, size.hidden, dropout=0.0, batch_first=True, norm_first=True, bias=False
+        )
+        self.stack = nn.TransformerEncoder(layer, size.layers, enable_nested_tensor=False)
+        self.head = nn.Linear(size.width, size.vocabulary, bias=False)
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, new: int) -> Tensor:
+        for _ in range(new):
+            length, x = tokens.shape[1], self.embedding(tokens)
+            mask = nn.Transformer.generate_square_subsequent_mask(length, device=x.device, dtype=x.dtype)
+            x = self.stack(x, mask=mask, is_causal=True)
+            tokens = torch.cat([tokens, self.head(x[:, -1]).argmax(1, keepdim=True)], 1)
+        return tokens
+
+
+@torch.no_grad()
+def check(own: CausalLM, theirs: nn.Module | None, prompt: Tensor) -> None:
+    """Hold the logits of ours, which come out of the cache, to the rule; transformers is the eager peer."""
+    expected = copy.deepcopy(own).double()(prompt)[:, -1]
+    cache = own.make_cache(*prompt.shape)
+    own.prefill(prompt[:, :-1], cache)
+    actual = own(prompt[:, -1:], cache=cache)[:, -1]
+    eager = own(prompt)[:, -1] if theirs is None else theirs(prompt).logits[:, -1]
+    assert_parity(actual, expected, eager, "logits", intermediate=float(expected.abs().max()))
+
+
+def call_of(provider: str, size: Size, own: CausalLM, theirs: nn.Module | None, prompt: Tensor) -> Callable[[int], Any]:
+    """Greedy search for so many new tokens."""
+    if provider == "fastattn":
+        return lambda new: fastattn.generate(own, prompt, new)
+    if provider == "torch":
+        model = Uncached(size).to(prompt.device, own.head.weight.dtype).eval()
+        return lambda new: model.generate(prompt, new)
+    if theirs is None:
+        raise Cannot("transformers is not installed")
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+    if provider == "transformers-static":
+        options["cache_implementation"] = "static"
+    return lambda new: theirs.generate(prompt, max_new_tokens=new, **options)  # pyright: ignore
+
+
+def measure_generation(bench: Bench, batch: int, new: int) -> None:
+    """Time and weigh all providers on one prompt length."""
+    device = bench.device.torch_device
+    stored, size = SIZES[device], SIZES[device]
+    key = {
+        "case": f"{stored.case}, batch {batch}", "mode": "generate", "dtype": stored.dtype, "batch": batch,
+        "q_heads": stored.q_heads, "kv_heads": stored.kv_heads, "q_len": new, "kv_len": PROMPT + new,
+        "head_dim": stored.width // stored.q_heads, "causal": True,
+    }  # fmt: skip
+    actual = new
+    if isinstance(bench.device, DryRun):
+        size, actual = TINY, 4
+    torch.manual_seed(0)
+    own = make_own(size).to(device, DTYPES[size.dtype])
+    prompt = torch.randint(size.vocabulary, (batch, PROMPT), device=device)
+    theirs = None
+    try:
+        theirs = make_transformers(size, own, PROMPT + new)
+    except ImportError:
+        bench.skipped["transformers"] = "not installed"
+    calls: dict[str, Call] = {}
+    peaks: dict[str, float | None] = {}
+    for provider in PROVIDERS:
+        if (theirs is None and provider.startswith("transformers")) or not bench.wants(provider, provider != "torch"):
+            continue
+        try:
+            if provider == "fastattn":
+                check(own, theirs, prompt)
+            call = call_of(provider, size, own, theirs, prompt)
+            peaks[provider] = bench.device.peak_memory(functools.partial(call, actual))  # and compiles
+        except Exception as error:
+            bench.refused("generation", key | {"provider": provider}, error)
+        else:
+            calls[provider] = lambda _, call=call: call(actual)
+    for provider, timing in bench.device.time_long(calls).items():
+        bench.record(
+            "generation", key | {"provider": provider}, timing, tokens=float(batch * new), peak_mib=peaks[provider]
+        )
+
+
+def cells() -> list[Cell]:
+    found = []
+    for new, batch in itertools.product(NEW_TOKENS, BATCHES):
+        run = functools.partial(measure_generation, batch=batch, new=new)
+        found.append(Cell("generation", f"batch {batch}, {new} tokens", run, 1 if new == 64 else 3, ("generation",)))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(runner.main(suites=("generation",)))
