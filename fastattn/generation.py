@@ -234,7 +234,7 @@ def _prepare(
         raise TypeError(f"sampling: expected a Sampling or None, got {type(sampling).__name__}")
     given = isinstance(cache, KVCache)
 
-    memory: dict[str, Any] = {}
+    encode: Callable[..., Tensor] | None = None
     if isinstance(origin, CausalLM):
         if start is not None:
             raise ValueError("start: expected None for a CausalLM, whose prompt it is, got a value")
@@ -247,7 +247,7 @@ def _prepare(
             raise TypeError(f"cache: expected a kind of cache for an EncoderDecoder, got a {type(cache).__name__}")
         target, target_lengths = _check_start(start, prompt), None
         step = origin.decode
-        memory = {"memory_lengths": lengths}
+        encode = origin.encode
 
     needed = target.shape[1] + max_new_tokens - 1  # the last token is not read
     held = cache.length if isinstance(cache, KVCache) else 0
@@ -270,8 +270,9 @@ def _prepare(
     def make_cache() -> KVCache:
         if isinstance(cache, KVCache):
             return cache
-        if memory:
-            memory["memory"] = origin.encode(prompt, lengths=lengths)
+        memory: dict[str, Any] = {}
+        if encode is not None:
+            memory = {"memory": encode(prompt, lengths=lengths), "memory_lengths": lengths}
         return origin.make_cache(prompt.shape[0], needed, cache, **memory)
 
     sampling = Sampling(temperature=0.0) if sampling is None else sampling

@@ -134,7 +134,7 @@ def attention_with_kvcache(
         "torch": lambda: _torch_reasons(
             q, length, block_table, left, right, softcap, alibi_slopes, sinks, scale, capacity, return_lse
         ),
-        "reference": lambda: [],
+        "reference": list,
     }
     chosen = _choose(reasons, q.device.type, backend)
     if k is not None and v is not None:
@@ -143,7 +143,10 @@ def attention_with_kvcache(
         q, k_cache, v_cache, k, v, alibi_slopes, sinks, lens, block_table, added, length, left, right,
         float(head_dim**-0.5 if scale is None else scale), softcap, num_splits, chosen,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None  # the torch backend, which has none, has refused
+    return out, lse
 
 
 def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str) -> None:

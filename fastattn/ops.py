@@ -467,8 +467,10 @@ def _cached_spec(
 ) -> AttentionSpec:
     """Attention to the first ``length`` entries of contiguous caches."""
     keys, values = (cache[:, :length].transpose(1, 2) for cache in (k_cache, v_cache))
-    no_terms = (None,) * 5
-    return AttentionSpec(q, keys, values, *no_terms, None, right, 0, scale, None, 0.0, return_lse=False)
+    return AttentionSpec(
+        q, keys, values, mask=None, bias=None, alibi_slopes=None, sinks=None, q_offset_tensor=None, left=None,
+        right=right, q_offset=0, scale=scale, softcap=None, dropout_p=0.0, return_lse=False,
+    )  # fmt: skip
 
 
 def _kvcache(
