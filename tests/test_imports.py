@@ -155,7 +155,7 @@ ARROWS = {
     "generation": {"nn"},
     "integrations": {"functional", "integrations", "nn"},
     "nn": {"functional", "kvcache", "nn"},
-    "testing": {"functional", "ops", "reference", "spec"},
+    "testing": {"functional", "kvcache", "ops", "reference", "spec"},
     "functional": {"backends", "block_mask", "ops", "spec"},
     "kvcache": {"backends", "functional", "ops", "spec"},
     "ops": {"kernels", "reference", "spec"},
