@@ -1,7 +1,8 @@
-"""Text from a whole model: `fastattn.generate` against transformers, and against torch.nn without a cache.
+"""Step-by-step generation: `fastattn.generate` against transformers, and against torch.nn without a cache.
 
 The model of transformers is a Llama with the weights of ours. torch.nn has no cache: an encoder of the same size under
-a causal mask, the only decoder-only stack it has, computes the whole text again for every token.
+a causal mask, the only decoder-only stack it has, computes the whole text again for every token. A second case is
+torch.nn's decoder with cross-attention against our replacement of it, on the same weights.
 """
 
 import copy
@@ -56,18 +57,6 @@ SIZES = {
 }
 TINY = Size(1, 32, 4, 2, 48, 64, "fp32")
 
-# Parts of parameter names: transformers' -> ours.
-NAMES = {
-    "model.embed_tokens": "embedding", "model.layers": "decoder.blocks", "model.norm": "decoder.norm",
-    "lm_head": "head", "o_proj": "out_proj", "mlp": "feed_forward", "input_layernorm": "self_norm",
-    "post_attention_layernorm": "feed_forward_norm",
-}  # fmt: skip
-
-
-def renamed(name: str) -> str:
-    """What a parameter of transformers' Llama is called in `CausalLM`."""
-    return functools.reduce(lambda text, pair: text.replace(*pair), NAMES.items(), name)
-
 
 def make_own(size: Size) -> CausalLM:
     config = CausalLMConfig(
@@ -84,14 +73,16 @@ def make_transformers(size: Size, own: CausalLM, length: int) -> nn.Module:
     sys.modules.setdefault("kernels", None)  # pyright: ignore
     import transformers
 
+    from fastattn.integrations import huggingface_weights
+
     config = transformers.LlamaConfig(
         vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.hidden,
         num_hidden_layers=size.layers, num_attention_heads=size.q_heads, num_key_value_heads=size.kv_heads,
         max_position_embeddings=length, rms_norm_eps=own.config.norm_eps, bos_token_id=None, eos_token_id=None,
+        tie_word_embeddings=False,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).to(own.head.weight.device, own.head.weight.dtype).eval()
-    weights = own.state_dict()
-    model.load_state_dict({name: weights[renamed(name)] for name in model.state_dict()})
+    huggingface_weights.export(own, model)
     return model
 
 
@@ -183,8 +174,64 @@ def measure_generation(bench: Bench, batch: int, new: int) -> None:
         )
 
 
+DECODER = {"d_model": 128, "nhead": 4, "batch_first": True}  # and torch.nn's default feed-forward of 2048
+DECODER_LAYERS, DECODER_BATCH, MEMORY = 2, 4, 32
+
+
+@torch.no_grad()
+def decode(decoder: nn.TransformerDecoder, memory: Tensor, new: int) -> Tensor:
+    """The decoder fed with its own output, the whole sequence each time."""
+    x = memory[:, :1]
+    for _ in range(new):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device, dtype=x.dtype)
+        x = torch.cat([x, decoder(x, memory, tgt_mask=mask, tgt_is_causal=True)[:, -1:]], 1)
+    return x
+
+
+@torch.no_grad()
+def decode_by_steps(decoder: fastattn.nn.TransformerDecoder, memory: Tensor, new: int) -> Tensor:
+    """The same over a cache."""
+    cache, steps = decoder.make_cache(memory, new), [memory[:, :1]]
+    for _ in range(new):
+        steps.append(decoder.step(steps[-1], cache))
+    return torch.cat(steps, 1)
+
+
+def measure_decoder(bench: Bench, new: int) -> None:
+    """torch.nn.TransformerDecoder, converted and not."""
+    device = bench.device.torch_device
+    key = {
+        "case": f"torch.nn.TransformerDecoder, {DECODER_LAYERS} layers, d 128, batch {DECODER_BATCH}",
+        "mode": "generate", "dtype": "fp32", "batch": DECODER_BATCH, "q_heads": 4, "kv_heads": 4, "q_len": new,
+        "kv_len": new, "head_dim": 32, "causal": True,
+    }  # fmt: skip
+    actual = 4 if isinstance(bench.device, DryRun) else new
+    torch.manual_seed(0)
+    theirs = nn.TransformerDecoder(nn.TransformerDecoderLayer(**DECODER), DECODER_LAYERS).to(device).eval()
+    ours = copy.deepcopy(theirs)
+    fastattn.convert(ours)
+    memory = torch.randn(DECODER_BATCH, MEMORY, 128, device=device)
+    few = min(actual, 16)
+    exact = decode(copy.deepcopy(theirs).double(), memory.double(), few)
+    assert_parity(decode_by_steps(ours, memory, few), exact, decode(theirs, memory, few), "steps")
+    runs = {"fastattn": functools.partial(decode_by_steps, ours), "torch": functools.partial(decode, theirs)}
+    calls: dict[str, Call] = {}
+    peaks: dict[str, float | None] = {}
+    for provider, run in runs.items():
+        if bench.wants(provider, provider != "torch"):
+            call = functools.partial(run, memory, actual)
+            peaks[provider] = bench.device.peak_memory(call)
+            calls[provider] = lambda _, call=call: call()
+    for provider, timing in bench.device.time_long(calls).items():
+        tokens = float(DECODER_BATCH * new)
+        bench.record("generation", key | {"provider": provider}, timing, tokens=tokens, peak_mib=peaks[provider])
+
+
 def cells() -> list[Cell]:
-    found = []
+    found = [
+        Cell("generation", f"decoder, {new} tokens", functools.partial(measure_decoder, new=new), 3, ("generation",))
+        for new in NEW_TOKENS
+    ]
     for new, batch in itertools.product(NEW_TOKENS, BATCHES):
         run = functools.partial(measure_generation, batch=batch, new=new)
         found.append(Cell("generation", f"batch {batch}, {new} tokens", run, 1 if new == 64 else 3, ("generation",)))
