@@ -118,6 +118,21 @@ def test_training_learns(learned):
     assert history.validation_loss[1] < history.validation_loss[0]
 
 
+def test_training_sees_no_padding(monkeypatch):
+    """Whatever stands there, the losses and weights are the same to the bit."""
+    plain, history = fit_small()
+    batch = data.batch
+
+    def with_noise(*args):
+        source, lengths, target = batch(*args)
+        return source.where(source != data.PAD, data.SOURCE.specials), lengths, target
+
+    monkeypatch.setattr(data, "batch", with_noise)
+    noisy, noisy_history = fit_small()
+    assert noisy_history == history
+    assert torch.equal(noisy.decoder.norm.weight, plain.decoder.norm.weight)
+
+
 def test_resumed_training_is_the_same(tmp_path):
     """Stopped after half of the steps: the same losses and weights, to the bit, as in one go."""
     whole, whole_history = fit_small()
@@ -144,9 +159,9 @@ def test_resumed_training_is_the_same(tmp_path):
 
 
 def test_accumulated_gradients_are_those_of_the_batch():
-    """Of a batch in four parts, and clipped, as the optimiser sees them."""
+    """Of a batch in four parts, as the optimiser sees them; and clipped."""
 
-    def gradients(accumulate, dtype):
+    def gradients(accumulate, dtype, clip=1e6):
         seen = []
 
         def keep(optimizer, args, kwargs):
@@ -154,14 +169,14 @@ def test_accumulated_gradients_are_those_of_the_batch():
 
         hook = register_optimizer_step_pre_hook(keep)
         try:
-            fit_small(make_model(0, "cpu").to(dtype), Recipe(steps=1, batch_size=8, accumulate=accumulate))
+            fit_small(make_model(0, "cpu").to(dtype), Recipe(steps=1, batch_size=8, accumulate=accumulate, clip=clip))
         finally:
             hook.remove()
         return seen[0]
 
     exact, plain = gradients(1, torch.float64), gradients(1, torch.float32)
-    assert exact.norm() <= Recipe.clip + 1e-6
     assert_parity(gradients(4, torch.float32), exact, plain, "gradient")
+    assert gradients(4, torch.float64, clip=0.1).norm() <= 0.1 < exact.norm()
     with pytest.raises(ValueError, match="accumulate: expected a divisor of batch_size == 8, got 3"):
         Recipe(batch_size=8, accumulate=3)
 
