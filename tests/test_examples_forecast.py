@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 import fastattn.nn
+from examples.common import CheckpointError, count_parameters
 from examples.forecast import baselines, data, experiments, train
 from examples.forecast.evaluate import naive_error, neural_forecast, over_seeds, score
 from examples.forecast.experiments import Method, prepare, real_problem, sine_problem, train_and_score
-from examples.forecast.models import ModelConfig, build, count_parameters
+from examples.forecast.models import ModelConfig, build
 from examples.forecast.parity import compare
 from examples.forecast.runner import Run, execute_all
-from examples.forecast.train import CheckpointError, Recipe, fit
+from examples.forecast.train import Recipe, fit
 
 KINDS = ["lstm", "encoder", "encoder-decoder"]
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import fastattn
+from examples.common import CheckpointError, environment, write_metrics
 from examples.forecast import data, plots, report
 from examples.forecast.baselines import Forecast
 from examples.forecast.experiments import (
@@ -29,7 +30,6 @@ from examples.forecast.experiments import (
 from examples.forecast.parity import compare
 from examples.forecast.report import Result
 from examples.forecast.runner import Run, execute_all
-from examples.forecast.train import CheckpointError
 
 FIRST_SEED = 42  # the tutorial's
 DEFAULT_OUTPUT = Path(__file__).parent / "output"
@@ -133,12 +133,12 @@ def run(args: argparse.Namespace) -> None:
     files.append(args.output / "metrics.json")
     metrics = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "environment": report.environment(args.device, args.workers, backends),
+        "environment": environment(args.device) | {"workers": args.workers, "attention_backends": backends},
         "parity": [report.parity_metrics(parity) for parity in parities],
         "series": {p.series.name: report.problem_metrics(p, results[p.series.name]) for p in problems},
         "seconds": seconds,
     }
-    report.write_metrics(files[-1], metrics)
+    write_metrics(files[-1], report.SCHEMA, metrics)
     print_closing(args, problems, files, seconds)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import fastattn
+from examples.common import count_parameters
 from examples.forecast import baselines
 from examples.forecast.baselines import Forecast
 from examples.forecast.data import (
@@ -26,7 +27,7 @@ from examples.forecast.data import (
     targets,
 )
 from examples.forecast.evaluate import naive_error, neural_forecast, score
-from examples.forecast.models import ModelConfig, build, count_parameters
+from examples.forecast.models import ModelConfig, build
 from examples.forecast.train import TUTORIAL, History, Recipe, Windows, fit
 
 LAYERS = {"fastattn": fastattn.nn, "torch": torch.nn}  # by name: worker processes take strings, not modules

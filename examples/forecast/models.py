@@ -186,7 +186,3 @@ def build(config: ModelConfig, layers: ModuleType = fastattn.nn) -> Forecaster:
     if config.kind == "encoder-decoder":
         return EncoderDecoderForecaster(config, layers)
     raise ValueError(f"expected kind to be 'lstm', 'encoder' or 'encoder-decoder', got {config.kind!r}")
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

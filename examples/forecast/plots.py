@@ -15,21 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from examples.common import COLOURS, STYLE
 from examples.forecast.data import targets
 from examples.forecast.experiments import NOISE_FLOOR, Problem
 from examples.forecast.report import Result
-
-# Okabe and Ito's colours, which people with colour blindness can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D")
-STYLE = {
-    "figure.dpi": 150,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "font.size": 9,
-}
 
 
 def plot_all(problem: Problem, results: Sequence[Result], folder: Path) -> list[Path]:

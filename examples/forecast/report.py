@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import fastattn
 from examples.forecast.evaluate import over_seeds
 from examples.forecast.experiments import NOISE_FLOOR, Outcome, Problem, Scores
 from examples.forecast.parity import Parity
 
-SCHEMA = 1  # of metrics.json; goes up when a field changes its meaning or leaves
+SCHEMA = 1  # of metrics.json
 
 
 @dataclass(frozen=True)
@@ -161,21 +155,6 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
 # -------------------------------------------------------------------------------------------------- file
 
 
-def environment(device: str, workers: int, backends: dict[str, str]) -> dict[str, Any]:
-    """What the numbers depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "fastattn": fastattn.__version__,
-        "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "cores": os.cpu_count(),
-        "workers": workers,
-        "attention_backends": backends,
-    }
-
-
 def problem_metrics(problem: Problem, results: Sequence[Result]) -> dict[str, Any]:
     """One series of metrics.json."""
     series, split = problem.series, problem.split
@@ -215,9 +194,3 @@ def problem_metrics(problem: Problem, results: Sequence[Result]) -> dict[str, An
 
 def parity_metrics(parity: Parity) -> dict[str, Any]:
     return asdict(parity) | {"difference": parity.difference, "rounding": parity.rounding}
-
-
-def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # allow_nan=False: NaN is not JSON, and a NaN in a result is a bug to hear about.
-    path.write_text(json.dumps({"schema": SCHEMA} | metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")

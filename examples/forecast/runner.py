@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 
+from examples.common import Progress
 from examples.forecast.experiments import Method, Outcome, Problem, train_and_score
 
 
@@ -40,7 +39,7 @@ def execute_all(runs: Sequence[Run], workers: int) -> list[Outcome]:
 
     The models are far too small to fill two cores each: one thread per run and as many runs as cores is fastest.
     """
-    progress = Progress(len(runs), sum(run.method.recipe.epochs for run in runs))
+    progress = RunProgress(len(runs), sum(run.method.recipe.epochs for run in runs))
     if workers == 1:
         outcomes = []
         for run in runs:
@@ -93,7 +92,7 @@ def _execute_in_worker(run: Run) -> Outcome:
     return run.execute(lambda: _epochs.put(1))
 
 
-def _drain(epochs: Any, progress: Progress) -> None:
+def _drain(epochs: Any, progress: RunProgress) -> None:
     while True:
         try:
             epochs.get_nowait()
@@ -102,15 +101,12 @@ def _drain(epochs: Any, progress: Progress) -> None:
         progress.epoch()
 
 
-class Progress:
-    """A bar in a terminal; in a log file, a line for every tenth of the way."""
+class RunProgress(Progress):
+    """Of all epochs of all runs."""
 
-    def __init__(self, runs: int, epochs: int, width: int = 30) -> None:
-        self.runs, self.epochs, self.width = runs, epochs, width
-        self.runs_done = self.epochs_done = 0
-        self.start = time.monotonic()
-        self.terminal = sys.stderr.isatty()
-        self.tenth = 0
+    def __init__(self, runs: int, epochs: int) -> None:
+        super().__init__(epochs)
+        self.runs, self.runs_done, self.epochs_done = runs, 0, 0
 
     def epoch(self) -> None:
         """One epoch of some run is done."""
@@ -120,21 +116,8 @@ class Progress:
     def run(self, unused_epochs: int) -> None:
         """A run is done, by early stopping that many epochs before its last."""
         self.runs_done += 1
-        self.epochs_done = min(self.epochs_done + unused_epochs, self.epochs)
+        self.epochs_done = min(self.epochs_done + unused_epochs, self.total)
         self._show()
 
-    def close(self) -> None:
-        if self.terminal:
-            print(file=sys.stderr)
-
     def _show(self) -> None:
-        share = min(self.epochs_done / max(self.epochs, 1), 1.0)
-        seconds = time.monotonic() - self.start
-        left = f"about {seconds / share - seconds:.0f} s left" if 0.02 < share < 1 else ""
-        bar = "#" * round(share * self.width)
-        text = f"training [{bar:<{self.width}}] {self.runs_done}/{self.runs} runs  {seconds:.0f} s  {left}"
-        if self.terminal:
-            print(f"\r{text:<100}", end="", file=sys.stderr, flush=True)
-        elif int(share * 10) > self.tenth:
-            self.tenth = int(share * 10)
-            print(text.rstrip(), file=sys.stderr, flush=True)
+        self.show(self.epochs_done, f"{self.runs_done}/{self.runs} runs")

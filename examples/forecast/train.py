@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from examples.common import load_checkpoint, save_checkpoint
 from examples.forecast.models import Forecaster
 
 Windows = tuple[Tensor, Tensor]  # inputs (N, context) and targets (N, horizon), float32, scaled
@@ -44,10 +45,6 @@ class History:
     validation: list[float] = field(default_factory=list)
     best_epoch: int = 0
     seconds: float = field(default=0.0, compare=False)
-
-
-class CheckpointError(ValueError):
-    """The checkpoint does not belong to this run."""
 
 
 def fit(
@@ -161,9 +158,7 @@ def _save_checkpoint(
     history: History,
     best_weights: dict[str, Tensor],
 ) -> None:
-    """Tensors, numbers, strings, lists and dicts only: what `torch.load(weights_only=True)` accepts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = identity | {
+    state = {
         "model": model.state_dict(),
         "best_model": best_weights,
         "optimizer": optimizer.state_dict(),
@@ -171,40 +166,7 @@ def _save_checkpoint(
         "history": asdict(history),
         "random": _get_random_state(),
     }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)  # in one step: a run stopped while writing leaves the checkpoint of the epoch before
-
-
-def load_checkpoint(path: Path, model: Forecaster, identity: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Load the latest weights into `model`; return everything that was saved.
-
-    Args:
-        identity: settings by group ("config", "recipe", "data") that the checkpoint must have been written with.
-
-    Raises:
-        CheckpointError: it was not, or it is no checkpoint.
-    """
-    device = next(model.parameters()).device
-    try:
-        # weights_only: a checkpoint is data. Without it, loading a stranger's file can run the stranger's code.
-        state = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # on a file that is not its own, torch.load raises whatever its bytes lead it to
-        raise CheckpointError(f"{path} is not a checkpoint: {error!r}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} is not a checkpoint: expected a dict, got {type(state).__name__}")
-    for group, settings in identity.items():
-        for name, expected in settings.items():
-            got = state.get(group, {}).get(name)
-            if got != expected:
-                raise CheckpointError(
-                    f"{path} belongs to another run: expected {group} {name}={expected!r}, got {got!r}; "
-                    "use another --output, or leave out --resume"
-                )
-    model.load_state_dict(state["model"])
-    return state
+    save_checkpoint(path, identity | state)
 
 
 def _crc32(windows: Windows) -> int:

@@ -1,0 +1,123 @@
+"""What the examples share: a progress bar, checkpoints that are plain data, metrics.json, and the look of figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import fastattn
+
+# Okabe and Ito's colours, which people with colour blindness can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D")
+STYLE = {
+    "figure.dpi": 150,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "font.size": 9,
+}
+
+
+class Progress:
+    """A bar on stderr: redrawn in a terminal; in a log file, a line for every tenth of the way."""
+
+    def __init__(self, total: int, width: int = 30) -> None:
+        self.total, self.width = total, width
+        self.start = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        self.tenth = 0
+
+    def show(self, done: int, note: str) -> None:
+        """`done` of the total are; `note` says more."""
+        share = min(done / max(self.total, 1), 1.0)
+        seconds = time.monotonic() - self.start
+        left = f"about {seconds / share - seconds:.0f} s left" if 0.02 < share < 1 else ""
+        bar = "#" * round(share * self.width)
+        text = f"training [{bar:<{self.width}}] {note}  {seconds:.0f} s  {left}"
+        if self.terminal:
+            print(f"\r{text:<100}", end="", file=sys.stderr, flush=True)
+        elif int(share * 10) > self.tenth:
+            self.tenth = int(share * 10)
+            print(text.rstrip(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.terminal:
+            print(file=sys.stderr)
+
+
+class CheckpointError(ValueError):
+    """The checkpoint does not belong to this run."""
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Tensors, numbers, strings, lists and dicts only: what `torch.load(weights_only=True)` accepts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)  # in one step: a run stopped while writing leaves the checkpoint before
+
+
+def load_checkpoint(path: Path, model: nn.Module, identity: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Load the latest weights into `model`; return everything that was saved.
+
+    Args:
+        identity: settings by group ("config", "recipe", "data") that the checkpoint must have been written with.
+
+    Raises:
+        CheckpointError: it was not, or it is no checkpoint.
+    """
+    device = next(model.parameters()).device
+    try:
+        # weights_only: a checkpoint is data. Without it, loading a stranger's file can run the stranger's code.
+        state = torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # on a file that is not its own, torch.load raises whatever its bytes lead it to
+        raise CheckpointError(f"{path} is not a checkpoint: {error!r}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is not a checkpoint: expected a dict, got {type(state).__name__}")
+    for group, settings in identity.items():
+        for name, expected in settings.items():
+            got = state.get(group, {}).get(name)
+            if got != expected:
+                raise CheckpointError(
+                    f"{path} belongs to another run: expected {group} {name}={expected!r}, got {got!r}; "
+                    "use another --output, or leave out --resume"
+                )
+    model.load_state_dict(state["model"])
+    return state
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "fastattn": fastattn.__version__,
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
+def write_metrics(path: Path, schema: int, metrics: dict[str, Any]) -> None:
+    """metrics.json; `schema` goes up when a field changes its meaning or leaves."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # allow_nan=False: NaN is not JSON, and a NaN in a result is a bug to hear about.
+    path.write_text(json.dumps({"schema": schema} | metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
