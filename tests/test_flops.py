@@ -90,7 +90,8 @@ def test_a_decode_step(lens, options, pairs, paged):
     shape = (4, 16, 2) if paged else (2, 32, 2)
     caches = torch.zeros(*shape, 8), torch.zeros(*shape, 10)
     table = torch.arange(4).view(2, 2).int() if paged else None
-    flops, _ = counted(lambda: attention_with_kvcache(q, *caches, k, v, cache_lens=lens, block_table=table, **options))
+    options = options | {"cache_lens": lens, "block_table": table, "backend": "reference"}
+    flops, _ = counted(lambda: attention_with_kvcache(q, *caches, k, v, **options))
     assert flops == 2 * (2 * 4) * pairs * (8 + 10)
 
 
