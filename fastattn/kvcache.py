@@ -130,7 +130,7 @@ def attention_with_kvcache(
 
     reasons = {
         "triton": _triton_reasons(q, v_cache),
-        "cuda": ["this version has no CUDA C++ kernels yet"],
+        "cuda": ["it has no KV cache"],
         "torch": _torch_reasons(
             q, length, block_table, left, right, softcap, alibi_slopes, sinks, scale, capacity, return_lse
         ),
