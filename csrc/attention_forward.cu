@@ -82,7 +82,7 @@ struct Gpu {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
   }
   __device__ __forceinline__ void committed() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  // wgmma reads shared memory through the asynchronous proxy: what this thread wrote is made visible to it, then all wait.
+  // wgmma reads through the asynchronous proxy: what this thread wrote is made visible to it, then all wait.
   template <int N>
   __device__ __forceinline__ void arrived(std::integral_constant<int, N>) {
     asm volatile("cp.async.wait_group %0;\nfence.proxy.async.shared::cta;" ::"n"(N) : "memory");

@@ -43,7 +43,8 @@ struct Registers {
 
 // 128 rows from row `first` of a (length, D) matrix; rows past its end are zeros.
 template <int D, class Machine>
-FASTATTN_DEVICE void load(Machine& machine, uint32_t tile, const uint16_t* matrix, int64_t stride, int first, int length) {
+FASTATTN_DEVICE void load(Machine& machine, uint32_t tile, const uint16_t* matrix, int64_t stride, int first,
+                          int length) {
   machine.each([&](auto& t) {
     FASTATTN_UNROLL for (int n = 0; n < kRows * D / 8 / kThreads; ++n) {
       const int row = (t.index + n * kThreads) / (D / 8), chunk = t.index % (D / 8);

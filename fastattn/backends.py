@@ -77,7 +77,8 @@ def _cuda_reasons(spec: AttentionSpec) -> list[str]:
     if not spec.scale > 0.0:
         reasons.append(f"expects scale > 0, got {spec.scale:g}")
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if gradient or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if gradient or transformed or forward_ad._current_level >= 0:
         reasons.append("it has no gradient")
     return reasons + cuda.layout_reasons(q, k, v)
 

@@ -132,7 +132,8 @@ struct Emulator {
     for (int lane = 0; lane < 128; ++lane) {
       float* d = accumulator(threads[group * 128 + lane]);
       for (int i = 0; i < elements; ++i) {
-        const int row = lane / 32 * 16 + lane % 32 / 4 + (i % 4 >= 2 ? 8 : 0), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        const int row = lane / 32 * 16 + lane % 32 / 4 + (i % 4 >= 2 ? 8 : 0);
+        const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
         float sum = add ? d[i] : 0.0f;
         for (int n = 0; n < 16; ++n) sum += left[row][n] * right[column][n];
         d[i] = sum;

@@ -940,7 +940,11 @@ def test_status_of_some_runs(tmp_path):
 
 @pytest.mark.parametrize(
     ("outcome", "note", "expected"),
-    [("passed", "1 skipped", "never run"), ("passed", "1 passed", "passed at abc"), ("failed", "1 failed", "**failed**")],
+    [
+        ("passed", "1 skipped", "never run"),
+        ("passed", "1 passed", "passed at abc"),
+        ("failed", "1 failed", "**failed**"),
+    ],
 )
 def test_status_of_the_cuda_kernel(tmp_path, outcome, note, expected):
     """Skipped is not passed."""

@@ -399,9 +399,7 @@ def test_not_built_is_a_reason_on_such_a_gpu(monkeypatch, tmp_path):
 
 def test_refused_on_cpu():
     q, k, v = make_qkv("cpu", (7, 9), dims=(64, 64))
-    with pytest.raises(
-        ValueError, match=r"runs on Hopper GPUs .* the tensors are on 'cpu'$"
-    ):
+    with pytest.raises(ValueError, match=r"runs on Hopper GPUs .* the tensors are on 'cpu'$"):
         fastattn.attention(q, k, v, backend="cuda")
 
 
