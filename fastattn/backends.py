@@ -76,10 +76,10 @@ def _cuda_reasons(spec: AttentionSpec) -> list[str]:
     reasons += [f"it has no {name}" for name, wanted in absent.items() if wanted]
     if not spec.scale > 0.0:
         reasons.append(f"expects scale > 0, got {spec.scale:g}")
-    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if gradient or transformed or forward_ad._current_level >= 0:
+    if (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))) or forward_ad._current_level >= 0:
         reasons.append("it has no gradient")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        reasons.append("it has no torch.func transforms")
     return reasons + cuda.layout_reasons(q, k, v)
 
 

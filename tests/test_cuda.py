@@ -397,6 +397,18 @@ def test_not_built_is_a_reason_on_such_a_gpu(monkeypatch, tmp_path):
         backends.choose(gpu_spec((9, 0), monkeypatch), "cuda")
 
 
+@needs_cuda_names
+def test_torch_func_is_refused(monkeypatch, built):
+    spec, seen = gpu_spec((9, 0), monkeypatch), []
+
+    def look(x):
+        seen.append(backends.reasons_against("cuda", spec))
+        return x
+
+    torch.vmap(look)(torch.zeros(2))
+    assert seen == [["it has no torch.func transforms"]]
+
+
 def test_refused_on_cpu():
     q, k, v = make_qkv("cpu", (7, 9), dims=(64, 64))
     with pytest.raises(ValueError, match=r"runs on Hopper GPUs .* the tensors are on 'cpu'$"):
