@@ -16,7 +16,7 @@ export FASTATTN_TRITON_3_6 = $(TRITON_3_6)
 TRITON_3_6_STAMP := $(TRITON_3_6)/.stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo demo-dates demo-charlm lint types docs compile-report bench-overhead gpu-check gpu-bench \
+.PHONY: help env test demo demo-dates demo-charlm lint types docs compile-report ext bench-overhead gpu-check gpu-bench \
 	gpu-tune clean
 
 help:  ## list the targets
@@ -46,6 +46,8 @@ docs: $(VENV)/.stamp-docs  ## the documentation site, into build/docs
 compile-report: $(VENV)/.stamp-test $(TRITON_3_6_STAMP)  ## compile every kernel for every target, no GPU needed
 	$(BIN)/python -m benchmarks.compile_report
 
+ext: fastattn/libfastattn_cuda.so  ## compile csrc/ with nvcc, in place; the operator works without it
+
 bench-overhead: $(VENV)/.stamp-test  ## what a call costs over PyTorch's own function on a tiny input
 	$(BIN)/python -m benchmarks.bench_overhead
 
@@ -62,6 +64,10 @@ gpu-tune:  ## on a GPU: search launch configurations, within MINUTES
 clean:  ## remove the environment, caches and build output
 	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks fastattn/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# With the bare PYTHON, as on a GPU machine: nothing but setuptools is needed. nvcc's own cost is seconds.
+fastattn/libfastattn_cuda.so: $(wildcard csrc/*.cu csrc/*.cuh) setup.py fastattn/cuda.py
+	FASTATTN_BUILD_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

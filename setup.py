@@ -6,6 +6,7 @@ With the variable unset, empty or 0 nothing is compiled.
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 from glob import glob
@@ -44,7 +45,9 @@ class BuildWithNvcc(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["nvcc", *NVCC_FLAGS, *ext.sources, "-o", str(target)], check=True)
+        digest = runpy.run_path("fastattn/cuda.py")["source_digest"](Path("csrc"))
+        define = f'-DFASTATTN_DIGEST="{digest}"'
+        subprocess.run(["nvcc", *NVCC_FLAGS, define, *ext.sources, "-o", str(target)], check=True)
 
 
 setup(ext_modules=[cuda_library()] if cuda_wanted() else [], cmdclass={"build_ext": BuildWithNvcc})

@@ -91,7 +91,7 @@ def cuda_library() -> str:
     path = PACKAGE / "libfastattn_cuda.so"
     if path.is_file():
         return str(path)
-    return "not found; built only where FASTATTN_BUILD_CUDA=1 asked for it"
+    return "not found; built only by make ext or FASTATTN_BUILD_CUDA=1"
 
 
 def flash_registry() -> str:

@@ -8,6 +8,7 @@ import os
 import torch
 from torch.autograd import forward_ad
 
+from . import cuda
 from .spec import AttentionSpec, known
 
 BACKENDS = ("triton", "cuda", "torch", "reference")
@@ -43,7 +44,49 @@ def _triton_reasons(spec: AttentionSpec) -> list[str]:
 
 
 def _cuda_reasons(spec: AttentionSpec) -> list[str]:
-    return ["this version has no CUDA C++ kernels yet"]
+    """What keeps the CUDA C++ kernel from serving this spec; whether its parity is recorded is `_proven`.
+
+    On another device nothing else is said: no other argument would change it.
+    """
+    q, k, v = spec.q, spec.k, spec.v
+    device, head_dim = q.device, q.shape[3]
+    if device.type != "cuda" or torch.version.hip is not None:
+        return [f"runs on Hopper GPUs (compute capability 9.0), the tensors are on {device.type!r}"]
+    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+        return ["runs on Hopper GPUs (compute capability 9.0), this GPU has {}.{}".format(*capability)]
+    reasons = []
+    # Tracing cannot look for files: there the call itself says what is missing.
+    if not torch.compiler.is_compiling() and (problem := cuda.problem()):
+        reasons.append(problem)
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"float16 and bfloat16, got {str(q.dtype).removeprefix('torch.')}")
+    if head_dim not in cuda.HEAD_DIMS or v.shape[3] != head_dim:
+        reasons.append(f"head dims 64 and 128, the same for v, got D = {head_dim}, Dv = {v.shape[3]}")
+    absent = {
+        "packed sequences": spec.cu_seqlens_q is not None,
+        "mask": spec.mask is not None,
+        "block masks": spec.block_mask is not None,
+        "bias": spec.bias is not None,
+        "alibi_slopes": spec.alibi_slopes is not None,
+        "sinks": spec.sinks is not None,
+        "softcap": spec.softcap is not None,
+        "dropout": spec.dropout_p > 0.0,
+        "window": spec.left is not None or spec.right not in (None, 0),
+        "q_offset per batch entry": spec.q_offset_tensor is not None,
+    }
+    reasons += [f"it has no {name}" for name, wanted in absent.items() if wanted]
+    if not spec.scale > 0.0:
+        reasons.append(f"expects scale > 0, got {spec.scale:g}")
+    if (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))) or forward_ad._current_level >= 0:
+        reasons.append("it has no gradient")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        reasons.append("it has no torch.func transforms")
+    return reasons + cuda.layout_reasons(q, k, v)
+
+
+def _proven(spec: AttentionSpec) -> bool:
+    """Whether the CUDA C++ kernel may serve ``spec`` unasked."""
+    return bool(cuda.PROVEN) and cuda.proven(spec.q.dtype, spec.q.shape[3], spec.causal)
 
 
 def _torch_reasons(spec: AttentionSpec) -> list[str]:
@@ -102,8 +145,8 @@ _REASONS = {
     "reference": _reference_reasons,
 }
 
-# Order of preference. On CPU, Triton only ever interprets: never a default.
-_PREFERENCE = {"cuda": ("triton", "torch", "reference")}
+# Order of preference. On CPU, Triton only ever interprets: never a default. "cuda" counts only where `_proven`.
+_PREFERENCE = {"cuda": ("cuda", "triton", "torch", "reference")}
 _PREFERENCE_ELSEWHERE = ("torch", "reference")
 
 
@@ -126,11 +169,14 @@ def choose(spec: AttentionSpec, backend: str | None = None) -> str:
     """
     if backend is None:
         for name in _PREFERENCE.get(spec.q.device.type, _PREFERENCE_ELSEWHERE):
-            if not _REASONS[name](spec):
+            if (name != "cuda" or _proven(spec)) and not _REASONS[name](spec):
                 return name
     elif reasons := reasons_against(backend, spec):
         raise ValueError(f"backend {backend!r} cannot serve this call: {'; '.join(reasons)}")
     return backend or "reference"
+
+
+_UNPROVEN = "no GPU run of this kernel is on record"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +189,8 @@ class Explanation:
     """Backend name -> why it cannot serve the call; empty for one that could."""
     call: str
     """The call as it was understood: shapes, dtype, device and terms."""
+    cuda_proven: bool = False
+    """Whether the parity of the CUDA C++ kernel is recorded on a GPU for such calls: else it must be asked for."""
 
     def __str__(self) -> str:
         lines = [self.call]
@@ -151,6 +199,10 @@ class Explanation:
                 verdict = "<- chosen"
                 if name == "reference":
                     verdict += ": eager PyTorch in blocks of queries, memory O(block x Lk)"
+                elif name == "cuda" and not self.cuda_proven:
+                    verdict += f": {_UNPROVEN}"
+            elif name == "cuda" and not (self.reasons[name] or self.cuda_proven):
+                verdict = f"could serve it if asked for: {_UNPROVEN}"
             else:
                 verdict = "; ".join(self.reasons[name]) or "could serve it, not preferred here"
             lines.append(f"  {name:<10} {verdict}")
@@ -183,4 +235,5 @@ def explain(spec: AttentionSpec, backend: str | None = None) -> Explanation:
     if spec.return_lse:
         parts.append("lse")
     chosen = choose(spec, backend)
-    return Explanation(chosen, {name: reasons_against(name, spec) for name in BACKENDS}, ", ".join(parts))
+    reasons = {name: reasons_against(name, spec) for name in BACKENDS}
+    return Explanation(chosen, reasons, ", ".join(parts), _proven(spec))

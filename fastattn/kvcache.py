@@ -130,7 +130,7 @@ def attention_with_kvcache(
 
     reasons: dict[str, Callable[[], list[str]]] = {
         "triton": lambda: _triton_reasons(q, v_cache),
-        "cuda": lambda: ["this version has no CUDA C++ kernels yet"],
+        "cuda": lambda: ["it has no KV cache"],
         "torch": lambda: _torch_reasons(
             q, length, block_table, left, right, softcap, alibi_slopes, sinks, scale, capacity, return_lse
         ),

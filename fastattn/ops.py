@@ -54,6 +54,8 @@ def _implementation(backend: str, direction: str) -> ModuleType:
     """The module that holds a backend's function, imported when first used."""
     if backend == "reference":
         return importlib.import_module("fastattn.reference")
+    if backend == "cuda":
+        return importlib.import_module("fastattn.cuda")
     return importlib.import_module(f"fastattn.kernels.{direction}")
 
 

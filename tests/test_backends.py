@@ -132,11 +132,6 @@ def test_a_missing_triton_is_a_reason(monkeypatch):
         attention(q, k, v, backend="triton")
 
 
-def test_cuda_has_no_kernels_yet():
-    with pytest.raises(ValueError, match=r"backend 'cuda' cannot serve this call: .*no CUDA C\+\+ kernels yet"):
-        attention(*make_qkv("cpu", (7, 9)), backend="cuda")
-
-
 @pytest.mark.parametrize("backend", ["flash", "", "Triton", 3, ["torch"]], ids=repr)
 def test_an_unknown_backend(backend):
     for function in (attention, explain):

@@ -355,7 +355,7 @@ NEW, TABLE = torch.zeros(2, 2, 1, 16), torch.tensor([[0, 1], [2, 4]], dtype=torc
         ({"num_splits": 0}, ValueError, "num_splits: expected 1 to 1024 or None, got 0"),
         ({"num_splits": 2.0}, TypeError, "num_splits: expected an int or None"),
         ({"backend": "flash"}, ValueError, "backend: expected one of .*'triton'.* got 'flash'"),
-        ({"backend": "cuda"}, ValueError, "backend 'cuda' cannot serve this call: this version has no CUDA"),
+        ({"backend": "cuda"}, ValueError, "backend 'cuda' cannot serve this call: it has no KV cache"),
         ({"backend": "torch", "softcap": 1.0, "return_lse": True}, ValueError, "no softcap; it does not return lse"),
         ({"backend": "torch", "window": (3, 0)}, ValueError, "it has no window"),
         ({"backend": "torch", "cache_lens": torch.tensor([3, 4])}, ValueError, "one length for all batch entries"),

@@ -109,6 +109,22 @@ def test_status_of_some_runs(tmp_path):
     assert "| memcheck | compute-sanitizer memcheck | passed at abc |" in text and "## NVIDIA H100" in text
 
 
+@pytest.mark.parametrize(
+    ("outcome", "note", "expected"),
+    [
+        ("passed", "1 skipped", "never run"),
+        ("passed", "1 passed", "passed at abc"),
+        ("failed", "1 failed", "**failed**"),
+    ],
+)
+def test_status_of_the_cuda_kernel(tmp_path, outcome, note, expected):
+    """Skipped is not passed."""
+    row = check_row("", outcome, check="tests", feature="test_cuda.py", dtype="", head_dim="", note=note)
+    results.upsert(tmp_path / "gpu" / "parity.csv", [row])
+    line = next(line for line in status.page(tmp_path, current="new").splitlines() if line.startswith("| CUDA C++ |"))
+    assert line.split("|")[3].strip().startswith(expected)
+
+
 def test_status_lists_each_kernel(tmp_path):
     rows = [
         check_row("forward"), check_row("decode", "error", feature="cache"),

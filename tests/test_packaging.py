@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fastattn import cuda
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -212,6 +214,7 @@ class TestCudaSwitch:
         archive = zipfile.ZipFile(self.build(with_cuda, tmp_path, "1", env))
         command = archive.read("fastattn/libfastattn_cuda.so").decode()
         assert "csrc/stub.cu" in command and "sm_90a" in command
+        assert f'-DFASTATTN_DIGEST="{cuda.source_digest(with_cuda / "csrc")}"' in command
 
     def test_on_without_a_compiler_fails(self, with_cuda, tmp_path):
         if shutil.which("nvcc", path="/usr/bin:/bin"):
