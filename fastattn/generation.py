@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fastattn.nn import CausalLM, DynamicCache, EncoderDecoder, KVCache
+from fastattn.nn import CausalLM, DynamicCache, EncoderDecoder, KVCache, check
 
 __all__ = ["BeamSearch", "Generated", "Sampling", "generate", "stream"]
 
@@ -45,15 +45,15 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "(0, inf)")
-        _number("temperature", self.temperature, 0.0, math.inf, "[0, inf)")
+        check.number("repetition_penalty", self.repetition_penalty, "(0, inf)")
+        check.number("temperature", self.temperature, "[0, inf)")
         if self.top_k is not None:
-            _integer("top_k", self.top_k, 1)
+            check.integer("top_k", self.top_k, 1)
         for name in ("top_p", "min_p"):
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name), 0.0, 1.0, "(0, 1]")
+                check.number(name, getattr(self, name), "(0, 1]")
         if self.seed is not None:
-            _integer("seed", self.seed, 0)
+            check.integer("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,9 @@ class BeamSearch:
     early_stopping: bool = False
 
     def __post_init__(self) -> None:
-        _integer("num_beams", self.num_beams, 1)
-        _number("length_penalty", self.length_penalty, -math.inf, math.inf, "(-inf, inf)")
-        if not isinstance(self.early_stopping, bool):
-            raise TypeError(f"early_stopping: expected a bool, got {type(self.early_stopping).__name__}")
+        check.integer("num_beams", self.num_beams, 1)
+        check.number("length_penalty", self.length_penalty, "(-inf, inf)")
+        check.flag("early_stopping", self.early_stopping)
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,7 @@ def generate(
     """
     run = _prepare(model, prompt, max_new_tokens, lengths, start, stop, sampling, cache)
     if beams is not None:
-        if not isinstance(beams, BeamSearch):
-            raise TypeError(f"beams: expected a BeamSearch or None, got {type(beams).__name__}")
+        check.instance("beams", beams, BeamSearch, type(None))
         if sampling is not None:
             raise ValueError("beams: expected None with sampling, got both")
         if isinstance(cache, KVCache):
@@ -226,12 +224,11 @@ def _prepare(
     if not isinstance(origin, (CausalLM, EncoderDecoder)):
         raise TypeError(f"model: expected a CausalLM or an EncoderDecoder, got {type(model).__name__}")
     device = origin.head.weight.device
-    _integer("max_new_tokens", max_new_tokens, 1)
+    check.integer("max_new_tokens", max_new_tokens, 1)
     prompt, lengths = _check_prompt(prompt, lengths, device)
     vocab_size = origin.head.out_features
     stops = _check_stop(stop, vocab_size, device)
-    if not isinstance(sampling, (Sampling, type(None))):
-        raise TypeError(f"sampling: expected a Sampling or None, got {type(sampling).__name__}")
+    check.instance("sampling", sampling, Sampling, type(None))
     given = isinstance(cache, KVCache)
 
     encode: Callable[..., Tensor] | None = None
@@ -441,7 +438,10 @@ def _check_prompt(
         if lengths is not None:
             raise ValueError("lengths: expected None with a sequence of prompts, got a value")
         if not isinstance(prompt, Sequence) or not prompt or not all(isinstance(p, Tensor) for p in prompt):
-            raise TypeError("prompt: expected a Tensor (N, L) or a sequence of at least one Tensor (L,)")
+            got = type(prompt).__name__
+            if isinstance(prompt, Sequence) and prompt:
+                got += f" of {type(prompt[0]).__name__}"
+            raise TypeError(f"prompt: expected a Tensor (N, L) or a sequence of at least one Tensor (L,), got {got}")
         if any(p.ndim != 1 for p in prompt):
             raise ValueError(f"prompt: expected tensors (L,), got shapes {[tuple(p.shape) for p in prompt]}")
         sizes = [p.shape[0] for p in prompt]
@@ -490,7 +490,7 @@ def _check_stop(stop: int | Iterable[int] | None, vocab_size: int, device: torch
         return None
     tokens = [stop] if isinstance(stop, int) else list(stop)
     for token in tokens:
-        _integer("stop", token, 0)
+        check.integer("stop", token, 0)
         if token >= vocab_size:
             raise ValueError(f"stop: expected tokens below {vocab_size}, got {token}")
     return torch.tensor(tokens, device=device) if tokens else None
@@ -500,20 +500,3 @@ def _check_dtypes(name: str, *tensors: Tensor) -> None:
     for tensor in tensors:
         if tensor.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}.dtype: expected int32 or int64, got {tensor.dtype}")
-
-
-def _integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
-def _number(name: str, value: object, low: float, high: float, interval: str) -> None:
-    """`interval` is how low and high are written, "(0, 1]": a round bracket leaves its end out."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    above = value > low or (value == low and interval[0] == "[")
-    below = value < high or (value == high and interval[-1] == "]")
-    if not (above and below):
-        raise ValueError(f"{name}: expected a number in {interval}, got {value}")

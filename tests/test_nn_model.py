@@ -371,25 +371,71 @@ def test_layers_stand_alone():
     assert fnn.Block(config, cross=True)(x, memory, causal=True).shape == x.shape
 
 
-BAD_CONFIGS = {
-    "d_model": ({"d_model": 30}, ValueError),
-    "num_heads": ({"num_heads": 0}, ValueError),
-    "num_layers": ({"num_layers": 1.5}, TypeError),
-    "num_kv_heads": ({"num_kv_heads": 3}, ValueError),
-    "head_dim": ({"head_dim": 7}, ValueError),
-    "dim_feedforward": ({"dim_feedforward": -1}, ValueError),
-    "activation": ({"activation": "tanh"}, ValueError),
-    "norm": ({"norm": "batch"}, ValueError),
-    "position": ({"position": fnn.RoPE}, TypeError),
-    "dropout": ({"dropout": 1.0}, ValueError),
+NAN, INF = float("nan"), float("inf")
+BAD_SETTINGS = {
+    fnn.TransformerConfig: {
+        "d_model": [30, 0, 32.0, True],
+        "num_layers": [1.5, 0],
+        "num_heads": [0, "4"],
+        "num_kv_heads": [3, 0, 8],
+        "head_dim": [7, 0, 8.0],
+        "dim_feedforward": [-1, 1.5],
+        "activation": ["tanh", None],
+        "norm": ["batch", True],
+        "norm_first": [1, None],
+        "final_norm": [1, "yes"],
+        "norm_eps": [0.0, -1.0, NAN, "1"],
+        "bias": ["no", 0],
+        "position": [fnn.RoPE, "rope"],
+        "qk_norm": [1],
+        "window": [5, (1,), (1.5, None), [3, 0]],
+        "softcap": [0.0, -1.0, INF, "5"],
+        "sinks": [1],
+        "dropout": [1.0, -0.1, NAN, None],
+        "init_std": [0.0, "a"],
+        "checkpoint": ["full"],
+    },
+    fnn.CausalLMConfig: {"vocab_size": [0, 1.5], "tie_embeddings": [1], "scale_embeddings": [None]},
+    fnn.EncoderDecoderConfig: {
+        "encoder": [None, fnn.TransformerConfig],
+        "decoder": [fnn.CausalLM],
+        "source_vocab_size": [0, 1.5],
+        "target_vocab_size": [0, "9"],
+        "tie_embeddings": [1],
+        "scale_embeddings": ["sqrt"],
+    },
+    fnn.RoPE: {"theta": [0.0, 1.0, -1, INF, "10000"], "scaling": [2.0, fnn.Llama3Scaling]},
+    fnn.LinearScaling: {"factor": [0, -1.0, INF]},
+    fnn.Llama3Scaling: {"factor": [0], "original_max_len": [0, 8192.0], "low": [0.0], "high": [1.0, 0.5]},
+    fnn.YarnScaling: {
+        "factor": [0], "original_max_len": [0, 1.5], "slow": [0.0], "fast": [1.0, NAN], "attention_factor": [0.0],
+    },
+    fnn.ALiBi: {"learned": [1]},
+    fnn.Learned: {"max_len": [0, 1.5]},
+    fnn.Sinusoidal: {"max_len": [0, None]},
+}  # fmt: skip
+STACK = fnn.TransformerConfig(d_model=32, num_heads=4)
+GOOD_SETTINGS = {
+    fnn.TransformerConfig: {"d_model": 32, "num_heads": 4},
+    fnn.CausalLMConfig: {"d_model": 32, "num_heads": 4, "vocab_size": V},
+    fnn.EncoderDecoderConfig: {"encoder": STACK, "decoder": STACK, "source_vocab_size": V},
+    fnn.LinearScaling: {"factor": 2.0},
+    fnn.YarnScaling: {"factor": 2.0, "original_max_len": 64},
+    fnn.Learned: {"max_len": 64},
 }
 
 
-@pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_bad_configs_are_refused(name):
-    options, error = BAD_CONFIGS[name]
-    with pytest.raises(error, match=f"{name}: expected .*got"):
-        fnn.TransformerConfig(**{"d_model": 32, "num_heads": 4} | options)
+@pytest.mark.parametrize("kind", BAD_SETTINGS, ids=lambda kind: kind.__name__)
+def test_bad_settings_are_refused(kind):
+    inherited = {field.name for field in dataclasses.fields(fnn.TransformerConfig)} - {"vocab_size"}
+    own = {field.name for field in dataclasses.fields(kind)} - (inherited if kind is fnn.CausalLMConfig else set())
+    assert own == BAD_SETTINGS[kind].keys()
+    good = GOOD_SETTINGS.get(kind, {})
+    kind(**good)
+    for name, values in BAD_SETTINGS[kind].items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=f"{name}: expected .*got"):
+                kind(**good | {name: value})
 
 
 def test_encoder_and_decoder_have_one_width():
@@ -437,8 +483,22 @@ def bad_calls():
             lambda: lm(tokens, cache=lm.make_cache(N, L, fnn.SlidingWindowCache, window=4)),
             ValueError,
         ),
-        "capacity: expected a positive": (lambda: lm.make_cache(N, 0), ValueError),
+        "capacity: expected at least 1": (lambda: lm.make_cache(N, 0), ValueError),
         "batch: expected an int": (lambda: lm.make_cache(1.0, L), TypeError),
+        "window: expected one": (lambda: lm.make_cache(N, L, fnn.SlidingWindowCache), ValueError),
+        "window: expected an int": (lambda: lm.make_cache(N, L, fnn.SlidingWindowCache, window=(4, 0)), TypeError),
+        "chunk: expected at least 1": (
+            lambda: lm.make_cache(N, L, fnn.SlidingWindowCache, window=4, chunk=0),
+            ValueError,
+        ),
+        "page_size: expected a multiple of 16": (
+            lambda: lm.make_cache(N, L, fnn.PagedCache, page_size=10),
+            ValueError,
+        ),
+        "num_pages: expected at least 1": (lambda: lm.make_cache(N, L, fnn.PagedCache, num_pages=0), ValueError),
+        "config: expected CausalLMConfig": (lambda: fnn.CausalLM(STACK), TypeError),
+        "config: expected EncoderDecoderConfig": (lambda: fnn.EncoderDecoder(STACK), TypeError),
+        "config: expected TransformerConfig": (lambda: fnn.Decoder({"d_model": 32}), TypeError),
     }
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import attention, attention_varlen
+from fastattn.nn import check
 from fastattn.nn.cache import KVCache
 from fastattn.nn.config import TransformerConfig
 from fastattn.nn.position import ALiBi, RoPE, rotate
@@ -46,6 +47,7 @@ class Attention(nn.Module):
     """
 
     def __init__(self, config: TransformerConfig, cross: bool = False, layer: int = 0) -> None:
+        check.instance("config", config, TransformerConfig)
         super().__init__()
         E, D = config.d_model, config.dim_per_head
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.kv_heads, D
@@ -141,6 +143,7 @@ class FeedForward(nn.Module):
     """down(activation(up(x))), or with a gate down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: TransformerConfig) -> None:
+        check.instance("config", config, TransformerConfig)
         super().__init__()
         E, hidden = config.d_model, config.ff_dim
         self.gate_proj = nn.Linear(E, hidden, bias=config.bias) if config.gated else None

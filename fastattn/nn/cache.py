@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.kvcache import attention_with_kvcache
+from fastattn.kvcache import PAGE_MULTIPLE, attention_with_kvcache
+from fastattn.nn import check
 
 __all__ = ["DynamicCache", "KVCache", "PagedCache", "SlidingWindowCache"]
 
@@ -52,11 +53,9 @@ class KVCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, value in (("batch", batch), ("capacity", capacity)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+        sizes = {"num_layers": num_layers, "batch": batch, "capacity": capacity, "num_kv_heads": num_kv_heads}
+        for name, value in (sizes | {"head_dim": head_dim}).items():
+            check.integer(name, value)
         self.capacity = capacity
         self.block_table: Tensor | None = None
         self.memory: list[tuple[Tensor, Tensor]] | None = None
@@ -176,6 +175,9 @@ class SlidingWindowCache(KVCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check.integer("window", window, least=0)
+        check.integer("chunk", chunk)
+        _check_page_size(page_size)
         self.window, self.page_size = window, page_size
         self.chunk = chunk
         self._pages = -(-(window + chunk - 1) // page_size) + 1  # as many as `window + chunk` positions can touch
@@ -237,6 +239,11 @@ class PagedCache(KVCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check_page_size(page_size)
+        if num_pages is not None:
+            check.integer("num_pages", num_pages)
+        for name, value in (("batch", batch), ("capacity", capacity)):  # the pool's size follows from them
+            check.integer(name, value)
         self.page_size, self._num_pages = page_size, num_pages
         super().__init__(num_layers, batch, capacity, num_kv_heads, head_dim, device=device, dtype=dtype)
         self.block_table = torch.zeros(
@@ -333,6 +340,12 @@ def _selected(x: Tensor, index: Tensor) -> Tensor:
     """x[index], in x itself where the sizes allow it."""
     chosen = x.index_select(0, index)
     return x.copy_(chosen) if chosen.shape == x.shape else chosen
+
+
+def _check_page_size(page_size: int) -> None:
+    check.integer("page_size", page_size)
+    if page_size % PAGE_MULTIPLE:
+        raise ValueError(f"page_size: expected a multiple of {PAGE_MULTIPLE}, got {page_size}")
 
 
 def _check_index(index: Tensor, batch: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fastattn.nn import check
 from fastattn.nn.position import ALiBi, Learned, RoPE, Sinusoidal
 
 __all__ = ["CausalLMConfig", "EncoderDecoderConfig", "TransformerConfig"]
@@ -74,29 +75,32 @@ class TransformerConfig:
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "num_layers", "num_heads", "kv_heads", "ff_dim", "dim_per_head"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{_FIELD.get(name, name)}: expected an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{_FIELD.get(name, name)}: expected a positive number, got {value}")
+        for name in ("d_model", "num_layers", "num_heads"):
+            check.integer(name, getattr(self, name))
+        for name in ("num_kv_heads", "head_dim", "dim_feedforward"):
+            if getattr(self, name) is not None:
+                check.integer(name, getattr(self, name))
+        for name, allowed in (("activation", PLAIN + GATED), ("norm", ("rms", "layer"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
+                )
+        for name in ("norm_first", "bias", "qk_norm", "sinks", "checkpoint"):
+            check.flag(name, getattr(self, name))
+        check.instance("final_norm", self.final_norm, bool, type(None))
+        check.instance("position", self.position, RoPE, ALiBi, Learned, Sinusoidal, type(None))
+        check.number("norm_eps", self.norm_eps)
+        check.number("init_std", self.init_std)
+        check.number("dropout", self.dropout, "[0, 1)")
+        if self.softcap is not None:
+            check.number("softcap", self.softcap)
+        check_window(self.window)
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(f"d_model: expected a multiple of num_heads == {self.num_heads}, got {self.d_model}")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads == {self.num_heads}, got {self.kv_heads}")
         if isinstance(self.position, RoPE) and self.dim_per_head % 2:
             raise ValueError(f"head_dim: expected an even number for RoPE, got {self.dim_per_head}")
-        if not isinstance(self.position, (RoPE, ALiBi, Learned, Sinusoidal, type(None))):
-            raise TypeError(
-                f"position: expected RoPE, ALiBi, Learned, Sinusoidal or None, got {_describe(self.position)}"
-            )
-        for name, allowed in (("activation", PLAIN + GATED), ("norm", ("rms", "layer"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
-                )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
 
     @property
     def kv_heads(self) -> int:
@@ -135,6 +139,12 @@ class CausalLMConfig(TransformerConfig):
     tie_embeddings: bool = True
     scale_embeddings: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.integer("vocab_size", self.vocab_size)
+        check.flag("tie_embeddings", self.tie_embeddings)
+        check.flag("scale_embeddings", self.scale_embeddings)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig:
@@ -156,14 +166,25 @@ class EncoderDecoderConfig:
     scale_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        check.instance("encoder", self.encoder, TransformerConfig)
+        check.instance("decoder", self.decoder, TransformerConfig)
+        check.integer("source_vocab_size", self.source_vocab_size)
+        if self.target_vocab_size is not None:
+            check.integer("target_vocab_size", self.target_vocab_size)
+        check.flag("tie_embeddings", self.tie_embeddings)
+        check.flag("scale_embeddings", self.scale_embeddings)
         if self.encoder.d_model != self.decoder.d_model:
             raise ValueError(
                 f"decoder.d_model: expected encoder.d_model == {self.encoder.d_model}, got {self.decoder.d_model}"
             )
 
 
-_FIELD = {"kv_heads": "num_kv_heads", "ff_dim": "dim_feedforward", "dim_per_head": "head_dim"}
-
-
-def _describe(value: object) -> str:
-    return f"the class {value.__name__}, not an instance" if isinstance(value, type) else type(value).__name__
+def check_window(window: object) -> None:
+    """(left, right), integers or None each; or None."""
+    if window is None:
+        return
+    if not isinstance(window, tuple) or len(window) != 2:
+        raise TypeError(f"window: expected (left, right) or None, got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"window: expected integers or None, got {window!r}")

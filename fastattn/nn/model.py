@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastattn.nn import check
 from fastattn.nn.block import Block, make_norm, positions
 from fastattn.nn.cache import KVCache, SlidingWindowCache
 from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig
@@ -25,6 +26,7 @@ class _Stack(nn.Module):
     """Positions, blocks and a final norm."""
 
     def __init__(self, config: TransformerConfig, cross: bool = False) -> None:
+        check.instance("config", config, TransformerConfig)
         super().__init__()
         self.config = config
         absolute = isinstance(config.position, (Learned, Sinusoidal))
@@ -196,6 +198,8 @@ class Decoder(_Stack):
         config = self.config
         if kind is SlidingWindowCache and config.window is not None and config.window[0] is not None:
             options.setdefault("window", config.window[0])
+        if kind is SlidingWindowCache and "window" not in options:
+            raise ValueError("window: expected one, since the model has none, for a SlidingWindowCache, got None")
         cache = kind(
             config.num_layers, batch, capacity, config.kv_heads, config.dim_per_head, device=weight.device,
             dtype=dtype, **options,
@@ -217,6 +221,7 @@ class CausalLM(nn.Module):
     """
 
     def __init__(self, config: CausalLMConfig) -> None:
+        check.instance("config", config, CausalLMConfig)
         super().__init__()
         self.config = config
         self.embedding = _embedding(config.vocab_size, config.d_model, config.init_std)
@@ -239,7 +244,7 @@ class CausalLM(nn.Module):
 
     def hidden(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """What `head` makes logits of: (N, L) -> (N, L, E). The arguments are those of `forward`."""
-        x = _embed(self.embedding, tokens, self.config.scale_embeddings)
+        x = _embed("tokens", self.embedding, tokens, self.config.scale_embeddings)
         return self.decoder(x, **inputs)
 
     def prefill(self, tokens: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
@@ -268,6 +273,7 @@ class EncoderDecoder(nn.Module):
     """
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
+        check.instance("config", config, EncoderDecoderConfig)
         super().__init__()
         self.config = config
         d_model, init_std = config.decoder.d_model, config.decoder.init_std
@@ -310,7 +316,7 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, source: Tensor, **inputs: Any) -> Tensor:
         """(N, S) -> (N, S, E). The arguments are those of `Encoder.forward`."""
-        return self.encoder(_embed(self.source_embedding, source, self.config.scale_embeddings), **inputs)
+        return self.encoder(_embed("source", self.source_embedding, source, self.config.scale_embeddings), **inputs)
 
     def decode(self, target: Tensor, memory: Tensor | None = None, **inputs: Any) -> Tensor:
         """Logits (N, L, V) of what comes after each target token. The arguments are those of `Decoder.forward`."""
@@ -318,7 +324,7 @@ class EncoderDecoder(nn.Module):
 
     def hidden(self, target: Tensor, **inputs: Any) -> Tensor:
         """What `head` makes logits of: (N, L) -> (N, L, E). The arguments are those of `Decoder.forward`."""
-        return self.decoder(_embed(self.target_embedding, target, self.config.scale_embeddings), **inputs)
+        return self.decoder(_embed("target", self.target_embedding, target, self.config.scale_embeddings), **inputs)
 
     def prefill(self, target: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
         """As `CausalLM.prefill`, for target tokens and a cache that has the memory."""
@@ -393,9 +399,8 @@ def _embedding(vocab_size: int, d_model: int, init_std: float) -> nn.Embedding:
     return embedding
 
 
-def _embed(embedding: nn.Embedding, tokens: Tensor, scale: bool) -> Tensor:
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise TypeError(f"tokens.dtype: expected an integer type, got {tokens.dtype}")
+def _embed(name: str, embedding: nn.Embedding, tokens: Tensor, scale: bool) -> Tensor:
+    check.tokens(name, tokens)
     x = embedding(tokens)
     return x * math.sqrt(embedding.embedding_dim) if scale else x
 

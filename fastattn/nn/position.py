@@ -14,6 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fastattn.nn import check
+
 __all__ = [
     "ALiBi",
     "InputEmbedding",
@@ -144,12 +146,18 @@ class Sinusoidal:
 
     max_len: int = 5000
 
+    def __post_init__(self) -> None:
+        check.integer("max_len", self.max_len)
+
 
 @dataclass(frozen=True)
 class Learned:
     """A learned vector per position added to the input of the first layer; see `PositionalEncoding`."""
 
     max_len: int
+
+    def __post_init__(self) -> None:
+        check.integer("max_len", self.max_len)
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,9 @@ class ALiBi:
     """
 
     learned: bool = False
+
+    def __post_init__(self) -> None:
+        check.flag("learned", self.learned)
 
     def slopes(self, num_heads: int, device: torch.device | str | None = None) -> Tensor:
         """The paper's geometric sequence, (num_heads,) of float32; 8 heads have 1/2, 1/4, ..., 1/256."""
@@ -177,6 +188,9 @@ class LinearScaling:
     factor: float
 
     magnitude: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        check.number("factor", self.factor)
 
     def scale(self, frequency: Tensor, theta: float) -> Tensor:
         """`frequency` (head_dim / 2,) in radians per position -> the same, scaled."""
@@ -200,6 +214,12 @@ class Llama3Scaling:
     high: float = 4.0
 
     magnitude: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        check.number("factor", self.factor)
+        check.integer("original_max_len", self.original_max_len)
+        check.number("low", self.low)
+        check.number("high", self.high, f"({self.low}, inf)")
 
     def scale(self, frequency: Tensor, theta: float) -> Tensor:
         turns = self.original_max_len * frequency / (2 * math.pi)  # over the context of training
@@ -225,6 +245,14 @@ class YarnScaling:
     slow: float = 1.0
     fast: float = 32.0
     attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        check.number("factor", self.factor)
+        check.integer("original_max_len", self.original_max_len)
+        check.number("slow", self.slow)
+        check.number("fast", self.fast, f"({self.slow}, inf)")
+        if self.attention_factor is not None:
+            check.number("attention_factor", self.attention_factor)
 
     @property
     def magnitude(self) -> float:
@@ -258,6 +286,10 @@ class RoPE:
 
     theta: float = 10000.0
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+
+    def __post_init__(self) -> None:
+        check.number("theta", self.theta, "(1, inf)")
+        check.instance("scaling", self.scaling, LinearScaling, Llama3Scaling, YarnScaling, type(None))
 
     def tables(self, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         """cos and sin for `rotate`: positions (...) integer -> two of (..., head_dim / 2) in float32."""

@@ -1,0 +1,46 @@
+"""Checks of settings: each raises an error that names the setting, what was expected and what came."""
+
+import math
+
+from torch import Tensor
+
+
+def integer(name: str, value: object, least: int = 1) -> None:
+    """An int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def number(name: str, value: object, interval: str = "(0, inf)") -> None:
+    """A number in an interval, such as "(0, 1]": a round bracket leaves its end out."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    low, high = map(float, interval[1:-1].split(","))
+    above = value > low or (value == low and interval[0] == "[")
+    below = value < high or (value == high and interval[-1] == "]")
+    if not (above and below) or math.isnan(value):
+        raise ValueError(f"{name}: expected a number in {interval}, got {value}")
+
+
+def flag(name: str, value: object) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def instance(name: str, value: object, *kinds: type) -> None:
+    """Of one of these classes."""
+    if not isinstance(value, kinds):
+        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name}: expected {expected}, got {got}")
+
+
+def tokens(name: str, value: object) -> None:
+    """A tensor of token numbers."""
+    instance(name, value, Tensor)
+    assert isinstance(value, Tensor)
+    if value.is_floating_point() or value.is_complex() or value.dtype.itemsize < 4:
+        raise TypeError(f"{name}.dtype: expected int32 or int64, got {value.dtype}")
