@@ -16,7 +16,7 @@ export FASTATTN_TRITON_3_6 = $(TRITON_3_6)
 TRITON_3_6_STAMP := $(TRITON_3_6)/.stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo lint types compile-report bench-overhead gpu-check gpu-bench gpu-tune clean
+.PHONY: help env test demo demo-charlm lint types compile-report bench-overhead gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -29,6 +29,9 @@ test: $(VENV)/.stamp-test $(TRITON_3_6_STAMP)  ## install what the tests need an
 
 demo: $(VENV)/.stamp-examples  ## install and run the forecasting example
 	$(BIN)/python -m examples.forecast
+
+demo-charlm: $(VENV)/.stamp-examples  ## install and run the character language model on Alice in Wonderland
+	$(BIN)/python -m examples.charlm --steps 1000
 
 lint: $(VENV)/.stamp-dev  ## ruff
 	$(BIN)/ruff check .
