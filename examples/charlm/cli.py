@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not args.sample:
             train(args)
-        for kind in args.model:
+        for kind in args.shapes:
             print_sample(args, kind)
     except (DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
