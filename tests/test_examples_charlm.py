@@ -292,11 +292,11 @@ def test_modern_sees_a_window_as_long_as_the_block(trained):
     """One layer: what stood before the window cannot matter, what stands at its start does."""
     model, vocabulary = trained("modern")
     tokens = vocabulary.encode(PANGRAM)[None, :20]
+    changed = tokens.clone()
+    changed[:, -8] = (changed[:, -8] + 1) % len(vocabulary)
     with torch.no_grad():
-        whole, last = model(tokens)[0, -1], model(tokens[:, -8:])[0, -1]
-        tokens[:, -8] = (tokens[:, -8] + 1) % len(vocabulary)
-        changed = model(tokens)[0, -1]
-        exact = model.double()(vocabulary.encode(PANGRAM)[None, :20])[0, -1]
+        whole, last, changed = (model(x)[0, -1] for x in (tokens, tokens[:, -8:], changed))
+        exact = model.double()(tokens[:, -8:])[0, -1]
     assert_parity(whole, exact, last, intermediate=20.0)  # angles of positions up to 20
     assert not torch.equal(changed, whole)
 
