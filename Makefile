@@ -34,6 +34,9 @@ demo: $(VENV)/.stamp-examples  ## install and run the forecasting example
 demo-dates: $(VENV)/.stamp-examples  ## install and run the date translation example
 	$(BIN)/python -m examples.dates
 
+demo-charlm: $(VENV)/.stamp-examples  ## install and run the character language model on Alice in Wonderland
+	$(BIN)/python -m examples.charlm --steps 1000
+
 lint: $(VENV)/.stamp-dev  ## ruff
 	$(BIN)/ruff check .
 

@@ -1,0 +1,187 @@
+"""The program: trains the models that were asked for, or samples from those that are trained."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import fastattn
+from examples.charlm.data import ALICE, DataError, Text
+from examples.charlm.models import KINDS, Kind, Shape, count_parameters
+from examples.charlm.report import Result, metrics, plot_losses, table, write_metrics
+from examples.charlm.sample import continue_text, kept_of, load
+from examples.charlm.train import CheckpointError, History, Recipe, build, fit
+from fastattn import Sampling
+from fastattn.nn import Learned
+
+DEFAULT_OUTPUT = Path(__file__).parent / "output"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example; 0, or 2 if the input cannot be used."""
+    args = parse_arguments(argv)
+    try:
+        if not args.sample:
+            train(args)
+        for kind in args.shapes:
+            print_sample(args, kind)
+    except (DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command with --resume goes on from the last evaluation", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.charlm",
+        description="A character language model on fastattn.nn.CausalLM. Without arguments: nanoGPT's architecture and "
+        "today's, trained alike on Alice in Wonderland, with nanoGPT's settings for a CPU.",
+    )
+    parser.add_argument("--text", type=Path, default=ALICE, metavar="PATH", help="what to learn, in UTF-8")
+    parser.add_argument(
+        "--model", nargs="+", choices=KINDS, default=list(KINDS),
+        help="gpt: LayerNorm, GELU, learned positions; modern: RMSNorm, SwiGLU, RoPE, query and key norm "
+        "(default: both, one after the other)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+
+    size, training, samples = map(parser.add_argument_group, ("size", "training", "samples"))
+    shape, recipe = Shape("gpt"), Recipe()
+    numbers: list[tuple[argparse._ArgumentGroup, str, Callable[[str], float], float, str]] = [
+        (size, "block", _positive, shape.block, "characters that a model sees"),
+        (size, "layers", _positive, shape.layers, "blocks of attention and feed-forward network"),
+        (size, "heads", _positive, shape.heads, "attention heads"),
+        (size, "width", _positive, shape.width, "size of a hidden vector"),
+        (size, "dropout", float, shape.dropout, "probability; a larger model on a small text needs some"),
+        (training, "steps", _positive, recipe.steps, "steps of the optimizer"),
+        (training, "batch", _positive, recipe.batch, "sequences per pass"),
+        (training, "accumulate", _positive, recipe.accumulate, "passes per step, whose gradients are averaged"),
+        (training, "lr", float, recipe.learning_rate, "highest learning rate"),
+        (training, "evaluate-every", _positive, recipe.evaluate_every, "steps from one evaluation to the next"),
+        (training, "seed", int, recipe.seed, "of weights, batches and samples"),
+        (samples, "length", _positive, 400, "characters"),
+        (samples, "temperature", float, 0.8, "0: always the most probable character"),
+    ]
+    for group, name, kind, default, text in numbers:
+        group.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    training.add_argument("--amp", action="store_true", help="compute in bfloat16 (autocast)")
+    training.add_argument("--compile", action="store_true", help="compile the model (torch.compile)")
+    training.add_argument("--resume", action="store_true", help="go on from checkpoints in the output folder, if any")
+    samples.add_argument("--sample", action="store_true", help="no training: sample from checkpoints in that folder")
+    samples.add_argument(
+        "--prompt", default="\n", metavar="TEXT", help="what the sample continues (default: a new line)"
+    )
+    samples.add_argument("--top-k", type=int, metavar="K", help="draw among the K most probable characters")
+    samples.add_argument("--top-p", type=float, metavar="P", help="draw among those with probability P together")
+    args = parser.parse_args(argv)
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch finds no CUDA device")
+    try:
+        args.sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        args.shapes = {
+            kind: Shape(kind, args.block, args.layers, args.heads, args.width, args.dropout) for kind in args.model
+        }
+        for made in args.shapes.values():
+            made.config(vocab_size=1)
+    except ValueError as error:
+        parser.error(str(error))
+    if not args.prompt:
+        parser.error("--prompt: expected at least one character")
+    if not args.lr > 0:
+        parser.error(f"--lr: expected a positive number, got {args.lr}")
+    return args
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return value
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train the models one after the other, and say how well they do."""
+    text = Text.read(args.text)
+    if len(text.validation) <= args.block:
+        raise DataError(f"{args.text} is too short: its last tenth has {len(text.validation)} of more than {args.block}"
+                        " characters that --block needs")  # fmt: skip
+    text.vocabulary.encode(args.prompt)  # now, not after the training
+    recipe = Recipe(
+        steps=args.steps, batch=args.batch, accumulate=args.accumulate, learning_rate=args.lr,
+        evaluate_every=args.evaluate_every, seed=args.seed, amp=args.amp,
+    )  # fmt: skip
+    device = f"{args.device} ({torch.cuda.get_device_name()})" if args.device == "cuda" else args.device
+    print(f"fastattn {fastattn.__version__}, PyTorch {torch.__version__}, device: {device}")
+    print(f"{args.text}: {len(text.train):,} characters to learn, {len(text.validation):,} to evaluate on, "
+          f"{len(text.vocabulary)} different ones")  # fmt: skip
+    results = []
+    for kind, shape in args.shapes.items():
+        model = build(shape, text.vocabulary, recipe.seed).to(args.device)
+        progress = Progress(kind, recipe.steps)
+        history = fit(
+            model, text, shape, recipe, args.output / f"{kind}.pt",
+            resume=args.resume, compiled=args.compile, on_step=progress.step,
+        )  # fmt: skip
+        progress.close()
+        results.append(Result(shape, count_parameters(model), history))
+    print("\n" + table(results))
+    plot_losses(results, args.output / "loss.png")
+    write_metrics(args.output / "metrics.json", metrics(results, recipe, text, str(args.text), args.device))
+    print(f"\nwritten to {args.output}: loss.png, metrics.json, " + ", ".join(f"{kind}.pt" for kind in args.shapes))
+
+
+def print_sample(args: argparse.Namespace, kind: Kind) -> None:
+    """Characters appear as they are drawn."""
+    model, vocabulary = load(args.output / f"{kind}.pt", args.device)
+    prompt = vocabulary.encode(args.prompt).to(args.device)
+    position = model.config.position
+    if isinstance(position, Learned) and len(prompt) + args.length - 1 > position.max_len:
+        print(f"note: {kind} has positions for {position.max_len} characters; whenever they are used up, it goes on "
+              f"from the last {kept_of(position)}", file=sys.stderr)  # fmt: skip
+    print(f"\n--- {kind}")
+    print(args.prompt, end="")
+    torch.manual_seed(args.seed)
+    for token in continue_text(model, prompt, args.length, args.sampling):
+        print(vocabulary.characters[token], end="", flush=True)
+    print()
+
+
+class Progress:
+    """A bar in a terminal; in a log file, a line for every tenth of the way."""
+
+    def __init__(self, name: str, steps: int, width: int = 30) -> None:
+        self.name, self.steps, self.width = name, steps, width
+        self.start = time.monotonic()
+        self.first: int | None = None  # where a resumed run goes on
+        self.tenth = 0
+        self.terminal = sys.stderr.isatty()
+
+    def step(self, done: int, history: History) -> None:
+        """So many steps are done."""
+        self.first = done - 1 if self.first is None else self.first
+        seconds = time.monotonic() - self.start
+        left = seconds / (done - self.first) * (self.steps - done)
+        bar = "#" * round(done / self.steps * self.width)
+        text = f"{self.name} [{bar:<{self.width}}] {done}/{self.steps}  {seconds:.0f} s, about {left:.0f} s left"
+        if history.validation:
+            text += f"  validation loss {history.validation[-1]:.4f}"
+        if self.terminal:
+            print(f"\r{text:<110}", end="", file=sys.stderr, flush=True)
+        elif 10 * done // self.steps > self.tenth:
+            self.tenth = 10 * done // self.steps
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.terminal:
+            print(file=sys.stderr)

@@ -1,0 +1,236 @@
+"""The training loop: nanoGPT's recipe in plain PyTorch, with checkpoints from which it goes on."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples.charlm.data import Text, Vocabulary, random_batch, windows
+from examples.charlm.models import Shape
+from fastattn.nn import CausalLM
+
+EVALUATION_BATCH = 64  # windows at once
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The defaults are nanoGPT's for a CPU."""
+
+    steps: int = 2000
+    batch: int = 12
+    accumulate: int = 1  # batches per step
+    learning_rate: float = 1e-3  # falls to a tenth along a cosine
+    warmup: int = 100
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0  # norm of all gradients together
+    evaluate_every: int = 250
+    seed: int = 1337
+    amp: bool = False  # bfloat16 autocast
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / (self.warmup + 1)
+        lowest = self.learning_rate / 10
+        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return lowest + 0.5 * (1 + math.cos(math.pi * progress)) * (self.learning_rate - lowest)
+
+
+@dataclass
+class History:
+    """Mean cross-entropy per character, in nats."""
+
+    train: list[float] = field(default_factory=list)  # of each step's batch
+    evaluated: list[int] = field(default_factory=list)  # after how many steps
+    validation: list[float] = field(default_factory=list)  # over the whole validation part
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def best(self) -> int:
+        """The evaluation with the lowest loss, whose weights are kept."""
+        return self.validation.index(min(self.validation))
+
+
+class CheckpointError(ValueError):
+    """The checkpoint does not belong to this run."""
+
+
+def build(shape: Shape, vocabulary: Vocabulary, seed: int) -> CausalLM:
+    """A model with the weights that the seed gives, on the CPU."""
+    torch.manual_seed(seed)
+    return CausalLM(shape.config(len(vocabulary)))
+
+
+def fit(
+    model: CausalLM,
+    text: Text,
+    shape: Shape,
+    recipe: Recipe,
+    checkpoint: Path,
+    *,
+    resume: bool = False,
+    compiled: bool = False,
+    on_step: Callable[[int, History], None] = lambda done, history: None,
+) -> History:
+    """Train in place; `model` ends with the weights of its best evaluation.
+
+    Args:
+        model: on the device to train on.
+        text: what to learn, and what to evaluate on.
+        shape: of `model`.
+        recipe: how to train.
+        checkpoint: file to write after every evaluation.
+        resume: go on from `checkpoint` if it exists. The random state is in it, so the result is the same as without
+            a break.
+        compiled: train through `torch.compile`.
+        on_step: called after every step with the number of steps done, for a progress bar.
+    """
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(model, recipe)
+    batches = torch.Generator().manual_seed(recipe.seed)
+    identity = {"shape": asdict(shape), "recipe": asdict(recipe), "text": {"crc32": _crc32(text)}}
+    history, best = History(), {}
+    if resume and checkpoint.exists():
+        state = load_checkpoint(checkpoint, identity)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        batches.set_state(state["batches"])
+        history, best = History(**state["history"]), state["best_model"]
+        _set_random_state(state["random"])
+    forward = torch.compile(model) if compiled else model
+    losses: list[Tensor] = []  # on the device until the next evaluation: reading them would wait for it
+    start = time.perf_counter() - history.seconds
+    for step in range(len(history.train), recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        model.train()
+        total = torch.zeros((), device=device)
+        for _ in range(recipe.accumulate):
+            batch = random_batch(text.train, shape.block, recipe.batch, batches).to(device)
+            loss = loss_of(forward, batch, recipe.amp) / recipe.accumulate
+            loss.backward()
+            total += loss.detach()
+        losses.append(total)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        if done % recipe.evaluate_every == 0 or done == recipe.steps:
+            history.train += torch.stack(losses).tolist()
+            losses = []
+            history.evaluated.append(done)
+            history.validation.append(evaluate(model, text.validation, shape.block, recipe.amp))
+            history.seconds = time.perf_counter() - start
+            if history.best == len(history.validation) - 1:
+                best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            state = {
+                "vocabulary": text.vocabulary.characters,
+                "model": model.state_dict(),
+                "best_model": best,
+                "optimizer": optimizer.state_dict(),
+                "batches": batches.get_state(),
+                "history": asdict(history),
+                "random": _get_random_state(),
+            }
+            save_checkpoint(checkpoint, identity | state)
+        on_step(done, history)
+    model.load_state_dict(best)
+    return history
+
+
+def make_optimizer(model: CausalLM, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW; matrices and embeddings decay, norms do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+
+
+def loss_of(model: Callable[[Tensor], Tensor], batch: Tensor, amp: bool) -> Tensor:
+    """Mean cross-entropy of the characters after each of batch[:, :-1]."""
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=amp):
+        logits = model(batch[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())  # autocast computes it in float32
+
+
+@torch.no_grad()
+def evaluate(model: CausalLM, tokens: Tensor, block: int, amp: bool = False) -> float:
+    """Mean cross-entropy over all windows: nothing is drawn, so that two models see the same."""
+    model.eval()
+    device = next(model.parameters()).device
+    parts = windows(tokens, block).split(EVALUATION_BATCH)
+    total = sum(loss_of(model, part.to(device), amp).double() * len(part) for part in parts)
+    return float(total / sum(len(part) for part in parts))
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Tensors, numbers, strings, lists and dicts only: what `torch.load(weights_only=True)` accepts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)  # in one step: a run stopped while writing leaves the checkpoint before it
+
+
+def load_checkpoint(path: Path, identity: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """What was saved, on the CPU.
+
+    Args:
+        identity: settings by group ("shape", "recipe", "text") that it must have been written with. None: any.
+
+    Raises:
+        CheckpointError: it was not, or it is no checkpoint, or there is none.
+    """
+    try:
+        # weights_only: a checkpoint is data. Without it, loading a stranger's file can run the stranger's code.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"there is no {path}: train --model {path.stem} first, or name another --output"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # on a file that is not its own, torch.load raises whatever its bytes lead it to
+        raise CheckpointError(f"{path} is not a checkpoint: {error!r}") from error
+    if not isinstance(state, dict) or not {"shape", "vocabulary", "best_model"} <= state.keys():
+        raise CheckpointError(f"{path} is not a checkpoint of this example")
+    for group, settings in (identity or {}).items():
+        for name, expected in settings.items():
+            got = state.get(group, {}).get(name)
+            if got != expected:
+                raise CheckpointError(
+                    f"{path} belongs to another run: expected {group} {name}={expected!r}, got {got!r}; "
+                    "use another --output, or leave out --resume"
+                )
+    return state
+
+
+def _crc32(text: Text) -> int:
+    """A checksum that differs for other data."""
+    return zlib.crc32(text.validation.numpy().tobytes(), zlib.crc32(text.train.numpy().tobytes()))
+
+
+def _get_random_state() -> list[Tensor]:
+    """Of the CPU and of the GPU if there is one: dropout draws from them."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+
+
+def _set_random_state(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states[1])
