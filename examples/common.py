@@ -35,6 +35,7 @@ class Progress:
     def __init__(self, total: int, width: int = 30) -> None:
         self.total, self.width = total, width
         self.start = time.monotonic()
+        self.first: int | None = None  # where a resumed run goes on
         self.terminal = sys.stderr.isatty()
         self.tenth = 0
 
@@ -42,7 +43,9 @@ class Progress:
         """`done` of the total are; `note` says more."""
         share = min(done / max(self.total, 1), 1.0)
         seconds = time.monotonic() - self.start
-        left = f"about {seconds / share - seconds:.0f} s left" if 0.02 < share < 1 else ""
+        self.first = done - 1 if self.first is None else self.first
+        remaining = seconds / (done - self.first) * (self.total - done) if done > self.first else 0.0
+        left = f"about {remaining:.0f} s left" if remaining > 0 else ""
         bar = "#" * round(share * self.width)
         text = f"training [{bar:<{self.width}}] {note}  {seconds:.0f} s  {left}"
         if self.terminal:
@@ -68,16 +71,18 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     partial.replace(path)  # in one step: a run stopped while writing leaves the checkpoint before
 
 
-def load_checkpoint(path: Path, model: nn.Module, identity: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Load the latest weights into `model`; return everything that was saved.
+def read_checkpoint(
+    path: Path, identity: dict[str, dict[str, Any]], device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """What was saved.
 
     Args:
         identity: settings by group ("config", "recipe", "data") that the checkpoint must have been written with.
+        device: where its tensors go.
 
     Raises:
         CheckpointError: it was not, or it is no checkpoint.
     """
-    device = next(model.parameters()).device
     try:
         # weights_only: a checkpoint is data. Without it, loading a stranger's file can run the stranger's code.
         state = torch.load(path, map_location=device, weights_only=True)
@@ -95,11 +100,18 @@ def load_checkpoint(path: Path, model: nn.Module, identity: dict[str, dict[str, 
                     f"{path} belongs to another run: expected {group} {name}={expected!r}, got {got!r}; "
                     "use another --output, or leave out --resume"
                 )
+    return state
+
+
+def load_checkpoint(path: Path, model: nn.Module, identity: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Load the latest weights into `model`; return everything that was saved. Raises as `read_checkpoint`."""
+    state = read_checkpoint(path, identity, next(model.parameters()).device)
     model.load_state_dict(state["model"])
     return state
 
 
 def count_parameters(model: nn.Module) -> int:
+    """Shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

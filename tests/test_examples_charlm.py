@@ -11,9 +11,10 @@ import torch.nn.functional as F
 import fastattn
 from examples.charlm import cli
 from examples.charlm.data import ALICE, DataError, Text, Vocabulary, random_batch, windows
-from examples.charlm.models import KINDS, Shape, count_parameters
+from examples.charlm.models import KINDS, Shape
 from examples.charlm.sample import continue_text, kept_of, load
-from examples.charlm.train import CheckpointError, Recipe, build, evaluate, fit, loss_of, make_optimizer
+from examples.charlm.train import Recipe, build, evaluate, fit, loss_of, make_optimizer
+from examples.common import CheckpointError, count_parameters
 from fastattn import Sampling
 from fastattn.nn import CausalLM, SlidingWindowCache
 from fastattn.testing import assert_parity

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,13 +11,15 @@ import torch
 
 import fastattn
 from examples.charlm.data import ALICE, DataError, Text
-from examples.charlm.models import KINDS, Kind, Shape, count_parameters
-from examples.charlm.report import Result, metrics, plot_losses, table, write_metrics
+from examples.charlm.models import KINDS, Kind, Shape
+from examples.charlm.report import Result, metrics, plot_losses, table
 from examples.charlm.sample import continue_text, kept_of, load
-from examples.charlm.train import CheckpointError, History, Recipe, build, fit
+from examples.charlm.train import History, Recipe, build, fit
+from examples.common import CheckpointError, Progress, count_parameters, write_metrics
 from fastattn import Sampling
 from fastattn.nn import Learned
 
+SCHEMA = 1  # of metrics.json
 DEFAULT_OUTPUT = Path(__file__).parent / "output"
 
 
@@ -128,16 +129,21 @@ def train(args: argparse.Namespace) -> None:
     results = []
     for kind, shape in args.shapes.items():
         model = build(shape, text.vocabulary, recipe.seed).to(args.device)
-        progress = Progress(kind, recipe.steps)
+        progress = Progress(recipe.steps)
+
+        def show(done: int, history: History, kind: str = kind, progress: Progress = progress) -> None:
+            loss = f", validation loss {history.validation[-1]:.4f}" if history.validation else ""
+            progress.show(done, f"{kind} {done}/{recipe.steps}{loss}")
+
         history = fit(
             model, text, shape, recipe, args.output / f"{kind}.pt",
-            resume=args.resume, compiled=args.compile, on_step=progress.step,
+            resume=args.resume, compiled=args.compile, on_step=show,
         )  # fmt: skip
         progress.close()
         results.append(Result(shape, count_parameters(model), history))
     print("\n" + table(results))
     plot_losses(results, args.output / "loss.png")
-    write_metrics(args.output / "metrics.json", metrics(results, recipe, text, str(args.text), args.device))
+    write_metrics(args.output / "metrics.json", SCHEMA, metrics(results, recipe, text, str(args.text), args.device))
     print(f"\nwritten to {args.output}: loss.png, metrics.json, " + ", ".join(f"{kind}.pt" for kind in args.shapes))
 
 
@@ -155,33 +161,3 @@ def print_sample(args: argparse.Namespace, kind: Kind) -> None:
     for token in continue_text(model, prompt, args.length, args.sampling):
         print(vocabulary.characters[token], end="", flush=True)
     print()
-
-
-class Progress:
-    """A bar in a terminal; in a log file, a line for every tenth of the way."""
-
-    def __init__(self, name: str, steps: int, width: int = 30) -> None:
-        self.name, self.steps, self.width = name, steps, width
-        self.start = time.monotonic()
-        self.first: int | None = None  # where a resumed run goes on
-        self.tenth = 0
-        self.terminal = sys.stderr.isatty()
-
-    def step(self, done: int, history: History) -> None:
-        """So many steps are done."""
-        self.first = done - 1 if self.first is None else self.first
-        seconds = time.monotonic() - self.start
-        left = seconds / (done - self.first) * (self.steps - done)
-        bar = "#" * round(done / self.steps * self.width)
-        text = f"{self.name} [{bar:<{self.width}}] {done}/{self.steps}  {seconds:.0f} s, about {left:.0f} s left"
-        if history.validation:
-            text += f"  validation loss {history.validation[-1]:.4f}"
-        if self.terminal:
-            print(f"\r{text:<110}", end="", file=sys.stderr, flush=True)
-        elif 10 * done // self.steps > self.tenth:
-            self.tenth = 10 * done // self.steps
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.terminal:
-            print(file=sys.stderr)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
 from fastattn.nn import CausalLMConfig, Learned, RoPE
 
 Kind = Literal["gpt", "modern"]
@@ -36,8 +34,3 @@ class Shape:
         if self.kind == "gpt":  # nanoGPT's; it shares with the other one: pre-norm, no biases, tied embeddings
             return CausalLMConfig(**size, norm="layer", activation="gelu", position=Learned(self.block))
         return CausalLMConfig(**size, norm="rms", activation="swiglu", position=RoPE(), qk_norm=True)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Shared ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,13 @@ matplotlib.use("Agg")  # no window: the program writes files
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 
-import fastattn
 from examples.charlm.data import Text
 from examples.charlm.models import Shape
 from examples.charlm.train import History, Recipe
+from examples.common import COLOURS, STYLE, environment
 
-SCHEMA = 1
-# Okabe and Ito's, which people with colour blindness can tell apart.
-COLOURS = {"gpt": "#0072B2", "modern": "#D55E00"}
+COLOUR = {"gpt": COLOURS[0], "modern": COLOURS[1]}
 
 
 @dataclass(frozen=True)
@@ -54,13 +49,14 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+@plt.rc_context(STYLE)
 def plot_losses(results: list[Result], path: Path) -> None:
     """Training losses as a moving average, validation losses as dots where they were measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axis = plt.subplots(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     lowest, highest = [], []
     for result in results:
-        history, colour = result.history, COLOURS[result.shape.kind]
+        history, colour = result.history, COLOUR[result.shape.kind]
         steps = len(history.train)
         span = max(1, min(100, steps // 10))
         mean = np.convolve(history.train, np.ones(span) / span, mode="valid")
@@ -75,9 +71,7 @@ def plot_losses(results: list[Result], path: Path) -> None:
     axis.set_xlabel("step")
     axis.set_ylabel("cross-entropy (nats per character)")
     axis.set_title("Dots: validation loss; lines without dots: training loss, moving average", loc="left", fontsize=10)
-    axis.legend(title="best validation loss", frameon=False)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(title="best validation loss")
     figure.savefig(path)
     plt.close(figure)
 
@@ -85,20 +79,13 @@ def plot_losses(results: list[Result], path: Path) -> None:
 def metrics(results: list[Result], recipe: Recipe, text: Text, source: str, device: str) -> dict[str, Any]:
     """Everything that is known about a run, for `write_metrics`."""
     return {
-        "schema": SCHEMA,
         "text": {
             "source": source,
             "characters": {"train": len(text.train), "validation": len(text.validation)},
             "vocabulary": len(text.vocabulary),
         },
         "recipe": asdict(recipe),
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "fastattn": fastattn.__version__,
-            "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        "environment": environment(device),
         "models": [
             {
                 "shape": asdict(result.shape),
@@ -110,11 +97,6 @@ def metrics(results: list[Result], recipe: Recipe, text: Text, source: str, devi
             for result in results
         ],
     }
-
-
-def write_metrics(path: Path, values: dict[str, Any]) -> None:
-    # allow_nan=False: NaN is not JSON, and a NaN in a result is a bug to hear about.
-    path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _evaluations(history: History) -> list[dict[str, float]]:

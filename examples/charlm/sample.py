@@ -11,7 +11,7 @@ from torch import Tensor
 
 from examples.charlm.data import Vocabulary
 from examples.charlm.models import Shape
-from examples.charlm.train import load_checkpoint
+from examples.charlm.train import read_own_checkpoint
 from fastattn import Sampling, stream
 from fastattn.nn import CausalLM, Learned, SlidingWindowCache
 
@@ -22,7 +22,7 @@ def load(checkpoint: Path, device: str) -> tuple[CausalLM, Vocabulary]:
     Raises:
         CheckpointError: there is no checkpoint, or it is another program's.
     """
-    state = load_checkpoint(checkpoint)
+    state = read_own_checkpoint(checkpoint, {})
     shape, vocabulary = Shape(**state["shape"]), Vocabulary(state["vocabulary"])
     config = shape.config(len(vocabulary))
     if not isinstance(config.position, Learned):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from examples.charlm.data import Text, Vocabulary, random_batch, windows
 from examples.charlm.models import Shape
+from examples.common import CheckpointError, read_checkpoint, save_checkpoint
 from fastattn.nn import CausalLM
 
 EVALUATION_BATCH = 64  # windows at once
@@ -61,10 +62,6 @@ class History:
         return self.validation.index(min(self.validation))
 
 
-class CheckpointError(ValueError):
-    """The checkpoint does not belong to this run."""
-
-
 def build(shape: Shape, vocabulary: Vocabulary, seed: int) -> CausalLM:
     """A model with the weights that the seed gives, on the CPU."""
     torch.manual_seed(seed)
@@ -101,7 +98,7 @@ def fit(
     identity = {"shape": asdict(shape), "recipe": asdict(recipe), "text": {"crc32": _crc32(text)}}
     history, best = History(), {}
     if resume and checkpoint.exists():
-        state = load_checkpoint(checkpoint, identity)
+        state = read_own_checkpoint(checkpoint, identity)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         batches.set_state(state["batches"])
@@ -176,47 +173,17 @@ def evaluate(model: CausalLM, tokens: Tensor, block: int, amp: bool = False) -> 
     return float(total / sum(len(part) for part in parts))
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Tensors, numbers, strings, lists and dicts only: what `torch.load(weights_only=True)` accepts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)  # in one step: a run stopped while writing leaves the checkpoint before it
-
-
-def load_checkpoint(path: Path, identity: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
-    """What was saved, on the CPU.
-
-    Args:
-        identity: settings by group ("shape", "recipe", "text") that it must have been written with. None: any.
+def read_own_checkpoint(path: Path, identity: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`read_checkpoint` of a file that this example has written.
 
     Raises:
-        CheckpointError: it was not, or it is no checkpoint, or there is none.
+        CheckpointError: there is none, or as `read_checkpoint`.
     """
-    try:
-        # weights_only: a checkpoint is data. Without it, loading a stranger's file can run the stranger's code.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"there is no {path}: train --model {path.stem} first, or name another --output"
-        ) from error
-    except OSError:
-        raise
-    except Exception as error:  # on a file that is not its own, torch.load raises whatever its bytes lead it to
-        raise CheckpointError(f"{path} is not a checkpoint: {error!r}") from error
-    if not isinstance(state, dict) or not {"shape", "vocabulary", "best_model"} <= state.keys():
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}: train --model {path.stem} first, or name another --output")
+    state = read_checkpoint(path, identity)
+    if not {"shape", "vocabulary", "best_model"} <= state.keys():
         raise CheckpointError(f"{path} is not a checkpoint of this example")
-    for group, settings in (identity or {}).items():
-        for name, expected in settings.items():
-            got = state.get(group, {}).get(name)
-            if got != expected:
-                raise CheckpointError(
-                    f"{path} belongs to another run: expected {group} {name}={expected!r}, got {got!r}; "
-                    "use another --output, or leave out --resume"
-                )
     return state
 
 
