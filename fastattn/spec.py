@@ -124,6 +124,8 @@ def make_spec(
         raise TypeError(f"q_offset: expected an int or an integer tensor, got {type(q_offset).__name__}")
     elif not -_FAR <= q_offset <= _FAR:
         raise ValueError(f"q_offset: expected at most 2**30 in size, got {q_offset}")
+    elif q_offset == 0:
+        q_offset = 0  # PyTorch's own order; a trace may ask for it, unlike for what follows from lengths
     if not isinstance(causal, bool):
         raise TypeError(f"{names[5]}: expected a bool, got {type(causal).__name__}")
     if not isinstance(return_lse, bool):
