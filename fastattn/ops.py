@@ -22,7 +22,7 @@ from torch.library import Library
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
-from .spec import AttentionSpec
+from .spec import AttentionSpec, known
 
 _LIBRARY = Library("fastattn", "DEF")
 _OPTIONS = "SymInt? left, SymInt? right, SymInt? q_offset, float scale, float? softcap, float dropout_p, str backend"
@@ -565,8 +565,19 @@ def kv_cache_append(
 
 def attention_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
     """Output and lse; the torch backend has no lse. The arguments are those of the operator."""
-    *tensors, _added, length, _left, right, scale, _softcap, _splits, backend = args
-    if backend == "torch" and not torch.compiler.is_compiling() and not _wants_gradient(q, k_cache, v_cache, *tensors):
+    *tensors, added, length, left, right, scale, softcap, _splits, backend = args
+    if _wants_gradient(q, k_cache, v_cache, *tensors):
+        return _KVCACHE(q, k_cache, v_cache, *args)
+    k, v, alibi_slopes, sinks, *_ = tensors
+    if k is not None and length is not None and known(length == added) and known(added == q.shape[2]):
+        # The cache was empty: a prompt, which is attention among its own tokens, for kernels with taller tiles.
+        spec = AttentionSpec(
+            q, k, v, mask=None, bias=None, alibi_slopes=alibi_slopes, sinks=sinks, q_offset_tensor=None, left=left,
+            right=right, q_offset=0, scale=scale, softcap=softcap, dropout_p=0.0, return_lse=False,
+        )  # fmt: skip
+        with without_autocast(q.device):
+            return attention(spec, backend)
+    if backend == "torch" and not torch.compiler.is_compiling():
         with without_autocast(q.device):
             return _torch_attention(_cached_spec(q, k_cache, v_cache, length, right, scale)), None
     return _KVCACHE(q, k_cache, v_cache, *args)

@@ -216,6 +216,23 @@ def test_steps_are_full_causal_attention(backend, device):
     assert_parity(torch.cat(outs, 2), expected, eager)
 
 
+@pytest.mark.parametrize("page", [0, 16], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("backend", ["triton", "reference", None])
+def test_a_prompt_is_attention_among_its_own_tokens(backend, page, device):
+    """Bit for bit, whatever stands in the rest of the cache; and the cache has the prompt then."""
+    problem = make_problem(device, (0, 0), new=21, q_len=21, page=page)
+    slopes = torch.rand(4, device=device)
+    options = {"alibi_slopes": slopes, "window": (7, 0), "softcap": 3.0, "backend": backend, "return_lse": True}
+    results = problem.run(cache_lens=0, **options)
+    for got, expected in zip(
+        results, fastattn.attention(problem.q, problem.k, problem.v, causal=True, **options), strict=True
+    ):
+        assert torch.equal(got, expected)
+    for cache, new in ((problem.k_cache, problem.k), (problem.v_cache, problem.v)):
+        for entry in range(2):
+            assert torch.equal(reference.cached(cache, problem.table, slice(entry, entry + 1), 21)[0], new[entry])
+
+
 def test_cache_lens_is_not_modified(device):
     problem = make_problem(device)
     before = problem.lens.clone()

@@ -97,8 +97,9 @@ class KVCache:
 
         `lens` stays as it is, since all layers of a step append at one place: `advance` moves it.
         """
+        lens = self.lens if self.length else 0  # a prompt is told as such
         return attention_with_kvcache(
-            q, self.k[layer], self.v[layer], k, v, cache_lens=self.lens, block_table=self.block_table, **options
+            q, self.k[layer], self.v[layer], k, v, cache_lens=lens, block_table=self.block_table, **options
         )
 
     def advance(self, new: int, lengths: Tensor | None = None) -> None:
