@@ -314,15 +314,17 @@ def test_a_compiled_step_is_compiled_twice_at_most(kind):
 
 
 @torch.no_grad()
-def test_half_precision_and_autocast():
-    model, tokens = make_lm(), torch.randint(V, (N, L))
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_half_precision_and_autocast(qk_norm):
+    model, tokens = make_lm(qk_norm=qk_norm), torch.randint(V, (N, L))
     exact = in_float64(model, tokens)
     with torch.autocast(tokens.device.type, torch.bfloat16):
         full = model(tokens)
         cache = model.make_cache(N, L)
         assert cache.k[0].dtype == torch.bfloat16
         assert_parity(decoded(model, tokens, cache, 4), exact, full)
-    half = make_lm().bfloat16()
+    half = make_lm(qk_norm=qk_norm).bfloat16()
     half.load_state_dict(model.state_dict())
     assert half(tokens).dtype == torch.bfloat16
     exact = in_float64(half, tokens)

@@ -37,6 +37,14 @@ def make_norm(config: TransformerConfig, size: int) -> nn.Module:
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over a head, in the dtype that autocast gave its input: torch's fused kernel wants equal dtypes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return F.rms_norm(x, tuple(self.normalized_shape), self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention with what today's models add to it; see `TransformerConfig` for each.
 
@@ -55,8 +63,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(E, config.kv_heads * D, bias=config.bias)
         self.v_proj = nn.Linear(E, config.kv_heads * D, bias=config.bias)
         self.out_proj = nn.Linear(config.num_heads * D, E, bias=config.bias)
-        self.q_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = HeadNorm(D, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = HeadNorm(D, eps=config.norm_eps) if config.qk_norm else None
         self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
         position = None if cross else config.position
         self.rope = position if isinstance(position, RoPE) else None
