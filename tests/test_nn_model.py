@@ -473,6 +473,16 @@ def bad_calls():
             lambda: lm.decoder(x, cu_seqlens=starts, cache=lm.make_cache(N, L)),
             ValueError,
         ),
+        "memory: expected None for self": (lambda: lm.decoder.blocks[0].self_attn(x, x), ValueError),
+        "mask: expected None": (
+            lambda: lm.decoder.blocks[0].self_attn(x[0], mask=full, cu_seqlens=starts),
+            ValueError,
+        ),
+        "mask: expected None with packed input and with a cache": (
+            lambda: lm.decoder.blocks[0].self_attn(x, mask=full[:, None, None], cache=lm.make_cache(N, L)),
+            ValueError,
+        ),
+        "cu_seqlens_k: expected None without": (lambda: decoder(x, x[0], cu_seqlens_k=starts), ValueError),
         "tokens.dtype": (lambda: lm(tokens.float()), TypeError),
         "tokens.shape": (lambda: lm.prefill(tokens[:, :0], lm.make_cache(N, L)), ValueError),
         "cache: expected room": (lambda: lm(tokens, cache=lm.make_cache(N, L - 1)), ValueError),

@@ -100,8 +100,15 @@ class Attention(nn.Module):
                 of each sequence, or those that follow what is in the cache.
             cu_seqlens: int32 (sequences + 1,), where each packed sequence starts.
             cu_seqlens_k: likewise for a packed `memory`.
-            cache: self-attention appends to it and attends to all it holds; causal, without gradient.
+            cache: self-attention appends to it and attends to all it holds, without gradient; the caller makes room and
+                counts (`KVCache.reserve`, `advance`), as the models do.
         """
+        if memory is not None and not self.cross:
+            raise ValueError("memory: expected None for self-attention, got a Tensor")
+        if mask is not None and (cu_seqlens is not None or (cache is not None and not self.cross)):
+            raise ValueError("mask: expected None with packed input and with a cache, got a Tensor")
+        if cu_seqlens is None and cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k: expected None without cu_seqlens, got a Tensor")
         q = self.queries(x)  # (N, L, H, D), packed (total, H, D)
         dropout_p = self.dropout if self.training else 0.0
         options: dict[str, Any] = {"softcap": self.softcap, "sinks": self.sinks}
