@@ -286,13 +286,12 @@ _NAMES = ("query", "key", "value", "attn_mask", "attn_mask", "is_causal")
 def _is_4d(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether nothing needs to be broadcast, inserted or merged before (length, head_dim)."""
     try:
-        q_batch, q_heads, _, _ = query.shape
-        k_batch, k_heads, _, _ = key.shape
-        v_batch, v_heads, _, _ = value.shape
-    except ValueError:
-        return False
+        q_shape, k_shape, v_shape = query.shape, key.shape, value.shape
     except (AttributeError, RuntimeError):  # no tensor, or nested without a shape: validation follows
         return all(isinstance(t, Tensor) for t in (query, key, value))
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
+        return False
+    (q_batch, q_heads, _, _), (k_batch, k_heads, _, _), (v_batch, v_heads, _, _) = q_shape, k_shape, v_shape
     return q_batch == k_batch == v_batch and (enable_gqa or q_heads == k_heads == v_heads)
 
 
