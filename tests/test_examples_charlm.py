@@ -322,6 +322,7 @@ OPTIONS = ["--block", "8", "--layers", "1", "--heads", "2", "--width", "16", "--
 
 
 def test_program_from_a_text_to_its_files(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     path, output = tmp_path / "own.txt", tmp_path / "output"
     path.write_text(20 * PANGRAM, encoding="utf-8")
     training = ["--text", str(path), "--output", str(output), "--steps", "30", "--evaluate-every", "10", *OPTIONS]
@@ -362,6 +363,7 @@ def test_program_from_a_text_to_its_files(tmp_path, capsys):
 
 
 def test_program_with_mixed_precision(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     path, output = tmp_path / "own.txt", tmp_path / "output"
     path.write_text(20 * PANGRAM, encoding="utf-8")
     assert cli.main(["--text", str(path), "--output", str(output), "--steps", "5", "--amp", *OPTIONS]) == 0
@@ -372,6 +374,7 @@ def test_program_with_mixed_precision(tmp_path, capsys):
 
 
 def test_program_names_what_it_cannot_use(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     path, output = tmp_path / "own.txt", tmp_path / "output"
     path.write_text(20 * PANGRAM, encoding="utf-8")
     start = ["--text", str(path), "--output", str(output), "--steps", "1", *OPTIONS]

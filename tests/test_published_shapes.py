@@ -20,13 +20,15 @@ DTYPES = itertools.cycle((HALF, BFLOAT))
 
 def cases(shapes, *axes, small=SMALL):
     """Every shape with every value of the axes; marked ``gpu`` where it is too large for the interpreter."""
+    found = []
     for (q_len, kv_len), *values in itertools.product(shapes, *axes):
         marks = ()
         if q_len * kv_len > small:
             reason = f"{q_len}x{kv_len} scores: too slow in the interpreter"
             marks = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=reason))
         label = "-".join([f"{q_len}x{kv_len}", *(str(value) for value in values)])
-        yield pytest.param((q_len, kv_len), *values, next(DTYPES), marks=marks, id=label)
+        found.append(pytest.param((q_len, kv_len), *values, next(DTYPES), marks=marks, id=label))
+    return found
 
 
 def both_ways(shapes):

@@ -12,7 +12,7 @@ import torch
 import fastattn
 from examples.charlm.data import ALICE, DataError, Text
 from examples.charlm.models import KINDS, Kind, Shape
-from examples.charlm.report import Result, metrics, plot_losses, table
+from examples.charlm.report import Result, metrics, table
 from examples.charlm.sample import continue_text, kept_of, load
 from examples.charlm.train import History, Recipe, build, fit
 from examples.common import CheckpointError, Progress, count_parameters, write_metrics
@@ -113,6 +113,8 @@ def _positive(text: str) -> int:
 
 def train(args: argparse.Namespace) -> None:
     """Train the models one after the other, and say how well they do."""
+    from examples.charlm.plots import plot_losses  # needs matplotlib: now, not after the training
+
     text = Text.read(args.text)
     if len(text.validation) <= args.block:
         raise DataError(f"{args.text} is too short: its last tenth has {len(text.validation)} of more than {args.block}"
