@@ -69,7 +69,7 @@ clean:  ## remove the environment, caches and build output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # With the bare PYTHON, as on a GPU machine: nothing but setuptools is needed. nvcc's own cost is seconds.
-fastattn/libfastattn_cuda.so: $(wildcard csrc/*.cu csrc/*.cuh) setup.py fastattn/cuda.py
+fastattn/libfastattn_cuda.so: $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh) setup.py fastattn/backends/cuda.py
 	FASTATTN_BUILD_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
 
 $(BIN)/python:

@@ -1,6 +1,6 @@
 """Builds the optional CUDA library; everything else about the package is in pyproject.toml.
 
-``FASTATTN_BUILD_CUDA=1 pip install .`` compiles ``csrc/*.cu`` into ``fastattn/libfastattn_cuda.so``, a C
+``FASTATTN_BUILD_CUDA=1 pip install .`` compiles ``csrc/cuda/*.cu`` into ``fastattn/libfastattn_cuda.so``, a C
 interface without PyTorch headers, so the library depends on neither the Python nor the PyTorch version.
 With the variable unset, empty or 0 nothing is compiled.
 """
@@ -28,12 +28,12 @@ def cuda_wanted() -> bool:
 
 def cuda_library() -> Extension:
     """Describe the library, or stop: who asks for it must not get an install without it."""
-    sources = sorted(glob("csrc/*.cu"))
+    sources = sorted(glob("csrc/cuda/*.cu"))
     if not sources:
-        raise SystemExit("FASTATTN_BUILD_CUDA=1: expected CUDA sources csrc/*.cu, found none")
+        raise SystemExit("FASTATTN_BUILD_CUDA=1: expected CUDA sources csrc/cuda/*.cu, found none")
     if shutil.which("nvcc") is None:
         raise SystemExit("FASTATTN_BUILD_CUDA=1: expected nvcc on PATH, found none")
-    return Extension("fastattn.libfastattn_cuda", sources, depends=sorted(glob("csrc/*.cuh")))
+    return Extension("fastattn.libfastattn_cuda", sources, depends=sorted(glob("csrc/cuda/*.cuh")))
 
 
 class BuildWithNvcc(build_ext):
@@ -45,7 +45,7 @@ class BuildWithNvcc(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        digest = runpy.run_path("fastattn/cuda.py")["source_digest"](Path("csrc"))
+        digest = runpy.run_path("fastattn/backends/cuda.py")["source_digest"](Path("csrc/cuda"))
         define = f'-DFASTATTN_DIGEST="{digest}"'
         subprocess.run(["nvcc", *NVCC_FLAGS, define, *ext.sources, "-o", str(target)], check=True)
 

@@ -1,13 +1,13 @@
 """fastattn: one fused attention operator for PyTorch, the layers built on it, and the proof that both are right."""
 
 from . import flops, nn
-from .activate import activate, deactivate
 from .backends import Explanation
+from .backends import reference as reference
 from .block_mask import BlockMask
-from .convert import ConversionReport, convert, revert
-from .functional import attention, attention_varlen, explain, scaled_dot_product_attention
-from .generation import BeamSearch, Generated, Sampling, generate, stream
-from .kvcache import attention_with_kvcache
+from .functional import attention, attention_varlen, attention_with_kvcache, explain, scaled_dot_product_attention
+from .inference import BeamSearch, Generated, Sampling, generate, stream
+from .integrations.activate import activate, deactivate
+from .integrations.convert import ConversionReport, convert, revert
 
 __version__ = "0.1.0"
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .functional import Backend, attention, attention_varlen
-from .kvcache import attention_with_kvcache
-from .spec import AttentionSpec, make_spec
+from fastattn import ops
+from fastattn.backends import reference
+from fastattn.functional import Backend, attention, attention_varlen, attention_with_kvcache
+from fastattn.spec import AttentionSpec, make_spec
 
 FACTOR = 2.0
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn import _check as check
 from fastattn.functional import attention, attention_varlen
-from fastattn.nn import check
 from fastattn.nn.cache import KVCache
 from fastattn.nn.config import TransformerConfig
 from fastattn.nn.position import ALiBi, RoPE, rotate

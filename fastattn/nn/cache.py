@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.kvcache import PAGE_MULTIPLE, attention_with_kvcache
-from fastattn.nn import check
+from fastattn import _check as check
+from fastattn.functional.kvcache import PAGE_MULTIPLE, attention_with_kvcache
 
 __all__ = ["DynamicCache", "KVCache", "PagedCache", "SlidingWindowCache"]
 

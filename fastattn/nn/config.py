@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastattn.nn import check
+from fastattn import _check as check
 from fastattn.nn.position import ALiBi, Learned, RoPE, Sinusoidal
 
 __all__ = ["CausalLMConfig", "EncoderDecoderConfig", "TransformerConfig"]

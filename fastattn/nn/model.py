@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastattn.nn import check
+from fastattn import _check as check
 from fastattn.nn.block import Block, make_norm, positions
 from fastattn.nn.cache import KVCache, SlidingWindowCache
 from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn import check
+from fastattn import _check as check
 
 __all__ = [
     "ALiBi",

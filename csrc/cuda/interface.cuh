@@ -1,0 +1,105 @@
+// The C interface: no PyTorch, no Python, nothing but pointers and numbers. `fastattn/backends/cuda.py` is its other side.
+//
+// Included by one source per library, which defines `fastattn::launch`.
+#pragma once
+
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+
+#ifndef FASTATTN_DIGEST
+#define FASTATTN_DIGEST ""  // of the sources; the build passes it
+#endif
+
+extern "C" {
+
+// Counts changes of what is declared here.
+#define FASTATTN_ABI 1
+
+enum FastattnDtype { FASTATTN_FLOAT16 = 0, FASTATTN_BFLOAT16 = 1 };
+
+enum FastattnStatus { FASTATTN_OK = 0, FASTATTN_BAD_ARGUMENT = 1, FASTATTN_CUDA_ERROR = 2 };
+
+// Strides in elements, of batch entry, head and row; elements of a row are adjacent. Query row i sees the keys up to
+// i + q_offset if `causal` is not 0, else all.
+struct FastattnForward {
+  const void *q, *k, *v;  // (B, Hq, Lq, D), (B, Hk, Lk, D), (B, Hk, Lk, D)
+  void* out;              // (B, Hq, Lq, D)
+  float* lse;             // (B, Hq, Lq), contiguous
+  void* stream;           // cudaStream_t
+  int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
+  int64_t q_offset;
+  int32_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
+  int32_t dtype, causal, device;
+  float scale;
+};
+
+int fastattn_abi();
+const char* fastattn_source_digest();
+const char* fastattn_last_error();  // of this thread's last call that failed
+int fastattn_supported(int dtype, int head_dim);
+int fastattn_attention_forward(const FastattnForward* arguments);
+}
+
+namespace fastattn {
+
+int launch(const FastattnForward& f, int64_t blocks);
+
+static thread_local char error_text[256] = "";
+
+static int fail(int status, const char* format, ...) {
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(error_text, sizeof error_text, format, values);
+  va_end(values);
+  return status;
+}
+
+static bool aligned(const void* pointer, const int64_t* stride, int elements) {
+  return reinterpret_cast<uintptr_t>(pointer) % (2 * elements) == 0 && stride[0] % elements == 0 &&
+         stride[1] % elements == 0 && stride[2] % elements == 0;
+}
+
+}  // namespace fastattn
+
+int fastattn_abi() { return FASTATTN_ABI; }
+
+const char* fastattn_source_digest() { return FASTATTN_DIGEST; }
+
+const char* fastattn_last_error() { return fastattn::error_text; }
+
+int fastattn_supported(int dtype, int head_dim) {
+  return (dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16) && (head_dim == 64 || head_dim == 128);
+}
+
+int fastattn_attention_forward(const FastattnForward* arguments) {
+  using fastattn::fail;
+  if (arguments == nullptr) return fail(FASTATTN_BAD_ARGUMENT, "arguments: expected a pointer, got null");
+  const FastattnForward& f = *arguments;
+  constexpr int64_t longest = 1 << 30;  // positions and their sums are 32-bit
+  if (!fastattn_supported(f.dtype, f.head_dim)) {
+    return fail(FASTATTN_BAD_ARGUMENT, "dtype, head_dim: expected 0 or 1, and 64 or 128, got %d, %d", f.dtype,
+                f.head_dim);
+  }
+  if (f.batch < 0 || f.q_len < 0 || f.kv_len < 0 || f.q_len > longest || f.kv_len > longest) {
+    return fail(FASTATTN_BAD_ARGUMENT, "batch, q_len, kv_len: expected 0 to 2^30, got %d, %d, %d", f.batch, f.q_len,
+                f.kv_len);
+  }
+  if (f.q_heads < 1 || f.kv_heads < 1 || f.q_heads % f.kv_heads != 0) {
+    return fail(FASTATTN_BAD_ARGUMENT, "q_heads: expected a multiple of kv_heads == %d, got %d", f.kv_heads, f.q_heads);
+  }
+  if (!(f.scale > 0.0f)) return fail(FASTATTN_BAD_ARGUMENT, "scale: expected more than 0, got %g", f.scale);
+  if (f.q_offset < -longest || f.q_offset > longest) {
+    return fail(FASTATTN_BAD_ARGUMENT, "q_offset: expected at most 2^30 in size, got %lld", (long long)f.q_offset);
+  }
+  const int64_t blocks = (int64_t(f.q_len) + 127) / 128 * f.batch * f.q_heads;
+  if (blocks == 0) return FASTATTN_OK;
+  if (blocks > INT32_MAX) {
+    return fail(FASTATTN_BAD_ARGUMENT, "expected at most 2^31 - 1 blocks of 128 rows, got %lld", (long long)blocks);
+  }
+  if (!fastattn::aligned(f.q, f.q_stride, 8) || !fastattn::aligned(f.k, f.k_stride, 8) ||
+      !fastattn::aligned(f.v, f.v_stride, 8) || !fastattn::aligned(f.out, f.out_stride, 2)) {
+    return fail(FASTATTN_BAD_ARGUMENT, "q, k, v: expected rows at multiples of 16 bytes, and of out at multiples of 4");
+  }
+  return fastattn::launch(f, blocks);
+}

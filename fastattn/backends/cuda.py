@@ -1,0 +1,147 @@
+"""The CUDA C++ library: found, loaded and called through ctypes. `csrc/cuda/interface.cuh` is its other side.
+
+Only the standard library is imported here: `setup.py` takes `source_digest` from this file where PyTorch is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ABI = 1
+HEAD_DIMS = (64, 128)
+PROVEN: dict[tuple[str, int, bool], str] = {}
+"""(dtype, head dim, causal) -> digest of the sources whose kernel has passed parity on a GPU there, recorded in
+benchmarks/results, and was faster than Triton's in the same run. The only calls that choose this backend unasked."""
+
+_LIBRARY = Path(__file__).parents[1] / "libfastattn_cuda.so"
+_SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"  # in a checkout
+_DTYPES = {"float16": 0, "bfloat16": 1}
+_BAD_ARGUMENT = 1
+
+
+class Forward(ctypes.Structure):
+    """`FastattnForward` of csrc/cuda/interface.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "stream")),
+        *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out")),
+        ("q_offset", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim")),
+        *((name, ctypes.c_int32) for name in ("dtype", "causal", "device")),
+        ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+def source_digest(folder: Path) -> str:
+    """Of the CUDA sources in ``folder``, names and contents; compiled into the library."""
+    hasher = hashlib.sha256()
+    for path in sorted(folder.glob("*.cu*")):
+        hasher.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return hasher.hexdigest()[:12]
+
+
+@functools.cache
+def load(path: Path) -> ctypes.CDLL:
+    """The library at ``path``, with the types of its functions.
+
+    Raises:
+        OSError: it is not there or does not load.
+        ValueError: it is another version's, or compiled from other sources than those of this checkout.
+    """
+    library = ctypes.CDLL(str(path))
+    try:
+        abi = library.fastattn_abi()
+        if abi != ABI:
+            raise ValueError(f"{path.name}: expected ABI {ABI}, got {abi}; build it again: make ext")
+        for name in ("fastattn_source_digest", "fastattn_last_error"):
+            getattr(library, name).restype = ctypes.c_char_p
+        library.fastattn_supported.argtypes = [ctypes.c_int, ctypes.c_int]
+        library.fastattn_attention_forward.argtypes = [ctypes.POINTER(Forward)]
+    except AttributeError as error:
+        raise ValueError(f"{path.name}: expected the functions of csrc/cuda/interface.cuh: {error}") from None
+    if (_SOURCES / "interface.cuh").is_file():
+        built, current = library.fastattn_source_digest().decode(), source_digest(_SOURCES)
+        if built != current:
+            raise ValueError(f"{path.name}: expected sources {current}, built from {built}; build it again: make ext")
+    return library
+
+
+def problem() -> str | None:
+    """Why there is no library to call; None if there is one."""
+    if not _LIBRARY.is_file():
+        return "not built: make ext, or install with FASTATTN_BUILD_CUDA=1"
+    try:
+        load(_LIBRARY)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def proven(dtype: torch.dtype, head_dim: int, causal: bool) -> bool:
+    """Whether `PROVEN` lists such a call for the library at hand."""
+    digest = PROVEN.get((str(dtype).removeprefix("torch."), head_dim, causal))
+    return digest is not None and problem() is None and load(_LIBRARY).fastattn_source_digest().decode() == digest
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Batch, head and row stride; 0 where there is one only, whose stride means nothing."""
+    return tuple(s if n > 1 else 0 for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True))
+
+
+def layout_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    """What the kernel's 16-byte copies ask of the strides."""
+    return [
+        f"{name}: expected adjacent elements and rows at multiples of 8 elements, got strides {tuple(tensor.stride())}"
+        for name, tensor in (("q", q), ("k", k), ("v", v))
+        if tensor.stride(3) != 1 or any(stride % 8 for stride in _strides(tensor))
+    ]
+
+
+def attention_forward(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *operands: Any, left: int | None, right: int | None,
+    q_offset: int | None, scale: float, softcap: float | None, dropout_p: float,
+) -> None:  # fmt: skip
+    """Fill ``out`` (B, Hq, Lq, D) and ``lse`` (B, Hq, Lq, float32) for q (B, Hq, Lq, D) and k, v (B, Hk, Lk, D).
+
+    ``operands``, ``left``, ``softcap`` and ``dropout_p`` are those of every backend, here without effect allowed:
+    `backends` lets no call through that has them.
+
+    Raises:
+        ValueError: a tensor does not start at a multiple of 16 bytes, or the library refuses an argument.
+        RuntimeError: CUDA reports an error.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.data_ptr() % 16:
+            raise ValueError(f"{name}: expected to start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
+    arguments = Forward(
+        **{name: t.data_ptr() for name, t in (("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse))},
+        **{f"{name}_stride": _strides(t) for name, t in (("q", q), ("k", k), ("v", v), ("out", out))},
+        q_offset=q_offset, batch=q.shape[0], q_heads=q.shape[1], kv_heads=k.shape[1],
+        q_len=q.shape[2], kv_len=k.shape[2], head_dim=q.shape[3], dtype=_DTYPES[str(q.dtype).removeprefix("torch.")],
+        causal=right is not None, device=q.device.index or 0, scale=scale,
+    )  # fmt: skip
+    library = load(_LIBRARY)
+    with _current(q.device) as arguments.stream:
+        status = library.fastattn_attention_forward(ctypes.byref(arguments))
+    if status:
+        error = ValueError if status == _BAD_ARGUMENT else RuntimeError
+        raise error(f"fastattn: {library.fastattn_last_error().decode()}")
+
+
+@contextlib.contextmanager
+def _current(device: torch.device) -> Iterator[int]:
+    """Make ``device`` current, for PyTorch too, since the library does; gives the handle of its current stream."""
+    import torch
+
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream

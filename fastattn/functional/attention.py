@@ -1,0 +1,343 @@
+"""The public functions: validate, choose a backend, call it."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastattn import backends, ops
+from fastattn.backends import Explanation
+from fastattn.block_mask import BlockMask
+from fastattn.spec import make_spec
+
+Backend = Literal["triton", "cuda", "torch", "reference"]
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., q_offset: int | Tensor | None = ...,
+    window: tuple[int | None, int | None] | None = ..., mask: Tensor | None = ...,
+    block_mask: BlockMask | None = ..., bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    scale: float | None = ..., dropout_p: float = ...,
+    return_lse: Literal[False] = ..., backend: Backend | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., q_offset: int | Tensor | None = ...,
+    window: tuple[int | None, int | None] | None = ..., mask: Tensor | None = ...,
+    block_mask: BlockMask | None = ..., bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    scale: float | None = ..., dropout_p: float = ...,
+    return_lse: Literal[True], backend: Backend | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    q_offset: int | Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention, ``softmax(scale * q k^T + bias) v`` over the keys that are allowed.
+
+    All arguments combine freely. A query row with nothing allowed gives output 0, lse -inf (or the sink) and
+    gradients 0. Everything is differentiable: q, k, v, ``bias``, ``alibi_slopes``, ``sinks``, and through lse.
+
+    Args:
+        q: (B, Hq, Lq, D), float16, bfloat16, float32 or float64; any strides; D from 1 to 256 on fused backends.
+        k: (B, Hk, Lk, D), dtype and device of q. Hq is a multiple of Hk: query head h uses key head h // (Hq / Hk).
+        v: (B, Hk, Lk, Dv).
+        causal: query i sees key j only if ``j <= i + q_offset``.
+        q_offset: absolute position of query 0: an int, or an int32/int64 tensor (B,). None means ``Lk - Lq``, which
+            lines the last query up with the last key, as a KV cache needs; 0 is PyTorch's ``is_causal``.
+        window: (left, right): query i sees key j only if ``i + q_offset - left <= j <= i + q_offset + right``; None
+            leaves a side open. Work falls with the window.
+        mask: bool, broadcastable to (B, Hq, Lq, Lk); True takes part. Never expanded in memory.
+        block_mask: `fastattn.BlockMask` for (B or 1, Hq or 1, Lq, Lk): a mask whose empty tiles cost nothing. What it
+            has in common with ``causal`` or ``window`` belongs into it: then those tiles are not visited either.
+        bias: any float dtype, broadcastable likewise, added to the scaled scores; -inf forbids. Its gradient has its
+            own shape.
+        alibi_slopes: float (Hq,) or (B, Hq): ``slope * |i + q_offset - j|`` is subtracted from the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)``, before bias and slopes are added.
+        sinks: float (Hq,): one more logit per head in each row's softmax, with no value behind it.
+        scale: default ``1 / sqrt(D)``.
+        dropout_p: probability with which a weight is dropped, in [0, 1]. Applied as given: pass 0 when evaluating. The
+            random bits come from the device's default generator, so `torch.manual_seed` fixes them.
+        return_lse: also return the log-sum-exp of each row's scores.
+        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``; None chooses, as `explain` shows.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in the dtype of q; with ``return_lse`` also lse (B, Hq, Lq) in float32 (float64 for
+        float64 inputs), natural logarithm.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; also where an explicit
+            ``backend`` cannot serve the call, with every reason. Nothing falls back silently.
+
+    Source: Vaswani et al., 2017 (arXiv:1706.03762); Dao, FlashAttention-2, 2023 (arXiv:2307.08691);
+    ALiBi: Press et al., 2021 (arXiv:2108.12409); softcap: Gemma 2, 2024 (arXiv:2408.00118); sinks: Xiao et al., 2023
+    (arXiv:2309.17453), in the learned form of gpt-oss, 2025.
+    """
+    spec = make_spec(
+        q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, block_mask=block_mask, bias=bias,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
+        return_lse=return_lse,
+    )  # fmt: skip
+    out, lse = ops.attention(spec, backends.choose(spec, backend))
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ..., *,
+    max_seqlen_q: int | Tensor | None = ..., max_seqlen_k: int | Tensor | None = ..., causal: bool = ...,
+    q_offset: int | Tensor | None = ..., window: tuple[int | None, int | None] | None = ...,
+    alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    scale: float | None = ..., dropout_p: float = ...,
+    return_lse: Literal[False] = ..., backend: Backend | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ..., *,
+    max_seqlen_q: int | Tensor | None = ..., max_seqlen_k: int | Tensor | None = ..., causal: bool = ...,
+    q_offset: int | Tensor | None = ..., window: tuple[int | None, int | None] | None = ...,
+    alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
+    scale: float | None = ..., dropout_p: float = ...,
+    return_lse: Literal[True], backend: Backend | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    causal: bool = False,
+    q_offset: int | Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over packed sequences, each by itself: no padding is stored and none computed.
+
+    Sequence s has the queries ``cu_seqlens_q[s] : cu_seqlens_q[s + 1]`` and the keys ``cu_seqlens_k[s] :
+    cu_seqlens_k[s + 1]``; it may be empty. Rows behind the last sequence give output 0, lse -inf and gradients 0.
+    The lengths are read on the device: no synchronisation, no recompilation, safe under CUDA graphs.
+
+    Args:
+        q: (total_q, Hq, D), float16, bfloat16, float32 or float64; any strides.
+        k: (total_k, Hk, D), Hq a multiple of Hk.
+        v: (total_k, Hk, Dv).
+        cu_seqlens_q: int32 or int64 (sequences + 1,), rising from 0 to at most total_q.
+        cu_seqlens_k: likewise for the keys; None means ``cu_seqlens_q``.
+        max_seqlen_q, max_seqlen_k: taken so that calls written for other packages run; not needed, not read.
+        causal, window: as in `attention`, positions counted within each sequence.
+        q_offset: position of the first query of each sequence: an int, or an integer tensor (sequences,). None lines
+            the last query of each sequence up with its last key.
+        alibi_slopes: float (Hq,) or (sequences, Hq).
+        softcap, sinks, scale, dropout_p, return_lse, backend: as in `attention`. Dropout drops for sequence s what
+            `attention` drops for batch entry s.
+
+    Returns:
+        out (total_q, Hq, Dv) in the dtype of q; with ``return_lse`` also lse (Hq, total_q), natural logarithm.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. The values of ``cu_seqlens`` are
+            checked on CPU only, where reading them does not wait.
+
+    Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691); padding-free training: Zeng et al., 2022 (arXiv:2208.08124).
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 3:
+            raise ValueError(f"{name}: expected 3 dimensions (total, heads, head_dim), got shape {tuple(tensor.shape)}")
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"v.shape[:2]: expected k.shape[:2] == {tuple(k.shape[:2])}, got {tuple(v.shape[:2])}")
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt, Tensor, type(None))):
+            raise TypeError(f"{name}: expected an int, a Tensor or None, got {type(length).__name__}")
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    spec = make_spec(
+        q, k, v, causal=causal, q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap,
+        sinks=sinks, scale=scale, dropout_p=dropout_p, return_lse=return_lse, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+    )  # fmt: skip
+    out, lse = ops.attention(spec, backends.choose(spec, backend))
+    out = out[0].transpose(0, 1)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse[0]
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    q_offset: int | Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> Explanation:
+    """Which backend `attention` would run for the same arguments and, for each other one, why it would not.
+
+    Nothing is computed. ``str()`` of the result is a table; ``.backend`` and ``.reasons`` are the data.
+    """
+    spec = make_spec(
+        q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, block_mask=block_mask, bias=bias,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
+        return_lse=return_lse,
+    )  # fmt: skip
+    return backends.explain(spec, backend)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, argument for argument, on fastattn's backends.
+
+    Two differences: ``attn_mask`` and ``is_causal`` combine instead of excluding each other, and a row with nothing
+    allowed gives 0 on every device.
+
+    Args:
+        query: (..., Hq, Lq, D) with any number of leading batch dimensions, or (Lq, D) without heads.
+        key: (..., Hk, Lk, D). What stands before the last two dimensions broadcasts.
+        value: (..., Hk, Lk, Dv).
+        attn_mask: bool (True takes part) or float (added), broadcastable to (..., Hq, Lq, Lk).
+        dropout_p: applied as given, also in evaluation.
+        is_causal: query i sees keys 0 .. i (top-left alignment).
+        scale: default ``1 / sqrt(D)``.
+        enable_gqa: Hq may be a multiple of Hk instead of broadcasting with it.
+
+    Returns:
+        (..., Hq, Lq, Dv) in the dtype of the query.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    leading = None
+    if not isinstance(enable_gqa, bool):
+        raise TypeError(f"enable_gqa: expected a bool, got {type(enable_gqa).__name__}")
+    if not _is_4d(query, key, value, enable_gqa):
+        query, key, value, attn_mask, leading = _to_4d(query, key, value, attn_mask, enable_gqa)
+    mask = bias = None
+    if attn_mask is not None:
+        if not isinstance(attn_mask, Tensor):
+            raise TypeError(f"attn_mask: expected a Tensor, got {type(attn_mask).__name__}")
+        if attn_mask.is_floating_point():
+            bias = attn_mask
+        elif attn_mask.dtype == torch.bool:
+            mask = attn_mask
+        else:
+            raise TypeError(
+                f"attn_mask.dtype: expected bool (True takes part) or a floating-point dtype, got {attn_mask.dtype}"
+            )
+    spec = make_spec(
+        query, key, value, causal=is_causal, q_offset=0, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p,
+        names=_NAMES,
+    )  # fmt: skip
+    out, _ = ops.attention(spec, backends.choose(spec))
+    return out if leading is None else out.reshape(*leading, *out.shape[-2:])
+
+
+_NAMES = ("query", "key", "value", "attn_mask", "attn_mask", "is_causal")
+
+
+def _is_4d(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether nothing needs to be broadcast, inserted or merged before (length, head_dim)."""
+    try:
+        q_shape, k_shape, v_shape = query.shape, key.shape, value.shape
+    except (AttributeError, RuntimeError):  # no tensor, or nested without a shape: validation follows
+        return all(isinstance(t, Tensor) for t in (query, key, value))
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
+        return False
+    (q_batch, q_heads, _, _), (k_batch, k_heads, _, _), (v_batch, v_heads, _, _) = q_shape, k_shape, v_shape
+    return q_batch == k_batch == v_batch and (enable_gqa or q_heads == k_heads == v_heads)
+
+
+def _to_4d(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """Broadcast the dimensions before (length, head_dim) as torch does, and merge them into batch and heads.
+
+    With ``enable_gqa`` each tensor keeps its own number of heads. The last result is what goes before
+    (length, head_dim) in the output.
+    """
+    leads = []
+    for name, tensor in zip(_NAMES, (query, key, value), strict=False):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.ndim < 2:
+            raise ValueError(
+                f"{name}: expected at least 2 dimensions (length, head_dim), got shape {tuple(tensor.shape)}"
+            )
+        leads.append(tuple(tensor.shape[:-2]))
+    for name, lead in zip(_NAMES[1:], leads[1:], strict=False):
+        if not _broadcastable(leads[0][:-1], lead[:-1]) or not (enable_gqa or _broadcastable(leads[0], lead)):
+            hint = "" if enable_gqa or leads[0][:-1] != lead[:-1] else " unless enable_gqa=True"
+            raise ValueError(
+                f"{name}.shape[:-2]: expected broadcastable with query.shape[:-2] == {leads[0]}{hint}, got {lead}"
+            )
+    if enable_gqa:
+        batch = torch.broadcast_shapes(*(lead[:-1] for lead in leads))
+        full = [(*batch, *lead[-1:]) for lead in leads]
+    else:
+        full = [torch.broadcast_shapes(*leads)] * 3
+    q, k, v = (_merge(t.expand(*lead, *t.shape[-2:])) for t, lead in zip((query, key, value), full, strict=True))
+    if isinstance(attn_mask, Tensor) and attn_mask.ndim > 3 and len(full[0]) > 2:
+        if not _broadcastable(attn_mask.shape[:-3], full[0][:-1]):
+            raise ValueError(
+                f"attn_mask.shape[:-3]: expected broadcastable to {tuple(full[0][:-1])}, "
+                f"got {tuple(attn_mask.shape[:-3])}"
+            )
+        attn_mask = _merge(attn_mask.expand(*full[0][:-1], *attn_mask.shape[-3:]))
+    return q, k, v, attn_mask, full[0]
+
+
+def _broadcastable(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return all(x == y or x == 1 or y == 1 for x, y in zip(reversed(a), reversed(b), strict=False))
+
+
+def _merge(tensor: Tensor) -> Tensor:
+    """4-D: the dimensions before the last three merged, or dimensions of size 1 put in front."""
+    return tensor.flatten(0, -4) if tensor.ndim > 4 else tensor[(None,) * (4 - tensor.ndim)]

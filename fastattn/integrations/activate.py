@@ -1,0 +1,299 @@
+"""PyTorch's flash attention on fastattn's kernels, through torch's own registry of implementations.
+
+`torch.nn.attention` lets a package take the place of the flash kernels behind `F.scaled_dot_product_attention`,
+``torch.nn.MultiheadAttention`` and ``varlen_attn``. Nothing is replaced on import: `activate` does, `deactivate` undoes
+it.
+
+The contracts that differ from `fastattn.attention` are PyTorch's:
+
+- Causal is bottom-right in the CUDA operators (with SDPA's ``is_causal``, which is top-left, PyTorch calls them for
+  square scores only; ``causal_lower_right`` calls them for all) and top-left in the CPU operator.
+- The CUDA operators return the state of dropout's random numbers for their backward: ours is the seed. The CPU operator
+  has no place for one.
+
+The CUDA table has run on CPU tensors in the tests, not yet on a GPU.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.attention
+from torch import Tensor
+from torch.library import Library
+
+from fastattn import backends, ops
+from fastattn.functional.attention import Backend
+from fastattn.spec import AttentionSpec, make_spec
+
+_NAME = "fastattn"
+_FUNCTIONS = (
+    "register_flash_attention_impl", "activate_flash_attention_impl", "restore_flash_attention_impl",
+    "current_flash_attention_impl",
+)  # fmt: skip
+
+
+class _Flash:
+    """PyTorch's flash operators, with their signatures and layouts, on a backend."""
+
+    def __init__(self, backend: str | None) -> None:
+        self.backend = backend
+
+    def tables(self) -> dict[str, dict[str, Callable[..., Any]]]:
+        """Dispatch key -> operator -> kernel. On CPU fastattn's own default is PyTorch's kernel: it stays."""
+        cuda: dict[str, Callable[..., Any]] = {
+            "_scaled_dot_product_flash_attention": self.sdpa,
+            "_scaled_dot_product_flash_attention_backward": self.sdpa_backward,
+            "_flash_attention_forward": self.forward,
+            "_flash_attention_backward": self.backward,
+        }
+        if hasattr(torch.ops.aten, "_flash_attention_forward_no_dropout_inplace"):  # not in torch 2.11
+            cuda["_flash_attention_forward_no_dropout_inplace"] = self.forward_out
+        cpu: dict[str, Callable[..., Any]] = {
+            "_scaled_dot_product_flash_attention_for_cpu": self.sdpa_cpu,
+            "_scaled_dot_product_flash_attention_for_cpu_backward": self.sdpa_cpu_backward,
+        }
+        return {"CUDA": cuda} if self.backend is None else {"CUDA": cuda, "CPU": cpu}
+
+    def _forward(self, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+        seed = ops.draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
+        arguments = ops.operator_arguments(spec, backends.choose(spec, self.backend), seed)
+        return *torch.ops.fastattn.attention_forward(*arguments), seed
+
+    def _backward(
+        self, spec: AttentionSpec, dout: Tensor, out: Tensor, lse: Tensor, seed: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        q, k, v, *rest = ops.operator_arguments(spec, backends.choose(spec, self.backend), seed)
+        wanted = (False, False, False)
+        return torch.ops.fastattn.attention_backward(dout, None, q, k, v, out, lse.contiguous(), *rest, wanted)[:3]
+
+    # (B, H, L, D), CUDA
+
+    def sdpa(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+        return_debug_mask: bool = False, *, scale: float | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        _refuse(return_debug_mask=return_debug_mask)
+        out, lse, seed = self._forward(_spec(query, key, value, dropout_p, scale, causal=is_causal))
+        state, unused = _random_state(seed, query.device)
+        out = _stored_like(out, query)
+        return out, lse, None, None, query.shape[2], key.shape[2], state, unused, query.new_empty(0)
+
+    def sdpa_backward(
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor,
+        cum_seq_q: Tensor | None, cum_seq_k: Tensor | None, max_q: int, max_k: int, dropout_p: float, is_causal: bool,
+        philox_seed: Tensor, philox_offset: Tensor, *, scale: float | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        spec = _spec(query, key, value, dropout_p, scale, causal=is_causal)
+        gradients = self._backward(spec, grad_out, out, logsumexp, _seed(philox_seed, dropout_p))
+        return tuple(map(_stored_like, gradients, (query, key, value)))
+
+    # (B, L, H, D), or (total, H, D) with cum_seq, CUDA
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, cum_seq_q: Tensor | None, cum_seq_k: Tensor | None,
+        max_q: int, max_k: int, dropout_p: float, is_causal: bool, return_debug_mask: bool, *,
+        scale: float | None = None, window_size_left: int | None = None, window_size_right: int | None = None,
+        seqused_k: Tensor | None = None, alibi_slopes: Tensor | None = None, block_table: Tensor | None = None,
+        num_splits: int | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        # alibi_slopes too: the operator's backward does not get them.
+        _refuse(
+            return_debug_mask=return_debug_mask, seqused_k=seqused_k, alibi_slopes=alibi_slopes,
+            block_table=block_table, num_splits=None if num_splits == 1 else num_splits,
+        )  # fmt: skip
+        q, k, v = _heads_first(cum_seq_q, query, key, value)
+        spec = _spec(
+            q, k, v, dropout_p, scale, causal=is_causal, window=_window(window_size_left, window_size_right),
+            cu_seqlens_q=cum_seq_q, cu_seqlens_k=cum_seq_k,
+        )  # fmt: skip
+        out, lse, seed = self._forward(spec)
+        out = _stored_like(_heads_last(cum_seq_q, out), query)
+        return out, lse if cum_seq_q is None else lse[0], *_random_state(seed, query.device), query.new_empty(0)
+
+    def forward_out(self, out: Tensor, *args: Any, **options: Any) -> Tensor:
+        result, lse, *_ = self.forward(*args, **options)
+        out.copy_(result)
+        return lse
+
+    def backward(
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor,
+        cum_seq_q: Tensor | None, cum_seq_k: Tensor | None, max_q: int, max_k: int, dropout_p: float, is_causal: bool,
+        rng_state: Tensor, unused: Tensor, *, scale: float | None = None, window_size_left: int | None = None,
+        window_size_right: int | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        q, k, v, out, grad_out = _heads_first(cum_seq_q, query, key, value, out, grad_out)
+        spec = _spec(
+            q, k, v, dropout_p, scale, causal=is_causal, window=_window(window_size_left, window_size_right),
+            cu_seqlens_q=cum_seq_q, cu_seqlens_k=cum_seq_k,
+        )  # fmt: skip
+        lse = logsumexp if cum_seq_q is None else logsumexp[None]
+        gradients = self._backward(spec, grad_out, out, lse, _seed(rng_state, dropout_p))
+        return tuple(
+            _stored_like(_heads_last(cum_seq_q, g), x) for g, x in zip(gradients, (query, key, value), strict=True)
+        )
+
+    # (B, H, L, D), CPU
+
+    def sdpa_cpu(
+        self, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, *,
+        attn_mask: Tensor | None = None, scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        _refuse(dropout_p=dropout_p)
+        spec = _spec(query, key, value, 0.0, scale, causal=is_causal, q_offset=0, **_operand(attn_mask))
+        out, lse, _ = self._forward(spec)
+        return _stored_like(out, query), lse.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def sdpa_cpu_backward(
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor,
+        dropout_p: float, is_causal: bool, *, attn_mask: Tensor | None = None, scale: float | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        spec = _spec(query, key, value, 0.0, scale, causal=is_causal, q_offset=0, **_operand(attn_mask))
+        gradients = self._backward(spec, grad_out, out, logsumexp)
+        return tuple(g.transpose(1, 2).contiguous().transpose(1, 2) for g in gradients)
+
+
+def _spec(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None, **options: Any) -> AttentionSpec:
+    """Autocast has done its work before PyTorch calls a kernel; lse keeps PyTorch's kernel from calling itself."""
+    with ops.without_autocast(q.device):
+        return make_spec(
+            q, k, v, dropout_p=dropout_p, scale=scale, return_lse=True,
+            names=("query", "key", "value", "attn_mask", "attn_mask", "is_causal"), **options,
+        )  # fmt: skip
+
+
+def _operand(attn_mask: Tensor | None) -> dict[str, Tensor | None]:
+    return {"mask" if attn_mask is not None and attn_mask.dtype == torch.bool else "bias": attn_mask}
+
+
+def _refuse(**options: Any) -> None:
+    for name, value in options.items():
+        if isinstance(value, Tensor) or value:
+            raise ValueError(
+                f"{name}: expected none where fastattn serves PyTorch's flash attention, got "
+                f"{'a Tensor' if isinstance(value, Tensor) else value}; fastattn.deactivate() brings PyTorch's back"
+            )
+
+
+def _window(left: int | None, right: int | None) -> tuple[int | None, int | None]:
+    """-1 is open."""
+    return None if left == -1 else left, None if right == -1 else right
+
+
+def _heads_first(packed: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) if packed is None else x.transpose(0, 1)[None] for x in tensors]
+
+
+def _heads_last(packed: Tensor | None, x: Tensor) -> Tensor:
+    return x.transpose(1, 2) if packed is None else x[0].transpose(0, 1)
+
+
+def _stored_like(x: Tensor, like: Tensor) -> Tensor:
+    """With the strides that tracing has foretold."""
+    result = torch.empty_like(like)
+    return x if x.stride() == result.stride() else result.copy_(x)
+
+
+def _random_state(seed: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The seed in the shapes and dtypes that PyTorch's kernels have for seed and offset."""
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if seed is None else seed
+    if torch.version.hip is not None:
+        return seed[0], torch.zeros_like(seed[0])
+    return torch.cat((seed, torch.zeros_like(seed))).view(torch.uint64), torch.zeros_like(seed[0]).view(torch.uint64)
+
+
+def _seed(state: Tensor, dropout_p: float) -> Tensor | None:
+    return state.view(torch.int64).reshape(-1)[:1] if dropout_p > 0.0 else None
+
+
+class _Override:
+    """The kernels in PyTorch's dispatcher; torch's registry holds on to it, and removes it."""
+
+    def __init__(self, backend: str | None) -> None:
+        self.backend = backend
+        self._libraries: list[Library] = []
+        with warnings.catch_warnings():  # that a kernel is overridden is what was asked for
+            warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
+            for key, table in _Flash(backend).tables().items():
+                library = Library("aten", "IMPL", key)
+                self._libraries.append(library)
+                for name, kernel in table.items():
+                    library.impl(name, kernel, key)
+
+    def remove(self) -> None:
+        self._libraries.clear()
+
+
+_backend: str | None = None  # the one of the last activation
+_foreign: str | None = None  # what was active before ours
+
+
+def _registry() -> ModuleType:
+    missing = [name for name in _FUNCTIONS if not hasattr(torch.nn.attention, name)]
+    if missing:
+        raise RuntimeError(
+            f"fastattn.activate: expected torch.nn.attention's registry of flash implementations (torch 2.11), torch "
+            f"{torch.__version__} has no {', '.join(missing)}; fastattn.convert(model) swaps the layers instead"
+        )
+    return torch.nn.attention
+
+
+def _switch(name: str | None, backend: str | None, foreign: str | None) -> None:
+    """Make ``name`` the active implementation, None PyTorch's own."""
+    global _backend, _foreign
+    registry = _registry()
+    if name == _NAME:
+        registry.register_flash_attention_impl(_NAME, register_fn=functools.partial(_Override, backend))
+    if name is not None:
+        registry.activate_flash_attention_impl(name)
+    elif registry.current_flash_attention_impl() is not None:
+        registry.restore_flash_attention_impl()
+    _backend, _foreign = backend, foreign
+
+
+def activate(*, backend: Backend | None = None) -> contextlib.AbstractContextManager[object]:
+    """Serve PyTorch's flash attention by fastattn, in the whole process, until `deactivate`.
+
+    What PyTorch gives to its flash kernels goes to ours: `F.scaled_dot_product_attention` without a mask in half
+    precision on a GPU, and through it ``torch.nn.MultiheadAttention(need_weights=False)`` and the Transformer layers
+    in training; ``torch.nn.attention.varlen.varlen_attn``. Which calls these are remains PyTorch's choice:
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION)`` forces it. Run the backward pass of what was
+    computed under activation before it ends.
+
+    The kernels for CUDA have not yet run on a GPU.
+
+    Args:
+        backend: as in `attention`, but not ``"torch"``, whose place is taken. None chooses as `explain` shows; on CPU
+            that is PyTorch's kernel, which then stays. A named backend also serves CPU tensors.
+
+    Returns:
+        A context manager, for ``with fastattn.activate():``. At its end whatever was active before it is again; without
+        ``with`` it may be dropped.
+
+    Raises:
+        RuntimeError: this torch has no such registry.
+        ValueError: no such backend. A call under activation raises if the backend cannot serve it, or if it asks for
+            what our kernels do not have there: ``seqused_k``, ``block_table``, ``alibi_slopes``, splits.
+    """
+    if backend not in (None, "triton", "cuda", "reference"):
+        raise ValueError(f"backend: expected 'triton', 'cuda', 'reference' or None, got {backend!r}")
+    before = (_registry().current_flash_attention_impl(), _backend, _foreign)
+    _switch(_NAME, backend, _foreign if before[0] == _NAME else before[0])
+    end = contextlib.ExitStack()
+    end.callback(_switch, *before)
+    return end
+
+
+def deactivate() -> None:
+    """Undo `activate`, however often it was called: what was active before the first call is again.
+
+    Raises:
+        RuntimeError: fastattn is not active.
+    """
+    if (current := _registry().current_flash_attention_impl()) != _NAME:
+        raise RuntimeError(f"fastattn.deactivate: fastattn is not active, torch's registry has {current!r}")
+    _switch(_foreign, None, None)

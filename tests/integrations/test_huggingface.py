@@ -1,0 +1,430 @@
+"""Models of Hugging Face transformers with ``attn_implementation="fastattn"``: the results of their own eager code."""
+
+import copy
+import functools
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
+# transformers looks for an optional package `kernels`, and would find this repository's folder of that name.
+sys.modules.setdefault("kernels", None)
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
+
+import fastattn  # noqa: E402
+from fastattn.integrations import huggingface  # noqa: E402
+from fastattn.testing import assert_parity  # noqa: E402
+from tests.support.layer_checks import InDouble  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB, LENGTH, WINDOW = 99, 12, 4
+LENGTHS = (12, 9, 5)  # of the sequences of a batch; the window is shorter than each
+DECODERS = ("llama", "gpt2", "mistral", "gemma2", "gpt_oss")
+ENCODER_DECODERS = ("t5", "bart", "whisper")
+MODELS = (*DECODERS, *ENCODER_DECODERS, "bert")
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    huggingface.register()
+    yield
+    huggingface.unregister()
+
+
+@functools.cache
+def built(name):
+    """A model of two layers with weights large enough that attention is far from uniform."""
+    t = transformers
+    decoder = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    }  # fmt: skip
+    encoder_decoder = {
+        "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    }  # fmt: skip
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    make = {
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**decoder)),
+        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**decoder, sliding_window=WINDOW)),
+        "gemma2": lambda: t.Gemma2ForCausalLM(
+            t.Gemma2Config(**decoder, sliding_window=WINDOW, attn_logit_softcapping=1.5, query_pre_attn_scalar=8)
+        ),
+        "gpt_oss": lambda: t.GptOssForCausalLM(
+            t.GptOssConfig(
+                **decoder,
+                sliding_window=WINDOW,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                experts_implementation="eager",
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            )
+        ),
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(
+                vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+            )
+        ),
+        "bert": lambda: t.BertForMaskedLM(
+            t.BertConfig(
+                vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+            )
+        ),
+        "t5": lambda: t.T5ForConditionalGeneration(
+            t.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, **special)
+        ),
+        "bart": lambda: t.BartForConditionalGeneration(
+            t.BartConfig(**encoder_decoder, max_position_embeddings=64, forced_eos_token_id=None, **special)
+        ),
+        "whisper": lambda: t.WhisperForConditionalGeneration(
+            t.WhisperConfig(
+                **encoder_decoder, num_mel_bins=8, max_source_positions=LENGTH, max_target_positions=64, **special
+            )
+        ),
+    }
+    torch.manual_seed(0)
+    model = make[name]().eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or "sinks" in parameter_name:
+                parameter.normal_(std=1.0 if "sinks" in parameter_name else 0.2)
+    return model
+
+
+def model_with(name, implementation):
+    model = built(name)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def batch(name, padding):
+    """Arguments of forward, and which positions of the logits count."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCAB, (len(LENGTHS), LENGTH), generator=generator)
+    lengths, positions = torch.tensor(LENGTHS)[:, None], torch.arange(LENGTH)
+    valid = {
+        "none": torch.ones_like(ids, dtype=torch.bool),
+        "right": positions < lengths,
+        "left": positions >= LENGTH - lengths,
+    }[padding]
+    mask = {} if padding == "none" else {"attention_mask": valid.long()}
+    if name == "whisper":
+        features = torch.randn(len(LENGTHS), 8, 2 * LENGTH, generator=generator)
+        inputs = {"input_features": features, "decoder_input_ids": ids}
+        return inputs | {f"decoder_{key}": value for key, value in mask.items()}, valid
+    if name in ENCODER_DECODERS:
+        return {"input_ids": ids, **mask, "decoder_input_ids": ids.flip(0)}, torch.ones_like(valid)
+    return {"input_ids": ids, **mask}, valid
+
+
+def run(model, inputs, valid):
+    """Logits where they count, and the gradients of all parameters in one vector.
+
+    In one, because a rounding in the logits reaches all of them: one parameter's share of it is a matter of luck.
+    """
+    dtype = next(model.parameters()).dtype
+    inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+    model.zero_grad(set_to_none=True)
+    logits = model(**inputs, use_cache=False).logits[valid]
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    (logits * weights).sum().backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return logits.detach(), torch.cat(gradients)
+
+
+def exact(name, inputs, valid):
+    model = copy.deepcopy(model_with(name, "eager")).double()
+    with InDouble():
+        return run(model, inputs, valid)
+
+
+def check(name, inputs, valid):
+    """Hold a model on fastattn to the tolerance rule: logits and the gradients of its parameters."""
+    expected = exact(name, inputs, valid)
+    eager = run(model_with(name, "eager"), inputs, valid)
+    actual = run(model_with(name, "fastattn"), inputs, valid)
+    for what, ours, value, plain in zip(("logits", "gradients"), actual, expected, eager, strict=True):
+        assert_parity(ours, value, plain, what, intermediate=value.abs().max())
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients(name, padding):
+    check(name, *batch(name, padding))
+
+
+def logits(name, implementation, inputs, **options):
+    with torch.no_grad():
+        return model_with(name, implementation)(**inputs, **options).logits
+
+
+def assert_same(name, inputs, valid, **options):
+    """Logits alone, by the rule."""
+    model = copy.deepcopy(model_with(name, "eager")).double()
+    wide = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    with InDouble(), torch.no_grad():
+        expected = model(**wide, **options).logits[valid]
+    actual, eager = (logits(name, which, inputs, **options)[valid] for which in ("fastattn", "eager"))
+    assert_parity(actual, expected, eager, name, intermediate=expected.abs().max())
+
+
+def test_packed_sequences():
+    """Two sequences in one row, told apart by position_ids: as if each stood alone."""
+    ids, valid = batch("llama", "none")[0]["input_ids"], torch.ones(len(LENGTHS), LENGTH, dtype=torch.bool)
+    positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)]).expand(len(LENGTHS), -1)
+    check("llama", {"input_ids": ids, "position_ids": positions}, valid)
+    packed = logits("llama", "fastattn", {"input_ids": ids, "position_ids": positions}, use_cache=False)
+    alone = logits("llama", "fastattn", {"input_ids": ids[:, 5:]})
+    assert_parity(packed[:, 5:], alone.double(), alone, "packed", intermediate=alone.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_mask_of_the_caller(kind):
+    """A 4-D mask reaches attention as it is; a float one is added."""
+    inputs, valid = batch("llama", "none")
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    scores = torch.randn(len(LENGTHS), 1, LENGTH, LENGTH).masked_fill(~causal, torch.finfo(torch.float32).min)
+    if kind == "float":
+        return assert_same("llama", inputs | {"attention_mask": scores}, valid)
+    mask = (scores > -1.0) | torch.eye(LENGTH, dtype=torch.bool)  # eager adds a mask; its float equal goes there
+    added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    ours, eager = (logits("llama", "fastattn", inputs | {"attention_mask": m}) for m in (mask, added))
+    assert_parity(ours, eager.double(), eager, "bool mask", intermediate=eager.abs().max())
+
+
+def test_decoder_as_an_encoder():
+    """`is_causal=False` switches a decoder to both sides, though its layers call themselves causal."""
+    for padding in ("none", "right"):
+        inputs, valid = batch("llama", padding)
+        assert_same("llama", inputs, valid, is_causal=False, use_cache=False)
+    model = built("llama")
+    model.config.is_causal = False
+    try:
+        assert_same("llama", *batch("llama", "none"), use_cache=False)
+    finally:
+        del model.config.is_causal
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_prefill_in_chunks(name, static):
+    """Several queries behind a cache that already holds keys, and one query in an empty static cache."""
+    ids = batch(name, "none")[0]["input_ids"]
+    results = {}
+    for implementation in ("eager", "fastattn"):
+        model = model_with(name, implementation)
+        cache = transformers.StaticCache(model.config, max_cache_len=20) if static else transformers.DynamicCache()
+        chunks = [
+            logits(name, implementation, {"input_ids": chunk}, past_key_values=cache)
+            for chunk in ids.split([1, 2, 3, 6], dim=1)
+        ]
+        results[implementation] = torch.cat(chunks, 1)
+    whole = logits(name, "eager", {"input_ids": ids})
+    for actual in results.values():  # eager itself is one more witness that the chunks are right
+        assert_parity(actual, whole.double(), results["eager"], name, intermediate=whole.abs().max())
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
+def test_generate(name, cache):
+    """Greedy decoding, token for token, from prompts of unequal length."""
+    inputs, _ = batch(name, "left" if name in DECODERS else "right")
+    inputs = {key: x for key, x in inputs.items() if not key.startswith("decoder")}
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    options["no_repeat_ngram_size"] = 1  # a small random model would say one token for ever
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    eager, ours = (
+        transformers.GenerationMixin.generate(model_with(name, implementation), **inputs, **options)
+        for implementation in ("eager", "fastattn")
+    )
+    assert torch.equal(ours, eager)
+
+
+# What makes a model special is dropped on the way: the comparison above must notice each.
+BROKEN = [
+    ("gpt_oss", "s_aux", "none"),
+    ("gemma2", "softcap", "none"),
+    ("t5", "position_bias", "none"),
+    ("mistral", "attention_mask", "none"),
+    ("llama", "attention_mask", "left"),
+    ("bart", "attention_mask", "right"),
+    ("bert", "is_causal", "none"),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "padding"), BROKEN, ids=["-".join(case) for case in BROKEN])
+def test_a_wrong_integration_is_noticed(name, argument, padding):
+    def without(module, query, key, value, attention_mask, **kwargs):
+        kwargs |= {argument: None} if argument != "is_causal" else {argument: True}
+        attention_mask = kwargs.pop("attention_mask", attention_mask)
+        kwargs.pop("sliding_window", None)
+        return huggingface.attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    transformers.AttentionInterface.register("fastattn", without)
+    try:
+        with pytest.raises(AssertionError, match="logits: largest error"):
+            check(name, *batch(name, padding))
+    finally:
+        transformers.AttentionInterface.register("fastattn", huggingface.attention_forward)
+
+
+def test_window_without_a_mask():
+    """Called as a layer calls it, without a mask: the window still holds, for a prompt and for one new token."""
+    q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 5)
+    layer = torch.nn.Identity()  # has no is_causal: causal, as in transformers
+    out, weights = huggingface.attention_forward(layer, q, k, v, None, sliding_window=3)
+    expected = fastattn.attention(q, k, v, window=(2, 0))
+    assert weights is None and out.shape == (1, 9, 4, 5) and torch.equal(out, expected.transpose(1, 2))
+    out, _ = huggingface.attention_forward(layer, q[:, :, -1:], k, v, None, sliding_window=3)
+    last = fastattn.attention(q[:, :, -1:], k[:, :, -3:], v[:, :, -3:]).transpose(1, 2)
+    assert_parity(out, last.double(), last)
+    with pytest.raises(ValueError, match=r"attention_mask: expected a mask where sliding_window == 3.* got None"):
+        huggingface.attention_forward(layer, q, k, v, None, is_causal=False, sliding_window=3)
+
+
+def test_dropout_only_while_training():
+    q, layer = torch.randn(2, 2, 6, 8), torch.nn.Identity()
+    plain, _ = huggingface.attention_forward(layer.eval(), q, q, q, None)
+    evaluated, _ = huggingface.attention_forward(layer, q, q, q, None, dropout=0.5)
+    torch.manual_seed(3)
+    trained, _ = huggingface.attention_forward(layer.train(), q, q, q, None, dropout=0.5)
+    torch.manual_seed(3)
+    expected = fastattn.attention(q, q, q, causal=True, dropout_p=0.5).transpose(1, 2)
+    assert torch.equal(plain, evaluated) and torch.equal(trained, expected) and not torch.equal(plain, trained)
+
+
+def test_learned_queries_are_shared_by_the_batch():
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(4, 2, 6, 8)
+    out, _ = huggingface.attention_forward(torch.nn.Identity(), q, k, k, None, is_causal=False)
+    assert torch.equal(out, fastattn.attention(q.expand(4, -1, -1, -1), k, k).transpose(1, 2))
+
+
+def test_mask_is_left_out_only_where_none_says_the_same():
+    causal = functools.partial(huggingface.mask, batch_size=1)
+    assert causal(q_length=6, kv_length=6) is None
+    assert causal(q_length=6, kv_length=9) is None  # an empty static cache: keys 0 .. i
+    assert causal(q_length=1, kv_length=9, q_offset=8) is None  # the newest token
+    empty = causal(q_length=1, kv_length=9, q_offset=0)  # the first token of a static cache
+    assert empty.sum() == 1 and empty[0, 0, 0, 0]
+    assert causal(q_length=2, kv_length=9, q_offset=7).sum() == 8 + 9
+    assert causal(q_length=4, kv_length=4, q_offset=3, kv_offset=2).sum() == 2 + 3 + 4 + 4
+    padding = torch.tensor([[False, True, True]])
+    assert causal(q_length=3, kv_length=3, attention_mask=padding).sum() == 0 + 1 + 2
+
+
+REFUSED = [
+    ({"output_attentions": True}, ValueError, "output_attentions: expected False.* got True"),
+    ({"cache": object()}, ValueError, "cache: expected None, paged caches are not supported; got object"),
+    ({"cu_seq_lens_q": torch.zeros(3)}, ValueError, r"cu_seq_lens_q: expected None.* a tensor of shape \(3,\)"),
+    ({"indices": torch.zeros(1)}, ValueError, "indices: expected None.* does not know this argument"),
+    ({"attention_mask": torch.ones(2, 6)}, ValueError, r"attention_mask.shape: expected 4 dim.* got \(2, 6\)"),
+    (
+        {"attention_mask": torch.ones(2, 1, 6, 6).long()},
+        TypeError,
+        r"attention_mask.dtype: expected bool \(True.* got torch.int64",
+    ),
+    ({"softcap": 0.0}, ValueError, "softcap: expected a positive"),
+    ({"s_aux": torch.zeros(3)}, ValueError, r"s_aux.shape: expected \(2,\), one for each query head, got \(3,\)"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), REFUSED, ids=[next(iter(case[0])) for case in REFUSED])
+def test_what_cannot_be_honoured_is_an_error(options, error, text):
+    q = torch.randn(2, 2, 6, 8)
+    with pytest.raises(error, match=text):
+        huggingface.attention_forward(torch.nn.Identity(), q, q, q, **{"attention_mask": None, **options})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_asked_for_weights_say_no(name):
+    """Also those that do not tell their attention layers."""
+    with pytest.raises(ValueError, match="output_attentions"):
+        logits(name, "fastattn", batch(name, "none")[0], output_attentions=True)
+
+
+def test_what_says_nothing_about_attention_is_accepted():
+    q = torch.randn(2, 2, 6, 8)
+    plain, _ = huggingface.attention_forward(torch.nn.Identity(), q, q, q, None)
+    out, _ = huggingface.attention_forward(
+        torch.nn.Identity(), q, q, q, None, output_attentions=False, output_hidden_states=True, cache=None,
+        num_items_in_batch=torch.tensor(7), position_ids=torch.arange(6), use_cache=True,
+    )  # fmt: skip
+    assert torch.equal(out, plain)
+
+
+def entries():
+    interfaces = (transformers.AttentionInterface, transformers.AttentionMaskInterface)
+    return [dict(interface._global_mapping) for interface in interfaces]
+
+
+def test_register_twice_and_unregister():
+    ours = entries()
+    huggingface.register()
+    assert entries() == ours
+    model = model_with("llama", "eager")
+    huggingface.unregister()
+    before = entries()
+    assert all("fastattn" not in known for known in before)
+    huggingface.unregister()
+    assert entries() == before
+    with pytest.raises((KeyError, ValueError), match="fastattn"):
+        model.set_attn_implementation("fastattn")
+
+    def other(*args, **kwargs):
+        raise NotImplementedError
+
+    transformers.AttentionInterface.register("fastattn", other)
+    before = entries()
+    huggingface.register()
+    assert entries() == ours
+    huggingface.unregister()
+    assert entries() == before
+    del transformers.AttentionInterface._global_mapping["fastattn"]
+
+
+def test_without_transformers_or_with_an_old_one(monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.9.1")  # transformers swaps that object at times
+    with pytest.raises(ImportError, match=r"transformers: expected 5\.23 or later .*, found 5\.9\.1"):
+        huggingface.register()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"transformers: expected 5\.23 or later .*, found none"):
+        huggingface.register()
+
+
+def test_compile_to_one_graph():
+    """A padded prompt, then one token behind a static cache."""
+    inputs, valid = batch("llama", "left")
+    model = model_with("llama", "fastattn")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs, use_cache=False).logits[valid], model(**inputs).logits[valid])
+        steps = []
+        for forward in (model, compiled):
+            cache = transformers.StaticCache(model.config, max_cache_len=20)
+            model(inputs["input_ids"], past_key_values=cache)
+            steps.append(forward(inputs["input_ids"][:, :1], past_key_values=cache).logits)
+    assert torch.equal(*steps)
+
+
+def test_chosen_when_a_model_is_made():
+    config = built("llama").config
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastattn")
+    assert model.config._attn_implementation == "fastattn"
+
+
+def test_import_leaves_transformers_alone():
+    code = "import sys, fastattn, fastattn.integrations.huggingface; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_example(capsys):
+    runpy.run_path(str(ROOT / "examples" / "huggingface.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["Llama", "gpt-oss"]
+    assert all(line.endswith(" equal") and "not" not in line for line in lines[1:])

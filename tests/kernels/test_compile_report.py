@@ -1,0 +1,85 @@
+"""Every kernel compiles for every target without a GPU, and fits Hopper's registers at the shipped launch configs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRITON_3_6 = os.environ.get("FASTATTN_TRITON_3_6", "")
+
+
+def report(tmp_path, *arguments, python_path=()):
+    """Rows of `python -m benchmarks.compile_report`, in a process where kernels are compiled and not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([*python_path, str(ROOT), *filter(None, sys.path)])
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    path = tmp_path / "report.json"
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--json", str(path), "--jobs", "1", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert path.exists(), result.stdout + result.stderr
+    rows = json.loads(path.read_text())
+    return rows["rows"] if isinstance(rows, dict) else rows
+
+
+def describe(row):
+    return f"{row['arch']} {row['kernel']} D{row['dim']} {row['feature']} {row['config']}: {row}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", ["64", "128"])
+def test_hopper_defaults_fit(dim, tmp_path):
+    rows = report(tmp_path, "--arch", "sm_90", "--dims", dim, "--features", "plain", "causal", "packed", "block_mask")
+    assert {row["kernel"] for row in rows} >= {"forward", "dkdv", "dq", "delta", "decode", "combine", "append"}
+    for row in rows:
+        assert not row["error"], describe(row)
+        assert row["spills"] == 0, describe(row)
+        if row["kernel"] in ("forward", "dkdv", "dq"):  # tiles of a decode step are too short for wgmma
+            assert row["wgmma"] > 0 and not row["serialised"], describe(row)
+    shared = {(row["kernel"], row["feature"]): row["shared"] for row in rows}
+    for kernel in ("forward", "dkdv", "dq"):  # as many tiles are loaded ahead where a block mask says which
+        assert shared[kernel, "block_mask"] >= shared[kernel, "plain"], shared
+
+
+@pytest.mark.slow
+def test_hopper_at_head_dim_256(tmp_path):
+    rows = report(tmp_path, "--arch", "sm_90", "--dims", "256", "--features", "causal")
+    for row in rows:
+        assert not row["error"], describe(row)
+        assert row["spills"] == 0, describe(row)
+        if row["kernel"] == "forward":
+            assert row["wgmma"] > 0 and not row["serialised"], describe(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_everything_at_once_compiles(arch, tmp_path):
+    rows = report(tmp_path, "--arch", arch, "--dims", "64", "--features", "everything")
+    assert {row["kernel"] for row in rows} >= {"forward", "dkdv", "dq", "dbias", "decode"}
+    for row in rows:
+        assert not row["error"], describe(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_cache_kernels_spill_nothing(arch, tmp_path):
+    kernels, features = ("decode", "combine", "append"), ("plain", "paged", "chunk")
+    rows = report(tmp_path, "--arch", arch, "--dims", "64", "128", "--kernel", *kernels, "--features", *features)
+    assert len(rows) == 2 * (3 + 1 + 2)
+    for row in rows:
+        assert not row["error"] and row["spills"] == 0, describe(row)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRITON_3_6, reason="FASTATTN_TRITON_3_6 names no Triton 3.6.0; `make test` installs it")
+def test_oldest_triton_compiles_the_same(tmp_path):
+    rows = report(
+        tmp_path, "--arch", "sm_90", "--dims", "128", "--features", "causal", "bias", python_path=[TRITON_3_6]
+    )
+    for row in rows:
+        assert not row["error"], describe(row)
+        if row["feature"] == "causal":
+            assert row["spills"] == 0 and not row["serialised"], describe(row)

@@ -1,0 +1,313 @@
+"""Second derivatives, derivatives along a direction, torch.func: held to differences and to the definition."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+from fastattn import BlockMask, attention, attention_varlen, ops, reference
+from fastattn.backends.reference import BLOCK_ELEMENTS
+from fastattn.spec import make_spec
+from fastattn.testing import assert_parity
+from tests.support.attention_cases import DOUBLE, INF, SINGLE
+
+Q_LEN, KV_LEN, HEADS = 4, 5, 2
+
+
+def leaf(*shape, dtype=DOUBLE, device="cpu"):
+    return torch.randn(shape).to(device, dtype).requires_grad_()
+
+
+def leaves(kv_heads=HEADS, batch=1):
+    return leaf(batch, HEADS, Q_LEN, 3), leaf(batch, kv_heads, KV_LEN, 3), leaf(batch, kv_heads, KV_LEN, 2)
+
+
+def random_mask():
+    mask = torch.rand(1, 1, Q_LEN, KV_LEN) > 0.4
+    mask[:, :, 1] = False  # a row with nothing allowed
+    return mask
+
+
+# Name -> (fixed arguments, learned ones).
+CASES = {
+    "plain": lambda: ({}, {}),
+    "causal with offset": lambda: ({"causal": True, "q_offset": 2}, {}),
+    "offsets": lambda: ({"causal": True, "q_offset": torch.tensor([1])}, {}),
+    "window": lambda: ({"window": (1, 1), "q_offset": 1}, {}),
+    "rows with nothing allowed": lambda: ({"window": (0, 0), "q_offset": -2}, {}),
+    "mask": lambda: ({"mask": random_mask()}, {}),
+    "block mask": lambda: ({"block_mask": BlockMask.from_mask(random_mask()), "causal": True, "q_offset": 2}, {}),
+    "bias": lambda: ({}, {"bias": leaf(1, HEADS, Q_LEN, KV_LEN)}),
+    "broadcast bias": lambda: ({"causal": True}, {"bias": leaf(HEADS, 1, KV_LEN)}),
+    "softcap": lambda: ({"softcap": 0.8}, {}),
+    "slopes": lambda: ({"causal": True}, {"alibi_slopes": leaf(HEADS)}),
+    "sinks": lambda: ({"mask": random_mask()}, {"sinks": leaf(HEADS)}),
+    "dropout": lambda: ({"dropout_p": 0.4}, {}),
+    "scale": lambda: ({"scale": -0.7}, {}),
+    "everything": lambda: (
+        {"mask": random_mask(), "softcap": 1.5, "dropout_p": 0.3, "window": (3, 1)},
+        {"bias": leaf(1, 1, Q_LEN, KV_LEN), "alibi_slopes": leaf(1, HEADS), "sinks": leaf(HEADS)},
+    ),
+}
+
+
+def function_of_leaves(case, return_lse=True):
+    """(function of q, k, v and what is learned, names of what is learned, its values); dropout as by a fixed seed."""
+    fixed, learned = CASES[case]()
+
+    def function(q, k, v, *values):
+        torch.manual_seed(3)
+        options = fixed | dict(zip(learned, values, strict=True))
+        results = attention(q, k, v, return_lse=return_lse, backend="reference", **options)
+        if not return_lse:
+            return results
+        out, lse = results
+        return out, lse.masked_fill(lse.detach() == -INF, 0.0)
+
+    return function, tuple(learned.values())
+
+
+def inside(case):
+    return leaves(kv_heads=1 if case in ("plain", "everything") else HEADS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_second_derivatives_and_directions(case):
+    """gradgradcheck, directions against differences, and directions of gradients; all through lse also."""
+    function, learned = function_of_leaves(case)
+    inputs = (*inside(case), *learned)
+    fast = len(learned) > 1
+    assert gradcheck(function, inputs, check_forward_ad=True, fast_mode=fast)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, fast_mode=fast)
+
+
+@pytest.mark.parametrize("case", ["plain", "dropout"])
+def test_second_derivatives_without_lse(case):
+    function, learned = function_of_leaves(case, return_lse=False)
+    assert gradgradcheck(function, (*inside(case), *learned))
+
+
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_packed_sequences(per_sequence):
+    """One is empty, one has no keys, and rows are left behind the last."""
+    cu_q, cu_k = torch.tensor([0, 2, 2, 3, 5]), torch.tensor([0, 3, 4, 4, 6])
+    slopes = leaf(4, HEADS) if per_sequence else leaf(HEADS)
+
+    def function(q, k, v, slopes, sinks):
+        torch.manual_seed(3)
+        options = {"alibi_slopes": slopes, "sinks": sinks} if per_sequence else {"alibi_slopes": slopes}
+        out, lse = attention_varlen(
+            q, k, v, cu_q, cu_k, causal=True, dropout_p=0.2, return_lse=True, backend="reference", **options
+        )
+        return out, lse.masked_fill(lse.detach() == -INF, 0.0)
+
+    inputs = (leaf(6, HEADS, 3), leaf(7, 1, 3), leaf(7, 1, 2), slopes, leaf(HEADS).requires_grad_(per_sequence))
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, fast_mode=True)
+    assert gradcheck(function, inputs, check_forward_ad=True, fast_mode=True)
+
+
+def test_rows_with_nothing_allowed_stay_zero():
+    q, k, v = leaves()
+    mask = torch.zeros(Q_LEN, KV_LEN, dtype=torch.bool)
+    mask[0] = True
+    out = attention(q, k, v, mask=mask, backend="reference")
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v))
+    assert all(x.isfinite().all() and x.abs().sum() > 0 for x in second)
+    assert not second[0][:, :, 1:].any()
+
+
+def second_gradients(function, inputs, dout, dlse, directions):
+    """Gradients of the product of the first gradients with ``directions``."""
+    out, lse = function(*inputs)
+    dout = dout.to(out.dtype)
+    first = torch.autograd.grad((out, lse), inputs, (dout, dlse.to(lse.dtype)), create_graph=True)
+    return torch.autograd.grad(first, inputs, [x.to(y.dtype) for x, y in zip(directions, first, strict=True)])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", [SINGLE, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", ["plain", "terms"])
+def test_second_derivatives_of_every_backend(backend, dtype, case, device, monkeypatch):
+    """In blocks of few rows. The peer is the definition in the same dtype."""
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 4000)
+    shapes = ((1, 4, 33, 16), (1, 2, 70, 16), (1, 2, 70, 16))
+    values = [torch.randn(shape).to(device, dtype) for shape in shapes]
+    fixed, names = {"causal": True}, ()
+    if case == "terms":
+        fixed = {"window": (20, 3), "softcap": 2.0, "dropout_p": 0.2}
+        names = ("bias", "alibi_slopes", "sinks")
+        values += [torch.randn(x).to(device) for x in ((4, 1, 70), (4,), (4,))]
+    dout, dlse = (torch.randn(x).to(device) for x in ((1, 4, 33, 16), (1, 4, 33)))
+
+    def ours(q, k, v, *learned):
+        torch.manual_seed(5)
+        options = fixed | dict(zip(names, learned, strict=True))
+        return attention(q, k, v, backend=backend, return_lse=True, **options)
+
+    def definition(q, k, v, *learned):
+        torch.manual_seed(5)
+        spec = make_spec(q, k, v, **fixed, **dict(zip(names, learned, strict=True)))
+        return reference.attention(
+            q, k, v, None, spec.bias, spec.alibi_slopes, spec.sinks, None, ops.draw_seed(q.device), left=spec.left,
+            right=spec.right, q_offset=spec.q_offset, scale=spec.scale, softcap=spec.softcap, dropout_p=spec.dropout_p,
+        )  # fmt: skip
+
+    directions = [torch.randn_like(x) for x in values]
+
+    def run(function, convert):
+        inputs = [convert(x.detach()).requires_grad_() for x in values]
+        return second_gradients(function, inputs, dout, dlse, directions)
+
+    actual, exact, eager = (
+        run(f, to) for f, to in ((ours, torch.clone), (definition, torch.Tensor.double), (definition, torch.clone))
+    )
+    for name, x, expected, peer in zip("qkvbas", actual, exact, eager, strict=False):
+        assert x.dtype == values["qkvbas".index(name)].dtype
+        assert_parity(x, expected, peer, name)
+
+
+def test_a_gradient_penalty_trains(device):
+    """As for a critic whose gradient is to have norm 1."""
+    x, weight = leaf(2, 2, 9, 8, device=device), leaf(8, 8, device=device)
+
+    def penalty(function):
+        out = function(x @ weight, x, x)
+        (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return torch.autograd.grad(out.mean() + (gradient.norm(dim=-1) - 1.0).square().mean(), weight)[0]
+
+    expected = penalty(lambda q, k, v: reference.attention(q, k, v, right=0, scale=8**-0.5)[0])
+    actual = penalty(lambda q, k, v: attention(q, k, v, causal=True, backend="reference"))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_second_derivative_needs_no_wanted_first():
+    """Of the bias alone, of dout alone: what nobody asked for is not computed and does not matter."""
+    q, k, v = (x.detach() for x in leaves())
+    bias, dout = leaf(1, HEADS, Q_LEN, KV_LEN), leaf(1, HEADS, Q_LEN, 2)
+    assert gradgradcheck(lambda b: attention(q, k, v, bias=b, backend="reference"), (bias,))
+    k = k.requires_grad_()
+    (dk,) = torch.autograd.grad(attention(q, k, v, backend="reference"), k, dout, create_graph=True)
+    (gradient,) = torch.autograd.grad(dk.sum(), dout)
+    with forward_ad.dual_level():
+        out = attention(q, forward_ad.make_dual(k, torch.ones_like(k)), v, backend="reference")
+        tangent = forward_ad.unpack_dual(out).tangent
+    assert tangent is not None
+    torch.testing.assert_close(gradient, tangent)
+
+
+def scalar(q, k, v, **options):
+    return attention(q, k, v, causal=True, **options).square().sum()
+
+
+def test_torch_func():
+    q, k, v = (x.detach() for x in leaves())
+    direction = torch.randn_like(q)
+
+    def ours(q):
+        return scalar(q, k, v, backend="reference")
+
+    def exact(q):
+        return reference.attention(q, k, v, right=0, q_offset=1, scale=3**-0.5)[0].square().sum()
+
+    calls = {
+        "grad": lambda f: torch.func.grad(f)(q),
+        "grad of grad": lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum())(q),
+        "jvp": lambda f: torch.func.jvp(f, (q,), (direction,))[1],
+        "jvp of grad": lambda f: torch.func.jvp(torch.func.grad(f), (q,), (direction,))[1],
+        "grad of jvp": lambda f: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (direction,))[1])(q),
+    }
+    for name, call in calls.items():
+        torch.testing.assert_close(call(ours), call(exact), msg=name)
+
+
+def test_vmap_and_hessian():
+    q, k, v = (x.detach() for x in leaves())
+    queries, sinks = torch.randn(3, *q.shape, dtype=DOUBLE), torch.randn(3, HEADS, dtype=DOUBLE)
+
+    def ours(q, sinks):
+        return attention(q, k, v, causal=True, sinks=sinks, backend="reference")
+
+    out = torch.func.vmap(ours)(queries, sinks)
+    torch.testing.assert_close(out, torch.stack([ours(*x) for x in zip(queries, sinks, strict=True)]))
+    per_sample = torch.func.vmap(torch.func.grad(lambda q, s: ours(q, s).square().sum()))(queries, sinks)
+    leaf_queries = queries.requires_grad_()
+    total = sum(ours(*x).square().sum() for x in zip(leaf_queries, sinks, strict=True))
+    torch.testing.assert_close(per_sample, torch.autograd.grad(total, leaf_queries)[0])
+
+    def exact(k):
+        return reference.attention(q, k, v, right=0, q_offset=1, scale=3**-0.5)[0].square().sum()
+
+    hessian = torch.func.hessian(lambda k: scalar(q, k, v, backend="reference"))(k)
+    torch.testing.assert_close(hessian, torch.func.hessian(exact)(k))
+
+
+def test_beyond_two_is_refused_not_wrong():
+    q, k, v = (x.detach() for x in leaves())
+
+    def function(q):
+        return scalar(q, k, v, backend="reference")
+
+    def penalty(function):
+        return lambda x: torch.func.grad(function)(x).square().sum()
+
+    with pytest.raises(RuntimeError, match="not three times"):
+        torch.func.grad(penalty(penalty(function)))(q)
+    with pytest.raises(RuntimeError, match="along another"):
+        torch.func.jvp(lambda x: torch.func.jvp(function, (x,), (q,))[1], (q,), (q,))
+
+
+def test_the_torch_backend_refuses_and_is_not_chosen():
+    q, k, v = (x.detach() for x in leaves())
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        tangent = forward_ad.unpack_dual(attention(dual, k, v)).tangent
+        assert tangent is not None and tangent.any()
+        with pytest.raises(ValueError, match="forward mode"):
+            attention(dual, k, v, backend="torch")
+    q.requires_grad_()
+    (gradient,) = torch.autograd.grad(attention(q, k, v, backend="torch").sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        gradient.sum().backward()
+
+
+MEMORY = """
+    import resource, sys, torch
+    import fastattn
+
+    def peak():  # bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def call(length):
+        q, k, v = (torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3))
+        out = fastattn.attention(q, k, v, causal=True, dropout_p=0.1, softcap=5.0, backend="reference")
+        gradients = torch.autograd.grad(out.sum(), (q, k, v), create_graph=True)
+        sum(x.square().sum() for x in gradients).backward()
+
+    call(256)
+    before = peak()
+    call({length})
+    print(peak() - before)
+"""
+
+
+def test_a_second_derivative_needs_memory_for_some_blocks_only():
+    pytest.importorskip("resource", reason="no getrusage on this platform")
+    length = 8192
+    source = textwrap.dedent(MEMORY).format(length=length)
+    environment = {"PYTHONPATH": ":".join(sys.path), "PATH": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 10 * 4 * BLOCK_ELEMENTS < length * length * 4
+
+
+def test_the_first_derivative_keeps_its_graph_empty():
+    """Without create_graph nothing new runs: the gradients are leaves, and the backward operator is called once."""
+    q, k, v = leaves()
+    out = attention(q, k, v, backend="reference")
+    assert type(out.grad_fn).__name__ == "_AttentionBackward"
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not any(x.requires_grad for x in gradients)

@@ -1,0 +1,123 @@
+"""`python -m fastattn`: exit codes, and that its text says what the library says."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.__main__ import main, module_version
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_doctor_reports_versions_devices_and_backends(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\w[\w ]*?)  +(.*)$", text, re.MULTILINE))
+    assert rows["torch"].startswith(torch.__version__)
+    assert rows["fastattn"].startswith(fastattn.__version__)
+    assert {"python", "triton", "numpy", "CUDA library", "flash registry", "GPU"} <= rows.keys()
+    q = torch.empty(1, 8, 128, 64)
+    assert str(fastattn.explain(q, q, q)) in text
+    assert ("on cuda" in text) == torch.cuda.is_available()
+
+
+def test_doctor_without_optional_packages(capsys, monkeypatch):
+    for name in ("triton", "numpy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr("torch.nn.attention.list_flash_attention_impls", raising=False)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^triton +not installed", text, re.MULTILINE)
+    assert re.search(r"^flash registry +not in this torch", text, re.MULTILINE)
+
+
+def test_a_module_that_does_not_import_is_reported(monkeypatch, tmp_path):
+    (tmp_path / "broken_module.py").write_text("import a_module_that_is_missing")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert module_version("broken_module") == "does not import: No module named 'a_module_that_is_missing'"
+
+
+def test_module_runs_and_has_help():
+    result = subprocess.run([sys.executable, "-m", "fastattn", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("doctor", "explain", "bench"))
+
+
+def test_explain_prints_what_the_function_returns(capsys):
+    arguments = "explain --q 2,8,128,64 --k 2,4,256,64 --v 2,4,256,32 --dtype fp32 --causal --dropout 0.1"
+    assert main([*arguments.split(), "--mask", "2,1,1,256", "--bias", "1,8,128,256", "--grad"]) == 0
+    q, k, v = (torch.empty(*s, requires_grad=True) for s in ((2, 8, 128, 64), (2, 4, 256, 64), (2, 4, 256, 32)))
+    mask = torch.empty(2, 1, 1, 256, dtype=torch.bool)
+    bias = torch.empty(1, 8, 128, 256, requires_grad=True)
+    expected = fastattn.explain(q, k, v, causal=True, dropout_p=0.1, mask=mask, bias=bias)
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_explain_defaults_to_self_attention_in_bfloat16(capsys):
+    assert main(["explain", "--q", "2,8,128,64"]) == 0
+    q = torch.empty(2, 8, 128, 64, dtype=torch.bfloat16)
+    assert capsys.readouterr().out == f"{fastattn.explain(q, q, q)}\n"
+
+
+def test_explain_passes_every_term_on(capsys):
+    arguments = "--dtype fp32 --q-offset 3 --window 16, --softcap 30 --alibi --sinks"
+    assert main(["explain", "--q", "2,8,128,64", *arguments.split()]) == 0
+    q, slopes, sinks = torch.empty(2, 8, 128, 64), torch.empty(8), torch.empty(8)
+    expected = fastattn.explain(q, q, q, q_offset=3, window=(16, None), softcap=30.0, alibi_slopes=slopes, sinks=sinks)
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--q 2,8,128,64 --k 2,8,128,32", "k.shape[-1]: expected q.shape[-1] == 64, got 32"),
+        ("--q 2,8,128,64 --dropout 2", "dropout_p: expected a probability in [0, 1], got 2.0"),
+        ("--q 999999,999999,99999,64", "error: "),
+    ],
+)
+def test_explain_refuses_what_the_function_refuses(arguments, message, capsys):
+    assert main(["explain", *arguments.split()]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "required: --q"),
+        ("--q 2,8,128", "expected four sizes such as 2,8,1024,64, got '2,8,128'"),
+        ("--q 2,8,-1,64", "expected four sizes"),
+        ("--q 2,8,128,64 --dtype int8", "invalid choice"),
+        ("--q 2,8,128,64 --device gpu", "expected a device of this machine (cpu"),
+        ("--q 2,8,128,64 --window 5", "expected two sizes such as 128,0"),
+        ("--q 2,8,128,64 --unknown 5", "unrecognized arguments"),
+    ],
+)
+def test_explain_refuses_malformed_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["explain", *arguments.split()])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bench_lists_the_benchmarks_of_a_checkout(capsys):
+    assert main(["bench"]) == 0
+    listed = set(re.findall(r"python -m benchmarks\.(\w+)", capsys.readouterr().out))
+    assert listed == {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
+
+
+def test_bench_outside_a_checkout(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastattn.__main__.PACKAGE", tmp_path / "site-packages" / "fastattn")
+    assert main(["bench"]) == 0
+    assert "come with the source repository" in capsys.readouterr().out
+
+
+def test_no_command_is_an_error():
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2

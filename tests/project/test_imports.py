@@ -1,0 +1,249 @@
+"""Import boundaries: what `import fastattn` may need and do, and which module may import which."""
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Makes packages look as if they were not installed, to import statements and to find_spec alike.
+BLOCK = """
+    import importlib.machinery
+
+    class WithoutBlocked(importlib.machinery.PathFinder):
+        @classmethod
+        def find_spec(cls, name, path=None, target=None):
+            return None if name.partition(".")[0] in {blocked!r} else super().find_spec(name, path, target)
+
+    import sys
+    sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = WithoutBlocked
+"""
+
+
+def fresh(code, blocked=()):
+    """Run code in a new interpreter where the blocked packages cannot be imported."""
+    prefix = textwrap.dedent(BLOCK.format(blocked=tuple(blocked))) if blocked else ""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", prefix + textwrap.dedent(code)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+OPTIONAL = ("triton", "transformers", "matplotlib", "numpy")
+
+
+def test_import_needs_torch_alone():
+    fresh(
+        "import fastattn.integrations.huggingface, fastattn.integrations.huggingface_weights, fastattn.nn\n"
+        "import fastattn.testing, fastattn.backends.reference",
+        blocked=OPTIONAL,
+    )
+
+
+def test_cpu_call_works_without_triton():
+    fresh(
+        """
+        import torch, fastattn
+        q = torch.randn(1, 2, 5, 8, requires_grad=True)
+        out = fastattn.attention(q, q, q, causal=True)
+        out.sum().backward()
+        assert out.shape == q.shape and q.grad is not None
+        assert "triton" in str(fastattn.explain(q, q, q))
+        """,
+        blocked=OPTIONAL,
+    )
+
+
+def test_asking_for_triton_without_it_says_so():
+    fresh(
+        """
+        import torch, fastattn
+        q = torch.randn(1, 2, 5, 8)
+        try:
+            fastattn.attention(q, q, q, backend="triton")
+        except ValueError as error:
+            assert "the triton package is not installed" in str(error), error
+        else:
+            raise AssertionError("expected an error")
+        """,
+        blocked=OPTIONAL,
+    )
+
+
+def test_import_leaves_optional_packages_alone():
+    loaded = fresh(
+        """
+        import sys, torch
+        before = set(sys.modules)
+        import fastattn
+        print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+        """
+    )
+    assert not set(loaded.split()) & set(OPTIONAL)
+
+
+def test_import_does_not_touch_cuda():
+    fresh(
+        """
+        import torch
+
+        def started(*args, **kwargs):
+            raise AssertionError("importing fastattn asked the CUDA driver")
+
+        torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = started
+        torch.cuda.get_device_capability = torch.cuda.get_device_properties = started
+        import fastattn, fastattn.nn
+        assert not torch.cuda.is_initialized()
+        """
+    )
+
+
+def test_import_sets_no_environment_variable():
+    fresh(
+        """
+        import os, torch
+        before = dict(os.environ)
+        import fastattn, fastattn.nn
+        assert dict(os.environ) == before
+        """
+    )
+
+
+def test_import_changes_nothing_in_torch():
+    """New attributes are allowed (importing a submodule sets one on its parent), replaced ones are not."""
+    fresh(
+        """
+        import torch, torch.nn.functional, torch.nn.attention
+
+        def snapshot():
+            modules = (torch, torch.nn, torch.nn.functional, torch.nn.attention, torch.nn.modules.activation,
+                       torch.nn.modules.transformer, torch.nn.init)
+            owners = [*modules, torch.Tensor]
+            owners += [value for value in vars(torch.nn).values() if isinstance(value, type)]
+            return {(owner.__name__, name): value for owner in owners for name, value in vars(owner).items()}
+
+        before = snapshot()
+        state = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist()
+        settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        import fastattn, fastattn.nn
+        after = snapshot()
+        ignored = {"__warningregistry__"}
+        assert not [key for key in before if after.get(key) is not before[key] and key[1] not in ignored]
+        assert state == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist())
+        assert settings == (torch.get_num_threads(), torch.get_float32_matmul_precision())
+        """
+    )
+
+
+# Which room may import which others, "" being fastattn itself. A backend is a room of its own: none imports another.
+ROOMS_OF_BACKENDS = ("cpu", "cuda", "reference", "torch_sdpa", "triton")
+ARROWS = {
+    "__init__": {
+        *("backends", "backends.reference", "block_mask", "flops", "functional", "inference", "integrations", "nn")
+    },
+    "__main__": {""},
+    "_check": set(),
+    "examples": {"", "functional", "inference", "integrations", "nn"},
+    "integrations": {"backends", "block_mask", "functional", "integrations", "nn", "ops", "spec"},
+    "inference": {"_check", "functional", "inference", "nn"},
+    "nn": {"_check", "functional", "nn"},
+    "testing": {"backends.reference", "functional", "ops", "spec"},
+    "functional": {"backends", "block_mask", "functional", "ops", "spec"},
+    "flops": {"ops"},
+    "ops": {"backends.cuda", "backends.reference", "kernels", "ops", "spec"},
+    "backends": {f"backends.{name}" for name in ROOMS_OF_BACKENDS} | {"backends", "spec"},
+    "backends.cpu": {"spec"},
+    "backends.cuda": {"spec"},
+    "backends.reference": {"backends.reference", "block_mask", "spec"},
+    "backends.torch_sdpa": {"spec"},
+    "backends.triton": {"kernels", "spec"},
+    "kernels": {"kernels", "spec"},
+    "spec": {"block_mask", "spec"},
+    "block_mask": set(),
+}
+THIRD_PARTY = {"kernels": {"torch", "triton"}}
+FOLDERS = ("fastattn", "kernels", "examples")
+SOURCES = sorted(
+    path.relative_to(ROOT)
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*.py")
+    if not path.is_relative_to(ROOT / "fastattn" / "kernels")
+)
+
+
+def import_name(path):
+    """The dotted name under which a source file is imported."""
+    parts = path.with_suffix("").parts
+    parts = ("fastattn", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(name):
+    """The key of ARROWS for a dotted name."""
+    top, *rest = name.split(".")
+    if top != "fastattn":
+        return top
+    backend = rest[:1] == ["backends"] and rest[1:2] and rest[1] in ROOMS_OF_BACKENDS
+    return ".".join(rest[: 2 if backend else 1])
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(path, tree=None):
+    """Every module that a source file imports, at any depth, by statement or import_module; and its node in `tree`."""
+    package = import_name(path) if path.name == "__init__.py" else import_name(path).rpartition(".")[0]
+    for node in ast.walk(tree or ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base]).rstrip(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield name if is_module(name) else base, node
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "import_module":
+            text = node.args[0]
+            text = text.values[0] if isinstance(text, ast.JoinedStr) else text
+            if isinstance(text, ast.Constant):
+                yield str(text.value).rstrip("."), node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_arrows(path):
+    own = part_of(import_name(path)) or "__init__"
+    assert own in ARROWS, f"{path} is new: give it a row in ARROWS"
+    targets = {part_of(name) for name, _ in imports(path) if name.partition(".")[0] in ("fastattn", "kernels")}
+    if own == "__init__":
+        targets.discard("")
+    assert targets <= ARROWS[own]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[0] != "examples"], ids=str)
+def test_third_party_packages_at_import_time(path):
+    """The static side of the tests above; an import inside a function is free to be of anything."""
+    tree = ast.parse((ROOT / path).read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    deferred = {inner for function in functions for inner in ast.walk(function)}
+    names = {name.partition(".")[0] for name, node in imports(path, tree) if node not in deferred}
+    allowed = THIRD_PARTY.get(part_of(import_name(path)), {"torch"})
+    assert names - set(sys.stdlib_module_names) - {"fastattn"} <= allowed
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[0] == "kernels"], ids=str)
+def test_kernels_import_each_other_relatively(path):
+    """An absolute import would bind a copy of the folder under another name to this one."""
+    for name, node in imports(path):
+        if part_of(name) == "kernels":
+            assert isinstance(node, ast.ImportFrom) and node.level == 1

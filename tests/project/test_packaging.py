@@ -1,0 +1,243 @@
+"""What is shipped: files of the sdist and the wheel, installs outside the checkout, the CUDA switch."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastattn.backends import cuda
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+BUILD_INPUTS = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
+SITE_PACKAGES = sysconfig.get_path("purelib")
+
+IMPORT_EVERYTHING = """
+    import importlib, pkgutil, sys
+    import fastattn
+    names = [module.name for module in pkgutil.walk_packages(fastattn.__path__, "fastattn.")]
+    names.remove("fastattn.__main__")
+    for name in names:
+        importlib.import_module(name)
+    assert "kernels" not in sys.modules
+    print(fastattn.__file__, *names, sep="\\n")
+"""
+
+
+def run(*command, cwd, env=None, check=True):
+    """Run outside the checkout's influence: no PYTHONPATH, no switch left over from the caller."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTATTN_BUILD_CUDA")}
+    result = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env={**clean, **(env or {})}, capture_output=True, text=True
+    )
+    if check and result.returncode:
+        raise AssertionError(f"{command} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def copy_sources(target):
+    """The inputs of a build, the symlink kept as one: building writes beside its sources."""
+    target.mkdir(parents=True)
+    skip = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in BUILD_INPUTS:
+        shutil.copy(ROOT / name, target)
+    for folder in ("fastattn", "kernels", "csrc"):
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, target / folder, symlinks=True, ignore=skip)
+    return target
+
+
+def build(kind, source, out, env=None, check=True):
+    """Call setuptools' build hook as pip does, without a build environment: nothing is downloaded."""
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+    out.mkdir(exist_ok=True)
+    result = run(sys.executable, "-c", code, cwd=source, env=env, check=check)
+    return next(out.iterdir()) if check else result
+
+
+def make_venv(folder):
+    """An empty environment that sees what is installed beside pytest, though not editable installs there."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    python = folder / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder.parent)
+    Path(site.stdout.strip(), "outer.pth").write_text(SITE_PACKAGES + "\n")
+    return python
+
+
+def pip_install(python, *args, cwd):
+    run(
+        sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--ignore-installed",
+        "--no-deps", "--no-index", "--no-build-isolation", *args, cwd=cwd,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return copy_sources(tmp_path_factory.mktemp("source") / "fastattn")
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+def python_files(folder, prefix):
+    return {f"{prefix}/{p.relative_to(folder).as_posix()}" for p in folder.rglob("*.py")}
+
+
+def expected_modules():
+    own = {p for p in python_files(ROOT / "fastattn", "fastattn") if not p.startswith("fastattn/kernels/")}
+    return own | python_files(ROOT / "kernels", "fastattn/kernels")
+
+
+def test_symlink_is_in_the_checkout():
+    assert (ROOT / "fastattn" / "kernels").is_symlink()
+    assert os.readlink(ROOT / "fastattn" / "kernels") == "../kernels"
+
+
+def test_every_package_on_disk_is_listed():
+    on_disk = {str(Path(name).parent).replace("/", ".") for name in expected_modules()}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == on_disk
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    metadata = {name for name in names if ".dist-info/" in name}
+    assert names - metadata == expected_modules() | {"fastattn/py.typed"}
+    assert any(name.endswith("licenses/LICENSE") for name in metadata)
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_wheel_metadata(wheel):
+    import fastattn
+
+    archive = zipfile.ZipFile(wheel)
+    name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+    metadata = archive.read(name).decode()
+    assert f"\nVersion: {fastattn.__version__}\n" in metadata
+    assert "\nLicense-Expression: BSD-3-Clause\n" in metadata
+    top_level = archive.read(name.replace("METADATA", "top_level.txt")).decode()
+    assert top_level.split() == ["fastattn"]
+
+
+def test_sdist_builds_the_same_wheel(source, wheel, tmp_path):
+    sdist = build("sdist", source, tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path, filter="data")
+    top = {name.split("/")[0] for name in names if name}
+    extra = {"fastattn.egg-info", "PKG-INFO", "setup.cfg"}
+    csrc = {"csrc"} if (ROOT / "csrc").is_dir() else set()
+    assert top == {*BUILD_INPUTS, "fastattn", "kernels"} | extra | csrc
+    assert not any(name.startswith("fastattn/kernels") for name in names)
+
+    rebuilt = build("wheel", tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path / "wheel")
+    assert set(zipfile.ZipFile(rebuilt).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable", "editable-strict"])
+def test_installed_package_imports_everything(kind, wheel, source, tmp_path):
+    python = make_venv(tmp_path / "venv")
+    args = {
+        "wheel": [wheel],
+        "editable": ["--editable", source],
+        "editable-strict": ["--editable", source, "--config-settings", "editable_mode=strict"],
+    }[kind]
+    pip_install(python, *args, cwd=tmp_path)
+    output = run(python, "-c", textwrap.dedent(IMPORT_EVERYTHING), cwd=tmp_path).stdout.splitlines()
+    if kind != "editable":
+        assert Path(output[0]).is_relative_to(tmp_path / "venv" if kind == "wheel" else source / "build")
+    else:
+        assert Path(output[0]).is_relative_to(source)
+    files = expected_modules()
+    modules = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in files}
+    assert {"fastattn", *output[1:]} == modules - {"fastattn.__main__"}
+
+
+def test_wheel_works_without_the_symlink(tmp_path):
+    source = copy_sources(tmp_path / "source")
+    (source / "fastattn" / "kernels").unlink()
+    names = set(zipfile.ZipFile(build("wheel", source, tmp_path / "wheel")).namelist())
+    assert expected_modules() <= names
+
+
+def test_bare_kernels_name_is_refused():
+    result = run(sys.executable, "-c", "import kernels", cwd=ROOT, check=False)
+    assert result.returncode
+    assert "expected the import name 'fastattn.kernels', got 'kernels'" in result.stderr
+
+
+class TestCudaSwitch:
+    """A stub source and, but for one test, a stub compiler: what is tested is the switch."""
+
+    @pytest.fixture
+    def with_cuda(self, tmp_path):
+        source = copy_sources(tmp_path / "source")
+        shutil.rmtree(source / "csrc", ignore_errors=True)
+        (source / "csrc" / "cuda").mkdir(parents=True)
+        (source / "csrc" / "cuda" / "stub.cu").write_text('extern "C" int fastattn_stub() { return 42; }\n')
+        return source
+
+    @staticmethod
+    def path_with(folder, nvcc):
+        """A PATH on which nvcc is the given script, or missing."""
+        folder.mkdir()
+        if nvcc:
+            (folder / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
+            (folder / "nvcc").chmod(0o755)
+        return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+    def build(self, source, tmp_path, value, env=None, check=True):
+        env = {"FASTATTN_BUILD_CUDA": value, **(env or {})}
+        return build("wheel", source, tmp_path / "wheel", env, check)
+
+    @pytest.mark.parametrize("value", ["", "0"])
+    def test_off_never_compiles(self, value, with_cuda, tmp_path):
+        env = self.path_with(tmp_path / "bin", "exit 1")
+        wheel = self.build(with_cuda, tmp_path, value, env)
+        assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+    def test_on_ships_the_library(self, with_cuda, tmp_path):
+        env = self.path_with(tmp_path / "bin", 'for last; do :; done; echo "$@" > "$last"')
+        archive = zipfile.ZipFile(self.build(with_cuda, tmp_path, "1", env))
+        command = archive.read("fastattn/libfastattn_cuda.so").decode()
+        assert "csrc/cuda/stub.cu" in command and "sm_90a" in command
+        assert f'-DFASTATTN_DIGEST="{cuda.source_digest(with_cuda / "csrc" / "cuda")}"' in command
+
+    def test_on_without_a_compiler_fails(self, with_cuda, tmp_path):
+        if shutil.which("nvcc", path="/usr/bin:/bin"):
+            pytest.skip("nvcc stands in /usr/bin, where other tools are needed from")
+        result = self.build(with_cuda, tmp_path, "1", self.path_with(tmp_path / "bin", None), check=False)
+        assert result.returncode and "expected nvcc on PATH, found none" in result.stderr
+
+    def test_on_with_a_compiler_that_fails(self, with_cuda, tmp_path):
+        env = self.path_with(tmp_path / "bin", "exit 3")
+        assert self.build(with_cuda, tmp_path, "1", env, check=False).returncode
+
+    def test_on_without_sources_fails(self, with_cuda, tmp_path):
+        (with_cuda / "csrc" / "cuda" / "stub.cu").unlink()
+        result = self.build(with_cuda, tmp_path, "1", check=False)
+        assert result.returncode and "expected CUDA sources csrc/cuda/*.cu, found none" in result.stderr
+
+    def test_other_values_fail(self, with_cuda, tmp_path):
+        result = self.build(with_cuda, tmp_path, "yes", check=False)
+        assert result.returncode and "expected 0 or 1, got 'yes'" in result.stderr
+
+    @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+    def test_real_library_is_built_in_place_and_loads(self, with_cuda, tmp_path):
+        env = {"FASTATTN_BUILD_CUDA": "1"}
+        run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=with_cuda, env=env)
+        code = "import ctypes; print(ctypes.CDLL('fastattn/libfastattn_cuda.so').fastattn_stub())"
+        assert run(sys.executable, "-c", code, cwd=with_cuda).stdout.strip() == "42"
