@@ -174,8 +174,8 @@ def _saved(ctx: Any, count: int) -> tuple[Any, ...]:
     """(*tensors, operands): what `_save` was given, ``count`` tensors."""
     rest = iter(ctx.saved_tensors)
     tensors = [next(rest) for _ in range(count)]
-    single = [next(rest) for _ in Operands._fields if _ != "block_mask"]
-    return *tensors, Operands(*single, list(rest))
+    single = [next(rest) for name in Operands._fields if name != "block_mask"]
+    return *tensors, Operands._make([*single, list(rest)])
 
 
 _NO_OPERANDS = Operands(block_mask=None)  # pyright: ignore[reportArgumentType]  (gradients of operands: None for each)
