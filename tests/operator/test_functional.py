@@ -32,11 +32,17 @@ def unfused(*args, dtype=None, **kwargs):
         return F.scaled_dot_product_attention(*args, **kwargs)
 
 
-def fused(query, key, value, attn_mask=None, **kwargs):
-    """PyTorch's fused kernel, which it has for 4-D tensors alone."""
-    if query.ndim == key.ndim == value.ndim == 3:
-        return F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask, **kwargs)[0]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, **kwargs)
+def fused(query, key, value, attn_mask=None, scale=None, **kwargs):
+    """PyTorch's fused kernel, which it has for 4-D tensors of one head dim alone."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    width = max(query.shape[-1], value.shape[-1])
+    wide = [F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value)]
+    lift = query.ndim == key.ndim == value.ndim == 3
+    if lift:
+        wide = [x[None] for x in wide]
+        attn_mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.ndim)]
+    out = F.scaled_dot_product_attention(*wide, attn_mask, scale=scale, **kwargs)[..., : value.shape[-1]]
+    return out[0] if lift else out
 
 
 def assert_as_pytorch(query, key, value, attn_mask=None, **kwargs):
