@@ -51,8 +51,8 @@ def causal() -> list[Panel]:
     return [
         Panel("Lq = Lk", allowed(6, 6, causal=True)[0], range(6)),
         Panel("q_offset=0\n(PyTorch's is_causal)", allowed(4, 8, causal=True, q_offset=0)[0], range(4)),
-        Panel("Lq < Lk, the default\nq_offset = Lk - Lq = 4", allowed(4, 8, causal=True)[0], range(4, 8)),
-        Panel("Lq > Lk, the default\nq_offset = Lk - Lq = -3", allowed(8, 5, causal=True)[0], range(-3, 5)),
+        Panel("Lq < Lk, default\nq_offset = Lk - Lq = 4", allowed(4, 8, causal=True)[0], range(4, 8)),
+        Panel("Lq > Lk, default\nq_offset = Lk - Lq = -3", allowed(8, 5, causal=True)[0], range(-3, 5)),
     ]
 
 
@@ -158,24 +158,27 @@ def kinds(mask: BlockMask) -> Tensor:
     return mask.tensors.table[0, 0].clamp(max=2)
 
 
-CELL, GAP, MARGIN, TOP, BOTTOM = 15.0, 56.0, 38.0, 42.0, 70.0  # points
+CELL, GAP, MARGIN, TOP, BELOW = 15.0, 50.0, 46.0, 40.0, 34.0  # points; TOP: a title of two lines, BELOW: axis labels
+PER_ROW = 2
+"""panels beside each other: a picture of two is still read where a page shows it 400 pixels wide"""
+LINE = 15.0  # of the legend
 
 
 def draw_cells(name: str, panels: list[Panel]) -> None:
     """Squares for pairs; a dot where the query stands; a row that sees nothing in its own colour."""
-    import matplotlib.pyplot as plt
     from matplotlib.path import Path as Outline
 
-    shapes = [panel.data.shape for panel in panels]
-    width = 2 * MARGIN + CELL * sum(columns for _, columns in shapes) + GAP * (len(panels) - 1)
-    tallest = CELL * max(rows for rows, _ in shapes)
-    height = TOP + tallest + BOTTOM
-    figure = plt.figure(figsize=(width / 72, height / 72))
+    cell = min(CELL, 8 * CELL / max(panel.data.shape[1] for panel in panels))
+    entries: list[tuple[str | None, str]] = [(ALLOWED, "takes part"), (FORBIDDEN, "does not")]
+    if any(panel.positions for panel in panels):
+        entries.append((None, "where the query stands"))
+    if any(not panel.data.any(1).all() for panel in panels):
+        entries.append((NOTHING, "the row sees nothing: output 0"))
+    sizes = [(columns * cell, rows * cell) for rows, columns in (panel.data.shape for panel in panels)]
+    figure, all_axes = _figure(sizes, entries)
     rounded = _rounded_square(Outline)
-    left = MARGIN
-    for panel, (rows, columns) in zip(panels, shapes, strict=True):
-        own = CELL * rows
-        axes = figure.add_axes((left / width, (BOTTOM + tallest - own) / height, CELL * columns / width, own / height))
+    for panel, axes in zip(panels, all_axes, strict=True):
+        rows, columns = panel.data.shape
         _matrix_axes(axes, rows, columns, panel.title)
         for colour, chosen in (
             (ALLOWED, panel.data),
@@ -183,84 +186,94 @@ def draw_cells(name: str, panels: list[Panel]) -> None:
             (FORBIDDEN, ~panel.data & panel.data.any(1, keepdim=True)),
         ):
             i, j = chosen.nonzero(as_tuple=True)
-            axes.scatter(j, i, s=(CELL - 1.6) ** 2, marker=rounded, color=colour, linewidths=0)
+            axes.scatter(j, i, s=(cell - 1.6) ** 2, marker=rounded, color=colour, linewidths=0)
         stands = [(i, j) for i, j in enumerate(panel.positions) if 0 <= j < columns]
         on, off = ([p for p in stands if bool(panel.data[p]) is seen] for seen in (True, False))
         for points, colour in ((on, "white"), (off, GREY)):
             axes.scatter([j for _, j in points], [i for i, _ in points], s=9, color=colour, linewidths=0)
         if panel.joint:
-            figure.text((left - GAP / 2 - 8) / width, (BOTTOM + tallest - own / 2) / height, panel.joint,
-                        ha="center", va="center", fontsize=11, color=INK)  # fmt: skip
-        left += CELL * columns + GAP
-    entries = [(ALLOWED, "takes part"), (FORBIDDEN, "does not")]
-    if any(not panel.data.any(1).all() for panel in panels):
-        entries.append((NOTHING, "the row sees nothing: output 0"))
-    if any(panel.positions for panel in panels):
-        entries.append((None, "where the query stands"))
-    _legend(figure, width, height, entries)
+            axes.annotate(panel.joint, (0, 0.5), (-33, 0), xycoords="axes fraction", textcoords="offset points",
+                          ha="center", va="center", fontsize=11, color=INK)  # fmt: skip
     _save(figure, name)
 
 
 def draw_heat(name: str, panels: list[Panel]) -> None:
     """Values as colours on one scale; what is forbidden stays empty."""
-    import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.path import Path as Outline
 
     rows, columns = panels[0].data.shape
-    gap = 40.0
-    width = 2 * MARGIN + len(panels) * CELL * columns + gap * (len(panels) - 1) + 50
-    height = TOP + CELL * rows + 44
     colours = LinearSegmentedColormap.from_list("bias", ["#dfe9f3", OPEN, ALLOWED, "#17324d"])
     lowest = min(float(panel.data[panel.data.isfinite()].min()) for panel in panels)
-    figure = plt.figure(figsize=(width / 72, height / 72))
+    figure, all_axes = _figure([(columns * CELL, rows * CELL)] * len(panels), [], right=44.0)
     shown: Any = None
-    for number, panel in enumerate(panels):
-        left = MARGIN + number * (CELL * columns + gap)
-        axes = figure.add_axes((left / width, 44 / height, CELL * columns / width, CELL * rows / height))
+    for panel, axes in zip(panels, all_axes, strict=True):
         _matrix_axes(axes, rows, columns, panel.title)
         i, j = panel.data.isfinite().nonzero(as_tuple=True)
         shown = axes.scatter(
             j, i, c=panel.data[i, j], s=(CELL - 1.6) ** 2, marker=_rounded_square(Outline), cmap=colours,
             vmin=lowest, vmax=0.0, linewidths=0,
         )  # fmt: skip
-    scale = figure.add_axes(((width - 58) / width, 44 / height, 9 / width, CELL * rows / height))
-    bar = figure.colorbar(shown, cax=scale)
+    width = figure.get_size_inches()[0] * 72
+    bar = figure.colorbar(shown, cax=figure.add_axes(((width - 52) / width, 0.3, 9 / width, 0.4)))
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8.5, colors=GREY, length=0)
-    bar.ax.set_title("added", fontsize=9.5, color=INK, pad=6)
+    bar.ax.tick_params(labelsize=9, colors=GREY, length=0)
+    bar.ax.set_title("added", fontsize=10, color=INK, pad=6)
     _save(figure, name)
 
 
 def draw_tiles(name: str, masks: list[tuple[str, BlockMask]]) -> None:
     """Element by element, coloured by the kind of tile it is in; lines between tiles."""
-    import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
 
-    side, gap = 190.0, 56.0
-    width = 2 * MARGIN + 14 + len(masks) * side + gap * (len(masks) - 1)
-    height = TOP + side + BOTTOM
-    figure = plt.figure(figsize=(width / 72, height / 72))
     colours = ListedColormap([FORBIDDEN, TESTED, OPEN, ALLOWED])
-    for number, (title, mask) in enumerate(masks):
+    entries: list[tuple[str | None, str]] = [
+        (ALLOWED, "full tile: computed, not masked"), (FORBIDDEN, "empty tile: not visited"),
+        (OPEN, "partial tile: takes part"), (TESTED, "partial tile: masked"),
+    ]  # fmt: skip
+    figure, all_axes = _figure([(136.0, 136.0)] * len(masks), entries)
+    for axes, (title, mask) in zip(all_axes, masks, strict=True):
         dense, kind = mask.to_dense()[0, 0], kinds(mask)
         kind = kind.repeat_interleave(128, 0).repeat_interleave(128, 1)
         shade = torch.where(kind == 0, 0, torch.where(kind == 1, 3, 1 + dense.int()))
-        left = MARGIN + 14 + number * (side + gap)
-        axes = figure.add_axes((left / width, BOTTOM / height, side / width, side / height))
         axes.imshow(shade[::4, ::4], cmap=colours, vmin=0, vmax=3, extent=(0, 1024, 1024, 0), interpolation="none")
         for edge in range(128, 1024, 128):
             axes.axhline(edge, color="white", linewidth=1.2)
             axes.axvline(edge, color="white", linewidth=1.2)
         _plain(axes, f"{title}\n{mask.sparsity:.0%} of the tiles are empty")
-        axes.set_xticks(range(0, 1025, 256))
-        axes.set_yticks(range(0, 1025, 256))
-    entries = [
-        (ALLOWED, "full tile: computed, not masked"), (OPEN, "partial tile: takes part"),
-        (TESTED, "partial tile: masked"), (FORBIDDEN, "empty tile: not visited"),
-    ]  # fmt: skip
-    _legend(figure, width, height, entries)
+        axes.set_xticks(range(0, 1025, 512))
+        axes.set_yticks(range(0, 1025, 512))
     _save(figure, name)
+
+
+def _figure(
+    sizes: list[tuple[float, float]], entries: list[tuple[str | None, str]], right: float = 0.0
+) -> tuple[Any, list[Any]]:
+    """A figure with axes of the sizes (width, height) in points, PER_ROW beside each other, and a legend below.
+
+    Args:
+        entries: colour and text of each part of the legend; without a colour, the dot.
+        right: room to leave at the right.
+    """
+    import matplotlib.pyplot as plt
+
+    lines = [sizes[start : start + PER_ROW] for start in range(0, len(sizes), PER_ROW)]
+    column = max(width for width, _ in sizes)  # all panels of a column begin at the same place
+    width = MARGIN + PER_ROW * column + (PER_ROW - 1) * GAP + 14 + right
+    legend = _legend_lines(entries, width)
+    footer = LINE * len(legend) + 14 if legend else 0.0
+    height = sum(TOP + max(tall for _, tall in line) + BELOW for line in lines) + footer
+    figure = plt.figure(figsize=(width / 72, height / 72))
+    all_axes, top = [], height
+    for line in lines:
+        top -= TOP
+        for number, (wide, tall) in enumerate(line):
+            left = MARGIN + number * (column + GAP)
+            all_axes.append(figure.add_axes((left / width, (top - tall) / height, wide / width, tall / height)))
+        top -= max(tall for _, tall in line) + BELOW
+    if legend:
+        _draw_legend(figure, legend, width, height, footer)
+    return figure, all_axes
 
 
 def _rounded_square(outline: Any) -> Any:
@@ -274,10 +287,10 @@ def _rounded_square(outline: Any) -> Any:
 
 
 def _plain(axes: Any, title: str) -> None:
-    axes.set_title(title, fontsize=9.5, color=INK, pad=8, linespacing=1.35)
-    axes.set_xlabel("key j", fontsize=9.5, color=INK, labelpad=3)
-    axes.set_ylabel("query i", fontsize=9.5, color=INK, labelpad=3)
-    axes.tick_params(length=0, pad=2, labelsize=8, colors=GREY)
+    axes.set_title(title, fontsize=10, color=INK, pad=5, linespacing=1.25)
+    axes.set_xlabel("key j", fontsize=10, color=INK, labelpad=2)
+    axes.set_ylabel("query i", fontsize=10, color=INK, labelpad=2)
+    axes.tick_params(length=0, pad=2, labelsize=9, colors=GREY)
     axes.set_facecolor("none")
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -287,23 +300,43 @@ def _matrix_axes(axes: Any, rows: int, columns: int, title: str) -> None:
     _plain(axes, title)
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(rows - 0.5, -0.5)
-    axes.set_xticks(range(columns))
-    axes.set_yticks(range(rows))
+    axes.set_xticks(range(0, columns, 1 if columns <= 8 else 2))
+    axes.set_yticks(range(0, rows, 1 if rows <= 8 else 2))
 
 
-def _legend(figure: Any, width: float, height: float, entries: list[tuple[str | None, str]]) -> None:
-    """A line of swatches below the pictures; without a colour, the dot."""
-    axes = figure.add_axes((0, 0, 1, 26 / height))
+def _legend_lines(entries: list[tuple[str | None, str]], width: float) -> list[list[tuple[str | None, str]]]:
+    """The entries in as many lines as the width asks for."""
+    lines: list[list[tuple[str | None, str]]] = []
+    used = width
+    for entry in entries:
+        if used + _entry_width(entry[1]) > width:
+            lines.append([])
+            used = 14.0
+        lines[-1].append(entry)
+        used += _entry_width(entry[1])
+    return lines
+
+
+def _entry_width(text: str) -> float:
+    return 15 + 5.6 * len(text) + 14
+
+
+def _draw_legend(
+    figure: Any, lines: list[list[tuple[str | None, str]]], width: float, height: float, footer: float
+) -> None:
+    """Swatches with their texts; without a colour, the dot."""
+    axes = figure.add_axes((0, 0, 1, footer / height))
     axes.set_axis_off()
     axes.set_xlim(0, width)
-    axes.set_ylim(0, 26)
-    at = MARGIN
-    for colour, text in entries:
-        axes.scatter([at + 5], [15], s=70, marker="s", color=colour or ALLOWED, linewidths=0)
-        if colour is None:
-            axes.scatter([at + 5], [15], s=9, color="white", linewidths=0)
-        axes.text(at + 15, 15, text, fontsize=9.5, color=INK, va="center_baseline")
-        at += 15 + 5.2 * len(text) + 22
+    axes.set_ylim(0, footer)
+    for number, line in enumerate(lines):
+        x, y = 14.0, footer - LINE * (number + 0.5)
+        for colour, text in line:
+            axes.scatter([x + 5], [y], s=70, marker="s", color=colour or ALLOWED, linewidths=0)
+            if colour is None:
+                axes.scatter([x + 5], [y], s=9, color="white", linewidths=0)
+            axes.text(x + 15, y, text, fontsize=10, color=INK, va="center_baseline")
+            x += _entry_width(text)
 
 
 def _save(figure: Any, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The README's code blocks run as they stand and print what it says, and its table of features is true."""
+"""The README: its code runs and prints what it says, and its figures were measured. The table of features is true."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,9 @@ from fastattn.testing import assert_parity, check_attention
 from tests.support import code_blocks
 from tests.support.attention_cases import HALF, SINGLE, make_bias, make_mask, make_qkv
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+FEATURES_PAGE = ROOT / "docs" / "features.md"
 BLOCKS = code_blocks.blocks(README)
 
 
@@ -26,8 +28,26 @@ def test_block(block, monkeypatch):
 
 def test_has_blocks_for_function_layer_and_conversion():
     text = "".join(block.code for block in BLOCKS)
-    for name in ("scaled_dot_product_attention", "fastattn.attention", "fastattn.nn.", "fastattn.convert", "explain"):
+    for name in ("scaled_dot_product_attention", "fastattn.attention", "fastattn.nn", "fastattn.convert", "explain"):
         assert name in text
+
+
+def test_is_short_enough_to_be_read():
+    assert 6_000 <= len(README.read_bytes()) <= 8_000
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """First column -> the other cells, of every row of every table."""
+    lines = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+
+
+def test_figures_are_those_of_the_performance_page():
+    """Which a script writes from stored measurements."""
+    section = README.read_text().split("## What you gain")[1].split("\n## ")[0]
+    figures = {name: cells for name, cells in rows(section).items() if any("ms" in cell for cell in cells)}
+    measured = rows((ROOT / "docs" / "performance.md").read_text())
+    assert figures and all(measured[name][: len(cells)] == cells for name, cells in figures.items())
 
 
 def test_links_lead_somewhere():
@@ -36,7 +56,7 @@ def test_links_lead_somewhere():
             assert (README.parent / target).exists(), target
 
 
-# "What it does, beside the others": a function for each row, which does what the column of fastattn says
+# docs/features.md: a function for each row, which does what the column of fastattn says
 
 FEATURES: dict[str, Callable[[str], None]] = {}
 CHECKED: dict[str, str] = {}
@@ -260,14 +280,13 @@ def check_activate(device):
 
 @feature("measured on a GPU", "**not yet**")
 def check_not_measured(device):
-    assert "**Nothing has run on any GPU yet.**" in (README.parent / "docs" / "status.md").read_text()
+    assert "**Nothing has run on any GPU yet.**" in (ROOT / "docs" / "status.md").read_text()
 
 
 def table() -> dict[str, str]:
     """First column -> second column."""
-    section = README.read_text().split("## What it does, beside the others\n")[1].split("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ") and "---" not in line]
-    return {row[0].strip(): row[1].strip() for row in rows[1:] if row[0].strip()}
+    found = rows(FEATURES_PAGE.read_text())
+    return {name: cells[0] for name, cells in found.items() if name}
 
 
 def test_every_row_has_a_check_and_every_check_a_row():
