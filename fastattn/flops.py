@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import ops  # noqa: F401  (defines the operators)
+from fastattn import ops
 
 __all__ = ["BACKWARD_FACTOR", "FORMULAS", "allowed_pairs", "forward_flops"]
 
@@ -58,34 +58,38 @@ def forward_flops(batch: int, q_heads: int, pairs: int, head_dim: int, v_dim: in
     return 2 * batch * q_heads * pairs * (head_dim + v_dim)
 
 
-def _forward(q: _Shape, k: _Shape, v: _Shape, *args: Any, **_: Any) -> int:
+def _forward(*args: Any, **_: Any) -> int:
     """``fastattn::attention_forward`` with a shape in place of each tensor."""
-    offsets, starts, (left, right, q_offset) = args[4], args[6], args[9:12]
-    batch, heads, q_len, head_dim = q
-    kv_len = k[2]
-    if starts is not None:
+    return _flops(ops.unflatten(ops.Forward, args))
+
+
+def _backward(*args: Any, **_: Any) -> int:
+    return int(BACKWARD_FACTOR * _flops(ops.unflatten(ops.Backward, args)))
+
+
+def _flops(call: Any) -> int:
+    batch, heads, q_len, head_dim = call.q
+    kv_len, options = call.k[2], call.options
+    if (starts := call.operands.cu_seqlens_q) is not None:
         batch = starts[0] - 1
         q_len, kv_len = q_len // batch, kv_len // batch
-    if offsets is not None:
+    left, right = options.left, options.right
+    if call.operands.q_offset_tensor is not None:
         left = right = None
-    pairs = allowed_pairs(q_len, kv_len, left, right, kv_len - q_len if q_offset is None else q_offset)
-    return forward_flops(batch, heads, pairs, head_dim, v[3])
+    q_offset = kv_len - q_len if options.q_offset is None else options.q_offset
+    pairs = allowed_pairs(q_len, kv_len, left, right, q_offset)
+    return forward_flops(batch, heads, pairs, head_dim, call.v[3])
 
 
-def _backward(
-    dout: _Shape, dlse: _Shape | None, q: _Shape, k: _Shape, v: _Shape, out: _Shape, lse: _Shape, *args: Any, **_: Any
-) -> int:
-    return int(BACKWARD_FACTOR * _forward(q, k, v, *args))
-
-
-def _kvcache(q: _Shape, k_cache: _Shape, v_cache: _Shape, *args: Any, **_: Any) -> int:
+def _kvcache(*args: Any, **_: Any) -> int:
     """``fastattn::attention_kvcache``."""
-    block_table, (length, left, right) = args[5], args[7:10]
-    batch, heads, q_len, head_dim = q
+    spec: Any = ops.unflatten(ops.CacheCall, args).spec
+    batch, heads, q_len, head_dim = spec.q
+    length = spec.length
     if length is None:
-        length = k_cache[1] * (1 if block_table is None else block_table[1])
-    pairs = allowed_pairs(q_len, length, left, right, length - q_len)
-    return forward_flops(batch, heads, pairs, head_dim, v_cache[3])
+        length = spec.k_cache[1] * (1 if spec.block_table is None else spec.block_table[1])
+    pairs = allowed_pairs(q_len, length, spec.left, spec.right, length - q_len)
+    return forward_flops(batch, heads, pairs, head_dim, spec.v_cache[3])
 
 
 def _torch_cpu(q: _Shape, k: _Shape, v: _Shape, dropout_p: float = 0.0, is_causal: bool = False, **_: Any) -> int:

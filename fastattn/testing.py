@@ -12,8 +12,11 @@ from torch import Tensor
 
 from fastattn import ops
 from fastattn.backends import reference
+from fastattn.backends.reference import definition
+from fastattn.backends.reference.dropout import dropout_keep, keep_scale
+from fastattn.backends.reference.packed import packed_sequences
 from fastattn.functional import Backend, attention, attention_varlen, attention_with_kvcache
-from fastattn.spec import AttentionSpec, make_spec
+from fastattn.spec import Operands, Options, make_spec
 
 FACTOR = 2.0
 
@@ -109,17 +112,8 @@ def _run_specification(inputs: dict[str, Any], options: dict[str, Any], seed: in
     if spec.dropout_p > 0.0:
         torch.manual_seed(seed)
         seed_tensor = ops.draw_seed(q.device)
-    out, lse = reference.attention(
-        q, k, v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, spec.q_offset_tensor, seed_tensor,
-        spec.cu_seqlens_q, spec.cu_seqlens_k, _block_tensors(spec),
-        left=spec.left, right=spec.right, q_offset=spec.q_offset, scale=spec.scale,
-        softcap=spec.softcap, dropout_p=spec.dropout_p,
-    )  # fmt: skip
+    out, lse = definition.attention(q, k, v, spec.operands(seed_tensor), spec.options)
     return [out, lse, *_gradients(out, lse, leaves, inputs)]
-
-
-def _block_tensors(spec: AttentionSpec) -> list[Tensor]:
-    return [] if spec.block_mask is None else list(spec.block_mask.tensors)
 
 
 def _gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], inputs: dict[str, Any]) -> list[Tensor]:
@@ -142,26 +136,23 @@ def _rounding_effects(
     in the dtype of the inputs: ``actual_out``, itself held to the rule. ``out`` and ``lse`` are exact, in float64.
     """
     q, k, v = (inputs[name].detach().double() for name in ("q", "k", "v"))
-    operands = {name: x.detach().double() for name, x in _operands(options).items()}
-    spec = make_spec(q, k, v, **{**options, **operands})
+    learned = {name: x.detach().double() for name, x in _operands(options).items()}
+    spec = make_spec(q, k, v, **{**options, **learned})
     assert spec.q_offset is not None
     dout, dlse = inputs["dout"].double(), inputs.get("dlse")
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    terms = reference.Terms(
-        spec.mask, spec.bias, spec.alibi_slopes, spec.q_offset_tensor, spec.left, spec.right, spec.q_offset,
-        spec.scale, spec.softcap, _block_tensors(spec),
-    ).cut((0, q.shape[2]), (0, k.shape[2]))  # fmt: skip
-    s, t, distance = reference.scores(q, k, terms, 0, 0)
+    operands = definition.cut(spec.operands(None), (0, q.shape[2]), (0, k.shape[2]))
+    s, t, distance = definition.scores(q, k, operands, spec.options, 0, 0)
     finite_lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
     p = torch.exp(s - finite_lse)
     kept = torch.ones(())
     if spec.dropout_p > 0.0:
         torch.manual_seed(seed)
         batch, q_heads, q_len, kv_len = p.shape
-        kept = reference.dropout_keep(
+        kept = dropout_keep(
             ops.draw_seed(q.device), spec.dropout_p, batch, q_heads, (0, q_len), (0, kv_len), first_batch
         )
-        kept = kept.double() * reference._keep_scale(spec.dropout_p)
+        kept = kept.double() * keep_scale(spec.dropout_p)
     delta, delta_size = (dout * out).sum(-1), (dout * out).abs().sum(-1)
     if dlse is not None:
         dlse = dlse.double().masked_fill(lse == -torch.inf, 0.0)
@@ -214,9 +205,11 @@ def _packed_rounding_effects(
     per_sequence = slopes is not None and slopes.ndim == 2
     offsets, fixed = (q_offset, 0) if isinstance(q_offset, Tensor) else (None, q_offset)
     parts = []
-    for one in reference.packed_sequences(cu_seqlens_q, cu_seqlens_k, None, offsets, fixed):
+    packing = Operands(q_offset_tensor=offsets, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    for one in packed_sequences(packing, Options(q_offset=fixed)):
         own = {name: x[:, :, one.keys if name in ("k", "v") else one.rows] for name, x in inputs.items()}
-        own_options = options | {"q_offset": one.q_offset if offsets is None else one.q_offset_tensor}
+        own_offset = one.options.q_offset if offsets is None else one.operands.q_offset_tensor
+        own_options = options | {"q_offset": own_offset}
         if slopes is not None:
             own_options["alibi_slopes"] = slopes[one.number] if per_sequence else slopes
         results = (x[:, :, one.rows] for x in (out, lse, actual_out))

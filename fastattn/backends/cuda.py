@@ -11,11 +11,13 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fastattn.spec import AttentionSpec, CacheSpec, Operands, Options
 
 ABI = 1
 HEAD_DIMS = (64, 128)
@@ -87,10 +89,63 @@ def problem() -> str | None:
     return None
 
 
-def proven(dtype: torch.dtype, head_dim: int, causal: bool) -> bool:
-    """Whether `PROVEN` lists such a call for the library at hand."""
-    digest = PROVEN.get((str(dtype).removeprefix("torch."), head_dim, causal))
+def unasked(spec: AttentionSpec) -> bool:
+    """Whether this backend may serve ``spec`` without being asked for: its parity on a GPU is on record."""
+    if not PROVEN:
+        return False
+    digest = PROVEN.get((str(spec.q.dtype).removeprefix("torch."), spec.q.shape[3], spec.causal))
     return digest is not None and problem() is None and load(_LIBRARY).fastattn_source_digest().decode() == digest
+
+
+UNPROVEN = "no GPU run of this kernel is on record"
+
+
+def reasons(spec: AttentionSpec) -> list[str]:
+    """What keeps the CUDA C++ kernel from serving this spec; whether its parity is on record says `unasked`.
+
+    On another device nothing else is said: no other argument would change it.
+    """
+    import torch
+    from torch.autograd import forward_ad
+
+    q, k, v = spec.q, spec.k, spec.v
+    device, head_dim = q.device, q.shape[3]
+    if device.type != "cuda" or torch.version.hip is not None:
+        return [f"runs on Hopper GPUs (compute capability 9.0), the tensors are on {device.type!r}"]
+    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+        return ["runs on Hopper GPUs (compute capability 9.0), this GPU has {}.{}".format(*capability)]
+    reasons = []
+    # Tracing cannot look for files: there the call itself says what is missing.
+    if not torch.compiler.is_compiling() and (missing := problem()):
+        reasons.append(missing)
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"float16 and bfloat16, got {str(q.dtype).removeprefix('torch.')}")
+    if head_dim not in HEAD_DIMS or v.shape[3] != head_dim:
+        reasons.append(f"head dims 64 and 128, the same for v, got D = {head_dim}, Dv = {v.shape[3]}")
+    absent = {
+        "packed sequences": spec.cu_seqlens_q is not None,
+        "mask": spec.mask is not None,
+        "block masks": spec.block_mask is not None,
+        "bias": spec.bias is not None,
+        "alibi_slopes": spec.alibi_slopes is not None,
+        "sinks": spec.sinks is not None,
+        "softcap": spec.softcap is not None,
+        "dropout": spec.dropout_p > 0.0,
+        "window": spec.left is not None or spec.right not in (None, 0),
+        "q_offset per batch entry": spec.q_offset_tensor is not None,
+    }
+    reasons += [f"it has no {name}" for name, wanted in absent.items() if wanted]
+    if not spec.scale > 0.0:
+        reasons.append(f"expects scale > 0, got {spec.scale:g}")
+    if (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))) or forward_ad._current_level >= 0:
+        reasons.append("it has no gradient")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        reasons.append("it has no torch.func transforms")
+    return reasons + _layout_reasons(q, k, v)
+
+
+def cache_reasons(spec: CacheSpec) -> list[str]:
+    return ["it has no KV cache"]
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -98,7 +153,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(s if n > 1 else 0 for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True))
 
 
-def layout_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+def _layout_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     """What the kernel's 16-byte copies ask of the strides."""
     return [
         f"{name}: expected adjacent elements and rows at multiples of 8 elements, got strides {tuple(tensor.stride())}"
@@ -107,14 +162,13 @@ def layout_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     ]
 
 
-def attention_forward(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *operands: Any, left: int | None, right: int | None,
-    q_offset: int | None, scale: float, softcap: float | None, dropout_p: float,
-) -> None:  # fmt: skip
+def forward(
+    out: Tensor, lse: Tensor, statistics: Tensor, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options
+) -> None:
     """Fill ``out`` (B, Hq, Lq, D) and ``lse`` (B, Hq, Lq, float32) for q (B, Hq, Lq, D) and k, v (B, Hk, Lk, D).
 
-    ``operands``, ``left``, ``softcap`` and ``dropout_p`` are those of every backend, here without effect allowed:
-    `backends` lets no call through that has them.
+    ``statistics`` is left as it is, since there is no backward pass; `reasons` lets no call through that has
+    ``operands``, or options other than causal, q_offset and scale.
 
     Raises:
         ValueError: a tensor does not start at a multiple of 16 bytes, or the library refuses an argument.
@@ -126,9 +180,9 @@ def attention_forward(
     arguments = Forward(
         **{name: t.data_ptr() for name, t in (("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse))},
         **{f"{name}_stride": _strides(t) for name, t in (("q", q), ("k", k), ("v", v), ("out", out))},
-        q_offset=q_offset, batch=q.shape[0], q_heads=q.shape[1], kv_heads=k.shape[1],
+        q_offset=options.q_offset, batch=q.shape[0], q_heads=q.shape[1], kv_heads=k.shape[1],
         q_len=q.shape[2], kv_len=k.shape[2], head_dim=q.shape[3], dtype=_DTYPES[str(q.dtype).removeprefix("torch.")],
-        causal=right is not None, device=q.device.index or 0, scale=scale,
+        causal=options.right is not None, device=q.device.index or 0, scale=options.scale,
     )  # fmt: skip
     library = load(_LIBRARY)
     with _current(q.device) as arguments.stream:

@@ -61,15 +61,23 @@ class _Flash:
 
     def _forward(self, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor | None]:
         seed = ops.draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
-        arguments = ops.operator_arguments(spec, backends.choose(spec, self.backend), seed)
-        return *torch.ops.fastattn.attention_forward(*arguments), seed
+        call = ops.Forward(
+            spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backends.choose(spec, self.backend)
+        )
+        out, lse, _ = torch.ops.fastattn.attention_forward(*ops.flatten(call))
+        return out, lse, seed
 
     def _backward(
         self, spec: AttentionSpec, dout: Tensor, out: Tensor, lse: Tensor, seed: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        q, k, v, *rest = ops.operator_arguments(spec, backends.choose(spec, self.backend), seed)
-        wanted = (False, False, False)
-        return torch.ops.fastattn.attention_backward(dout, None, q, k, v, out, lse.contiguous(), *rest, wanted)[:3]
+        backend = backends.choose(spec, self.backend)
+        statistics = backends.statistics_of(lse, backend)
+        call = ops.Backward(
+            dout, None, spec.q, spec.k, spec.v, out, statistics, spec.operands(seed), spec.options, backend,
+            [False] * 3,
+        )  # fmt: skip
+        dq, dk, dv, *_ = torch.ops.fastattn.attention_backward(*ops.flatten(call))
+        return dq, dk, dv
 
     # (B, H, L, D), CUDA
 

@@ -45,8 +45,19 @@ class Options(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """Something for each operand that a gradient can be asked for: the gradient itself, or whether it is wanted."""
+    """Something for each operand that has a gradient: whether it is wanted, or the gradient itself."""
 
+    bias: Any = None
+    alibi_slopes: Any = None
+    sinks: Any = None
+
+
+class Inputs(NamedTuple):
+    """Something for each input that has a gradient: whether it is wanted, the gradient, or a direction's part."""
+
+    q: Any = None
+    k: Any = None
+    v: Any = None
     bias: Any = None
     alibi_slopes: Any = None
     sinks: Any = None

@@ -230,7 +230,8 @@ def test_a_prompt_is_attention_among_its_own_tokens(backend, page, device):
         assert torch.equal(got, expected)
     for cache, new in ((problem.k_cache, problem.k), (problem.v_cache, problem.v)):
         for entry in range(2):
-            assert torch.equal(reference.cached(cache, problem.table, slice(entry, entry + 1), 21)[0], new[entry])
+            rows = reference.kvcache.cached(cache, problem.table, slice(entry, entry + 1), 21)
+            assert torch.equal(rows[0], new[entry])
 
 
 def test_cache_lens_is_not_modified(device):
@@ -560,6 +561,6 @@ def test_opcheck(page, backend, device):
     new = problem.k, problem.v
     append = torch.ops.fastattn.kv_cache_append.default
     torch.library.opcheck(append, (*caches, *new, problem.lens, problem.table, backend))
-    args = (None, None, problem.lens, problem.table, 2, None, 9, 0, 0.25, 5.0, 2, backend)
+    args = (None, None, problem.lens, problem.table, 2, None, 9, 0, 0.25, 5.0, 2, True, backend)
     attend = torch.ops.fastattn.attention_kvcache.default
     torch.library.opcheck(attend, (problem.q, *caches, *new, *args))

@@ -125,7 +125,7 @@ def test_triton_is_never_the_default_on_cpu(monkeypatch):
 
 
 def test_a_missing_triton_is_a_reason(monkeypatch):
-    monkeypatch.setattr(backends, "_TRITON_MISSING", True)
+    monkeypatch.setattr(backends.module("triton"), "_TRITON_MISSING", True)
     q, k, v = make_qkv("cpu", (7, 9))
     assert "triton package is not installed" in str(explain(q, k, v))
     with pytest.raises(ValueError, match="not installed"):
@@ -311,7 +311,7 @@ def test_the_default_on_cpu_needs_no_memory_for_the_scores(grad):
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 def test_the_reference_needs_memory_for_some_blocks_only(grad):
     """Ten blocks of float32 scores, where the whole would take 16 of them, dropout's 64-bit integers 32 more."""
-    from fastattn.backends.reference import BLOCK_ELEMENTS
+    from fastattn.backends.reference.blockwise import BLOCK_ELEMENTS
 
     length = 8192
     assert memory_of(length, options="dropout_p=0.1", grad=grad) < 10 * 4 * BLOCK_ELEMENTS < length * length * 4

@@ -9,7 +9,8 @@ import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from fastattn import BlockMask, attention, attention_varlen, ops, reference
-from fastattn.backends.reference import BLOCK_ELEMENTS
+from fastattn.backends.reference import blockwise
+from fastattn.backends.reference.blockwise import BLOCK_ELEMENTS
 from fastattn.spec import make_spec
 from fastattn.testing import assert_parity
 from tests.support.attention_cases import DOUBLE, INF, SINGLE
@@ -133,7 +134,7 @@ def second_gradients(function, inputs, dout, dlse, directions):
 @pytest.mark.parametrize("case", ["plain", "terms"])
 def test_second_derivatives_of_every_backend(backend, dtype, case, device, monkeypatch):
     """In blocks of few rows. The peer is the definition in the same dtype."""
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 4000)
+    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 4000)
     shapes = ((1, 4, 33, 16), (1, 2, 70, 16), (1, 2, 70, 16))
     values = [torch.randn(shape).to(device, dtype) for shape in shapes]
     fixed, names = {"causal": True}, ()

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fastattn
-from fastattn import attention, attention_with_kvcache, ops
+from fastattn import attention, attention_with_kvcache, reference
 from tests.support.attention_cases import HALF, SINGLE, make_bias, make_mask, make_qkv
 
 FORWARD = torch.ops.fastattn.attention_forward.default
@@ -60,8 +60,11 @@ def test_checkpointed_layer(reentrant):
 def test_selective_checkpointing_keeps_the_result_of_the_operator(monkeypatch):
     """Saved by a policy that names the operator, attention is not computed again in the backward pass."""
     directions = []
-    find = ops._implementation
-    monkeypatch.setattr(ops, "_implementation", lambda *key: directions.append(key[1]) or find(*key))
+    for direction in ("forward", "backward"):
+        run = getattr(reference, direction)
+        monkeypatch.setattr(
+            reference, direction, lambda *args, name=direction, run=run: directions.append(name) or run(*args)
+        )
 
     def policy(context, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op is FORWARD else CheckpointPolicy.PREFER_RECOMPUTE
@@ -104,19 +107,19 @@ OPTIONS = {
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_nothing_of_the_size_of_the_scores_is_saved(options, backend):
-    """q, k, v, out and lse, the operands as they came, and a seed."""
+    """q, k, v, out and the statistics, two numbers a row; the operands as they came, and a seed."""
     options = OPTIONS[options]
     q, k, v = (x.requires_grad_() for x in make_qkv("cpu", (33, 47), batch=2, dtype=SINGLE))
     saved = saved_by(lambda: attention(q, k, v, backend=backend, **options))
     operands = [x for x in options.values() if isinstance(x, torch.Tensor)]
     for tensor in (q, k, v, *operands):
         assert any(x.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for x in saved)
-    out, lse, seed = q.numel(), q.numel() // q.shape[3], int("dropout_p" in options)
-    assert sum(x.numel() for x in saved) == sum(x.numel() for x in (q, k, v, *operands)) + out + lse + seed
+    out, statistics, seed = q.numel(), 2 * q.numel() // q.shape[3], int("dropout_p" in options)
+    assert sum(x.numel() for x in saved) == sum(x.numel() for x in (q, k, v, *operands)) + out + statistics + seed
 
 
 def test_a_chain_saves_the_inputs_once():
-    """The same tensor given three times is one storage: self-attention costs 1 input, out and lse."""
+    """The same tensor given three times is one storage: self-attention costs 1 input, out and statistics."""
     x = torch.randn(2, 2, 33, 16, requires_grad=True)
     saved = saved_by(lambda: attention(x, x, x, backend="reference"))
     assert len({t.untyped_storage().data_ptr() for t in saved}) == 3
@@ -141,7 +144,7 @@ def test_saved_tensors_may_go_elsewhere(tmp_path):
 
     assert_equal(gradients(on_cpu, inputs), expected)
     assert_equal(gradients(on_disk, inputs), expected)
-    assert len(list(tmp_path.iterdir())) == 6  # q, k, v, seed, out, lse
+    assert len(list(tmp_path.iterdir())) == 6  # q, k, v, seed, out, statistics
 
 
 # On a GPU

@@ -57,8 +57,8 @@ def test_opcheck_with_every_operand():
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, args)
     with torch.no_grad():
-        out, lse = torch.ops.fastattn.attention_forward.default(*args)
-    tensors = (torch.randn_like(out), torch.randn_like(lse), *(t.detach() for t in (q, k, v)), out, lse)
+        out, lse, statistics = torch.ops.fastattn.attention_forward.default(*args)
+    tensors = (torch.randn_like(out), torch.randn_like(lse), *(t.detach() for t in (q, k, v)), out, statistics)
     torch.library.opcheck(
         torch.ops.fastattn.attention_backward.default,
         (*tensors, *(t.detach() if isinstance(t, torch.Tensor) else t for t in args[3:]), [True, True, False]),

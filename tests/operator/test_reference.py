@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastattn import attention, reference
+from fastattn.backends.reference import blockwise
 from fastattn.testing import assert_parity, check_attention
 from tests.support.attention_cases import DOUBLE, HALF, INF, SINGLE, make_bias, make_mask, make_qkv
 
@@ -102,7 +103,7 @@ def test_agrees_with_pytorch_where_pytorch_defines_it(options):
 @pytest.mark.parametrize("elements", [1, 500, 1 << 22], ids=["one_row", "some_rows", "all_rows"])
 def test_blocks_agree_with_the_definition(monkeypatch, elements, dtype):
     """out, lse and all gradients, whatever the block: down to one query row at a time."""
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", elements)
     q, k, v = make_qkv("cpu", (19, 31), dims=(8, 12), heads=(4, 2), batch=2, dtype=dtype)
     check_attention(
         q, k, v, backend="reference", causal=True, q_offset=torch.tensor([12, -5]), dropout_p=0.3,
@@ -112,7 +113,7 @@ def test_blocks_agree_with_the_definition(monkeypatch, elements, dtype):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 4, 19, 31), (2, 1, 1, 31), (1, 4, 19, 1)], ids=str)
 def test_blocks_sum_the_gradient_of_a_broadcast_bias(monkeypatch, shape):
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(blockwise, "BLOCK_ELEMENTS", 1000)
     q, k, v = make_qkv("cpu", (19, 31), heads=(4, 2), batch=2, dtype=SINGLE)
     check_attention(q, k, v, backend="reference", bias=make_bias("cpu", shape, requires_grad=True))
 

@@ -141,20 +141,20 @@ def test_an_error_that_was_stored_counts_like_the_peers():
 
 def break_results(monkeypatch, name, change):
     """Let the reference backend make a mistake in the buffer called `name`, after it has filled it."""
-    forward, backward = reference.attention_forward, reference.attention_backward
+    forward, backward = reference.forward, reference.backward
 
-    def wrong_forward(out, lse, *args, **kwargs):
-        forward(out, lse, *args, **kwargs)
+    def wrong_forward(out, lse, *args):
+        forward(out, lse, *args)
         if name in ("out", "lse"):
             change({"out": out, "lse": lse}[name])
 
-    def wrong_backward(dq, dk, dv, dbias, *args, **kwargs):
-        backward(dq, dk, dv, dbias, *args, **kwargs)
+    def wrong_backward(gradients, *args):
+        backward(gradients, *args)
         if name not in ("out", "lse"):
-            change({"dq": dq, "dk": dk, "dv": dv, "dbias": dbias}[name])
+            change(getattr(gradients, name))
 
-    monkeypatch.setattr(reference, "attention_forward", wrong_forward)
-    monkeypatch.setattr(reference, "attention_backward", wrong_backward)
+    monkeypatch.setattr(reference, "forward", wrong_forward)
+    monkeypatch.setattr(reference, "backward", wrong_backward)
 
 
 MISTAKES = {
@@ -184,11 +184,12 @@ def test_every_mistake_in_every_result_is_found(monkeypatch, name, mistake, dtyp
 
 def use_other_arguments(monkeypatch, **changes):
     """Let the reference backend compute another call than the one it was asked for."""
-    for direction in ("attention_forward", "attention_backward"):
+    for direction in ("forward", "backward"):
         original = getattr(reference, direction)
 
-        def wrong(*args, original=original, **kwargs):
-            original(*args, **{name: changes.get(name, value) for name, value in kwargs.items()})
+        def wrong(*args, original=original):
+            *others, options = args
+            original(*others, options._replace(**changes))
 
         monkeypatch.setattr(reference, direction, wrong)
 
@@ -213,12 +214,14 @@ def test_a_mask_that_is_ignored_for_one_key_is_found(monkeypatch):
     q, k, v = make_qkv("cpu", (33, 70))
     mask = make_mask("cpu", (1, 1, 1, 70))
     mask[..., 69] = False
-    original = reference.attention_forward
+    original = reference.forward
 
-    def wrong(out, lse, q, k, v, mask, *args, **kwargs):
-        original(out, lse, q, k, v, mask.index_fill(-1, torch.tensor([69]), True), *args, **kwargs)
+    def wrong(*args):
+        *others, operands, options = args
+        mask = operands.mask.index_fill(-1, torch.tensor([69]), True)
+        original(*others, operands._replace(mask=mask), options)
 
-    monkeypatch.setattr(reference, "attention_forward", wrong)
+    monkeypatch.setattr(reference, "forward", wrong)
     with pytest.raises(AssertionError, match=r"^out: "):
         check_attention(q, k, v, backend="reference", mask=mask)
 

@@ -156,7 +156,7 @@ ARROWS = {
     "testing": {"backends.reference", "functional", "ops", "spec"},
     "functional": {"backends", "block_mask", "functional", "ops", "spec"},
     "flops": {"ops"},
-    "ops": {"backends.cuda", "backends.reference", "kernels", "ops", "spec"},
+    "ops": {"backends", "ops", "spec"},
     "backends": {f"backends.{name}" for name in ROOMS_OF_BACKENDS} | {"backends", "spec"},
     "backends.cpu": {"spec"},
     "backends.cuda": {"spec"},

@@ -1,0 +1,79 @@
+"""The fused Triton kernels, on CUDA and ROCm devices; on CPU tensors only where Triton interprets them, for tests."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import AttentionSpec, CacheSpec, Gradients, Operands, Options
+
+# A constant, because a trace cannot ask for it.
+_TRITON_MISSING = importlib.util.find_spec("triton") is None
+
+
+def reasons(spec: AttentionSpec) -> list[str]:
+    return _reasons(spec.q, spec.v.shape[3])
+
+
+def cache_reasons(spec: CacheSpec) -> list[str]:
+    return _reasons(spec.q, spec.v_cache.shape[3])
+
+
+def forward(
+    out: Tensor, lse: Tensor, statistics: Tensor, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options
+) -> None:
+    from fastattn.kernels.forward import attention_forward
+
+    attention_forward(out, lse, q, k, v, *operands, **options._asdict())
+    statistics[0].copy_(lse)
+    statistics[1].zero_()
+
+
+def backward(
+    gradients: Gradients, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    statistics: Tensor, operands: Operands, options: Options,
+) -> None:  # fmt: skip
+    from fastattn.kernels.backward import attention_backward
+
+    attention_backward(*gradients, dout, dlse, q, k, v, out, statistics[0], *operands, **options._asdict())
+
+
+def kv_cache_append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
+) -> None:
+    from fastattn.kernels.decode import kv_cache_append
+
+    kv_cache_append(k_cache, v_cache, k, v, lens, block_table)
+
+
+def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
+    from fastattn.kernels.decode import attention_kvcache
+
+    attention_kvcache(
+        out, lse, spec.q, spec.k_cache, spec.v_cache, spec.lens, spec.block_table, spec.alibi_slopes, spec.sinks,
+        added=spec.added, length=spec.length, left=spec.left, right=spec.right, scale=spec.scale, softcap=spec.softcap,
+        num_splits=spec.num_splits,
+    )  # fmt: skip
+
+
+def _reasons(q: Tensor, v_dim: int) -> list[str]:
+    reasons = []
+    if _TRITON_MISSING:
+        reasons.append("the triton package is not installed")
+    if q.device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+            major, minor = torch.cuda.get_device_capability(q.device)
+            reasons.append(f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}")
+    elif not (q.device.type == "cpu" and _interpreting()):
+        reasons.append(f"runs on CUDA and ROCm devices, the tensors are on {q.device.type!r}")
+    if q.dtype == torch.float64:
+        reasons.append("float64 is served by the torch and reference backends")
+    if q.shape[3] > 256 or v_dim > 256:
+        reasons.append(f"head dims up to 256, got D = {q.shape[3]}, Dv = {v_dim}")
+    return reasons
+
+
+def _interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors. Slow: for tests of the kernels."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

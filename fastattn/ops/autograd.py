@@ -1,0 +1,378 @@
+"""Attention as an operator: implementations, and derivatives up to the second order.
+
+``fastattn::attention_forward`` and ``fastattn::attention_backward`` allocate the results and let a backend fill them.
+Autograd sits on the Autograd key of the forward operator; below it the operators are opaque to torch.compile.
+``fastattn::attention_double_backward`` serves second derivatives and derivatives along a direction (forward mode) for
+every backend: it is always the reference's.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastattn import backends
+from fastattn.ops import batching
+from fastattn.ops.schema import (
+    LIBRARY,
+    Backward,
+    DoubleBackward,
+    Forward,
+    arguments,
+    backward_results,
+    define,
+    double_backward_results,
+    flatten,
+    forward_results,
+    unflatten,
+)
+from fastattn.spec import AttentionSpec, Gradients, Inputs, Learned, Operands, Options
+
+FORWARD = define(f"attention_forward({arguments(Forward)}) -> (Tensor, Tensor, Tensor)")
+BACKWARD = define(f"attention_backward({arguments(Backward)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+DOUBLE_BACKWARD = define(
+    f"attention_double_backward({arguments(DoubleBackward)}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The spec has cast what autocast casts: what a backend computes in float32 must stay there."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # which raises for meta
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """One int64 from the device's default generator: no synchronisation, safe under CUDA graphs and checkpointing."""
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=device)
+
+
+def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of ``spec`` on a backend that can serve it; lse is None from the torch backend."""
+    if backend == "torch":
+        run = backends.module("torch").attention
+        if spec.bias is None:  # all else has been cast: nothing is left for autocast to change
+            return run(spec), None
+        with without_autocast(spec.q.device):
+            return run(spec), None
+    seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
+    call = flatten(Forward(spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backend))
+    # torch.compile and the dispatcher's modes see the operator; torch.func sees a Function, which it can transform.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    out, lse, _ = (_Attention.apply if transformed else FORWARD)(*call)
+    return out, lse
+
+
+# Implementations
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = unflatten(Forward, args)
+    out, lse, statistics = forward_results(call.q, call.v)
+    if call.operands.cu_seqlens_q is not None:  # rows after the last sequence belong to none: nobody else writes them
+        out.zero_()
+        lse.fill_(-torch.inf)
+        statistics.zero_()
+    with without_autocast(call.q.device):
+        backends.module(call.backend).forward(
+            out, lse, statistics, call.q, call.k, call.v, call.operands, call.options
+        )  # fmt: skip
+    return out, lse, statistics
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    call = unflatten(Backward, args)
+    dq, dk, dv, *learned = results = backward_results(call)
+    if call.operands.cu_seqlens_q is not None:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+    gradients = Gradients(dq, dk, dv, *(x if want else None for x, want in zip(learned, call.wanted, strict=True)))
+    with without_autocast(call.q.device):
+        backends.module(call.backend).backward(
+            gradients, call.dout, call.dlse, call.q, call.k, call.v, call.out, call.statistics, call.operands,
+            call.options,
+        )  # fmt: skip
+    return results
+
+
+def _double_backward(*args: Any) -> tuple[Tensor, ...]:
+    call = unflatten(DoubleBackward, args)
+    given = call.direction
+    q, k, v = (
+        torch.zeros_like(x) if t is None else t
+        for t, x in zip((given.q, given.k, given.v), (call.q, call.k, call.v), strict=True)
+    )
+    tout, tlse, *gradients = results = double_backward_results(call)
+    if call.operands.cu_seqlens_q is not None:
+        for x in results:
+            x.zero_()
+    fill = (g if want and call.dout is not None else None for g, want in zip(gradients, call.wanted, strict=True))
+    with without_autocast(call.q.device):
+        backends.module("reference").double_backward(
+            tout, tlse, Inputs(*fill), given._replace(q=q, k=k, v=v), call.dout, call.dlse, call.q, call.k, call.v,
+            call.operands, call.options,
+        )  # fmt: skip
+    return results
+
+
+# Autograd
+
+
+def _forward_mode() -> bool:
+    """Whether a tensor may carry a derivative along a direction."""
+    return forward_ad._current_level >= 0
+
+
+def _differentiating() -> bool:
+    """Whether something may be differentiated through what a derivative computes."""
+    return torch.is_grad_enabled() or _forward_mode() or torch._C._are_functorch_transforms_active()
+
+
+def below_autograd(operator: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+def _call_backward(call: Backward) -> tuple[Tensor, ...]:
+    """`BACKWARD`, on the graph only where there may be one (create_graph=True)."""
+    run = _AttentionBackward.apply if _differentiating() else _run_backward
+    return run(*flatten(call))
+
+
+def _call_double_backward(call: DoubleBackward) -> tuple[Tensor, ...]:
+    """`DOUBLE_BACKWARD`, on the graph only where there may be one."""
+    run = _AttentionDoubleBackward.apply if _differentiating() else _run_double_backward
+    return run(*flatten(call))
+
+
+def _run_forward(*args: Any) -> tuple[Tensor, ...]:
+    return below_autograd(FORWARD, *args)
+
+
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    return below_autograd(BACKWARD, *args)
+
+
+def _run_double_backward(*args: Any) -> tuple[Tensor, ...]:
+    return below_autograd(DOUBLE_BACKWARD, *args)
+
+
+def _save(ctx: Any, operands: Operands, options: Options, *tensors: Tensor | None) -> None:
+    """Keep what a derivative needs. Block masks too are saved tensors: hooks see them, and changes are noticed."""
+    *single, block_mask = operands
+    ctx.save_for_backward(*tensors, *single, *block_mask)
+    if _forward_mode():
+        ctx.save_for_forward(*tensors, *single, *block_mask)
+    ctx.options = options
+    ctx.set_materialize_grads(False)  # a gradient through lse costs nothing where there is none
+
+
+def _saved(ctx: Any, count: int) -> tuple[Any, ...]:
+    """(*tensors, operands): what `_save` was given, ``count`` tensors."""
+    rest = iter(ctx.saved_tensors)
+    tensors = [next(rest) for _ in range(count)]
+    single = [next(rest) for name in Operands._fields if name != "block_mask"]
+    return *tensors, Operands._make([*single, list(rest)])
+
+
+_NO_OPERANDS = Operands(block_mask=None)  # pyright: ignore[reportArgumentType]  (gradients of operands: None for each)
+_NO_OPTIONS = Options._make(None for _ in Options._fields)
+
+
+def _operand_gradients(gradients: Any, wanted: Any) -> Operands:
+    """The gradients (bias, alibi_slopes, sinks) as those of all operands, None where not wanted."""
+    bias, slopes, sinks = (x if want else None for x, want in zip(gradients, wanted, strict=True))
+    return _NO_OPERANDS._replace(bias=bias, alibi_slopes=slopes, sinks=sinks)
+
+
+def _learned(operands: Operands) -> Learned:
+    """What belongs to the operands that have gradients."""
+    return Learned(operands.bias, operands.alibi_slopes, operands.sinks)
+
+
+class _Attention(batching.Batched):
+    """The derivatives of the forward operator, outputs (out, lse, statistics)."""
+
+    operator_call = Forward
+    forward = staticmethod(_run_forward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        call = unflatten(Forward, inputs)
+        out, _, statistics = output
+        ctx.mark_non_differentiable(statistics)
+        _save(ctx, call.operands, call.options, call.q, call.k, call.v, out, statistics)
+        ctx.backend = call.backend
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (PyTorch's has *grad_outputs)
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        q, k, v, out, statistics, operands = _saved(ctx, 5)
+        if dout is None:
+            dout = torch.zeros_like(out)
+        wanted = _learned(unflatten(Forward, ctx.needs_input_grad).operands)
+        dq, dk, dv, *others = _call_backward(
+            Backward(
+                dout, dlse, q, k, v, out.detach(), statistics.detach(), operands, ctx.options, ctx.backend,
+                list(wanted),
+            )
+        )  # fmt: skip
+        return flatten(Forward(dq, dk, dv, _operand_gradients(others, wanted), _NO_OPTIONS, None))  # pyright: ignore[reportArgumentType]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, _, _, operands = _saved(ctx, 5)
+        t = unflatten(Forward, tangents)
+        direction = Inputs(t.q, t.k, t.v, *_learned(t.operands))
+        tout, tlse, *_ = _call_double_backward(
+            DoubleBackward(direction, None, None, q, k, v, operands, ctx.options, [False] * 6)
+        )
+        return tout, tlse, None
+
+
+class _AttentionBackward(batching.Batched):
+    """The derivatives of the backward operator, outputs (dq, dk, dv, dbias, dalibi_slopes, dsinks).
+
+    out and statistics, which the forward pass stored, count as constants: the formulas know what they depend on.
+    """
+
+    operator_call = Backward
+    forward = staticmethod(_run_backward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call = unflatten(Backward, inputs)
+        tensors = (call.dout, call.dlse, call.q, call.k, call.v, call.out, call.statistics)
+        _save(ctx, call.operands, call.options, *tensors)
+        ctx.backend, ctx.wanted = call.backend, call.wanted
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *direction: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        needed = unflatten(Backward, ctx.needs_input_grad)
+        if all(x is None for x in direction):
+            return (None,) * len(ctx.needs_input_grad)
+        dout, dlse, q, k, v, _, _, operands = _saved(ctx, 7)
+        tq, tk, tv, *learned = direction
+        # Not asked for: the gradient is an empty tensor, and what comes in for it is nothing.
+        given = Inputs(tq, tk, tv, *(x if w else None for x, w in zip(learned, ctx.wanted, strict=True)))
+        wanted = Inputs(needed.q, needed.k, needed.v, *_learned(needed.operands))
+        tout, tlse, *results = _call_double_backward(
+            DoubleBackward(given, dout, dlse, q, k, v, operands, ctx.options, list(wanted))
+        )
+        dq, dk, dv, *others = (x if want else None for x, want in zip(results, wanted, strict=True))
+        return flatten(
+            Backward(
+                tout, None if dlse is None else tlse, dq, dk, dv, None, None,  # pyright: ignore[reportArgumentType]
+                _operand_gradients(others, _learned(needed.operands)), _NO_OPTIONS, None, None,  # pyright: ignore[reportArgumentType]
+            )
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The Hessian is symmetric: its product with the direction, and the gradients for the changes of dout, dlse."""
+        dout, dlse, q, k, v, out, statistics, operands = _saved(ctx, 7)
+        t = unflatten(Backward, tangents)
+        direction = Inputs(t.q, t.k, t.v, *_learned(t.operands))
+        wanted = [True, True, True, *ctx.wanted]
+        _, _, *results = _call_double_backward(
+            DoubleBackward(direction, dout, dlse, q, k, v, operands, ctx.options, wanted)
+        )
+        if t.dout is not None or t.dlse is not None:
+            tdout = torch.zeros_like(out) if t.dout is None else t.dout
+            more = _call_backward(
+                Backward(
+                    tdout, t.dlse, q, k, v, out, statistics, operands, ctx.options, ctx.backend, list(ctx.wanted)
+                )
+            )  # fmt: skip
+            results = [x + y for x, y in zip(results, more, strict=True)]
+        return tuple(results)
+
+
+class _AttentionDoubleBackward(batching.Batched):
+    """The derivative of a derivative along a direction, where it is one; beyond, an error.
+
+    An error when asked, and not results off the graph: a further derivative would silently take them for constants.
+    """
+
+    operator_call = DoubleBackward
+    forward = staticmethod(_run_double_backward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call = unflatten(DoubleBackward, inputs)
+        _save(ctx, call.operands, call.options, *call.direction, call.dout, call.q, call.k, call.v)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, tout: Tensor | None, tlse: Tensor | None, *others: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *direction, dout, q, k, v, operands = _saved(ctx, len(Inputs._fields) + 4)
+        needed = unflatten(DoubleBackward, ctx.needs_input_grad)
+        if dout is not None:
+            raise RuntimeError(_THRICE)
+        if tout is None and tlse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if tout is None:
+            tout = torch.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+        with torch.no_grad():  # constants there
+            out, _, statistics = _Attention.apply(*flatten(Forward(q, k, v, operands, ctx.options, "reference")))
+        directed = needed.direction
+        direct = _call_backward(
+            Backward(
+                tout, tlse, q, k, v, out, statistics, operands, ctx.options, "reference",
+                [directed.bias, directed.alibi_slopes, directed.sinks],
+            )
+        )  # fmt: skip
+        wanted = Inputs(needed.q, needed.k, needed.v, *_learned(needed.operands))
+        _, _, *results = _call_double_backward(
+            DoubleBackward(Inputs(*direction), tout, tlse, q, k, v, operands, ctx.options, list(wanted))
+        )
+        dq, dk, dv, *learned = (x if want else None for x, want in zip(results, wanted, strict=True))
+        through = Inputs(*(x if need else None for x, need in zip(direct, directed, strict=True)))
+        return flatten(
+            DoubleBackward(
+                through, None, None, dq, dk, dv, _operand_gradients(learned, _learned(needed.operands)),  # pyright: ignore[reportArgumentType]
+                _NO_OPTIONS, None,  # pyright: ignore[reportArgumentType]
+            )
+        )  # fmt: skip
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError(_FORWARD_TWICE)
+
+
+_THRICE = "fastattn: attention can be differentiated twice, not three times; fastattn.reference.attention can"
+_FORWARD_TWICE = (
+    "fastattn: a derivative of attention along a direction has none along another; "
+    "fastattn.reference.attention has, or differentiate backward (torch.autograd.grad, torch.func.grad) instead"
+)
+
+
+def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _forward_mode() or (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)):
+        # Skips Function.apply's own checks, which cost as much as a small call; `attention` ruled transforms out.
+        return super(torch.autograd.Function, _Attention).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+    return below_autograd(FORWARD, *args)
+
+
+LIBRARY.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_double_backward", _double_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_forward", _forward_autograd, "Autograd")
+torch.library.register_fake("fastattn::attention_forward", lambda q, k, v, *_: forward_results(q, v), lib=LIBRARY)
+torch.library.register_fake(
+    "fastattn::attention_backward", lambda *args: backward_results(unflatten(Backward, args)), lib=LIBRARY
+)
+torch.library.register_fake(
+    "fastattn::attention_double_backward",
+    lambda *args: double_backward_results(unflatten(DoubleBackward, args)),
+    lib=LIBRARY,
+)

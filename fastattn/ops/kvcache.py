@@ -1,0 +1,139 @@
+"""The KV cache as operators: one that appends in place, and one that attends and raises where a gradient is asked for.
+
+The new entries k and v take part in `attention_kvcache` only so that asking for their gradient raises too; they are in
+the cache already.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends
+from fastattn.ops.autograd import attention, below_autograd, without_autocast
+from fastattn.ops.schema import LIBRARY, CacheCall, arguments, cache_results, define, flatten, unflatten
+from fastattn.spec import AttentionSpec, CacheSpec, known
+
+APPEND = define(
+    "kv_cache_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lens, Tensor? block_table, "
+    "str backend) -> ()"
+)
+KVCACHE = define(f"attention_kvcache({arguments(CacheCall)}) -> (Tensor out, Tensor lse)")
+KVCACHE_BACKWARD = define("attention_kvcache_backward(Tensor gradient, SymInt[] shape) -> Tensor")
+
+
+def attention_kvcache(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Append what is new, then attend: (out, lse) on a backend that can serve it; lse is None from the torch backend.
+
+    In eager mode PyTorch's own functions are called as they are: on a CPU an operator of ours would cost a decode step
+    as much again as the attention in it.
+    """
+    if spec.k is not None and spec.v is not None:
+        _append_new(spec, spec.k, spec.v, backend)
+    if _wants_gradient(spec):
+        return KVCACHE(*flatten(CacheCall(spec, backend)))
+    if spec.k is not None and spec.v is not None and spec.length is not None and _is_prompt(spec):
+        with without_autocast(spec.q.device):
+            return attention(_prompt(spec, spec.k, spec.v), backend)
+    if backend == "torch" and not torch.compiler.is_compiling():
+        with without_autocast(spec.q.device):
+            return backends.module("torch").attention_cached(spec), None
+    return KVCACHE(*flatten(CacheCall(spec, backend)))
+
+
+def _is_prompt(spec: CacheSpec) -> bool:
+    """Whether the cache was empty: attention among the new entries, for kernels with taller tiles."""
+    return known(spec.length == spec.added) and known(spec.added == spec.q.shape[2])
+
+
+def _prompt(spec: CacheSpec, k: Tensor, v: Tensor) -> AttentionSpec:
+    return AttentionSpec(
+        spec.q, k, v, mask=None, bias=None, alibi_slopes=spec.alibi_slopes, sinks=spec.sinks, q_offset_tensor=None,
+        left=spec.left, right=spec.right, q_offset=0, scale=spec.scale, softcap=spec.softcap, dropout_p=0.0,
+        return_lse=spec.return_lse,
+    )  # fmt: skip
+
+
+def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str) -> None:
+    """Write new entries into the caches, in place; the torch backend has the reference's way of doing so."""
+    append = _append if backend == "torch" and not torch.compiler.is_compiling() else APPEND
+    name = "reference" if backend == "torch" else backend
+    append(spec.k_cache, spec.v_cache, k.detach(), v.detach(), spec.lens, spec.block_table, name)
+
+
+def _append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None, backend: str
+) -> None:
+    backends.module(backend).kv_cache_append(k_cache, v_cache, k, v, lens, block_table)
+
+
+def _append_in_place(keys: torch.DispatchKeySet, k_cache: Tensor, v_cache: Tensor, *args: Any) -> None:
+    """Let autograd know that the caches have changed, for whoever saved them."""
+    torch.autograd.graph.increment_version((k_cache, v_cache))
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        APPEND.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, k_cache, v_cache, *args)
+
+
+def _kvcache(*args: Any) -> tuple[Tensor, Tensor]:
+    spec, backend = unflatten(CacheCall, args)
+    out, lse = cache_results(spec, backend)
+    with without_autocast(spec.q.device):
+        if backend == "torch":
+            out.copy_(backends.module("torch").attention_cached(spec))
+        else:
+            backends.module(backend).attention_kvcache(out, lse, spec)
+    return out, lse
+
+
+def _kvcache_backward(gradient: Tensor, shape: list[int]) -> Tensor:
+    raise RuntimeError(
+        "fastattn: attention_with_kvcache has no gradient; call it under torch.no_grad(), and train with "
+        "fastattn.attention"
+    )
+
+
+class _KVCacheAttention(torch.autograd.Function):
+    """Results on a graph that raises when something is differentiated through them.
+
+    Through an operator, so that a compiled step raises when its backward runs and not when it is traced.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        ctx.shapes = [x.shape if isinstance(x, Tensor) else None for x in args]
+        ctx.set_materialize_grads(False)
+        return below_autograd(KVCACHE, *args)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (PyTorch's has *grad_outputs)
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        gradient = dlse if dout is None else dout
+        return tuple(
+            KVCACHE_BACKWARD(gradient, shape) if needed and gradient is not None else None
+            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad, strict=True)
+        )
+
+
+def _wants_gradient(tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _kvcache_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    if _wants_gradient(args):
+        return _KVCacheAttention.apply(*args)
+    return below_autograd(KVCACHE, *args)
+
+
+LIBRARY.impl("kv_cache_append", _append, "CompositeExplicitAutograd")
+LIBRARY.impl("kv_cache_append", _append_in_place, "ADInplaceOrView", with_keyset=True)
+LIBRARY.impl("attention_kvcache", _kvcache, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_kvcache", _kvcache_autograd, "Autograd")
+LIBRARY.impl("attention_kvcache_backward", _kvcache_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::kv_cache_append", lambda *_: None, lib=LIBRARY)
+torch.library.register_fake(
+    "fastattn::attention_kvcache", lambda *args: cache_results(*unflatten(CacheCall, args)), lib=LIBRARY
+)
+torch.library.register_fake(
+    "fastattn::attention_kvcache_backward", lambda gradient, shape: gradient.new_empty(shape), lib=LIBRARY
+)

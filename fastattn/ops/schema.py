@@ -1,0 +1,187 @@
+"""The operators as PyTorch's dispatcher knows them: flat argument lists, results, and what tracing sees of them.
+
+A schema has no structures, so the named groups of a call are flattened. Only `flatten` and `unflatten` know the order,
+which is that of the fields of the NamedTuples below; the schema strings are made from the same fields.
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from fastattn.spec import CacheSpec, Inputs, Operands, Options
+
+LIBRARY = Library("fastattn", "DEF")
+
+
+class Forward(NamedTuple):
+    """The arguments of ``fastattn::attention_forward``, whose results are (out, lse, statistics)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    operands: Operands
+    options: Options
+    backend: str
+
+
+class Backward(NamedTuple):
+    """The arguments of ``fastattn::attention_backward``, whose results are the fields of `fastattn.spec.Gradients`."""
+
+    dout: Tensor
+    dlse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    statistics: Tensor
+    operands: Operands
+    options: Options
+    backend: str
+    wanted: list[bool]
+    """of the fields of `fastattn.spec.Learned`"""
+
+
+class DoubleBackward(NamedTuple):
+    """The arguments of ``fastattn::attention_double_backward``.
+
+    Its results are the derivatives of out and lse along ``direction``, and gradients for the fields of
+    `fastattn.spec.Inputs`, where ``dout`` is given and they are ``wanted``.
+    """
+
+    direction: Inputs
+    dout: Tensor | None
+    dlse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    operands: Operands
+    options: Options
+    wanted: list[bool]
+
+
+class CacheCall(NamedTuple):
+    """The arguments of ``fastattn::attention_kvcache``, whose results are (out, lse)."""
+
+    spec: CacheSpec
+    backend: str
+
+
+_GROUPS = (Operands, Options, Inputs, CacheSpec)
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    list[bool]: "bool[]",
+    int: "SymInt",
+    int | None: "SymInt?",
+    float: "float",
+    float | None: "float?",
+    bool: "bool",
+    str: "str",
+    Any: "Tensor?",  # the fields of Inputs, here the direction of a derivative
+}
+_FIELDS: dict[Any, dict[str, Any]] = {
+    kind: get_type_hints(kind) for kind in (Forward, Backward, DoubleBackward, CacheCall, *_GROUPS)
+}
+_Call = TypeVar("_Call", Forward, Backward, DoubleBackward, CacheCall)
+
+
+def flatten(call: Forward | Backward | DoubleBackward | CacheCall) -> tuple[Any, ...]:
+    """The arguments of the operator."""
+    flat: list[Any] = []
+    for value in call:
+        if isinstance(value, _GROUPS):
+            flat.extend(value)
+        else:
+            flat.append(value)
+    return tuple(flat)
+
+
+def unflatten(kind: type[_Call], flat: Iterable[Any]) -> _Call:
+    """The call that has these arguments; also of something else for each argument, such as whether it is needed."""
+    rest = iter(flat)
+    fields: list[Any] = [
+        hint._make(islice(rest, len(_FIELDS[hint]))) if hint in _GROUPS else next(rest)
+        for hint in _FIELDS[kind].values()
+    ]
+    return kind(*fields)
+
+
+def arguments(kind: type) -> str:
+    """The argument list of a schema."""
+    parts = []
+    for name, hint in _FIELDS[kind].items():
+        if hint in _GROUPS:
+            prefix = "t" if hint is Inputs else ""  # the direction's part of q beside q itself
+            parts += [f"{_TYPES[of]} {prefix}{field}" for field, of in _FIELDS[hint].items()]
+        else:
+            parts.append(f"{_TYPES[hint]} {name}")
+    return ", ".join(parts)
+
+
+def define(schema: str) -> Any:
+    """Add an operator to the library; returns it."""
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    return getattr(torch.ops.fastattn, schema.partition("(")[0]).default
+
+
+# Results. Kernels fill them; tracing asks only for their shapes.
+
+
+def empty_heads(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised (B, H, L, D), stored as (B, L, H, D) where ``like`` is, so that merging heads stays a view."""
+    batch, heads, length, dim = shape
+    if heads > 1 and like.stride(1) < like.stride(2):
+        return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    return like.new_empty(shape)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def out_and_lse(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, Lq, Dv), and lse (B, Hq, Lq) in float32, or float64 for float64 inputs."""
+    batch, heads, length, _ = q.shape
+    out = empty_heads(q, (batch, heads, length, v_dim))
+    return out, q.new_empty((batch, heads, length), dtype=lse_dtype(q.dtype))
+
+
+def forward_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and statistics (2, B, Hq, Lq): what the backward pass of the same backend needs of the softmax."""
+    out, lse = out_and_lse(q, v.shape[3])
+    return out, lse, lse.new_empty((2, *lse.shape))
+
+
+def backward_results(call: Backward) -> tuple[Tensor, ...]:
+    """The gradients: an operator cannot return None, so empty where not wanted."""
+    dq, dk, dv = (empty_heads(x, x.shape) for x in (call.q, call.k, call.v))
+    learned = (call.operands.bias, call.operands.alibi_slopes, call.operands.sinks)
+    others = (
+        x.new_empty(x.shape) if x is not None and want else call.q.new_empty(0)
+        for x, want in zip(learned, call.wanted, strict=True)
+    )
+    return dq, dk, dv, *others
+
+
+def double_backward_results(call: DoubleBackward) -> tuple[Tensor, ...]:
+    """tout, tlse, and gradients: empty where not wanted."""
+    inputs = Inputs(
+        call.q, call.k, call.v, call.operands.bias, call.operands.alibi_slopes, call.operands.sinks
+    )  # fmt: skip
+    empties = Inputs(*(empty_heads,) * 3, *(Tensor.new_empty,) * 3)
+    gradients = (
+        call.q.new_empty(0) if x is None or call.dout is None or not want else empty(x, x.shape)
+        for x, want, empty in zip(inputs, call.wanted, empties, strict=True)
+    )
+    return *out_and_lse(call.q, call.v.shape[3]), *gradients
+
+
+def cache_results(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor]:
+    """out and lse, which is empty for the torch backend: it has none."""
+    out, lse = out_and_lse(spec.q, spec.v_cache.shape[3])
+    return out, lse.new_empty(0) if backend == "torch" else lse

@@ -1,0 +1,165 @@
+"""What one attention call asks for, validated and normalised once; every backend reads only this."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.block_mask import BlockMask, check_block_mask
+from fastattn.spec.checks import (
+    FLOAT_DTYPES,
+    MAX_POSITION,
+    autocast,
+    check_alibi_slopes,
+    check_cu_seqlens,
+    check_dropout,
+    check_flag,
+    check_q_offset_tensor,
+    check_qkv,
+    check_scale,
+    check_scores,
+    check_sinks,
+    check_softcap,
+    check_window,
+    known,
+)
+from fastattn.spec.operands import Operands, Options
+
+
+class AttentionSpec(NamedTuple):
+    """One call. Sizes: batch B, query heads Hq, key heads Hk, lengths Lq and Lk, head dims D and Dv."""
+
+    q: Tensor
+    """(B, Hq, Lq, D); packed sequences, one behind the other, are one batch entry: (1, Hq, total, D)"""
+    k: Tensor
+    """(B, Hk, Lk, D), Hq a multiple of Hk"""
+    v: Tensor
+    """(B, Hk, Lk, Dv)"""
+    mask: Tensor | None
+    """bool, 4-D, broadcastable to (B, Hq, Lq, Lk); True takes part"""
+    bias: Tensor | None
+    """float, 4-D, broadcastable to (B, Hq, Lq, Lk); added to the scaled scores"""
+    alibi_slopes: Tensor | None
+    """float (1 or B, Hq); slope * |i + q_offset - j| is subtracted from the scores"""
+    sinks: Tensor | None
+    """float (Hq,); one more logit in each row's softmax, with no value"""
+    q_offset_tensor: Tensor | None
+    """int (B,), in place of q_offset"""
+    left: int | None
+    """Key j is visible to query i only if i + q_offset - left <= j <= i + q_offset + right; None is open."""
+    right: int | None
+    """0 is causal. None also where this side forbids nothing."""
+    q_offset: int | None
+    """None, for packed sequences only: the last query of each stands at its last key"""
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    return_lse: bool
+    cu_seqlens_q: Tensor | None = None
+    """int32 (sequences + 1,): where each packed sequence begins in q, and the total; per batch entry then means per
+    sequence"""
+    cu_seqlens_k: Tensor | None = None
+    block_mask: BlockMask | None = None
+    """(B or 1, Hq or 1, Lq, Lk)"""
+
+    @property
+    def causal(self) -> bool:
+        """Whether what is visible is the plain causal triangle."""
+        return self.right == 0 and self.left is None
+
+    @property
+    def options(self) -> Options:
+        """Its numbers, as backends take them."""
+        return Options(self.left, self.right, self.q_offset, self.scale, self.softcap, self.dropout_p)
+
+    def operands(self, seed: Tensor | None) -> Operands:
+        """Its tensors beside q, k and v, as backends take them; ``seed`` where there is dropout."""
+        blocks = [] if self.block_mask is None else list(self.block_mask.tensors)
+        return Operands(
+            self.mask, self.bias, self.alibi_slopes, self.sinks, self.q_offset_tensor, seed, self.cu_seqlens_q,
+            self.cu_seqlens_k, blocks,
+        )  # fmt: skip
+
+    @property
+    def needs_dbias(self) -> bool:
+        """Whether autograd will ask for the gradient of the bias."""
+        return self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled()
+
+
+def make_spec(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    q_offset: int | Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    block_mask: BlockMask | None = None,
+    names: tuple[str, str, str, str, str, str] = ("q", "k", "v", "mask", "bias", "causal"),
+) -> AttentionSpec:
+    """Validate the arguments of `fastattn.attention`; with ``cu_seqlens_q`` and ``cu_seqlens_k`` packed sequences.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, device or range that does not fit; the text names the argument, what was expected and
+            what came. ``names`` are what the caller calls q, k, v, mask, bias and causal.
+    """
+    q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]  (as many as went in)
+    check_qkv(q, k, v, names[:3])
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_len = k.shape[2]
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+        cu_seqlens_k = check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k)
+        if cu_seqlens_k.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                f"cu_seqlens_k.shape: expected cu_seqlens_q.shape == {tuple(cu_seqlens_q.shape)}, "
+                f"got {tuple(cu_seqlens_k.shape)}"
+            )
+        batch = cu_seqlens_q.shape[0] - 1
+    if mask is not None:
+        mask = check_scores(names[3], mask, q, kv_len, (torch.bool,))
+    if bias is not None:
+        bias = check_scores(names[4], bias, q, kv_len, FLOAT_DTYPES)
+    if block_mask is not None:
+        block_mask = check_block_mask(block_mask, (batch, q_heads, q_len, kv_len), q.device)
+    alibi_slopes = check_alibi_slopes(alibi_slopes, q, batch)
+    check_sinks(sinks, q)
+    offset_tensor = None
+    if q_offset is None:
+        q_offset = kv_len - q_len if cu_seqlens_q is None else None
+    elif isinstance(q_offset, Tensor):
+        offset_tensor, q_offset = check_q_offset_tensor(q_offset, batch, q.device), 0
+    elif isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
+        raise TypeError(f"q_offset: expected an int or an integer tensor, got {type(q_offset).__name__}")
+    elif not -MAX_POSITION <= q_offset <= MAX_POSITION:
+        raise ValueError(f"q_offset: expected at most 2**30 in size, got {q_offset}")
+    elif q_offset == 0:
+        q_offset = 0  # replaces a symbolic 0 by the constant, so that a trace can take the top-left path
+    check_flag(names[5], causal)
+    check_flag("return_lse", return_lse)
+    left, right = (None, None) if window is None else check_window(window)
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    if offset_tensor is None and q_offset is not None:  # a side that forbids nothing is open
+        if right is not None and known(q_offset + right >= kv_len - 1):
+            right = None
+        if left is not None and known(q_len - 1 + q_offset - left <= 0):
+            left = None
+    check_dropout(dropout_p)
+    check_softcap(softcap)
+    scale = check_scale(scale, head_dim)
+    return AttentionSpec(
+        q, k, v, mask, bias, alibi_slopes, sinks, offset_tensor, left, right, q_offset, scale, softcap, dropout_p,
+        return_lse, cu_seqlens_q, cu_seqlens_k, block_mask,
+    )  # fmt: skip

@@ -1,0 +1,257 @@
+"""What one call over a KV cache asks for, validated and normalised once."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn.spec.checks import (
+    FLOAT_DTYPES,
+    INTEGER_DTYPES,
+    autocast,
+    check_alibi_slopes,
+    check_flag,
+    check_scale,
+    check_sinks,
+    check_softcap,
+    check_window,
+    known,
+)
+
+PAGE_MULTIPLE = 16
+MAX_SPLITS = 1024
+
+
+class CacheSpec(NamedTuple):
+    """One call, new entries appended or about to be. The order is that of the operator's arguments."""
+
+    q: Tensor
+    """(B, Hq, Lq, D); its last row stands at the last key"""
+    k_cache: Tensor
+    """(B, Lmax, Hk, D), or with a block table (pages, page_size, Hk, D)"""
+    v_cache: Tensor
+    k: Tensor | None
+    """(B, Hk, Lnew, D) new keys"""
+    v: Tensor | None
+    alibi_slopes: Tensor | None
+    """float (1 or B, Hq)"""
+    sinks: Tensor | None
+    """float (Hq,)"""
+    lens: Tensor
+    """int (B,): entries in the cache before the new ones"""
+    block_table: Tensor | None
+    """int32 (B, max_pages)"""
+    added: int
+    """Lnew, or 0"""
+    length: int | None
+    """``lens + added`` where it is one number for all batch entries and known on the host"""
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float | None
+    num_splits: int | None
+    return_lse: bool
+
+    @property
+    def capacity(self) -> int:
+        """Positions that each batch entry has."""
+        return cache_capacity(self.k_cache, self.block_table)
+
+
+def cache_capacity(cache: Tensor, block_table: Tensor | None) -> int:
+    """Positions that each batch entry has in a cache (B, Lmax, H, D) or, with a block table, (pages, page, H, D)."""
+    return cache.shape[1] if block_table is None else block_table.shape[1] * cache.shape[1]
+
+
+def make_cache_spec(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_lens: int | Tensor,
+    block_table: Tensor | None = None,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    num_splits: int | None = None,
+    return_lse: bool = False,
+) -> CacheSpec:
+    """Validate the arguments of `fastattn.attention_with_kvcache`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]  (as many as went in)
+    _check_caches(q, k_cache, v_cache, block_table)
+    _check_new(q, k_cache, v_cache, k, v)
+    batch, _, q_len, head_dim = q.shape
+    added = 0 if k is None else k.shape[2]
+    capacity = cache_capacity(k_cache, block_table)
+    check_flag("causal", causal)
+    check_flag("return_lse", return_lse)
+    alibi_slopes = check_alibi_slopes(alibi_slopes, q, batch)
+    check_sinks(sinks, q)
+    check_softcap(softcap)
+    scale = check_scale(scale, head_dim)
+    if num_splits is not None:
+        if isinstance(num_splits, bool) or not isinstance(num_splits, int):
+            raise TypeError(f"num_splits: expected an int or None, got {type(num_splits).__name__}")
+        if not 1 <= num_splits <= MAX_SPLITS:
+            raise ValueError(f"num_splits: expected 1 to {MAX_SPLITS} or None, got {num_splits}")
+    left, right = (None, None) if window is None else check_window(window)
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    if right is not None and known(right >= q_len - 1):  # a side that forbids nothing, whatever the length, is open
+        right = None
+    if left is not None and known(left >= capacity - 1):
+        left = None
+    lens, length = _lengths(cache_lens, q, added, capacity, block_table, k_cache.shape[0])
+    return CacheSpec(
+        q, k_cache, v_cache, k, v, alibi_slopes, sinks, lens, block_table, added, length, left, right, scale, softcap,
+        num_splits, return_lse,
+    )  # fmt: skip
+
+
+def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str) -> None:
+    """A dense 4-D tensor of the dtype and on the device of ``q``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name}: expected a dense strided tensor, got {kind}")
+    if x.ndim != 4:
+        raise ValueError(f"{name}: expected 4 dimensions {layout}, got shape {tuple(x.shape)}")
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name}.dtype: expected q.dtype == {q.dtype}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}.device: expected q.device == {q.device}, got {x.device}")
+
+
+def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None) -> None:
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q: expected a Tensor, got {type(q).__name__}")
+    _check_tensor("q", q, q, "(batch, heads, length, head_dim)")
+    if q.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"q.dtype: expected float16, bfloat16, float32 or float64, got {q.dtype}")
+    layout = "(batch, length, heads, head_dim)" if block_table is None else "(pages, page_size, heads, head_dim)"
+    _check_tensor("k_cache", k_cache, q, layout)
+    _check_tensor("v_cache", v_cache, q, layout)
+    if q.shape[2] < 1:
+        raise ValueError(f"q.shape[2]: expected at least one query, got {q.shape[2]}")
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(
+            f"v_cache.shape[:3]: expected k_cache.shape[:3] == {tuple(k_cache.shape[:3])}, "
+            f"got {tuple(v_cache.shape[:3])}"
+        )
+    if k_cache.shape[3] != q.shape[3]:
+        raise ValueError(f"k_cache.shape[3]: expected q.shape[3] == {q.shape[3]}, got {k_cache.shape[3]}")
+    for name, tensor in (("q", q), ("v_cache", v_cache)):
+        if tensor.shape[3] == 0:
+            raise ValueError(f"{name}.shape[3]: expected at least 1, got 0")
+    heads = k_cache.shape[2]
+    if heads == 0 or q.shape[1] == 0 or q.shape[1] % heads != 0:
+        raise ValueError(
+            f"q.shape[1]: expected a positive multiple of k_cache.shape[2] == {heads} heads, got {q.shape[1]}"
+        )
+    if block_table is None:
+        if k_cache.shape[0] != q.shape[0]:
+            raise ValueError(f"k_cache.shape[0]: expected q.shape[0] == {q.shape[0]}, got {k_cache.shape[0]}")
+        return
+    if not isinstance(block_table, Tensor):
+        raise TypeError(f"block_table: expected a Tensor or None, got {type(block_table).__name__}")
+    if block_table.dtype != torch.int32:
+        raise TypeError(f"block_table.dtype: expected int32, got {block_table.dtype}")
+    if block_table.ndim != 2 or block_table.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"block_table.shape: expected (B, max_pages) with B == {q.shape[0]}, got {tuple(block_table.shape)}"
+        )
+    if block_table.device != q.device:
+        raise ValueError(f"block_table.device: expected q.device == {q.device}, got {block_table.device}")
+    if k_cache.shape[1] == 0 or k_cache.shape[1] % PAGE_MULTIPLE != 0:
+        raise ValueError(
+            f"k_cache.shape[1]: expected a page size that is a positive multiple of {PAGE_MULTIPLE}, "
+            f"got {k_cache.shape[1]}"
+        )
+
+
+def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+    if k is None and v is None:
+        return
+    if k is None or v is None:
+        raise ValueError(f"{'k' if k is None else 'v'}: expected k and v together or neither, got None")
+    for name, x in (("k", k), ("v", v)):
+        _check_tensor(name, x, q, "(batch, heads, length, head_dim)")
+    batch, heads, new = q.shape[0], k_cache.shape[2], k.shape[2]
+    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        expected = (batch, heads, new, cache.shape[3])
+        if x.shape != expected:
+            raise ValueError(f"{name}.shape: expected (B, Hk, Lnew, D) == {expected}, got {tuple(x.shape)}")
+        if cache.requires_grad:
+            raise ValueError(f"{name}_cache.requires_grad: expected False, since {name} is written into it in place")
+        strides = cache.stride()
+        if 0 in strides and any(step == 0 and size > 1 for step, size in zip(strides, cache.shape, strict=True)):
+            raise ValueError(
+                f"{name}_cache: expected every element in a place of its own, got strides {cache.stride()}"
+            )
+
+
+def _lengths(
+    cache_lens: int | Tensor, q: Tensor, added: int, capacity: int, block_table: Tensor | None, pages: int
+) -> tuple[Tensor, int | None]:
+    """(cache_lens as a tensor, the one length of all batch entries after appending if the host knows it).
+
+    Checks what can be known without waiting for a device.
+    """
+    batch = q.shape[0]
+    tracing = torch.compiler.is_compiling()
+    if not isinstance(cache_lens, Tensor):
+        if isinstance(cache_lens, bool) or not isinstance(cache_lens, (int, torch.SymInt)):
+            raise TypeError(f"cache_lens: expected an int or an integer tensor, got {type(cache_lens).__name__}")
+        length = cache_lens + added
+        if not tracing:
+            _check_range([int(cache_lens)] * min(batch, 1), added, capacity)
+            _check_pages([int(length)] * batch, block_table, pages, capacity)
+        return torch.full((batch,), cache_lens, dtype=torch.int32, device=q.device), length
+    if cache_lens.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"cache_lens.dtype: expected int32 or int64, got {cache_lens.dtype}")
+    if cache_lens.shape != (batch,):
+        raise ValueError(f"cache_lens.shape: expected (B,) == ({batch},), got {tuple(cache_lens.shape)}")
+    if cache_lens.device != q.device:
+        raise ValueError(f"cache_lens.device: expected q.device == {q.device}, got {cache_lens.device}")
+    if tracing or cache_lens.device.type != "cpu":
+        return cache_lens, None
+    values = cache_lens.tolist()
+    _check_range(values, added, capacity)
+    lengths = [value + added for value in values]
+    _check_pages(lengths, block_table, pages, capacity)
+    return cache_lens, lengths[0] if len(set(lengths)) == 1 else None
+
+
+def _check_range(values: Sequence[int], added: int, capacity: int) -> None:
+    for entry, value in enumerate(values):
+        if not 0 <= value <= capacity - added:
+            raise ValueError(
+                f"cache_lens: expected 0 to {capacity - added} (the cache holds {capacity}, {added} are appended), "
+                f"got {value} for batch entry {entry}"
+            )
+
+
+def _check_pages(lengths: Sequence[int], block_table: Tensor | None, pages: int, capacity: int) -> None:
+    """Every page that holds one of the first ``lengths[b]`` positions exists; the rest of the table may be anything."""
+    if block_table is None or block_table.device.type != "cpu" or not lengths or capacity == 0:
+        return
+    page_size = capacity // block_table.shape[1]
+    used = -(-torch.tensor(lengths) // page_size)
+    bad = (torch.arange(block_table.shape[1]) < used[:, None]) & ((block_table < 0) | (block_table >= pages))
+    if bad.any():
+        entry, column = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"block_table: expected pages from 0 to {pages - 1}, got {int(block_table[entry, column])} at "
+            f"[{entry}, {column}]"
+        )

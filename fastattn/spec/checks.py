@@ -1,0 +1,217 @@
+"""Checks of single arguments: each raises an error that names the argument, what was expected and what came."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.int32, torch.int64)
+MAX_POSITION = 1 << 30  # positions are int32 in the kernels: sums of two such offsets and a length still fit
+
+
+def known(condition: bool) -> bool:
+    """True only if the condition is certain.
+
+    Under torch.compile a symbolic size never is: shortcuts that only save work are then skipped instead of adding a
+    guard.
+    """
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
+    """One quick look for the common case, which is every call of a training step; the reasons only if it fails."""
+    try:
+        batch, q_heads, _, head_dim = q.shape
+        k_batch, kv_heads, kv_len, k_dim = k.shape
+        v_batch, v_heads, v_len, v_dim = v.shape
+        good = (
+            batch == k_batch == v_batch
+            and kv_heads == v_heads
+            and kv_len == v_len
+            and head_dim == k_dim
+            and head_dim > 0
+            and v_dim > 0
+            and kv_heads > 0
+            and q_heads > 0
+            and q_heads % kv_heads == 0
+            and q.dtype == k.dtype == v.dtype
+            and q.dtype in FLOAT_DTYPES
+            and q.device == k.device == v.device
+            and q.layout is k.layout is v.layout is torch.strided
+            and not (q.is_nested or k.is_nested or v.is_nested)
+        )
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # not tensors, nested, or not 4-D
+        good = False
+    if not good:
+        _explain_qkv(q, k, v, names)
+
+
+def _explain_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
+    """Raise the error that says what is wrong with q, k and v."""
+    for name, tensor in zip(names, (q, k, v), strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name}: expected a dense strided tensor, got {kind}")
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"{name}: expected 4 dimensions (batch, heads, length, head_dim), got shape {tuple(tensor.shape)}"
+            )
+    q_name, k_name, v_name = names
+    if q.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{q_name}.dtype: expected float16, bfloat16, float32 or float64, got {q.dtype}")
+    for name, tensor in ((k_name, k), (v_name, v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}.dtype: expected {q_name}.dtype == {q.dtype}, got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}.device: expected {q_name}.device == {q.device}, got {tensor.device}")
+        if tensor.shape[0] != q.shape[0]:
+            raise ValueError(f"{name}.shape[0]: expected {q_name}.shape[0] == {q.shape[0]}, got {tensor.shape[0]}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"{k_name}.shape[-1]: expected {q_name}.shape[-1] == {q.shape[3]}, got {k.shape[3]}")
+    for name, tensor in ((q_name, q), (v_name, v)):
+        if tensor.shape[3] == 0:
+            raise ValueError(f"{name}.shape[-1]: expected at least 1, got 0")
+    if v.shape[1:3] != k.shape[1:3]:
+        raise ValueError(
+            f"{v_name}.shape[1:3]: expected {k_name}.shape[1:3] == {tuple(k.shape[1:3])}, got {tuple(v.shape[1:3])}"
+        )
+    raise ValueError(
+        f"{q_name}.shape[1]: expected a positive multiple of {k_name}.shape[1] == {k.shape[1]} heads, got {q.shape[1]}"
+    )
+
+
+def check_head_vector(name: str, x: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}.dtype: expected a floating-point dtype, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}.device: expected {q.device}, got {x.device}")
+    if tuple(x.shape) not in shapes:
+        expected = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{name}.shape: expected {expected} for {q.shape[1]} query heads, got {tuple(x.shape)}")
+
+
+def check_window(window: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: expected (left, right), each an int or None, got {window!r}")
+    for side in window:
+        if side is None:
+            continue
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+            raise TypeError(f"window: expected (left, right), each an int or None, got {window!r}")
+        if not -MAX_POSITION <= side <= MAX_POSITION:
+            raise ValueError(f"window: expected sides of at most 2**30 (None is open), got {window!r}")
+    return window[0], window[1]
+
+
+def check_q_offset_tensor(q_offset: Tensor, batch: int, device: torch.device) -> Tensor:
+    if q_offset.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"q_offset.dtype: expected int32 or int64, got {q_offset.dtype}")
+    if q_offset.shape != (batch,):
+        raise ValueError(f"q_offset.shape: expected (B,) == ({batch},), got {tuple(q_offset.shape)}")
+    if q_offset.device != device:
+        raise ValueError(f"q_offset.device: expected {device}, got {q_offset.device}")
+    return q_offset.contiguous()
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> Tensor:
+    """``packed`` is (1, heads, total, head_dim)."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name}.dtype: expected int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{name}.shape: expected (sequences + 1,) with a sequence at least, got {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != packed.device:
+        raise ValueError(f"{name}.device: expected {packed.device}, got {cu_seqlens.device}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, reading it would wait
+        values, total = cu_seqlens.tolist(), packed.shape[2]
+        if values[0] != 0 or values[-1] > total or any(a > b for a, b in itertools.pairwise(values)):
+            raise ValueError(f"{name}: expected to rise from 0 to at most the {total} rows there are, got {values}")
+    return cu_seqlens.contiguous()
+
+
+def check_scores(name: str, x: Tensor, q: Tensor, kv_len: int, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """A mask or bias as a 4-D view."""
+    expected = (q.shape[0], q.shape[1], q.shape[2], kv_len)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense strided tensor, got layout {x.layout}")
+    if x.dtype not in dtypes:
+        kinds = "bool (True takes part)" if dtypes == (torch.bool,) else "a floating-point dtype"
+        raise TypeError(f"{name}.dtype: expected {kinds}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}.device: expected {q.device}, got {x.device}")
+    if x.ndim < 4:
+        x = x[(None,) * (4 - x.ndim)]
+    if x.ndim != 4 or any(size != 1 and size != full for size, full in zip(x.shape, expected, strict=True)):
+        raise ValueError(
+            f"{name}.shape: expected broadcastable to (B, Hq, Lq, Lk) == {tuple(expected)}, got {tuple(x.shape)}"
+        )
+    return x
+
+
+def check_flag(name: str, flag: bool) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+
+
+def check_dropout(dropout_p: float) -> None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a float in [0, 1], got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+
+
+def check_softcap(softcap: float | None) -> None:
+    if softcap is None:
+        return
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap: expected a float or None, got {type(softcap).__name__}")
+    if not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The scale as a float; None is 1 / sqrt(D)."""
+    # Numbers first: those of a trace are symbolic and have no attributes to ask for.
+    number = scale is None or isinstance(scale, (int, float))
+    if not number and (isinstance(scale, Tensor) or not hasattr(scale, "__float__")):
+        raise TypeError(f"scale: expected a float, got {type(scale).__name__}")  # a tensor would lose its gradient
+    return float(head_dim**-0.5 if scale is None else scale)
+
+
+def check_alibi_slopes(alibi_slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | None:
+    """The slopes as (1 or B, Hq)."""
+    if alibi_slopes is None:
+        return None
+    check_head_vector("alibi_slopes", alibi_slopes, q, ((q.shape[1],), (batch, q.shape[1])))
+    return alibi_slopes[None] if alibi_slopes.ndim == 1 else alibi_slopes
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    if sinks is not None:
+        check_head_vector("sinks", sinks, q, ((q.shape[1],),))
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype of an active autocast; the first one says on which device."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype in FLOAT_DTYPES[:3] else x for x in tensors
+    )  # fmt: skip
