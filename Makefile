@@ -16,8 +16,8 @@ export FASTATTN_TRITON_3_6 = $(TRITON_3_6)
 TRITON_3_6_STAMP := $(TRITON_3_6)/.stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo demo-dates demo-charlm lint types docs compile-report ext bench-overhead gpu-check gpu-bench \
-	gpu-tune clean
+.PHONY: help env test demo demo-quick demo-dates demo-charlm lint types docs compile-report ext bench-overhead \
+	gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -29,7 +29,12 @@ test: $(VENV)/.stamp-test $(TRITON_3_6_STAMP)  ## install what the tests need an
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 demo: $(VENV)/.stamp-examples  ## install and run the forecasting example
+	@echo "The forecasting example: about five minutes on two cores. make demo-quick takes about one."
 	$(BIN)/python -m examples.forecast
+
+demo-quick: $(VENV)/.stamp-examples  ## the same with one seed and two series, in about a minute
+	@echo "The forecasting example, quick: about a minute on two cores."
+	$(BIN)/python -m examples.forecast --quick
 
 demo-dates: $(VENV)/.stamp-examples  ## install and run the date translation example
 	$(BIN)/python -m examples.dates

@@ -19,8 +19,10 @@ import fastattn
 from examples.common import CheckpointError, environment, write_metrics
 from examples.forecast import data, plots, report
 from examples.forecast.baselines import Forecast
+from examples.forecast.evaluate import LEVEL
 from examples.forecast.experiments import (
     LAYERS,
+    Ahead,
     Problem,
     real_baselines,
     real_problem,
@@ -29,7 +31,7 @@ from examples.forecast.experiments import (
 )
 from examples.forecast.parity import compare
 from examples.forecast.report import Result
-from examples.forecast.runner import Run, execute_all
+from examples.forecast.runner import Run, estimate_seconds, execute_all
 
 FIRST_SEED = 42  # the tutorial's
 DEFAULT_OUTPUT = Path(__file__).parent / "output"
@@ -56,14 +58,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "baselines. Without arguments: a noisy sine, then CO2 at Mauna Loa and sea surface temperatures.",
     )
     own = parser.add_argument_group("your own series")
-    own.add_argument("--csv", type=Path, metavar="PATH", help="a CSV file with a header, oldest row first")
+    own.add_argument("--csv", type=Path, metavar="PATH", help="a file with a header, oldest row first")
     own.add_argument("--column", metavar="NAME", help="the column to forecast")
     own.add_argument("--horizon", type=_positive, metavar="H", help="how many rows to forecast")
-    own.add_argument("--time-column", metavar="NAME", help="dates or numbers; checks that the rows are evenly spaced")
+    own.add_argument(
+        "--time-column", metavar="NAME", help="dates or numbers, evenly spaced (default: one is looked for)"
+    )
     own.add_argument("--season", type=_positive, metavar="S", help="rows per season (default: found in the data)")
-    own.add_argument("--context", type=_positive, metavar="C", help="rows to look back (default: four seasons)")
+    own.add_argument(
+        "--context", type=_positive, metavar="C", help="rows to look back (default: four seasons, or what fits)"
+    )
+    own.add_argument("--last", type=_positive, metavar="N", help="use the last N rows only: a long file in less time")
     own.add_argument("--fill-gaps", action="store_true", help="fill an empty cell with the last value before it")
-    parser.add_argument("--quick", action="store_true", help="one seed, 3 epochs: to see it work, not for results")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, 20 epochs, and of the built-in series two: about a minute"
+    )
     parser.add_argument("--seeds", type=_positive, metavar="N", help="training runs per model (default: 3)")
     parser.add_argument("--epochs", type=_positive, metavar="N", help="at most this many (default: 50)")
     parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
@@ -76,7 +85,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.csv is not None and (args.column is None or args.horizon is None):
         parser.error("--csv needs --column and --horizon")
     if args.csv is None:
-        for name in ("column", "horizon", "time_column", "season", "context"):
+        for name in ("column", "horizon", "time_column", "season", "context", "last"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} needs --csv")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,7 +94,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch finds no CUDA device")
     args.seeds = args.seeds or (1 if args.quick else 3)
-    args.epochs = args.epochs or (3 if args.quick else 50)
+    args.epochs = args.epochs or (20 if args.quick else 50)
     args.workers = args.workers or (1 if args.device == "cuda" else _cores())
     return args
 
@@ -110,6 +119,7 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # see execute_all
     problems = make_problems(args)  # first, so that a mistake in the input shows at once
     backends = print_setup(args, problems[0])
+    print_cost(args, problems)
 
     # The models whose layers exist twice, on the first problem.
     print("\n== The same training with torch.nn and with fastattn layers, from the same weights")
@@ -126,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     for problem in problems:
         print("\n" + report.results_text(problem, results[problem.series.name]))
         files += plots.plot_all(problem, results[problem.series.name], args.output)
-        if "fresh" not in problem.tests:
+        if problem.has_future:
             files.append(write_future(problem, results[problem.series.name], args.output))
 
     seconds = time.perf_counter() - start
@@ -145,22 +155,36 @@ def run(args: argparse.Namespace) -> None:
 def make_problems(args: argparse.Namespace) -> list[Problem]:
     """The series of this run, with the methods' epochs as asked."""
     if args.csv is not None:
-        values = data.read_csv(args.csv, args.column, args.time_column, args.fill_gaps)
-        if len(values) < 20:
-            raise data.DataError(f"expected at least 20 values in {args.csv}, got {len(values)}")
-        season = args.season or data.estimate_season(values[: data.Split.by_fraction(len(values)).train_end])
-        series = data.Series(_slug(args.column), args.column, "1", "row", values, season)
-        problems = [real_problem(series, args.horizon, args.context)]
+        problems = [own_problem(args)]
     else:
-        problems = [
-            sine_problem(fresh_length=2_000 if args.quick else 20_000),
-            real_problem(data.load_co2(), horizon=52),
-            real_problem(data.load_elnino(), horizon=12),
-        ]
+        problems = [sine_problem(fresh_length=2_000 if args.quick else 20_000)]
+        if not args.quick:
+            problems.append(real_problem(data.load_co2(), horizon=52))
+        problems.append(real_problem(data.load_elnino(), horizon=12))
     return [
         replace(p, methods=[replace(m, recipe=replace(m.recipe, epochs=args.epochs)) for m in p.methods])
         for p in problems
     ]
+
+
+def own_problem(args: argparse.Namespace) -> Problem:
+    """The problem of --csv; says what was found in the file and not given."""
+    table = data.read_csv(args.csv, args.column, args.time_column, args.fill_gaps)
+    values, times = table.values, table.times
+    if args.last is not None:
+        values, times = values[-args.last :], None if times is None else times[-args.last :]
+    if len(values) < 20:
+        raise data.DataError(f"expected at least 20 values in {args.csv}, got {len(values)}")
+    if table.time_column is not None and args.time_column is None:
+        print(f"found: dates in column {table.time_column!r}")
+    if table.uneven:
+        print(f"note: {table.uneven}; every row counts as one step. --time-column makes this an error")
+        times = None  # dates after the end would be guesses
+    season = args.season or data.estimate_season(values[: data.Split.by_fraction(len(values)).train_end])
+    series = data.Series(_slug(args.column), args.column, "1", "row", values, season, times)
+    problem = real_problem(series, args.horizon, args.context)
+    print(f"{len(values)} rows, season {season}{'' if args.season else ' (found)'}, context {problem.context}")
+    return problem
 
 
 def train_all(args: argparse.Namespace, problems: Sequence[Problem]) -> dict[str, list[Result]]:
@@ -181,33 +205,50 @@ def train_all(args: argparse.Namespace, problems: Sequence[Problem]) -> dict[str
         rows = []
         for name, make_forecast in baselines_of(problem).items():
             scores, forecasts = problem.score(make_forecast)
-            rows.append(Result(name, [scores], forecasts, [], []))
+            ahead = baseline_ahead(problem, name, make_forecast, forecasts) if problem.has_future else None
+            rows.append(Result(name, [scores], forecasts, [], [], ahead))
         for method in problem.methods:
             own = [next(outcomes) for _ in seeds]
-            rows.append(Result(method.name, [outcome.scores for outcome in own], own[0].forecasts, own, seeds))
+            scores = [outcome.scores for outcome in own]
+            rows.append(Result(method.name, scores, own[0].forecasts, own, seeds, own[0].ahead))
         results[problem.series.name] = rows
     return results
 
 
 def baselines_of(problem: Problem) -> dict[str, Callable[[int], Forecast]]:
-    return sine_baselines(problem) if "fresh" in problem.tests else real_baselines(problem)
+    return real_baselines(problem) if problem.has_future else sine_baselines(problem)
+
+
+def baseline_ahead(
+    problem: Problem, name: str, make_forecast: Callable[[int], Forecast], test_forecasts: np.ndarray
+) -> Ahead:
+    """What a baseline of a real series says comes next."""
+    horizon = problem.tests["test"].horizon
+    validating = real_baselines(problem, validating=True)[name](horizon)
+    return problem.look_ahead(validating, make_forecast(horizon), test_forecasts)
 
 
 def write_future(problem: Problem, results: Sequence[Result], folder: Path) -> Path:
-    """The next values after the end of the series, by every model at its first seed and every baseline."""
-    horizon = problem.tests["test"].horizon
-    values = problem.series.values
-    end = np.array([len(values)])
-    make_forecast = baselines_of(problem)
-    columns = {
-        r.name: r.outcomes[0].future if r.learned else make_forecast[r.name](horizon)(values, end)[0] for r in results
-    }
-    path = folder / f"{problem.series.name}_future.csv"
+    """The next values after the end of the series, by every baseline and every model at its first seed.
+
+    Beside each value the ends of its prediction interval, empty where too few validation errors leave it open.
+    """
+    horizon, series = problem.tests["test"].horizon, problem.series
+    steps = np.arange(len(series.values), len(series.values) + horizon)
+    times = data.time_texts(series.time_axis(steps))
+    aheads = {result.name: result.ahead for result in results if result.ahead is not None}
+    path = folder / f"{series.name}_future.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([f"{problem.series.step}s after the last", *columns])
+        ends = [f"{name}{end}" for name in aheads for end in ("", f" low {LEVEL:.0%}", f" high {LEVEL:.0%}")]
+        writer.writerow([f"{series.step}s after the last", *(["time"] if series.times is not None else []), *ends])
         for step in range(horizon):
-            writer.writerow([step + 1, *(f"{column[step]:.6g}" for column in columns.values())])
+            row = [str(step + 1), *([times[step]] if series.times is not None else [])]
+            for ahead in aheads.values():
+                value, width = ahead.future[step], ahead.half_widths[step]
+                row.append(f"{value:.6g}")
+                row += [f"{value - width:.6g}", f"{value + width:.6g}"] if np.isfinite(width) else ["", ""]
+            writer.writerow(row)
     return path
 
 
@@ -240,12 +281,27 @@ def print_setup(args: argparse.Namespace, problem: Problem) -> dict[str, str]:
     return backends
 
 
+def print_cost(args: argparse.Namespace, problems: Sequence[Problem]) -> None:
+    """How long training can take here, measured on some batches of each model; and memory, where it is much."""
+    seconds = sum(estimate_seconds(p, m, args.device, args.layers) for p in problems for m in p.methods)
+    seconds *= args.seeds / min(args.workers, args.seeds * sum(len(p.methods) for p in problems))
+    how_long = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else (
+        f"{seconds / 3600:.0f} hours"
+    )  # fmt: skip
+    print(f"expected: at most about {how_long} of training; most models stop before their last epoch")
+    gigabytes = max(12 * len(p.series.values) * (p.context + p.tests["test"].horizon) for p in problems) / 1e9
+    if gigabytes > 1:
+        print(f"expected: about {gigabytes:.0f} GB of memory for the windows of each process")
+    if args.csv is not None and (seconds > 3600 or gigabytes > 1):
+        print("less: --last N uses the last N rows, --epochs and --seeds are fewer passes, --context a shorter memory")
+
+
 def print_closing(args: argparse.Namespace, problems: Sequence[Problem], files: Sequence[Path], seconds: float) -> None:
     names = ", ".join(p.series.title for p in problems)
     print(f"\n== Done in {seconds:.0f} s: trained and scored {sum(len(p.methods) for p in problems)} models with "
           f"{args.seeds} seed(s) on {names}")  # fmt: skip
     if args.quick:
-        print("This was --quick: the models are hardly trained, and the numbers above say nothing about them.")
+        print("This was --quick: one seed and 20 epochs. Differences between the models may be chance.")
     print("Files:")
     for path in [*files, args.output / "checkpoints"]:
         print(f"  {path}")

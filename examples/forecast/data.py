@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +22,8 @@ class DataError(ValueError):
 class Series:
     """A regularly sampled series.
 
-    `values` (T,) float64, oldest first; `season` is the number of steps after which it roughly repeats.
+    `values` (T,) float64, oldest first; `season` is the number of steps after which it roughly repeats; `times` (T,)
+    are the dates of the values (datetime64), or their numbers, or None.
     """
 
     name: str
@@ -29,6 +32,35 @@ class Series:
     step: str
     values: np.ndarray
     season: int
+    times: np.ndarray | None = None
+
+    def time_axis(self, steps: np.ndarray) -> np.ndarray:
+        """Dates or numbers of the given steps, which may lie after the end of the series."""
+        if self.times is None:
+            return steps
+        last = len(self.times) - 1
+        known = self.times[np.minimum(steps, last)]
+        return np.where(steps <= last, known, _after(self.times, np.maximum(steps - last, 0)))
+
+
+def time_texts(times: np.ndarray) -> list[str]:
+    """As a file shows them: dates without a clock where all are at midnight."""
+    if not np.issubdtype(times.dtype, np.datetime64):
+        return [f"{time:g}" for time in times]
+    days = (times == times.astype("datetime64[D]")).all()
+    return [str(text) for text in np.datetime_as_string(times, unit="D" if days else "s")]
+
+
+def _after(times: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """The times that many steps after the last one; months and years have no fixed number of days."""
+    if not np.issubdtype(times.dtype, np.datetime64):
+        return times[-1] + steps * np.median(np.diff(times))
+    days = np.median(np.diff(times).astype("timedelta64[s]").astype(float)) / 86400
+    months = 12 if 360 < days < 370 else 3 if 88 < days < 93 else 1 if 27 < days < 32 else 0
+    if not months:
+        return times[-1] + steps * np.median(np.diff(times)).astype(times.dtype.str.replace("M8", "m8"))
+    first_of_month = times[-1].astype("datetime64[M]")
+    return (first_of_month + steps * months) + (times[-1] - first_of_month)
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -50,57 +82,94 @@ def clean_sine(length: int) -> np.ndarray:
 
 def load_co2() -> Series:
     """Weekly CO2 at Mauna Loa. Its 59 empty weeks lie before 1986, in the training part."""
-    values = read_csv(DATA_FOLDER / "co2.csv", "co2", time_column="date", fill_gaps=True)
-    return Series("co2", "CO2 at Mauna Loa", "ppm", "week", values, season=52)
+    table = read_csv(DATA_FOLDER / "co2.csv", "co2", time_column="date", fill_gaps=True)
+    return Series("co2", "CO2 at Mauna Loa", "ppm", "week", table.values, season=52, times=table.times)
 
 
 def load_elnino() -> Series:
     """Monthly sea surface temperature, Pacific Ocean off Peru."""
-    values = read_csv(DATA_FOLDER / "elnino.csv", "temperature", time_column="date")
-    return Series("elnino", "sea surface temperature, Nino 1+2", "°C", "month", values, season=12)
+    table = read_csv(DATA_FOLDER / "elnino.csv", "temperature", time_column="date")
+    title = "sea surface temperature, Nino 1+2"
+    return Series("elnino", title, "°C", "month", table.values, season=12, times=table.times)
 
 
-def read_csv(path: str | Path, column: str, time_column: str | None = None, fill_gaps: bool = False) -> np.ndarray:
-    """One column of a CSV file with a header line, as (T,) float64.
+class Table(NamedTuple):
+    """What was read: `values` (T,) float64; `times` (T,), dates as datetime64 or numbers, if there is such a column."""
+
+    values: np.ndarray
+    times: np.ndarray | None
+    time_column: str | None
+    """given, or found: the first column of which every cell is a date"""
+    uneven: str = ""
+    """if the column was found and not given: where its rows are not evenly spaced"""
+
+
+def read_csv(path: str | Path, column: str, time_column: str | None = None, fill_gaps: bool = False) -> Table:
+    """One column of a CSV file with a header line.
 
     Args:
-        path: the file, comma separated.
+        path: the file; separated by comma, semicolon (then numbers may have a decimal comma), tab or bar.
         column: name of the column with the values.
-        time_column: name of a column with dates or numbers. If given, rows must be evenly spaced in it.
+        time_column: name of a column with dates or numbers. If given, rows must be evenly spaced in it. If not, the
+            first column that holds nothing but dates is used, and rows must be in its order.
         fill_gaps: put the last value before a gap into its empty cells. A straight line across the gap would look
             better and would use a value from the future.
 
     Raises:
-        DataError: no such file or column, a cell that is not a number, a gap, uneven spacing.
+        DataError: no such file or column, a cell that is not a number, a gap, rows out of order, uneven spacing.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"expected a CSV file at {path}, found none")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets write a byte order mark
-            reader = csv.DictReader(file)
-            header = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = header
-            rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    header, rows, comma = _read_rows(path, column)
     for name in [column] if time_column is None else [column, time_column]:
         if name not in header:
             raise DataError(f"{path} has no column {name!r}; its columns are {', '.join(map(repr, header))}")
 
-    values = np.array([_parse_cell(row[column], path, column, line) for line, row in enumerate(rows, start=2)])
-    if time_column is not None:
-        _check_spacing([row[time_column] for row in rows], path, time_column)
-    return _without_gaps(values, f"column {column!r} of {path}", fill_gaps)
+    index = header.index(column)
+    cells = [row[index] if index < len(row) else "" for row in rows]
+    values = np.array([_parse_cell(cell, path, column, line, comma) for line, cell in enumerate(cells, start=2)])
+    found = time_column or _find_dates(header, rows, column)
+    times, uneven = None, ""
+    if found is not None:
+        place = header.index(found)
+        cells = [row[place] if place < len(row) else "" for row in rows]
+        times = _parse_times(cells, path, found)
+        _check_order(times, cells, path, found)
+        uneven = _uneven(times, cells, path, found)
+        if uneven and time_column is not None:
+            raise DataError(uneven)
+    return Table(_without_gaps(values, f"column {column!r} of {path}", fill_gaps), times, found, uneven)
 
 
-def _parse_cell(text: str | None, path: Path, column: str, line: int) -> float:
-    """A number, or NaN for an empty cell (None: the row ends before this column)."""
-    text = (text or "").strip()
+def _read_rows(path: Path, column: str) -> tuple[list[str], list[list[str]], bool]:
+    """Header, rows that are not blank, and whether numbers may have a decimal comma."""
+    if path.is_dir():
+        raise DataError(f"expected a CSV file, {path} is a directory")
+    if not path.is_file():
+        raise DataError(f"expected a CSV file at {path}, found none")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # -sig: spreadsheets write a byte order mark
+        if not text.strip():
+            raise DataError(f"{path} is empty; expected a header line and rows of values")
+        first = text.lstrip().splitlines()[0]
+
+        def names(delimiter: str) -> list[str]:
+            return [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
+
+        # The delimiter under which the column is there, else the one that makes most columns.
+        delimiter = max(",;\t|", key=lambda mark: (column in names(mark), len(names(mark))))
+        rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    return [name.strip() for name in rows[0]], rows[1:], delimiter == ";"
+
+
+def _parse_cell(text: str, path: Path, column: str, line: int, comma: bool) -> float:
+    """A number, or NaN for an empty cell."""
+    text = text.strip()
     if text.lower() in ("", "na", "nan", "null"):
         return float("nan")
     try:
-        value = float(text)
+        value = float(text.replace(",", ".") if comma and "." not in text else text)
     except ValueError:
         value = float("inf")
     if np.isinf(value):
@@ -126,36 +195,77 @@ def _without_gaps(values: np.ndarray, what: str, fill_gaps: bool) -> np.ndarray:
     return values[last_seen]
 
 
-def _check_spacing(cells: list[str | None], path: Path, column: str) -> None:
-    """A missing row is a gap that no empty cell shows. Months and years may differ by their few days."""
-    times = np.array([_parse_time(cell, path, column, line) for line, cell in enumerate(cells, start=2)])
-    steps = np.diff(times)
+def _find_dates(header: list[str], rows: list[list[str]], column: str) -> str | None:
+    """The first column, other than that of the values, of which every cell is a date."""
+    for place, name in enumerate(header):
+        if name != column and rows and all(place < len(row) and _parse_date(row[place]) is not None for row in rows):
+            return name
+    return None
+
+
+def _check_order(times: np.ndarray, cells: list[str], path: Path, column: str) -> None:
+    """Windows are cut from rows in the order of time: shuffled rows would be forecast from their own future."""
+    steps = np.diff(times).astype(float)
+    if len(steps) == 0 or (steps > 0).all():
+        return
+    if (steps < 0).all():
+        raise DataError(f"{path} has its newest row first; expected the oldest row first: sort it by {column!r}")
+    if (steps >= 0).all():
+        row = int(np.flatnonzero(steps == 0)[0])
+        raise DataError(
+            f"{cells[row + 1]!r} stands more than once in column {column!r} of {path}, the second time in line "
+            f"{row + 3}; expected one row per time, and one series per file"
+        )
+    row = int(np.flatnonzero(steps < 0)[0])
+    raise DataError(
+        f"the rows of {path} are not in the order of {column!r}: {cells[row]!r} and then {cells[row + 1]!r} in line "
+        f"{row + 3}; sort them, oldest first"
+    )
+
+
+def _uneven(times: np.ndarray, cells: list[str], path: Path, column: str) -> str:
+    """Where the spacing breaks, or "": a missing row is a gap that no empty cell shows.
+
+    Months and years may differ by their few days.
+    """
+    steps = np.diff(times).astype(float)
     usual = np.median(steps) if len(steps) else 0.0
-    for index, step in enumerate(steps):
-        if step <= 0 or not 0.5 * usual < step < 1.5 * usual:
+    wrong = np.flatnonzero(~((0.5 * usual < steps) & (steps < 1.5 * usual)))
+    if len(wrong) == 0:
+        return ""
+    row = int(wrong[0])
+    return (
+        f"expected evenly spaced values in column {column!r} of {path}, got {cells[row]!r} and then "
+        f"{cells[row + 1]!r} in line {row + 3}"
+    )
+
+
+def _parse_times(cells: list[str], path: Path, column: str) -> np.ndarray:
+    """datetime64 in seconds if the cells are dates, else the numbers."""
+    dates = [_parse_date(cell) for cell in cells]
+    if all(date is not None for date in dates):
+        return np.array(dates, dtype="datetime64[s]")
+    numbers = []
+    for line, cell in enumerate(cells, start=2):
+        try:
+            numbers.append(float(cell))
+        except ValueError:
             raise DataError(
-                f"expected evenly spaced, increasing values in column {column!r} of {path}, "
-                f"got {cells[index]!r} and then {cells[index + 1]!r} in line {index + 3}"
-            )
+                f"expected dates (as 2001-12-29) or numbers in column {column!r} of {path}, got {cell.strip()!r} "
+                f"in line {line}"
+            ) from None
+    return np.array(numbers)
 
 
-def _parse_time(cell: str | None, path: Path, column: str, line: int) -> float:
-    """Days for dates (2001-12-29, 2001-12-29 18:00, 20011229), else the number itself."""
-    text = (cell or "").strip()
+def _parse_date(cell: str) -> datetime | None:
+    """2001-12-29, 2001-12-29 18:00, 2001-12 or 20011229, in UTC; None for anything else."""
+    text = cell.strip()
     layout = {7: "%Y-%m", 8: "%Y%m%d"}.get(len(text))  # by length: strptime would read the number 123456 as a date
     try:
         time = datetime.strptime(text, layout) if layout else datetime.fromisoformat(text)
-        if time.tzinfo is None:
-            time = time.replace(tzinfo=timezone.utc)  # not local time, whose days can have 23 or 25 hours
-        return time.timestamp() / 86400
     except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise DataError(
-            f"expected dates (as 2001-12-29) or numbers in column {column!r} of {path}, got {text!r} in line {line}"
-        ) from None
+        return None
+    return time if time.tzinfo is None else time.astimezone(timezone.utc).replace(tzinfo=None)
 
 
 # ------------------------------------------------------------------------------------- split, scale, windows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +34,24 @@ def score(predictions: np.ndarray, actual: np.ndarray, naive_error: float) -> di
     error = predictions - actual
     mae = float(np.abs(error).mean())
     return {"mse": float((error**2).mean()), "mae": mae, "mase": mae / naive_error}
+
+
+LEVEL = 0.9  # of prediction intervals
+
+
+def interval(errors: np.ndarray, level: float = LEVEL) -> np.ndarray:
+    """Half-widths (horizon,) of prediction intervals, from errors (N, horizon) of forecasts not trained on.
+
+    Split conformal prediction (Lei et al. 2018, arXiv:1604.04173): for each step, the smallest width that held
+    ceil((N + 1) level) of the N errors. It would hold the next value with probability `level` if the future were drawn
+    like the errors; a series that drifts breaks that, so compare with how often it holds on the test part. inf where N
+    errors are too few for the level.
+    """
+    count = len(errors)
+    rank = math.ceil((count + 1) * level)
+    if rank > count:
+        return np.full(errors.shape[1], np.inf)
+    return np.sort(np.abs(errors), axis=0)[rank - 1]
 
 
 def naive_error(train: np.ndarray, season: int) -> float:

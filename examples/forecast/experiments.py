@@ -26,10 +26,12 @@ from examples.forecast.data import (
     noisy_sine,
     targets,
 )
-from examples.forecast.evaluate import naive_error, neural_forecast, score
+from examples.forecast.evaluate import interval, naive_error, neural_forecast, score
 from examples.forecast.models import ModelConfig, build
 from examples.forecast.train import TUTORIAL, History, Recipe, Windows, fit
 
+TUNED_ENCODER = Recipe(learning_rate=3e-3, weight_decay=0.5)
+TUNED_LSTM = Recipe(learning_rate=3e-3, weight_decay=0.1)
 LAYERS = {"fastattn": fastattn.nn, "torch": torch.nn}  # by name: worker processes take strings, not modules
 NOISE_FLOOR = "noise floor (true signal)"
 
@@ -70,6 +72,11 @@ class Problem:
     methods: list[Method]
 
     @property
+    def has_future(self) -> bool:
+        """Whether there is something to forecast after its end: not of made-up data."""
+        return "fresh" not in self.tests
+
+    @property
     def before_test(self) -> np.ndarray:
         return self.series.values[: self.split.test_start]
 
@@ -83,14 +90,42 @@ class Problem:
         }
         return scores, forecasts["test"]
 
+    def look_ahead(self, validating: Forecast, forecast: Forecast, test_forecasts: np.ndarray) -> Ahead:
+        """Forecast what comes after the series, with intervals.
+
+        Args:
+            validating: the method, fitted to the training part alone; its errors on the validation part make the
+                intervals.
+            forecast: the method as it is tested.
+            test_forecasts: what it gave on "test".
+        """
+        values, test = self.series.values, self.tests["test"]
+        origins = make_origins(self.split.train_end, self.split.test_start, self.context, test.horizon)
+        half_widths = interval(targets(values, origins, test.horizon) - validating(values, origins))
+        errors = targets(test.values, test.origins, test.horizon) - test_forecasts
+        future = forecast(values, np.array([len(values)]))[0]
+        return Ahead(future, half_widths, float(np.mean(np.abs(errors) <= half_widths)))
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What comes after the end of the series: forecast and half-widths of its intervals, both (horizon,).
+
+    `coverage` is the part of all test values that such intervals held; `LEVEL` of them should.
+    """
+
+    future: np.ndarray
+    half_widths: np.ndarray
+    coverage: float
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training run leaves behind."""
+    """The result of a training run."""
 
     scores: Scores
     forecasts: np.ndarray  # (N, horizon) at the origins of "test"
-    future: np.ndarray  # (horizon,) after the last value of the series
+    ahead: Ahead
     history: History
     loss_unit: float  # times this, the losses of the history are in the series' squared units
     parameters: int
@@ -116,10 +151,9 @@ def train_and_score(
     history = fit(model, train, validation, method.recipe, checkpoint, resume, on_epoch)
 
     scores, forecasts = problem.score(lambda horizon: neural_forecast(model, scaler, horizon))
-    values = problem.series.values
-    ahead = neural_forecast(model, scaler, problem.tests["test"].horizon)
-    future = ahead(values, np.array([len(values)]))[0]
-    return Outcome(scores, forecasts, future, history, scaler.scale**2, count_parameters(model))
+    forecast = neural_forecast(model, scaler, problem.tests["test"].horizon)
+    ahead = problem.look_ahead(forecast, forecast, forecasts)
+    return Outcome(scores, forecasts, ahead, history, scaler.scale**2, count_parameters(model))
 
 
 def prepare(problem: Problem, method: Method, device: str) -> tuple[Scaler, Windows, Windows | None]:
@@ -174,7 +208,9 @@ def sine_problem(fresh_length: int = 20_000) -> Problem:
             Method("encoder", ModelConfig("encoder", context)),
             Method("encoder-decoder", ModelConfig("encoder-decoder", context, horizon=20, patch=5)),
             Method("LSTM, standardised, context 63", ModelConfig("lstm", season, width=64), TUTORIAL, extra=True),
-            Method("encoder, context 63", ModelConfig("encoder", season, patch=3), extra=True),
+            # The settings of the next two by validation, eight trials each: tune.py.
+            Method("encoder, context 63", ModelConfig("encoder", season, patch=3), TUNED_ENCODER, extra=True),
+            Method("LSTM, context 63", ModelConfig("lstm", season, width=64), TUNED_LSTM, extra=True),
         ],
     )
 
@@ -202,12 +238,14 @@ def real_problem(series: Series, horizon: int, context: int | None = None) -> Pr
     Args:
         series: real data.
         horizon: number of values to forecast.
-        context: number of values to look back, rounded to a multiple of 16; default four seasons.
+        context: number of values to look back, rounded to a multiple of 16; default four seasons, or what fits.
 
     Raises:
         DataError: the series is constant, or too short for this horizon and context.
     """
     quarter = _quarter(series.season, horizon, context)
+    while context is None and quarter > 1 and _needed(series, horizon, 16 * quarter) > len(series.values):
+        quarter -= 1  # a short series: fewer seasons are better than none
     context = 16 * quarter
     _check_length(series, horizon, context)
     split = Split.by_fraction(len(series.values))
@@ -241,9 +279,13 @@ def _quarter(season: int, horizon: int, context: int | None) -> int:
     return max(2, round(season / 4), math.ceil(horizon / 16))
 
 
-def _check_length(series: Series, horizon: int, context: int) -> None:
+def _needed(series: Series, horizon: int, context: int) -> int:
     """Room for 32 training windows (a batch), a validation window, a test window, and two seasons to compare."""
-    needed = math.ceil(max((context + horizon + 32) / 0.64, (horizon + 1) / 0.16, 2 * series.season / 0.64))
+    return math.ceil(max((context + horizon + 32) / 0.64, (horizon + 1) / 0.16, 2 * series.season / 0.64))
+
+
+def _check_length(series: Series, horizon: int, context: int) -> None:
+    needed = _needed(series, horizon, context)
     if len(series.values) < needed:
         raise DataError(
             f"{series.title}: expected at least {needed} values for horizon {horizon}, context {context} and season "
@@ -251,10 +293,14 @@ def _check_length(series: Series, horizon: int, context: int) -> None:
         )
 
 
-def real_baselines(problem: Problem) -> dict[str, Callable[[int], Forecast]]:
-    """By name, from a horizon to a forecaster."""
-    train, split, season = problem.before_test, problem.split, problem.series.season
-    context = problem.context
+def real_baselines(problem: Problem, validating: bool = False) -> dict[str, Callable[[int], Forecast]]:
+    """By name, from a horizon to a forecaster; `validating`: fitted without the validation part."""
+    split, season, context = problem.split, problem.series.season, problem.context
+    train = problem.series.values[: split.train_end] if validating else problem.before_test
+
+    def penalty(horizon: int) -> float:
+        return baselines.choose_ridge(problem.before_test, split.train_end, context, horizon)[1]
+
     methods: dict[str, Callable[[int], Forecast]] = {"last value": baselines.last_value}
     if season > 1:
         methods |= {
@@ -263,5 +309,5 @@ def real_baselines(problem: Problem) -> dict[str, Callable[[int], Forecast]]:
         }
     return methods | {
         "AR(20)": lambda horizon: baselines.autoregression(train, 20, horizon),
-        "ridge": lambda horizon: baselines.choose_ridge(train, split.train_end, context, horizon)[0],
+        "ridge": lambda horizon: baselines.ridge(train, context, horizon, penalty(horizon)),
     }

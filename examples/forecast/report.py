@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from examples.forecast.evaluate import over_seeds
-from examples.forecast.experiments import NOISE_FLOOR, Outcome, Problem, Scores
+from examples.forecast.evaluate import LEVEL, over_seeds
+from examples.forecast.experiments import NOISE_FLOOR, Ahead, Outcome, Problem, Scores
 from examples.forecast.parity import Parity
 
-SCHEMA = 1  # of metrics.json
+SCHEMA = 2  # of metrics.json
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Result:
     forecasts: np.ndarray  # (N, horizon) on "test"; of a model, at the first seed
     outcomes: list[Outcome]
     seeds: list[int]
+    ahead: Ahead | None = None  # what it says comes next; of a model, at the first seed; None for made-up data
 
     @property
     def learned(self) -> bool:
@@ -59,7 +60,9 @@ def results_table(problem: Problem, results: Sequence[Result]) -> str:
     unit = "" if problem.series.unit == "1" else f" ({problem.series.unit})"
     names = {"fresh": "MSE, fresh series", "rollout": "MSE, 20 steps"}
     more = [test for test in ("fresh", "rollout") if test in problem.tests]
-    header = ["", "parameters", "test MSE", "[range]", f"MAE{unit}", "MASE", *(names[test] for test in more), "s/run"]
+    held = [f"{LEVEL:.0%} held"] if problem.has_future else []
+    more_names = [*(names[test] for test in more), *held]
+    header = ["", "parameters", "test MSE", "[range]", f"MAE{unit}", "MASE", *more_names, "s/run"]
     rows = []
     for result in results:
         summary = result.over_seeds()
@@ -72,9 +75,15 @@ def results_table(problem: Problem, results: Sequence[Result]) -> str:
             f"{summary['test']['mae']['mean']:.3f}",
             f"{summary['test']['mase']['mean']:.3f}",
             *(f"{summary[test]['mse']['mean']:.4f}" for test in more),
+            *([_percent(result.ahead)] if problem.has_future else []),
             f"{np.mean([o.history.seconds for o in result.outcomes]):.1f}" if result.learned else "-",
         ])  # fmt: skip
     return _align([header, *rows])
+
+
+def _percent(ahead: Ahead | None) -> str:
+    """How many test values the prediction intervals held; "-" where too few validation errors leave them open."""
+    return f"{ahead.coverage:.0%}" if ahead is not None and np.isfinite(ahead.half_widths).all() else "-"
 
 
 def sine_findings(results: dict[str, Result]) -> list[str]:
@@ -104,7 +113,24 @@ def sine_findings(results: dict[str, Result]) -> list[str]:
         against("encoder", "AR(20)"),
         against("encoder, context 63", "LSTM, standardised, context 63"),
         against("encoder, context 63", "ridge, context 63"),
+        against("encoder, context 63", "harmonic fit"),
+        verdict(list(results.values()), "fresh"),
     ]
+
+
+def verdict(results: Sequence[Result], test: str) -> str:
+    """Who wins, plainly: a network, or a method of a few lines."""
+    methods = [result for result in results if result.name != NOISE_FLOOR]
+    models = [result for result in methods if result.learned]
+    model = min(models, key=lambda result: result.mean(test, "mse"))
+    baseline = min((r for r in methods if not r.learned), key=lambda result: result.mean(test, "mse"))
+    figures = f"{model.mean(test, 'mse'):.4f} against {baseline.mean(test, 'mse'):.4f}"
+    outcome = compare(model, baseline, test)
+    if outcome == "beats":
+        return f"A network wins: {model.name} beats {baseline.name}, the best method without one ({figures})."
+    if outcome == "loses to":
+        return f"No network wins: {baseline.name} beats the best of them, {model.name} ({figures}, network first)."
+    return f"No network wins: {model.name} is level with {baseline.name}, which costs nothing to train ({figures})."
 
 
 def compare(ours: Result, other: Result, test: str) -> str:
@@ -124,11 +150,10 @@ def real_findings(results: Sequence[Result]) -> list[str]:
         return result.mean("test", "mse")
 
     models = sorted((result for result in results if result.learned), key=mse)
-    baseline = min((result for result in results if not result.learned), key=mse)
     return [
-        f"The best model, {models[0].name}, {compare(models[0], baseline, 'test')} the best baseline, {baseline.name}: "
-        f"its MSE is {mse(models[0]) / mse(baseline):.2f} times as large.",
-        "Models from best to worst: " + ", ".join(f"{model.name} {mse(model):.4f}" for model in models),
+        verdict(results, "test"),
+        "Networks from best to worst: " + ", ".join(f"{model.name} {mse(model):.4f}" for model in models),
+        f"'{LEVEL:.0%} held': so many test values lay in the prediction intervals, which should hold {LEVEL:.0%}.",
     ]
 
 
@@ -175,6 +200,12 @@ def problem_metrics(problem: Problem, results: Sequence[Result]) -> dict[str, An
                 "parameters": result.outcomes[0].parameters if result.learned else None,
                 "seeds": result.seeds,
                 "scores": result.over_seeds(),
+                "intervals": result.ahead
+                and {
+                    "level": LEVEL,
+                    "half_widths": [float(width) if np.isfinite(width) else None for width in result.ahead.half_widths],
+                    "coverage": result.ahead.coverage,
+                },
                 "runs": [
                     {
                         "seed": seed,

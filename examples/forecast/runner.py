@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import torch
 
 from examples.common import Progress
-from examples.forecast.experiments import Method, Outcome, Problem, train_and_score
+from examples.forecast.experiments import LAYERS, Method, Outcome, Problem, train_and_score
+from examples.forecast.models import build
+from examples.forecast.train import fit
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,32 @@ def execute_all(runs: Sequence[Run], workers: int) -> list[Outcome]:
             raise
     progress.close()
     return [futures[index].result() for index in range(len(runs))]
+
+
+def estimate_seconds(problem: Problem, method: Method, device: str, layers: str) -> float:
+    """The most that one training run and its scoring take: measured on four batches, times how many there are."""
+    split, config, recipe = problem.split, method.config, method.recipe
+    model = build(config, LAYERS[layers]).to(device)
+    sizes = (4 * recipe.batch_size, config.context), (4 * recipe.batch_size, config.horizon)
+    windows = tuple(torch.zeros(size, device=device) for size in sizes)
+    one_epoch = replace(recipe, epochs=1, patience=None)
+    horizon = problem.tests["test"].horizon
+
+    def seconds(call: Callable[[], Any]) -> float:
+        call()  # the first call of anything is slower
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    train_end = split.train_end if recipe.patience is not None else split.test_start
+    batch = seconds(lambda: fit(model, (windows[0], windows[1]), None, one_epoch)) / 4
+    forecast = seconds(lambda: model.forecast(windows[0], horizon)) / len(windows[0])
+    epoch = math.ceil((train_end - config.context) / recipe.batch_size) * batch
+    epoch += 0 if recipe.patience is None else (split.test_start - train_end) * forecast
+    scored = sum(len(test.origins) * test.horizon / horizon for test in problem.tests.values())
+    return recipe.epochs * epoch + scored * forecast
 
 
 def _cost(run: Run) -> float:

@@ -12,11 +12,11 @@ from torch import nn
 import fastattn.nn
 from examples.common import CheckpointError, count_parameters
 from examples.forecast import baselines, data, experiments, train
-from examples.forecast.evaluate import naive_error, neural_forecast, over_seeds, score
+from examples.forecast.evaluate import interval, naive_error, neural_forecast, over_seeds, score
 from examples.forecast.experiments import Method, prepare, real_problem, sine_problem, train_and_score
 from examples.forecast.models import ModelConfig, build
 from examples.forecast.parity import compare
-from examples.forecast.runner import Run, execute_all
+from examples.forecast.runner import Run, estimate_seconds, execute_all
 from examples.forecast.train import Recipe, fit
 
 KINDS = ["lstm", "encoder", "encoder-decoder"]
@@ -153,19 +153,74 @@ def write(path, text):
 
 def test_read_csv(tmp_path):
     path = write(tmp_path / "x.csv", "\ufeffday, sales\n2024-01-01,1\n2024-01-02, 2.5\n2024-01-03,-3e1\n")
-    np.testing.assert_array_equal(data.read_csv(path, "sales", time_column="day"), [1, 2.5, -30])
+    table = data.read_csv(path, "sales", time_column="day")
+    np.testing.assert_array_equal(table.values, [1, 2.5, -30])
+    np.testing.assert_array_equal(table.times, np.arange("2024-01-01", "2024-01-04", dtype="datetime64[D]"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["day;a;b\n2024-01-01;1,5;0\n2024-01-02;-2,25;0\n", "day\ta\tb\n2024-01-01\t1.5\t0\n2024-01-02\t-2.25\t0\n",
+     "day|a\n2024-01-01|1.5\n2024-01-02|-2.25\n", "day,a\n2024-01-01,1.5\n2024-01-02,-2.25\n"],
+)  # fmt: skip
+def test_other_delimiters(tmp_path, text):
+    table = data.read_csv(write(tmp_path / "x.csv", text), "a")
+    np.testing.assert_array_equal(table.values, [1.5, -2.25])
+    assert table.time_column == "day"  # found
+
+
+@pytest.mark.parametrize(
+    ("dates", "message"),
+    [
+        (["2024-01-01", "2024-01-03", "2024-01-02"], "order of 'day': '2024-01-03' and then '2024-01-02' in line 4"),
+        (["2024-01-03", "2024-01-02", "2024-01-01"], "newest row first"),
+        (["2024-01-01", "2024-01-01", "2024-01-02"], "'2024-01-01' stands more than once .* line 3; .*one series"),
+    ],
+)  # fmt: skip
+def test_rows_out_of_order_are_found_without_a_time_column(tmp_path, dates, message):
+    path = write(tmp_path / "x.csv", "id,day,a\n" + "".join(f"{n},{date},1\n" for n, date in enumerate(dates)))
+    with pytest.raises(data.DataError, match=message):
+        data.read_csv(path, "a")
+
+
+def test_uneven_dates_that_were_found_are_a_note(tmp_path):
+    """Trading days have weekends: only a column that was asked for must be evenly spaced."""
+    text = "day,a\n2024-01-04,1\n2024-01-05,1\n2024-01-08,1\n2024-01-09,1\n"
+    path = write(tmp_path / "x.csv", text)
+    assert "got '2024-01-05' and then '2024-01-08' in line 4" in data.read_csv(path, "a").uneven
+    with pytest.raises(data.DataError, match="evenly spaced"):
+        data.read_csv(path, "a", time_column="day")
+
+
+@pytest.mark.parametrize(
+    ("times", "following"),
+    [
+        (["2024-01-30", "2024-01-31"], ["2024-02-01", "2024-02-02"]),
+        (["2023-10-01", "2023-11-01", "2023-12-01"], ["2024-01-01", "2024-02-01"]),
+        (["2022-01-01", "2023-01-01"], ["2024-01-01", "2025-01-01"]),
+        (["2024-01-01T00", "2024-01-01T06"], ["2024-01-01T12", "2024-01-01T18"]),
+    ],
+)
+def test_dates_after_the_end(times, following):
+    times = np.array(times, dtype="datetime64[s]")
+    series = replace(small_series(len(times)), times=times)
+    steps = np.arange(len(times) + 2)
+    expected = np.concatenate([times, np.array(following, dtype="datetime64[s]")])
+    np.testing.assert_array_equal(series.time_axis(steps), expected)
+    np.testing.assert_array_equal(replace(series, times=None).time_axis(steps), steps)
 
 
 def test_fill_gaps_repeats_the_value_before(tmp_path):
     path = write(tmp_path / "x.csv", "a,b\n1,1\n1,\n1,NaN\n1,4\n1\n")
-    np.testing.assert_array_equal(data.read_csv(path, "b", fill_gaps=True), [1, 1, 1, 4, 4])
+    np.testing.assert_array_equal(data.read_csv(path, "b", fill_gaps=True).values, [1, 1, 1, 4, 4])
 
 
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
         ("a,b\n1,2\n", {"column": "c"}, r"no column 'c'; its columns are 'a', 'b'"),
-        ("", {"column": "c"}, r"no column 'c'"),
+        ("", {"column": "c"}, r"is empty; expected a header line"),
+        (" \n", {"column": "c"}, r"is empty"),
         ("a\n1\n", {"column": "a", "time_column": "t"}, r"no column 't'"),
         ("a\n1\ntwo\n", {"column": "a"}, r"expected numbers in column 'a' .* got 'two' in line 3"),
         ("a\n1\ninf\n", {"column": "a"}, r"got 'inf' in line 3"),
@@ -174,7 +229,7 @@ def test_fill_gaps_repeats_the_value_before(tmp_path):
         ("a,b\n,1\n", {"column": "a"}, r"holds no values"),
         ("a\n", {"column": "a"}, r"holds no values"),
         ("t,a\n1,1\n2,1\n3,1\n5,1\n", {"column": "a", "time_column": "t"}, r"evenly .* got '3' and then '5' in line 5"),
-        ("t,a\n2024-01-31,1\n2024-01-30,1\n", {"column": "a", "time_column": "t"}, r"evenly spaced, increasing"),
+        ("t,a\n2024-01-31,1\n2024-01-30,1\n", {"column": "a", "time_column": "t"}, r"newest row first"),
         ("t,a\nsoon,1\n", {"column": "a", "time_column": "t"}, r"expected dates .* got 'soon' in line 2"),
     ],
 )  # fmt: skip
@@ -187,6 +242,8 @@ def test_csv_errors(tmp_path, text, arguments, message):
 def test_csv_that_is_not_there_or_not_text(tmp_path):
     with pytest.raises(data.DataError, match=r"expected a CSV file at .*none\.csv, found none"):
         data.read_csv(tmp_path / "none.csv", "a")
+    with pytest.raises(data.DataError, match="is a directory"):
+        data.read_csv(tmp_path, "a")
     (tmp_path / "binary.csv").write_bytes(b"a\n\xff\xfe\x00")
     with pytest.raises(data.DataError, match="not a CSV file in UTF-8"):
         data.read_csv(tmp_path / "binary.csv", "a")
@@ -197,15 +254,22 @@ def test_csv_that_is_not_there_or_not_text(tmp_path):
 )
 def test_evenly_spaced_times(tmp_path, dates):
     path = write(tmp_path / "x.csv", "t,a\n" + "".join(f"{date},1\n" for date in dates))
-    assert len(data.read_csv(path, "a", time_column="t")) == 3
+    assert len(data.read_csv(path, "a", time_column="t").values) == 3
 
 
 def test_too_short_or_constant_series():
     series = small_series(length=60)
-    with pytest.raises(data.DataError, match=r"at least \d+ values for horizon 12, context 48 and season 12, got 60"):
+    with pytest.raises(data.DataError, match=r"at least \d+ values for horizon 12, context 16 and season 12, got 60"):
         real_problem(series, horizon=12)
     with pytest.raises(data.DataError, match="expected values that vary"):
         real_problem(replace(small_series(), values=np.ones(240)), horizon=5)
+
+
+def test_the_default_context_fits_a_short_series():
+    assert real_problem(small_series(300), horizon=12).context == 48  # four seasons
+    assert real_problem(small_series(120), horizon=12).context == 32
+    with pytest.raises(data.DataError, match="context 48"):  # what was asked for is not changed
+        real_problem(small_series(120), horizon=12, context=48)
 
 
 @pytest.mark.parametrize("horizon", [1, 7, 24])
@@ -317,6 +381,30 @@ def test_known_baseline_scores_on_the_tutorials_split():
     expected = {"last value": 0.4513, "seasonal naive": 0.4664, "AR(20)": 0.2704, experiments.NOISE_FLOOR: 0.2405}
     assert {name: round(scores[name]["test"]["mse"], 4) for name in expected} == expected
     assert len(problem.tests["test"].origins) == 180
+
+
+def test_intervals_hold_as_many_as_they_should():
+    """For errors drawn alike, at least the level on average; and no wider than the largest error."""
+    errors = np.random.RandomState(0).standard_t(4, size=(2000, 99, 3))
+    widths = np.stack([interval(sample, 0.9) for sample in errors])
+    held = (np.abs(np.random.RandomState(1).standard_t(4, size=(2000, 3))) <= widths).mean()
+    assert abs(held - 0.9) < 4 * np.sqrt(0.9 * 0.1 / 6000)  # rank 90 of 99: exactly 0.9; four standard errors
+    np.testing.assert_array_equal(interval(np.array([[1.0], [-3.0], [2.0]]), 0.5), [2.0])  # rank 2 of 3
+    assert np.isinf(interval(np.ones((8, 2)), 0.9)).all()  # 9 is the least: rank ceil(9 * 0.9) of 8 is none
+
+
+def test_intervals_come_from_the_validation_part():
+    problem = small_problem()
+    horizon, (start, stop) = 5, (problem.split.train_end, problem.split.test_start)
+    validating = experiments.real_baselines(problem, validating=True)["AR(20)"](horizon)
+    forecast = experiments.real_baselines(problem)["AR(20)"](horizon)
+    test = problem.tests["test"]
+    ahead = problem.look_ahead(validating, forecast, forecast(test.values, test.origins))
+    origins = data.make_origins(start, stop, problem.context, horizon)
+    own = baselines.autoregression(problem.series.values[:start], 20, horizon)(problem.series.values, origins)
+    errors = data.targets(problem.series.values, origins, horizon) - own
+    np.testing.assert_allclose(ahead.half_widths, interval(errors))
+    assert 0.5 < ahead.coverage <= 1 and ahead.future.shape == (5,)
 
 
 # ------------------------------------------------------------------------------------------------------ models
@@ -515,20 +603,36 @@ def test_from_csv_to_figures(cli, series_csv, tmp_path, capsys):
         "--horizon",
         "5",
         "--quick",
+        "--epochs",
+        "2",
     ]
     arguments += ["--device", "cpu", "--workers", "1", "--output", str(output)]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    expected = ["device: cpu", "attention backend", "torch.nn", "last value", "seasonal naive", "AR(20)", "ridge"]
+    expected = [
+        "device: cpu",
+        "attention backend",
+        "expected: at most about",
+        "90% held",
+        "torch.nn",
+        "last value",
+        "seasonal naive",
+        "AR(20)",
+        "ridge",
+    ]
     for text in [*expected, "LSTM", "encoder-decoder", "Try next", "metrics.json"]:
         assert text in printed, text
     assert "nan" not in printed.lower()
 
-    for figure in ("forecast", "loss", "comparison"):
+    for figure in ("forecast", "loss", "comparison", "future"):
         assert (output / f"sales-kg_{figure}.png").read_bytes().startswith(b"\x89PNG")
     with (output / "sales-kg_future.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 5 and all(np.isfinite(float(cell)) for row in rows for cell in row.values())
+    assert len(rows) == 5 and all(np.isfinite(float(cell)) for row in rows for cell in row.values() if cell)
+    assert [float(row["time"]) for row in rows] == [200, 201, 202, 203, 204]
+    for row in rows:
+        low, middle, high = (float(row[f"encoder{end}"]) for end in (" low 90%", "", " high 90%"))
+        assert low < middle < high
 
     metrics = json.loads((output / "metrics.json").read_text())
     assert set(metrics) == {"schema", "arguments", "environment", "parity", "series", "seconds"}
@@ -538,7 +642,8 @@ def test_from_csv_to_figures(cli, series_csv, tmp_path, capsys):
     assert series["season"] == 12 and series["split"] == {"train_end": 128, "test_start": 160, "length": 200}
     assert series["tests"]["test"] == {"origins": 36, "horizon": 5}
     for result in series["results"]:
-        assert set(result) == {"name", "kind", "parameters", "seeds", "scores", "runs"}
+        assert set(result) == {"name", "kind", "parameters", "seeds", "scores", "intervals", "runs"}
+        assert len(result["intervals"]["half_widths"]) == 5
         assert set(result["scores"]["test"]) == {"mse", "mae", "mase"}
         assert set(result["scores"]["test"]["mse"]) == {"mean", "min", "max"}
         assert len(result["runs"]) == len(result["seeds"]) == (1 if result["kind"] == "model" else 0)
@@ -561,22 +666,32 @@ def test_workers_change_nothing(tmp_path):
         assert here.scores == outcome.scores and here.history == outcome.history
 
 
+def test_the_estimate_grows_with_the_work():
+    problem = small_problem(epochs=1)
+    method = problem.methods[1]
+    long = replace(method, recipe=replace(method.recipe, epochs=1000))
+    once, often = (estimate_seconds(problem, m, "cpu", "fastattn") for m in (method, long))
+    assert 0 < once < often / 10
+
+
 def test_part_one_text_and_figures(cli, tmp_path):
     """With made-up outcomes: each method one hundredth worse than the one before."""
     problem = sine_problem(fresh_length=300)
     names = [*experiments.sine_baselines(problem), *(method.name for method in problem.methods)]
+    ahead = experiments.Ahead(np.zeros(1), np.ones(1), 0.9)
     results = []
     for index, name in enumerate(sorted(names, key=lambda name: name != experiments.NOISE_FLOOR)):
         scores = {test: dict.fromkeys(("mse", "mae", "mase"), 0.25 + index / 100) for test in problem.tests}
         forecasts = np.zeros((180, 1))
         history = train.History([0.3, 0.2], [0.4, 0.3], best_epoch=1)
-        outcomes = [experiments.Outcome(scores, forecasts, np.zeros(1), history, 1.0, 17)] * 2
+        outcomes = [experiments.Outcome(scores, forecasts, ahead, history, 1.0, 17)] * 2
         learned = name in {method.name for method in problem.methods}
         results.append(
             cli.report.Result(name, [scores] * (1 + learned), forecasts, outcomes * learned, [1, 2] * learned)
         )
     text = cli.report.results_text(problem, results)
     assert "above the noise floor, 0.2500" in text
+    assert "No network wins: last value beats" in text
     assert "0.0600 -> 0.0700   +17%  LSTM, the tutorial's -> LSTM, standardised" in text
     assert len(cli.plots.plot_all(problem, results, tmp_path)) == 3
     assert json.dumps(cli.report.problem_metrics(problem, results), allow_nan=False)
