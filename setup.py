@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 NVCC_FLAGS = ["-O3", "-std=c++17", "--shared", "-Xcompiler=-fPIC", "-gencode=arch=compute_90a,code=sm_90a"]
 
@@ -50,4 +51,29 @@ class BuildWithNvcc(build_ext):
         subprocess.run(["nvcc", *NVCC_FLAGS, define, *ext.sources, "-o", str(target)], check=True)
 
 
-setup(ext_modules=[cuda_library()] if cuda_wanted() else [], cmdclass={"build_ext": BuildWithNvcc})
+class EditableByPath(editable_wheel):
+    """An editable install that type checkers see: a folder on the path, with nothing in it but a link to the package.
+
+    By itself setuptools installs an import hook here, since the device code has a folder of its own; type checkers
+    follow paths only. The checkout itself must not be on the path: transformers would import its ``kernels``. Where a
+    system has no symbolic links, the hook remains.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        folder = Path(".editable")
+        folder.mkdir(exist_ok=True)
+        link = folder / "fastattn"
+        try:
+            if not link.is_symlink():
+                link.symlink_to(Path("..", "fastattn"), target_is_directory=True)
+        except OSError:
+            return
+        if (link / "kernels" / "__init__.py").is_file():
+            self.package_dir = {"": str(folder)}
+
+
+setup(
+    ext_modules=[cuda_library()] if cuda_wanted() else [],
+    cmdclass={"build_ext": BuildWithNvcc, "editable_wheel": EditableByPath},
+)

@@ -12,7 +12,7 @@ import torch
 
 import fastattn
 
-PACKAGE = Path(fastattn.__file__).parent
+PACKAGE = Path(fastattn.__file__).resolve().parent
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 

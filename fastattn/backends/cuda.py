@@ -26,7 +26,7 @@ PROVEN: dict[tuple[str, int, bool], str] = {}
 benchmarks/results, and was faster than Triton's in the same run. The only calls that choose this backend unasked."""
 
 _LIBRARY = Path(__file__).parents[1] / "libfastattn_cuda.so"
-_SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"  # in a checkout
+_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"  # in a checkout, whatever link leads here
 _DTYPES = {"float16": 0, "bfloat16": 1}
 _BAD_ARGUMENT = 1
 

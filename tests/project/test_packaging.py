@@ -1,6 +1,7 @@
 """What is shipped: files of the sdist and the wheel, installs outside the checkout, the CUDA switch."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,59 @@ def test_installed_package_imports_everything(kind, wheel, source, tmp_path):
     files = expected_modules()
     modules = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in files}
     assert {"fastattn", *output[1:]} == modules - {"fastattn.__main__"}
+
+
+USES_TYPES = """
+import fastattn
+
+reveal_type(fastattn.attention)
+reveal_type(fastattn.nn.CausalLMConfig(vocab_size=3).num_heads)
+fastattn.attention(1, 2)  # v is missing
+"""
+CHECKERS = {"pyright": ["--pythonpath"], "mypy": ["--python-executable"]}
+
+
+@pytest.mark.parametrize("checker", CHECKERS)
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_type_checkers_see_the_package(checker, kind, wheel, source, tmp_path):
+    """As installed by the README's own line, and from a wheel."""
+    pytest.importorskip(checker, reason=f"{checker} is not installed: make env")
+    python = make_venv(tmp_path / "venv")
+    pip_install(python, *([wheel] if kind == "wheel" else ["--editable", source]), cwd=tmp_path)
+    for outer in (tmp_path / "venv").rglob("outer.pth"):
+        outer.unlink()  # the types of PyTorch take minutes to read, and are not what is asked
+    program = tmp_path / "user" / "program.py"
+    program.parent.mkdir()
+    program.write_text(USES_TYPES)
+    result = run(sys.executable, "-m", checker, *CHECKERS[checker], python, program, cwd=program.parent, check=False)
+    assert "causal: bool" in result.stdout  # the signature, not Any or Unknown
+    assert re.search(r'"int"|builtins\.int', result.stdout)
+    assert re.search(r"program\.py:6\S* .*error: No overload", result.stdout)
+    assert "import" not in result.stdout.lower().replace("important", "")  # nothing could not be found
+
+
+def test_an_editable_install_puts_nothing_else_on_the_path(source, tmp_path):
+    """Not the checkout, whose `kernels` transformers would import; and new files are seen at once."""
+    python = make_venv(tmp_path / "venv")
+    pip_install(python, "--editable", source, cwd=tmp_path)
+    (added,) = [line for path in (tmp_path / "venv").rglob("__editable__*.pth") for line in path.read_text().split()]
+    assert [path.name for path in Path(added).iterdir()] == ["fastattn"]
+    (source / "fastattn" / "new_module.py").write_text("value = 42")
+    code = "import fastattn.new_module as new; print(new.value)"
+    try:
+        assert run(python, "-c", code, cwd=tmp_path).stdout.strip() == "42"
+    finally:
+        (source / "fastattn" / "new_module.py").unlink()
+
+
+def test_an_editable_install_without_the_symlink(tmp_path):
+    """As on a system without links: by setuptools' import hook."""
+    source = copy_sources(tmp_path / "source")
+    (source / "fastattn" / "kernels").unlink()
+    python = make_venv(tmp_path / "venv")
+    pip_install(python, "--editable", source, cwd=tmp_path)
+    code = "import fastattn.kernels.config as module; print(module.__file__)"
+    assert run(python, "-c", code, cwd=tmp_path).stdout.strip() == str(source / "kernels" / "config.py")
 
 
 def test_wheel_works_without_the_symlink(tmp_path):
