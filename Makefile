@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SETUP_FILES := pyproject.toml setup.py constraints.txt
 
-# A second Triton, that of the oldest supported PyTorch, for ahead-of-time compilation only. It is not on the
-# path, so that nothing imports it by accident; the compile tests find it through FASTATTN_TRITON_3_6.
-TRITON_3_6 := $(CURDIR)/.cache/triton-3.6.0
-export FASTATTN_TRITON_3_6 = $(TRITON_3_6)
-# Its wheel fits one Python version: the stamp names that version, so another one installs anew.
-TRITON_3_6_STAMP := $(TRITON_3_6)/.stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+# Two more Tritons, that of the oldest supported PyTorch and the newest, for ahead-of-time compilation only. They are not
+# on the path, so that nothing imports them by accident; the compile tests find them through these variables.
+export FASTATTN_TRITON_3_6 = $(CURDIR)/.cache/triton-3.6.0
+export FASTATTN_TRITON_3_9 = $(CURDIR)/.cache/triton-3.9.0
+# A wheel fits one Python version: the stamp names that version, so another one installs anew.
+TRITON_STAMP := .stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+TRITONS := $(FASTATTN_TRITON_3_6)/$(TRITON_STAMP) $(FASTATTN_TRITON_3_9)/$(TRITON_STAMP)
 
 .DEFAULT_GOAL := help
 .PHONY: help env test demo demo-quick demo-dates demo-charlm lint types docs compile-report ext bench-overhead \
@@ -24,7 +25,7 @@ help:  ## list the targets
 
 env: $(VENV)/.stamp-dev  ## make .venv with the package (editable), test, example and lint tools
 
-test: $(VENV)/.stamp-test $(TRITON_3_6_STAMP)  ## install what the tests need and run them all
+test: $(VENV)/.stamp-test $(TRITONS)  ## install what the tests need and run them all
 # One thread in each of the two processes: more would compete for the same cores.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
@@ -51,7 +52,7 @@ types: $(VENV)/.stamp-dev  ## pyright over fastattn and kernels
 docs: $(VENV)/.stamp-docs  ## the documentation site, into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-compile-report: $(VENV)/.stamp-test $(TRITON_3_6_STAMP)  ## compile every kernel for every target, no GPU needed
+compile-report: $(VENV)/.stamp-test $(TRITONS)  ## compile every kernel for every target, no GPU needed
 	$(BIN)/python -m benchmarks.compile_report
 
 ext: fastattn/libfastattn_cuda.so  ## compile csrc/ with nvcc, in place; the operator works without it
@@ -85,7 +86,7 @@ $(VENV)/.stamp-%: $(SETUP_FILES) | $(BIN)/python
 	$(PIP) --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
-$(TRITON_3_6_STAMP): | $(BIN)/python
-	rm -rf $(TRITON_3_6)
-	$(PIP) --no-deps --target $(TRITON_3_6) triton==3.6.0
+$(CURDIR)/.cache/triton-%/$(TRITON_STAMP): | $(BIN)/python
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) triton==$*
 	touch $@

@@ -143,6 +143,7 @@ def compiling_for(arch: str, kernel: str) -> Iterator[list[CompiledKernel]]:
     def launcher(jit_function: JITFunction, grid: tuple[int, ...]) -> Any:
         def compile_only(*args: Any, **kwargs: Any) -> None:
             if jit_function.__name__ == f"{kernel}_kernel":
+                jit_function.device_caches.clear()  # what an earlier case has compiled comes without ptxas's log
                 compiled.append(jit_function.run(*args, grid=grid, warmup=True, **kwargs))
 
         return compile_only
@@ -343,13 +344,14 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--kernel", nargs="+", choices=config.KERNELS, default=list(config.KERNELS))
     parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="head dims (default: %(default)s)")
-    parser.add_argument("--features", nargs="+", choices=FEATURES, default=DEFAULT_FEATURES)
+    parser.add_argument("--features", nargs="+", choices=[*FEATURES, "all"], default=DEFAULT_FEATURES)
     parser.add_argument("--jobs", type=int, default=2, help="compile this many at a time (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     if primitives.INTERPRETED.value:
         sys.exit("expected TRITON_INTERPRET to be unset: interpreted kernels are not compiled")
-    results = compile_all(all_cases(args.arch, args.kernel, args.dims, args.features), args.jobs)
+    features = list(FEATURES) if "all" in args.features else args.features
+    results = compile_all(all_cases(args.arch, args.kernel, args.dims, features), args.jobs)
     if args.json:
         rows = [dataclasses.asdict(r) | {"triton": triton.__version__} for r in results]
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

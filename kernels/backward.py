@@ -30,9 +30,9 @@ from .primitives import (
     query_offset,
     query_range,
     rows_of,
+    sparse_entry,
     sparse_line,
     sparse_range,
-    sparse_tile,
     store_tile,
     stride,
     tile_position,
@@ -146,11 +146,13 @@ def dkdv_kernel(
             start, edges, inner_start, inners = sparse_range(lines_ptr, line, BLOCK_M)
         for EDGE in tl.static_range(2):
             for number in tl.range(0, edges if EDGE else inners):
+                tile_ptr = None
                 if SPARSE:
-                    row, tile_ptr = sparse_tile(number, start, inner_start, entries_ptr, pool_ptr, EDGE == 1, BLOCK_M)
+                    row, entry_ptr = sparse_entry(number, start, inner_start, entries_ptr, EDGE == 1, BLOCK_M)
+                    if EDGE:
+                        tile_ptr = pool_tile(pool_ptr, tl.load(entry_ptr + 1))
                 else:
                     row = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_M)
-                    tile_ptr = None
                 rows = row + tl.arange(0, BLOCK_M)
                 k0, k1 = rows, rows
                 if DROPOUT:
@@ -264,11 +266,13 @@ def dq_kernel(
     dslope = tl.zeros([BLOCK_M], tl.float32)
     for EDGE in tl.static_range(2):
         for number in tl.range(0, edges if EDGE else inners):
+            tile_ptr = None
             if SPARSE:
-                col, tile_ptr = sparse_tile(number, start, inner_start, entries_ptr, pool_ptr, EDGE == 1, BLOCK_N)
+                col, entry_ptr = sparse_entry(number, start, inner_start, entries_ptr, EDGE == 1, BLOCK_N)
+                if EDGE:
+                    tile_ptr = pool_tile(pool_ptr, tl.load(entry_ptr + 1))
             else:
                 col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
-                tile_ptr = None
             ds, cap_gradient, k = _tile_ds(
                 q, dout, lse, delta, rows, col, k_ptr, v_ptr, stride(k_strides[2], UNIT), stride(v_strides[2], UNIT),
                 k0, k1, mask_ptr, bias_ptr, mask_strides, bias_strides, tile_ptr, slope, q_len, kv_len,

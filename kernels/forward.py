@@ -21,11 +21,12 @@ from .primitives import (
     load_tile,
     locate,
     online_softmax,
+    pool_tile,
     query_offset,
     rows_of,
+    sparse_entry,
     sparse_line,
     sparse_range,
-    sparse_tile,
     store_tile,
     stride,
     tile_position,
@@ -95,11 +96,13 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for EDGE in tl.static_range(2):
         for number in tl.range(0, edges if EDGE else inners):
+            tile_ptr = None
             if SPARSE:
-                col, tile_ptr = sparse_tile(number, start, inner_start, entries_ptr, pool_ptr, EDGE == 1, BLOCK_N)
+                col, entry_ptr = sparse_entry(number, start, inner_start, entries_ptr, EDGE == 1, BLOCK_N)
+                if EDGE:
+                    tile_ptr = pool_tile(pool_ptr, tl.load(entry_ptr + 1))
             else:
                 col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
-                tile_ptr = None
             cols = (col + tl.arange(0, BLOCK_N))[None, :]
             k = load_tile(k_ptr, col, stride(k_strides[2], UNIT), kv_len, EDGE == 1, HEAD_DIM, BLOCK_N, BLOCK_D)
             s, _ = finish_scores(

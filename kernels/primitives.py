@@ -325,16 +325,12 @@ def sparse_range(offsets_ptr, line, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sparse_tile(tile, start, inner_start, entries_ptr, pool_ptr, EDGE: tl.constexpr, BLOCK: tl.constexpr):
-    """(where tile number ``tile`` of the edge or the inner tiles begins, its tile of the pool or None)."""
+def sparse_entry(tile, start, inner_start, entries_ptr, EDGE: tl.constexpr, BLOCK: tl.constexpr):
+    """(where tile number ``tile`` of the edge or the inner tiles begins, pointer to its entry)."""
     pieces: tl.constexpr = SPARSE_BLOCK // BLOCK
     tile += start * 0  # the interpreter's loop counters are Python integers
     entry_ptr = entries_ptr + ((start if EDGE else inner_start) + tile // pieces).to(tl.int64) * 2
-    position = tl.load(entry_ptr) * SPARSE_BLOCK + tile % pieces * BLOCK
-    if EDGE:
-        return position, pool_tile(pool_ptr, tl.load(entry_ptr + 1))
-    else:
-        return position, None
+    return tl.load(entry_ptr) * SPARSE_BLOCK + tile % pieces * BLOCK, entry_ptr
 
 
 @triton.jit

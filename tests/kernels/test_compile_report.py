@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TRITON_3_6 = os.environ.get("FASTATTN_TRITON_3_6", "")
+OTHER_TRITONS = {
+    "3.6.0": os.environ.get("FASTATTN_TRITON_3_6", ""),
+    "3.9.0": os.environ.get("FASTATTN_TRITON_3_9", ""),
+}
 
 
 def report(tmp_path, *arguments, python_path=()):
@@ -73,12 +76,19 @@ def test_the_cache_kernels_spill_nothing(arch, tmp_path):
         assert not row["error"] and row["spills"] == 0, describe(row)
 
 
+KERNEL_GROUPS = [("forward",), ("dkdv",), ("dq",), ("dbias", "delta", "decode", "combine", "append")]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not TRITON_3_6, reason="FASTATTN_TRITON_3_6 names no Triton 3.6.0; `make test` installs it")
-def test_oldest_triton_compiles_the_same(tmp_path):
-    rows = report(
-        tmp_path, "--arch", "sm_90", "--dims", "128", "--features", "causal", "bias", python_path=[TRITON_3_6]
-    )
+@pytest.mark.parametrize("kernels", KERNEL_GROUPS, ids=lambda kernels: kernels[0])
+@pytest.mark.parametrize("version", OTHER_TRITONS)
+def test_every_feature_compiles_with_the_oldest_and_the_newest_triton(version, kernels, tmp_path):
+    folder = OTHER_TRITONS[version]
+    if not folder:
+        pytest.skip(f"no Triton {version} in its variable; `make test` installs it")
+    options = ("--arch", "sm_90", "--dims", "64", "--kernel", *kernels, "--features", "all")
+    rows = report(tmp_path, *options, python_path=[folder])
+    assert rows and {row["triton"] for row in rows} == {version}
     for row in rows:
         assert not row["error"], describe(row)
         if row["feature"] == "causal":
