@@ -7,18 +7,30 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
+from fastattn import backends
+from fastattn.spec import AttentionSpec, CacheSpec, make_cache_spec, make_spec
+from fastattn.spec.target import TARGETS, Target, assume
 
 PACKAGE = Path(fastattn.__file__).resolve().parent
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
+class Parser(argparse.ArgumentParser):
+    """An error is one line, without the usage, which is longer than a screen is wide."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code: 0, or 2 for arguments that make no valid call."""
-    parser = argparse.ArgumentParser(prog="python -m fastattn", description=__doc__)
+    parser = Parser(prog="python -m fastattn", description=__doc__)
     parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -119,18 +131,34 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--q", type=shape, required=True, metavar="B,H,L,D", help="shape of the query")
     parser.add_argument("--k", type=shape, metavar="B,H,L,D", help="shape of the key (default: as --q)")
     parser.add_argument("--v", type=shape, metavar="B,H,L,D", help="shape of the value (default: as --k)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of q, k, v and bias (default: bf16)")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--dtype", type=dtype, default="bf16", help="of q, k, v and bias (default: bfloat16)")
+    parser.add_argument(
+        "--device", type=device, default="cpu",
+        help=f"cpu, cuda, cuda:1, ... (default: cpu); or cuda:NAME for a GPU that is not here: {', '.join(TARGETS)}",
+    )  # fmt: skip
     parser.add_argument("--causal", action="store_true", help="keys up to the position of the query only")
-    parser.add_argument("--q-offset", type=int, metavar="N", help="absolute position of query 0")
+    parser.add_argument("--q-offset", type=int, metavar="N", help="position of query 0 among the keys")
     parser.add_argument("--window", type=window, metavar="LEFT,RIGHT", help="sliding window; 128, is open to the right")
+    parser.add_argument("--scale", type=float, metavar="X", help="factor of the scores (default: 1/sqrt(D))")
     parser.add_argument("--softcap", type=float, metavar="X", help="bound of the scores")
     parser.add_argument("--alibi", action="store_true", help="with ALiBi slopes")
     parser.add_argument("--sinks", action="store_true", help="with attention sinks")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="dropout probability")
     parser.add_argument("--mask", type=shape, metavar="B,H,LQ,LK", help="shape of a boolean mask")
     parser.add_argument("--bias", type=shape, metavar="B,H,LQ,LK", help="shape of an additive bias")
+    parser.add_argument("--lse", action="store_true", help="return the log-sum-exp too")
     parser.add_argument("--grad", action="store_true", help="every tensor but the mask requires gradients")
+    parser.add_argument(
+        "--varlen", type=int, metavar="N",
+        help="N packed sequences, as attention_varlen takes them: L is then the total, and B is 1",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", type=shape, metavar="B,L,H,D",
+        help="over a KV cache of this shape, as attention_with_kvcache: --k and --v are appended to it",
+    )  # fmt: skip
+    parser.add_argument("--cache-len", type=int, metavar="N", help="tokens in it (default: a tensor, one per sequence)")
+    parser.add_argument("--pages", type=int, metavar="N", help="--cache holds pages, at most N for each sequence")
+    parser.add_argument("--backend", choices=backends.BACKENDS, help="ask for this one")
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -141,6 +169,15 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 
+def dtype(text: str) -> torch.dtype:
+    """Parse ``bf16``, ``bfloat16`` or ``torch.bfloat16``."""
+    names = DTYPES | {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    found = names.get(text.removeprefix("torch."))
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected float16, bfloat16, float32 or float64, got {text!r}")
+    return found
+
+
 def window(text: str) -> tuple[int | None, int | None]:
     """Parse ``128,0``; a side left empty is open."""
     left, comma, right = text.partition(",")
@@ -149,40 +186,80 @@ def window(text: str) -> tuple[int | None, int | None]:
     return int(left) if left else None, int(right) if right else None
 
 
-def device(text: str) -> torch.device:
-    """Parse a device that this machine has."""
-    present = ["cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if not torch.cuda.is_available():
-        present = ["cpu"]
+def device(text: str) -> torch.device | Target:
+    """Parse a device that this machine has, or a kind of GPU that it need not have."""
+    if target := TARGETS.get(text.lower().removeprefix("cuda:")):
+        return target
+    present = ["cpu"]
+    if torch.cuda.is_available():
+        present += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if text not in present:
-        raise argparse.ArgumentTypeError(f"expected a device of this machine ({', '.join(present)}), got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a device of this machine ({', '.join(present)}) or a kind of GPU such as cuda:h100, got {text!r}"
+        )
     return torch.device(text)
 
 
 def run_explain(args: argparse.Namespace) -> int:
     """Print the table for uninitialised tensors of the given shapes: their memory is never touched."""
-    dtype = DTYPES[args.dtype]
-    key_shape = args.k or args.q
-
-    def empty(sizes: tuple[int, ...]) -> torch.Tensor:
-        return torch.empty(sizes, dtype=dtype, device=args.device, requires_grad=args.grad)
-
-    explanation = fastattn.explain(
-        empty(args.q),
-        empty(key_shape),
-        empty(args.v or key_shape),
-        causal=args.causal,
-        q_offset=args.q_offset,
-        window=args.window,
-        softcap=args.softcap,
-        alibi_slopes=empty(args.q[1:2]) if args.alibi else None,
-        sinks=empty(args.q[1:2]) if args.sinks else None,
-        dropout_p=args.dropout,
-        mask=torch.empty(args.mask, dtype=torch.bool, device=args.device) if args.mask else None,
-        bias=empty(args.bias) if args.bias else None,
-    )
-    print(explanation)
+    if not isinstance(args.device, Target):
+        print(backends.explain(make_call(args, args.device), args.backend))
+        return 0
+    kind = "" if args.device.rocm else " (compute capability {}.{})".format(*args.device.capability)
+    with FakeTensorMode(), assume(args.device):
+        explanation = backends.explain(make_call(args, torch.device("cuda")), args.backend)
+    print(f"On an {args.device.title}{kind}, with the packages that are installed here:\n{explanation}")
     return 0
+
+
+def make_call(args: argparse.Namespace, device: torch.device) -> AttentionSpec | CacheSpec:
+    """What the arguments ask for, as the function that would be called understands it."""
+
+    def empty(sizes: tuple[int, ...], dtype: torch.dtype = args.dtype) -> torch.Tensor:
+        grad = args.grad and dtype.is_floating_point and args.cache is None
+        return torch.empty(sizes, dtype=dtype, device=device, requires_grad=grad)
+
+    def integers(count: int, below: int = 1) -> torch.Tensor:
+        """0, 1, 2, ... below the bound, again and again: different, since a tensor of equal lengths is one length."""
+        return torch.arange(count, dtype=torch.int32, device=device) % below
+
+    batch, heads = args.q[:2]
+    key_shape = args.k or args.q
+    # No operation runs on a device that PyTorch was not built for, and (Hq,) would be viewed as (1, Hq).
+    slopes = (args.varlen or batch, heads) if isinstance(args.device, Target) else (heads,)
+    terms = {
+        "causal": args.causal,
+        "window": args.window,
+        "softcap": args.softcap,
+        "alibi_slopes": empty(slopes) if args.alibi else None,
+        "sinks": empty((heads,)) if args.sinks else None,
+        "scale": args.scale,
+        "return_lse": args.lse,
+    }
+    if args.cache is not None:
+        refuse(args, "--cache", "grad", "dropout", "mask", "bias", "varlen", "q_offset")
+        added = empty(key_shape) if args.k else None
+        return make_cache_spec(
+            empty(args.q), empty(args.cache), empty(args.cache), added, empty(args.v or key_shape) if args.k else None,
+            cache_lens=integers(batch, 2) if args.cache_len is None else args.cache_len,
+            block_table=None if args.pages is None else integers(batch * args.pages).view(batch, args.pages), **terms,
+        )  # fmt: skip
+    terms |= {"q_offset": args.q_offset, "dropout_p": args.dropout}
+    tensors = empty(args.q), empty(key_shape), empty(args.v or key_shape)
+    if args.varlen is not None:
+        refuse(args, "--varlen", "mask", "bias", "cache_len", "pages")
+        starts = integers(args.varlen + 1)
+        return make_spec(*tensors, cu_seqlens_q=starts, cu_seqlens_k=starts, **terms)
+    refuse(args, "a call without --cache", "cache_len", "pages")
+    mask = empty(args.mask, torch.bool) if args.mask else None
+    return make_spec(*tensors, mask=mask, bias=empty(args.bias) if args.bias else None, **terms)
+
+
+def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
+    """Raises ValueError for the first of the options that was given."""
+    for name in names:
+        if getattr(args, name) not in (None, False, 0.0):
+            raise ValueError(f"{what} has no --{name.replace('_', '-')}")
 
 
 # bench

@@ -108,11 +108,13 @@ def reasons(spec: AttentionSpec) -> list[str]:
     import torch
     from torch.autograd import forward_ad
 
+    from fastattn.spec import target
+
     q, k, v = spec.q, spec.k, spec.v
     device, head_dim = q.device, q.shape[3]
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda" or target.rocm():
         return [f"runs on Hopper GPUs (compute capability 9.0), the tensors are on {device.type!r}"]
-    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+    if (capability := target.capability(device)) != (9, 0):
         return ["runs on Hopper GPUs (compute capability 9.0), this GPU has {}.{}".format(*capability)]
     reasons = []
     # Tracing cannot look for files: there the call itself says what is missing.

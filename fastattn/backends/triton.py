@@ -6,7 +6,7 @@ import os
 import torch
 from torch import Tensor
 
-from fastattn.spec import AttentionSpec, CacheSpec, Gradients, Operands, Options
+from fastattn.spec import AttentionSpec, CacheSpec, Gradients, Operands, Options, target
 
 # A constant, because a trace cannot ask for it.
 _TRITON_MISSING = importlib.util.find_spec("triton") is None
@@ -62,8 +62,8 @@ def _reasons(q: Tensor, v_dim: int) -> list[str]:
     if _TRITON_MISSING:
         reasons.append("the triton package is not installed")
     if q.device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-            major, minor = torch.cuda.get_device_capability(q.device)
+        if not target.rocm() and target.capability(q.device) < (8, 0):
+            major, minor = target.capability(q.device)
             reasons.append(f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}")
     elif not (q.device.type == "cpu" and _interpreting()):
         reasons.append(f"runs on CUDA and ROCm devices, the tensors are on {q.device.type!r}")

@@ -10,6 +10,7 @@ import torch
 
 import fastattn
 from fastattn.__main__ import main, module_version
+from fastattn.spec import target
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,8 +93,10 @@ def test_explain_refuses_what_the_function_refuses(arguments, message, capsys):
         ("", "required: --q"),
         ("--q 2,8,128", "expected four sizes such as 2,8,1024,64, got '2,8,128'"),
         ("--q 2,8,-1,64", "expected four sizes"),
-        ("--q 2,8,128,64 --dtype int8", "invalid choice"),
+        ("--q 2,8,128,64 --dtype int8", "expected float16, bfloat16, float32 or float64, got 'int8'"),
+        ("--q 2,8,128,64 --dtype nonsense", "got 'nonsense'"),
         ("--q 2,8,128,64 --device gpu", "expected a device of this machine (cpu"),
+        ("--q 2,8,128,64 --device cuda:h1000", "or a kind of GPU such as cuda:h100, got 'cuda:h1000'"),
         ("--q 2,8,128,64 --window 5", "expected two sizes such as 128,0"),
         ("--q 2,8,128,64 --unknown 5", "unrecognized arguments"),
     ],
@@ -102,7 +105,84 @@ def test_explain_refuses_malformed_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["explain", *arguments.split()])
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1  # without the usage
+
+
+@pytest.mark.parametrize("name", ["bf16", "bfloat16", "torch.bfloat16"])
+def test_names_of_a_dtype(name, capsys):
+    assert main(["explain", "--q", "2,8,128,64", "--dtype", name]) == 0
+    assert "bfloat16 on cpu" in capsys.readouterr().out
+
+
+def explained(arguments, capsys):
+    """Backend -> what the table says of it; and the table's lines."""
+    assert main(["explain", *arguments.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return dict(re.findall(r"^  (\w+) +(.*)$", "\n".join(lines), re.MULTILINE)), lines
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen", "cuda"),
+    [
+        ("cuda:h100", "triton", "not built"),
+        ("cuda:H100", "triton", "not built"),
+        ("h100", "triton", "not built"),
+        ("cuda:a100", "triton", "this GPU has 8.0"),
+        ("cuda:b200", "triton", "this GPU has 10.0"),
+        ("cuda:t4", "torch", "this GPU has 7.5"),
+        ("cuda:mi300x", "triton", "runs on Hopper GPUs"),
+    ],
+)
+def test_a_gpu_that_is_not_here(kind, chosen, cuda, capsys, monkeypatch):
+    monkeypatch.setattr("fastattn.backends.triton._TRITON_MISSING", False)
+    monkeypatch.setattr("fastattn.backends.cuda.problem", lambda: "not built")
+    backends, lines = explained(f"--q 1,8,128,64 --device {kind} --causal", capsys)
+    assert [name for name, verdict in backends.items() if verdict.startswith("<- chosen")] == [chosen]
+    assert cuda in backends["cuda"]
+    assert lines[0].startswith("On an ") and "on cuda:0" in lines[1]
+
+
+def test_a_gpu_that_is_not_here_needs_no_memory_and_leaves_nothing_behind(capsys):
+    arguments = "--q 64,64,131072,128 --bias 1,64,131072,131072 --grad --alibi --sinks --lse --device cuda:h100"
+    backends, _ = explained(arguments, capsys)
+    assert backends["triton"] == "<- chosen" and "gradient for the bias" in backends["torch"]
+    assert target._assumed is None
+    assert explained("--q 1,8,128,64", capsys)[1][0].endswith("on cpu")
+
+
+def test_explain_packed_sequences(capsys):
+    backends, lines = explained("--q 1,8,4096,64 --varlen 5 --causal --alibi", capsys)
+    assert "5 packed sequences" in lines[0] and "alibi_slopes (1, 8)" in lines[0]
+    assert backends["torch"] == "it has no packed sequences"
+    backends, _ = explained("--q 1,8,4096,64 --varlen 5 --device cuda:h100", capsys)
+    assert backends["triton"] == "<- chosen"
+
+
+def test_explain_a_cache(capsys):
+    arguments = "--q 2,8,1,64 --k 2,2,1,64 --cache 2,512,2,64"
+    backends, lines = explained(arguments, capsys)
+    assert "1 appended, lengths per batch entry" in lines[0]
+    assert backends["torch"] == "it needs one length for all batch entries, known on the host"
+    backends, lines = explained(f"{arguments} --cache-len 100", capsys)
+    assert "length 101" in lines[0] and backends["torch"] == "<- chosen"
+    backends, lines = explained("--q 2,8,1,64 --cache 64,16,2,64 --pages 4 --device cuda:a100", capsys)
+    assert "block_table (2, 4)" in lines[1] and backends["triton"] == "<- chosen"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--varlen 3 --mask 1,1,1,128", "--varlen has no --mask"),
+        ("--cache 1,512,8,64 --dropout 0.1", "--cache has no --dropout"),
+        ("--cache-len 3", "a call without --cache has no --cache-len"),
+        ("--softcap 3 --device cuda:h100 --backend torch", "backend 'torch' cannot serve this call: it has no softcap"),
+    ],
+)
+def test_explain_refuses_what_does_not_go_together(arguments, message, capsys):
+    assert main(["explain", "--q", "1,8,128,64", *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_bench_lists_the_benchmarks_of_a_checkout(capsys):

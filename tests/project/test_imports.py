@@ -147,7 +147,7 @@ ARROWS = {
     "__init__": {
         *("backends", "backends.reference", "block_mask", "flops", "functional", "inference", "integrations", "nn")
     },
-    "__main__": {""},
+    "__main__": {"", "backends", "spec"},
     "_check": set(),
     "examples": {"", "functional", "inference", "integrations", "nn"},
     "integrations": {"backends", "block_mask", "functional", "integrations", "nn", "ops", "spec"},
