@@ -12,6 +12,7 @@ from examples.forecast.evaluate import LEVEL, over_seeds
 from examples.forecast.experiments import NOISE_FLOOR, Ahead, Outcome, Problem, Scores
 from examples.forecast.parity import Parity
 
+SINE_TESTS = {"test": "test part", "fresh": "fresh series"}
 SCHEMA = 2  # of metrics.json
 
 
@@ -114,7 +115,7 @@ def sine_findings(results: dict[str, Result]) -> list[str]:
         against("encoder, context 63", "LSTM, standardised, context 63"),
         against("encoder, context 63", "ridge, context 63"),
         against("encoder, context 63", "harmonic fit"),
-        verdict(list(results.values()), "fresh"),
+        *(f"On the {name}: {verdict(list(results.values()), test)}" for test, name in SINE_TESTS.items()),
     ]
 
 
@@ -127,10 +128,10 @@ def verdict(results: Sequence[Result], test: str) -> str:
     figures = f"{model.mean(test, 'mse'):.4f} against {baseline.mean(test, 'mse'):.4f}"
     outcome = compare(model, baseline, test)
     if outcome == "beats":
-        return f"A network wins: {model.name} beats {baseline.name}, the best method without one ({figures})."
+        return f"a network wins: {model.name} beats {baseline.name}, the best method without one ({figures})."
     if outcome == "loses to":
-        return f"No network wins: {baseline.name} beats the best of them, {model.name} ({figures}, network first)."
-    return f"No network wins: {model.name} is level with {baseline.name}, which costs nothing to train ({figures})."
+        return f"no network wins: {baseline.name} beats the best of them, {model.name} ({figures}, network first)."
+    return f"no network wins: {model.name} is level with {baseline.name}, which costs nothing to train ({figures})."
 
 
 def compare(ours: Result, other: Result, test: str) -> str:
@@ -151,7 +152,7 @@ def real_findings(results: Sequence[Result]) -> list[str]:
 
     models = sorted((result for result in results if result.learned), key=mse)
     return [
-        verdict(results, "test"),
+        f"On the test part: {verdict(results, 'test')}",
         "Networks from best to worst: " + ", ".join(f"{model.name} {mse(model):.4f}" for model in models),
         f"'{LEVEL:.0%} held': so many test values lay in the prediction intervals, which should hold {LEVEL:.0%}.",
     ]

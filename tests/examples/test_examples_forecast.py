@@ -691,7 +691,7 @@ def test_part_one_text_and_figures(cli, tmp_path):
         )
     text = cli.report.results_text(problem, results)
     assert "above the noise floor, 0.2500" in text
-    assert "No network wins: last value beats" in text
+    assert "On the fresh series: no network wins: last value beats" in text
     assert "0.0600 -> 0.0700   +17%  LSTM, the tutorial's -> LSTM, standardised" in text
     assert len(cli.plots.plot_all(problem, results, tmp_path)) == 3
     assert json.dumps(cli.report.problem_metrics(problem, results), allow_nan=False)
