@@ -210,7 +210,8 @@ def train_all(args: argparse.Namespace, problems: Sequence[Problem]) -> dict[str
         for method in problem.methods:
             own = [next(outcomes) for _ in seeds]
             scores = [outcome.scores for outcome in own]
-            rows.append(Result(method.name, scores, own[0].forecasts, own, seeds, own[0].ahead if problem.has_future else None))
+            ahead = own[0].ahead if problem.has_future else None
+            rows.append(Result(method.name, scores, own[0].forecasts, own, seeds, ahead))
         results[problem.series.name] = rows
     return results
 
