@@ -48,6 +48,14 @@ def test_links_and_pictures_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_every_file_that_is_named_exists():
+    """What contributors are sent to, and the sources that the pages and the README name."""
+    for page in (*PAGES, DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"):
+        folders = "fastattn|kernels|csrc|tests|benchmarks|docs|examples"
+        for path in re.findall(rf"`((?:{folders})/[\w./-]*\w(?:\.\w+|/))`", page.read_text()):
+            assert (DOCS.parent / path).exists(), f"{page.name}: {path}"
+
+
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r"([\w-]+)\.md$", (DOCS.parent / "mkdocs.yml").read_text(), re.M)
     assert sorted(listed) == [page.stem for page in PAGES]
