@@ -4,7 +4,15 @@ from . import flops, nn
 from .backends import Explanation
 from .backends import reference as reference
 from .block_mask import BlockMask
-from .functional import attention, attention_varlen, attention_with_kvcache, explain, scaled_dot_product_attention
+from .functional import (
+    attention,
+    attention_varlen,
+    attention_with_kvcache,
+    explain,
+    explain_varlen,
+    explain_with_kvcache,
+    scaled_dot_product_attention,
+)
 from .inference import BeamSearch, Generated, Sampling, generate, stream
 from .integrations.activate import activate, deactivate
 from .integrations.convert import ConversionReport, convert, revert
@@ -25,6 +33,8 @@ __all__ = [
     "convert",
     "deactivate",
     "explain",
+    "explain_varlen",
+    "explain_with_kvcache",
     "flops",
     "generate",
     "nn",

@@ -126,7 +126,13 @@ class BlockMask:
             return torch.arange(first, last, device=device).view([-1 if d == dim else 1 for d in range(4)])
 
         def strip(first: int, last: int) -> Tensor:
-            keep = predicate(index(0, batch, 0), index(0, heads, 1), index(first, last, 2), index(0, kv_len, 3))
+            try:
+                keep = predicate(index(0, batch, 0), index(0, heads, 1), index(first, last, 2), index(0, kv_len, 3))
+            except RuntimeError as error:
+                if "Boolean value of Tensor" not in str(error):
+                    raise
+                text = "predicate: expected &, | and ~ between tensors, got `and`, `or`, `not` or `if`"
+                raise TypeError(text) from error
             if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
                 got = keep.dtype if isinstance(keep, Tensor) else type(keep).__name__
                 raise TypeError(f"predicate: expected it to return a bool Tensor, got {got}")
@@ -221,8 +227,12 @@ def dense_rows(tensors: BlockTensors | list[Tensor], rows: tuple[int, int], keys
 def check_block_mask(block_mask: Any, full: tuple[int, int, int, int], device: torch.device) -> BlockMask:
     """Raise unless ``block_mask`` fits scores (B, Hq, Lq, Lk)."""
     if not isinstance(block_mask, BlockMask):
-        hint = "; a dense mask goes to mask=, or through BlockMask.from_mask" if isinstance(block_mask, Tensor) else ""
-        raise TypeError(f"block_mask: expected a BlockMask or None, got {type(block_mask).__name__}{hint}")
+        kind, hint = type(block_mask), ""
+        if isinstance(block_mask, Tensor):
+            hint = "; a dense mask goes to mask=, or through BlockMask.from_mask"
+        elif kind.__module__ == "torch.nn.attention.flex_attention":
+            hint = ", FlexAttention's; fastattn.BlockMask.from_predicate(mask_mod, shape) makes ours from its mask_mod"
+        raise TypeError(f"block_mask: expected a fastattn.BlockMask or None, got {kind.__name__}{hint}")
     fits = all(own in allowed for own, allowed in zip(block_mask.shape[:2], ((1, full[0]), (1, full[1])), strict=True))
     if not fits or block_mask.shape[2:] != tuple(full[2:]):
         raise ValueError(

@@ -5,9 +5,10 @@ from fastattn.functional.attention import (
     attention,
     attention_varlen,
     explain,
+    explain_varlen,
     scaled_dot_product_attention,
 )
-from fastattn.functional.kvcache import attention_with_kvcache
+from fastattn.functional.kvcache import attention_with_kvcache, explain_with_kvcache
 
 __all__ = [
     "Backend",
@@ -15,5 +16,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_kvcache",
     "explain",
+    "explain_varlen",
+    "explain_with_kvcache",
     "scaled_dot_product_attention",
 ]

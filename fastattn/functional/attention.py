@@ -1,6 +1,7 @@
 """The public functions: validate, choose a backend, call it."""
 
-from typing import Literal, overload
+import inspect
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -8,7 +9,8 @@ from torch import Tensor
 from fastattn import backends, ops
 from fastattn.backends import Explanation
 from fastattn.block_mask import BlockMask
-from fastattn.spec import make_spec
+from fastattn.functional import keywords
+from fastattn.spec import AttentionSpec, make_spec
 
 Backend = Literal["triton", "cuda", "torch", "reference"]
 
@@ -49,6 +51,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: Backend | None = None,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention, ``softmax(scale * q k^T + bias) v`` over the keys that are allowed.
 
@@ -90,6 +93,8 @@ def attention(
     ALiBi: Press et al., 2021 (arXiv:2108.12409); softcap: Gemma 2, 2024 (arXiv:2408.00118); sinks: Xiao et al., 2023
     (arXiv:2309.17453), in the learned form of gpt-oss, 2025.
     """
+    if unknown:
+        keywords.refuse(attention, unknown)
     spec = make_spec(
         q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, block_mask=block_mask, bias=bias,
         alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
@@ -139,6 +144,7 @@ def attention_varlen(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: Backend | None = None,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over packed sequences, each by itself: no padding is stored and none computed.
 
@@ -169,21 +175,12 @@ def attention_varlen(
 
     Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691); padding-free training: Zeng et al., 2022 (arXiv:2208.08124).
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-        if tensor.ndim != 3:
-            raise ValueError(f"{name}: expected 3 dimensions (total, heads, head_dim), got shape {tuple(tensor.shape)}")
-    if v.shape[:2] != k.shape[:2]:
-        raise ValueError(f"v.shape[:2]: expected k.shape[:2] == {tuple(k.shape[:2])}, got {tuple(v.shape[:2])}")
-    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt, Tensor, type(None))):
-            raise TypeError(f"{name}: expected an int, a Tensor or None, got {type(length).__name__}")
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    spec = make_spec(
-        q, k, v, causal=causal, q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap,
-        sinks=sinks, scale=scale, dropout_p=dropout_p, return_lse=return_lse, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+    if unknown:
+        keywords.refuse(attention_varlen, unknown)
+    spec = _varlen_spec(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), causal=causal, q_offset=q_offset,
+        window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
+        return_lse=return_lse,
     )  # fmt: skip
     out, lse = ops.attention(spec, backends.choose(spec, backend))
     out = out[0].transpose(0, 1)
@@ -191,6 +188,45 @@ def attention_varlen(
         return out
     assert lse is not None
     return out, lse[0]
+
+
+def _varlen_spec(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
+    max_seqlens: tuple[int | Tensor | None, int | Tensor | None], **options: Any,
+) -> AttentionSpec:  # fmt: skip
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 3:
+            raise ValueError(f"{name}: expected 3 dimensions (total, heads, head_dim), got shape {tuple(tensor.shape)}")
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"v.shape[:2]: expected k.shape[:2] == {tuple(k.shape[:2])}, got {tuple(v.shape[:2])}")
+    for name, length in zip(("max_seqlen_q", "max_seqlen_k"), max_seqlens, strict=True):
+        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt, Tensor, type(None))):
+            raise TypeError(f"{name}: expected an int, a Tensor or None, got {type(length).__name__}")
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    return make_spec(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options)
+
+
+def explain_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *,
+    max_seqlen_q: int | Tensor | None = None, max_seqlen_k: int | Tensor | None = None, causal: bool = False,
+    q_offset: int | Tensor | None = None, window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    scale: float | None = None, dropout_p: float = 0.0, return_lse: bool = False, backend: Backend | None = None,
+    **unknown: Any,
+) -> Explanation:  # fmt: skip
+    """`explain` for `attention_varlen`, with its arguments."""
+    if unknown:
+        keywords.refuse(explain_varlen, unknown)
+    spec = _varlen_spec(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), causal=causal, q_offset=q_offset,
+        window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
+        return_lse=return_lse,
+    )  # fmt: skip
+    return backends.explain(spec, backend)
 
 
 def explain(
@@ -211,11 +247,14 @@ def explain(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: Backend | None = None,
+    **unknown: Any,
 ) -> Explanation:
     """Which backend `attention` would run for the same arguments and, for each other one, why it would not.
 
     Nothing is computed. ``str()`` of the result is a table; ``.backend`` and ``.reasons`` are the data.
     """
+    if unknown:
+        keywords.refuse(explain, unknown)
     spec = make_spec(
         q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, block_mask=block_mask, bias=bias,
         alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
@@ -233,6 +272,7 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    **unknown: Any,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, argument for argument, on fastattn's backends.
 
@@ -255,6 +295,8 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    if unknown:
+        keywords.refuse(scaled_dot_product_attention, unknown)
     leading = None
     if not isinstance(enable_gqa, bool):
         raise TypeError(f"enable_gqa: expected a bool, got {type(enable_gqa).__name__}")
@@ -279,6 +321,13 @@ def scaled_dot_product_attention(
     out, _ = ops.attention(spec, backends.choose(spec))
     return out if leading is None else out.reshape(*leading, *out.shape[-2:])
 
+
+# PyTorch's signature, for whoever looks: the keywords that are only there to be refused are not part of it.
+scaled_dot_product_attention.__signature__ = (  # pyright: ignore[reportFunctionMemberAccess]
+    (_signature := inspect.signature(scaled_dot_product_attention)).replace(
+        parameters=[p for p in _signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    )
+)
 
 _NAMES = ("query", "key", "value", "attn_mask", "attn_mask", "is_causal")
 

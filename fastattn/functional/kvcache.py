@@ -1,10 +1,12 @@
 """Attention over a KV cache, as inference needs it."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from fastattn import backends, ops
+from fastattn.backends import Explanation
+from fastattn.functional import keywords
 from fastattn.functional.attention import Backend
 from fastattn.spec import make_cache_spec
 from fastattn.spec.cache import PAGE_MULTIPLE as PAGE_MULTIPLE
@@ -44,6 +46,7 @@ def attention_with_kvcache(
     return_lse: bool = False,
     num_splits: int | None = None,
     backend: Backend | None = None,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Append ``k`` and ``v`` to a KV cache, then let ``q`` attend to what the cache holds. For inference.
 
@@ -83,6 +86,8 @@ def attention_with_kvcache(
 
     Source: flash-decoding, Dao et al., 2023; PagedAttention, Kwon et al., 2023 (arXiv:2309.06180).
     """
+    if unknown:
+        keywords.refuse(attention_with_kvcache, unknown)
     spec = make_cache_spec(
         q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, causal=causal, window=window,
         softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits,
@@ -93,3 +98,21 @@ def attention_with_kvcache(
         return out
     assert lse is not None  # the torch backend, which has none, has refused
     return out, lse
+
+
+def explain_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
+    cache_lens: int | Tensor, block_table: Tensor | None = None, causal: bool = True,
+    window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, scale: float | None = None,
+    return_lse: bool = False, num_splits: int | None = None, backend: Backend | None = None, **unknown: Any,
+) -> Explanation:  # fmt: skip
+    """`explain` for `attention_with_kvcache`, with its arguments. Nothing is written into the caches."""
+    if unknown:
+        keywords.refuse(explain_with_kvcache, unknown)
+    spec = make_cache_spec(
+        q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, causal=causal, window=window,
+        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits,
+        return_lse=return_lse,
+    )  # fmt: skip
+    return backends.explain(spec, backend)

@@ -10,6 +10,7 @@ from fastattn.spec.checks import (
     FLOAT_DTYPES,
     MAX_POSITION,
     autocast,
+    causal_bias_offset,
     check_alibi_slopes,
     check_cu_seqlens,
     check_dropout,
@@ -127,6 +128,11 @@ def make_spec(
                 f"got {tuple(cu_seqlens_k.shape)}"
             )
         batch = cu_seqlens_q.shape[0] - 1
+    check_flag(names[5], causal)
+    for name, operand in ((names[3], mask), (names[4], bias)):
+        if (offset := causal_bias_offset(name, operand, q_len, kv_len)) is not None:
+            mask, bias = (None if x is operand else x for x in (mask, bias))
+            causal, q_offset = _with_causal_bias(name, offset, causal, q_offset, kv_len - q_len, names[5])
     if mask is not None:
         mask = check_scores(names[3], mask, q, kv_len, (torch.bool,))
     if bias is not None:
@@ -146,11 +152,8 @@ def make_spec(
         raise ValueError(f"q_offset: expected at most 2**30 in size, got {q_offset}")
     elif q_offset == 0:
         q_offset = 0  # replaces a symbolic 0 by the constant, so that a trace can take the top-left path
-    check_flag(names[5], causal)
     check_flag("return_lse", return_lse)
-    left, right = (None, None) if window is None else check_window(window)
-    if causal:
-        right = 0 if right is None else min(right, 0)
+    left, right = check_window(window, causal)
     if offset_tensor is None and q_offset is not None:  # a side that forbids nothing is open
         if right is not None and known(q_offset + right >= kv_len - 1):
             right = None
@@ -163,3 +166,17 @@ def make_spec(
         q, k, v, mask, bias, alibi_slopes, sinks, offset_tensor, left, right, q_offset, scale, softcap, dropout_p,
         return_lse, cu_seqlens_q, cu_seqlens_k, block_mask,
     )  # fmt: skip
+
+
+def _with_causal_bias(
+    name: str, offset: int, causal: bool, q_offset: int | Tensor | None, default: int, causal_name: str
+) -> tuple[bool, int]:
+    """(causal, q_offset) of a call whose mask or bias is a CausalBias: causal order from ``offset`` on."""
+    given = default if q_offset is None else q_offset
+    if causal_name == "is_causal":  # PyTorch's function has top-left order alone, and no argument for another
+        given = 0 if causal else offset
+    elif not causal and q_offset is None:
+        given = offset
+    if isinstance(given, Tensor) or given != offset:
+        raise ValueError(f"{name}: expected a CausalBias in the order of q_offset == {given}, got q_offset == {offset}")
+    return True, offset

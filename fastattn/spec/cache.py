@@ -12,11 +12,13 @@ from fastattn.spec.checks import (
     autocast,
     check_alibi_slopes,
     check_flag,
+    check_plain,
     check_scale,
     check_sinks,
     check_softcap,
     check_window,
     known,
+    readable,
 )
 
 PAGE_MULTIPLE = 16
@@ -104,14 +106,12 @@ def make_cache_spec(
             raise TypeError(f"num_splits: expected an int or None, got {type(num_splits).__name__}")
         if not 1 <= num_splits <= MAX_SPLITS:
             raise ValueError(f"num_splits: expected 1 to {MAX_SPLITS} or None, got {num_splits}")
-    left, right = (None, None) if window is None else check_window(window)
-    if causal:
-        right = 0 if right is None else min(right, 0)
+    left, right = check_window(window, causal)
     if right is not None and known(right >= q_len - 1):  # a side that forbids nothing, whatever the length, is open
         right = None
     if left is not None and known(left >= capacity - 1):
         left = None
-    lens, length = _lengths(cache_lens, q, added, capacity, block_table, k_cache.shape[0])
+    lens, length = _lengths(cache_lens, q, added, left, capacity, block_table, k_cache.shape[0])
     return CacheSpec(
         q, k_cache, v_cache, k, v, alibi_slopes, sinks, lens, block_table, added, length, left, right, scale, softcap,
         num_splits, return_lse,
@@ -125,6 +125,7 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str) -> None:
     if x.is_nested or x.layout is not torch.strided:
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise TypeError(f"{name}: expected a dense strided tensor, got {kind}")
+    check_plain(name, x)
     if x.ndim != 4:
         raise ValueError(f"{name}: expected 4 dimensions {layout}, got shape {tuple(x.shape)}")
     if x.dtype != q.dtype:
@@ -194,6 +195,8 @@ def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v:
             raise ValueError(f"{name}.shape: expected (B, Hk, Lnew, D) == {expected}, got {tuple(x.shape)}")
         if cache.requires_grad:
             raise ValueError(f"{name}_cache.requires_grad: expected False, since {name} is written into it in place")
+        if _same_memory(x, cache):
+            raise ValueError(f"{name}: expected memory of its own, got a part of {name}_cache")
         strides = cache.stride()
         if 0 in strides and any(step == 0 and size > 1 for step, size in zip(strides, cache.shape, strict=True)):
             raise ValueError(
@@ -201,22 +204,40 @@ def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v:
             )
 
 
+    if _same_memory(k_cache, v_cache):
+        raise ValueError("v_cache: expected memory of its own where k and v are appended, got that of k_cache")
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have elements in common, as far as their first and last ones tell."""
+    if not (readable(a) and readable(b)) or a.numel() == 0 or b.numel() == 0:
+        return False
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    (first_a, last_a), (first_b, last_b) = (
+        (x.storage_offset(), x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)))
+        for x in (a, b)
+    )
+    interleaved = a.stride() == b.stride() and a.shape[3] > 0 and (first_a - first_b) % a.stride(0) != 0
+    return first_a <= last_b and first_b <= last_a and not interleaved
+
+
 def _lengths(
-    cache_lens: int | Tensor, q: Tensor, added: int, capacity: int, block_table: Tensor | None, pages: int
-) -> tuple[Tensor, int | None]:
+    cache_lens: int | Tensor, q: Tensor, added: int, left: int | None, capacity: int, block_table: Tensor | None,
+    pages: int,
+) -> tuple[Tensor, int | None]:  # fmt: skip
     """(cache_lens as a tensor, the one length of all batch entries after appending if the host knows it).
 
     Checks what can be known without waiting for a device.
     """
     batch = q.shape[0]
-    tracing = torch.compiler.is_compiling()
     if not isinstance(cache_lens, Tensor):
         if isinstance(cache_lens, bool) or not isinstance(cache_lens, (int, torch.SymInt)):
             raise TypeError(f"cache_lens: expected an int or an integer tensor, got {type(cache_lens).__name__}")
         length = cache_lens + added
-        if not tracing:
+        if not torch.compiler.is_compiling():
             _check_range([int(cache_lens)] * min(batch, 1), added, capacity)
-            _check_pages([int(length)] * batch, block_table, pages, capacity)
+            _check_pages([int(length)] * batch, added, q.shape[2], left, block_table, pages, capacity)
         return torch.full((batch,), cache_lens, dtype=torch.int32, device=q.device), length
     if cache_lens.dtype not in INTEGER_DTYPES:
         raise TypeError(f"cache_lens.dtype: expected int32 or int64, got {cache_lens.dtype}")
@@ -224,12 +245,12 @@ def _lengths(
         raise ValueError(f"cache_lens.shape: expected (B,) == ({batch},), got {tuple(cache_lens.shape)}")
     if cache_lens.device != q.device:
         raise ValueError(f"cache_lens.device: expected q.device == {q.device}, got {cache_lens.device}")
-    if tracing or cache_lens.device.type != "cpu":
+    if not readable(cache_lens):
         return cache_lens, None
     values = cache_lens.tolist()
     _check_range(values, added, capacity)
     lengths = [value + added for value in values]
-    _check_pages(lengths, block_table, pages, capacity)
+    _check_pages(lengths, added, q.shape[2], left, block_table, pages, capacity)
     return cache_lens, lengths[0] if len(set(lengths)) == 1 else None
 
 
@@ -242,16 +263,27 @@ def _check_range(values: Sequence[int], added: int, capacity: int) -> None:
             )
 
 
-def _check_pages(lengths: Sequence[int], block_table: Tensor | None, pages: int, capacity: int) -> None:
-    """Every page that holds one of the first ``lengths[b]`` positions exists; the rest of the table may be anything."""
-    if block_table is None or block_table.device.type != "cpu" or not lengths or capacity == 0:
+def _check_pages(
+    lengths: Sequence[int], added: int, q_len: int, left: int | None, block_table: Tensor | None, pages: int,
+    capacity: int,
+) -> None:  # fmt: skip
+    """The pages that are read and written exist, and no two entries write into one; the rest may be anything."""
+    if block_table is None or not readable(block_table) or not lengths or capacity == 0:
         return
     page_size = capacity // block_table.shape[1]
-    used = -(-torch.tensor(lengths) // page_size)
-    bad = (torch.arange(block_table.shape[1]) < used[:, None]) & ((block_table < 0) | (block_table >= pages))
+    ends = torch.tensor(lengths, device="cpu")[:, None]
+    column = torch.arange(block_table.shape[1], device="cpu")
+    written = (column >= (ends - added).clamp(min=0) // page_size) & (column * page_size < ends) & (added > 0)
+    first_read = torch.zeros_like(ends) if left is None else (ends - q_len - left).clamp(min=0)
+    used = written | ((column >= first_read // page_size) & (column * page_size < ends))
+    bad = used & ((block_table < 0) | (block_table >= pages))
     if bad.any():
-        entry, column = (int(i) for i in bad.nonzero()[0])
+        entry, place = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
-            f"block_table: expected pages from 0 to {pages - 1}, got {int(block_table[entry, column])} at "
-            f"[{entry}, {column}]"
+            f"block_table: expected pages from 0 to {pages - 1}, got {int(block_table[entry, place])} at "
+            f"[{entry}, {place}]"
         )
+    targets = block_table[written]
+    if len(targets.unique()) != len(targets):
+        page = next(page for page in targets.tolist() if int((targets == page).sum()) > 1)
+        raise ValueError(f"block_table: expected each page to be written by one batch entry, got page {page} twice")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int32, torch.int64)
 MAX_POSITION = 1 << 30  # positions are int32 in the kernels: sums of two such offsets and a length still fit
+_LEAST_SOFTCAP = 2.0**-126  # float32's smallest normal number: below it scores / softcap overflows
 
 
 def known(condition: bool) -> bool:
@@ -22,6 +24,34 @@ def known(condition: bool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at: on the CPU, where that does not wait, and not in a trace."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+
+
+def check_plain(name: str, x: Tensor) -> None:
+    """Refuse a subclass that says in Python what its memory does not hold, such as MaskedTensor."""
+    kind = type(x)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return
+    function = kind.__torch_function__
+    if function is torch._C._disabled_torch_function_impl:  # FakeTensor, DTensor: the dispatcher knows them
+        return
+    if getattr(function, "__func__", None) is not Tensor.__torch_function__.__func__:
+        raise TypeError(f"{name}: expected a plain Tensor, got {kind.__module__}.{kind.__name__}")
+
+
+def causal_bias_offset(name: str, x: Tensor | None, q_len: int, kv_len: int) -> int | None:
+    """The q_offset that makes causal order the same as a `torch.nn.attention.bias.CausalBias`; None if it is none."""
+    if x is None or type(x).__module__ != "torch.nn.attention.bias":
+        return None
+    lengths = (x.seq_len_q, x.seq_len_kv)  # pyright: ignore[reportAttributeAccessIssue]
+    if lengths != (q_len, kv_len):
+        raise ValueError(f"{name}: expected a CausalBias for (Lq, Lk) == {(q_len, kv_len)}, got {lengths}")
+    top_left = x.variant.name == "UPPER_LEFT"  # pyright: ignore[reportAttributeAccessIssue]
+    return 0 if top_left else kv_len - q_len
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
@@ -50,6 +80,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> N
         good = False
     if not good:
         _explain_qkv(q, k, v, names)
+    if not type(q) is type(k) is type(v) is Tensor:
+        for name, tensor in zip(names, (q, k, v), strict=True):
+            check_plain(name, tensor)
 
 
 def _explain_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
@@ -93,6 +126,7 @@ def check_head_vector(name: str, x: Tensor, q: Tensor, shapes: tuple[tuple[int, 
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}.dtype: expected a floating-point dtype, got {x.dtype}")
+    check_plain(name, x)
     if x.device != q.device:
         raise ValueError(f"{name}.device: expected {q.device}, got {x.device}")
     if tuple(x.shape) not in shapes:
@@ -100,7 +134,10 @@ def check_head_vector(name: str, x: Tensor, q: Tensor, shapes: tuple[tuple[int, 
         raise ValueError(f"{name}.shape: expected {expected} for {q.shape[1]} query heads, got {tuple(x.shape)}")
 
 
-def check_window(window: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
+def check_window(window: tuple[int | None, int | None] | None, causal: bool) -> tuple[int | None, int | None]:
+    """(left, right) of a window and causal order together."""
+    if window is None:
+        return None, 0 if causal else None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window: expected (left, right), each an int or None, got {window!r}")
     for side in window:
@@ -110,12 +147,23 @@ def check_window(window: tuple[int | None, int | None]) -> tuple[int | None, int
             raise TypeError(f"window: expected (left, right), each an int or None, got {window!r}")
         if not -MAX_POSITION <= side <= MAX_POSITION:
             raise ValueError(f"window: expected sides of at most 2**30 (None is open), got {window!r}")
-    return window[0], window[1]
+        if side == -1:
+            raise ValueError(f"window: expected sides other than -1, got {window!r}; None leaves a side open")
+    left, right = window
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    if left is not None and right is not None and left + right < 0:
+        raise ValueError(
+            f"window: expected left + right >= 0, since it forbids everything otherwise, got {window!r}"
+            f"{' with causal' if causal else ''}; None leaves a side open"
+        )
+    return left, right
 
 
 def check_q_offset_tensor(q_offset: Tensor, batch: int, device: torch.device) -> Tensor:
     if q_offset.dtype not in INTEGER_DTYPES:
         raise TypeError(f"q_offset.dtype: expected int32 or int64, got {q_offset.dtype}")
+    check_plain("q_offset", q_offset)
     if q_offset.shape != (batch,):
         raise ValueError(f"q_offset.shape: expected (B,) == ({batch},), got {tuple(q_offset.shape)}")
     if q_offset.device != device:
@@ -129,13 +177,14 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> Te
         raise TypeError(f"{name}: expected a Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name}.dtype: expected int32 or int64, got {cu_seqlens.dtype}")
+    check_plain(name, cu_seqlens)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{name}.shape: expected (sequences + 1,) with a sequence at least, got {tuple(cu_seqlens.shape)}"
         )
     if cu_seqlens.device != packed.device:
         raise ValueError(f"{name}.device: expected {packed.device}, got {cu_seqlens.device}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, reading it would wait
+    if readable(cu_seqlens):
         values, total = cu_seqlens.tolist(), packed.shape[2]
         if values[0] != 0 or values[-1] > total or any(a > b for a, b in itertools.pairwise(values)):
             raise ValueError(f"{name}: expected to rise from 0 to at most the {total} rows there are, got {values}")
@@ -149,18 +198,43 @@ def check_scores(name: str, x: Tensor, q: Tensor, kv_len: int, dtypes: tuple[tor
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense strided tensor, got layout {x.layout}")
+    check_plain(name, x)
     if x.dtype not in dtypes:
         kinds = "bool (True takes part)" if dtypes == (torch.bool,) else "a floating-point dtype"
-        raise TypeError(f"{name}.dtype: expected {kinds}, got {x.dtype}")
+        cure = ""
+        if dtypes == (torch.bool,) and not x.dtype.is_floating_point:
+            cure = f"; {name}.bool() if 1 takes part"
+        elif x.dtype == torch.bool:
+            cure = "; it goes to mask="
+        raise TypeError(f"{name}.dtype: expected {kinds}, got {x.dtype}{cure}")
     if x.device != q.device:
         raise ValueError(f"{name}.device: expected {q.device}, got {x.device}")
+    given = tuple(x.shape)
+    per_entry = len(given) == 2 and given == (expected[0], expected[3])
     if x.ndim < 4:
         x = x[(None,) * (4 - x.ndim)]
     if x.ndim != 4 or any(size != 1 and size != full for size, full in zip(x.shape, expected, strict=True)):
+        cure = f"; one row per batch entry is {name}[:, None, None, :]" if per_entry else ""
         raise ValueError(
-            f"{name}.shape: expected broadcastable to (B, Hq, Lq, Lk) == {tuple(expected)}, got {tuple(x.shape)}"
+            f"{name}.shape: expected broadcastable to (B, Hq, Lq, Lk) == {tuple(expected)}, got {given}{cure}"
         )
+    if per_entry and given[0] > 1 and not torch.compiler.is_compiling():
+        _warn_of_two_readings(name, given)
     return x
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_two_readings(name: str, shape: tuple[int, ...]) -> None:
+    """Once in a process: a shape that is both (B, Lk) and (Lq, Lk)."""
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(
+            f"{name} of shape {shape} is read as (Lq, Lk), the same for every batch entry; for one row per batch entry "
+            f"(padding) pass {name}[:, None, None, :]. Shown once.",
+            stacklevel=5,
+        )
 
 
 def check_flag(name: str, flag: bool) -> None:
@@ -182,6 +256,8 @@ def check_softcap(softcap: float | None) -> None:
         raise TypeError(f"softcap: expected a float or None, got {type(softcap).__name__}")
     if not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
+    if softcap < _LEAST_SOFTCAP:
+        raise ValueError(f"softcap: expected at least 2**-126, float32's smallest normal number, got {softcap}")
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -190,7 +266,10 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     number = scale is None or isinstance(scale, (int, float))
     if not number and (isinstance(scale, Tensor) or not hasattr(scale, "__float__")):
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")  # a tensor would lose its gradient
-    return float(head_dim**-0.5 if scale is None else scale)
+    scale = float(head_dim**-0.5 if scale is None else scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    return scale
 
 
 def check_alibi_slopes(alibi_slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | None:

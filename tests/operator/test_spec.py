@@ -4,9 +4,10 @@ expected and what came."""
 import numpy
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from fastattn import attention, explain, scaled_dot_product_attention
-from fastattn.spec import make_spec
+from fastattn.spec import checks, make_spec
 
 
 def q(*shape, **options):
@@ -124,7 +125,7 @@ OPTIONS = {
     "mask of bytes": (
         {"mask": torch.ones(7, 9, dtype=torch.uint8)},
         TypeError,
-        "mask.dtype: expected bool (True takes part), got torch.uint8",
+        "mask.dtype: expected bool (True takes part), got torch.uint8; mask.bool() if 1 takes part",
     ),
     "mask on another device": (
         {"mask": torch.ones(7, 9, dtype=torch.bool, device="meta")},
@@ -139,7 +140,7 @@ OPTIONS = {
     "mask of another length": (
         {"mask": torch.ones(7, 8) > 0},
         ValueError,
-        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (1, 1, 7, 8)",
+        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (7, 8)",
     ),
     "mask of the key heads": (
         {"mask": torch.ones(2, 2, 7, 9) > 0},
@@ -149,7 +150,13 @@ OPTIONS = {
     "mask transposed": (
         {"mask": torch.ones(9, 7) > 0},
         ValueError,
-        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (1, 1, 9, 7)",
+        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (9, 7)",
+    ),
+    "mask of one row per batch entry": (
+        {"mask": torch.ones(2, 9) > 0},
+        ValueError,
+        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (2, 9); "
+        "one row per batch entry is mask[:, None, None, :]",
     ),
     "mask of 5 dimensions": (
         {"mask": torch.ones(1, 1, 1, 7, 9) > 0},
@@ -159,13 +166,13 @@ OPTIONS = {
     "empty mask": (
         {"mask": torch.ones(0, 9) > 0},
         ValueError,
-        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (1, 1, 0, 9)",
+        "mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (0, 9)",
     ),
     "bias is a number": ({"bias": 1.0}, TypeError, "bias: expected a Tensor, got float"),
     "bias of bools": (
         {"bias": torch.ones(7, 9) > 0},
         TypeError,
-        "bias.dtype: expected a floating-point dtype, got torch.bool",
+        "bias.dtype: expected a floating-point dtype, got torch.bool; it goes to mask=",
     ),
     "bias of integers": (
         {"bias": torch.ones(7, 9, dtype=torch.int32)},
@@ -264,6 +271,35 @@ OPTIONS = {
         TypeError,
         "window: expected (left, right), each an int or None, got (1.0, 2)",
     ),
+    "window of another package's open sides": (
+        {"window": (-1, -1)},
+        ValueError,
+        "window: expected sides other than -1, got (-1, -1); None leaves a side open",
+    ),
+    "window with one such side": (
+        {"window": (3, -1), "causal": True},
+        ValueError,
+        "window: expected sides other than -1, got (3, -1); None leaves a side open",
+    ),
+    "window that forbids everything": (
+        {"window": (-3, 2)},
+        ValueError,
+        "window: expected left + right >= 0, since it forbids everything otherwise, got (-3, 2); "
+        "None leaves a side open",
+    ),
+    "window that forbids everything with causal": (
+        {"window": (-3, 8), "causal": True},
+        ValueError,
+        "window: expected left + right >= 0, since it forbids everything otherwise, got (-3, 8) with causal; "
+        "None leaves a side open",
+    ),
+    "softcap too small": (
+        {"softcap": 1e-40},
+        ValueError,
+        "softcap: expected at least 2**-126, float32's smallest normal number, got 1e-40",
+    ),
+    "scale is nan": ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+    "scale is infinite": ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
     "softcap is 0": ({"softcap": 0.0}, ValueError, "softcap: expected a positive finite number or None, got 0.0"),
     "softcap is a string": ({"softcap": "5"}, TypeError, "softcap: expected a float or None, got str"),
     "slopes of another size": (
@@ -353,12 +389,12 @@ SDPA = {
     "boolean attn_mask of another length": (
         {"attn_mask": torch.ones(7, 8) > 0},
         ValueError,
-        "attn_mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (1, 1, 7, 8)",
+        "attn_mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (7, 8)",
     ),
     "float attn_mask of another length": (
         {"attn_mask": torch.ones(9, 7)},
         ValueError,
-        "attn_mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (1, 1, 9, 7)",
+        "attn_mask.shape: expected broadcastable to (B, Hq, Lq, Lk) == (2, 4, 7, 9), got (9, 7)",
     ),
     "attn_mask on another device": (
         {"attn_mask": torch.ones(7, 9, device="meta")},
@@ -434,3 +470,78 @@ def test_normalisation():
 @pytest.mark.parametrize("good", [0, 1, 0.0, 0.5, 1.0])
 def test_probabilities_that_are_accepted(good):
     assert make_spec(q(), kv(), kv(), dropout_p=good).dropout_p == good
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "ours"),
+    [
+        (attention, "softmax_scale", "scale"),
+        (attention, "attn_mask", "mask"),
+        (attention, "is_causal", "causal"),
+        (explain, "window_size", "window"),
+        (attention, "key_padding_mask", "mask"),
+        (scaled_dot_product_attention, "causal", "is_causal"),
+        (scaled_dot_product_attention, "mask", "attn_mask"),
+    ],
+)
+def test_the_keyword_of_another_package_is_answered_with_ours(function, name, ours):
+    with pytest.raises(TypeError, match=rf"{name}'; here it is {ours}"):
+        function(q(), kv(), kv(), **{name: None})
+
+
+# Tensor subclasses
+
+
+@pytest.mark.parametrize("lengths", [(4, 6), (6, 4), (5, 5)], ids=str)
+@pytest.mark.parametrize("backend", [None, "reference", "triton"], ids=str)
+@pytest.mark.parametrize("argument", ["mask", "bias"])
+@pytest.mark.parametrize("kind", ["upper_left", "lower_right"])
+def test_a_causal_bias_is_causal_order(kind, argument, backend, lengths):
+    """As a plain tensor it is memory that nobody has written."""
+    q_len, kv_len = lengths
+    query, key = torch.randn(2, 2, q_len, 8), torch.randn(2, 2, kv_len, 8)
+    bias = {"upper_left": causal_upper_left, "lower_right": causal_lower_right}[kind](q_len, kv_len)
+    q_offset = 0 if kind == "upper_left" else kv_len - q_len
+    expected = attention(query, key, key, causal=True, q_offset=q_offset, backend=backend)
+    assert torch.equal(attention(query, key, key, **{argument: bias}, backend=backend), expected)
+    if argument == "mask" and backend is None:
+        expected = attention(query, key, key, causal=True, q_offset=q_offset)
+        assert torch.equal(scaled_dot_product_attention(query, key, key, bias), expected)
+
+
+def test_a_causal_bias_of_another_order_or_length():
+    query, key = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 6, 8)
+    with pytest.raises(ValueError, match=r"bias: expected a CausalBias for \(Lq, Lk\) == \(4, 6\), got \(6, 4\)"):
+        attention(query, key, key, bias=causal_upper_left(6, 4))
+    with pytest.raises(ValueError, match=r"bias: expected a CausalBias in the order of q_offset == 2, got .* == 0"):
+        attention(query, key, key, bias=causal_upper_left(4, 6), causal=True)
+    with pytest.raises(ValueError, match="attn_mask: expected a CausalBias in the order of q_offset == 0"):
+        scaled_dot_product_attention(query, key, key, causal_lower_right(4, 6), is_causal=True)
+
+
+class Logged(torch.Tensor):
+    """Its functions mean something else than those of its memory."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "bias", "alibi_slopes", "sinks"])
+def test_other_subclasses_are_refused(name):
+    given = {
+        "q": torch.randn(1, 2, 4, 8), "k": torch.randn(1, 2, 4, 8), "v": torch.randn(1, 2, 4, 8),
+        "mask": torch.ones(4, 4) > 0, "bias": torch.zeros(4, 4), "alibi_slopes": torch.ones(2), "sinks": torch.ones(2),
+    }  # fmt: skip
+    with pytest.raises(TypeError, match=rf"{name}: expected a plain Tensor, got .*Logged"):
+        attention(**{**given, name: given[name].as_subclass(Logged)})
+    attention(**{**given, name: torch.nn.Parameter(given[name], requires_grad=given[name].is_floating_point())})
+
+
+def test_a_square_mask_as_large_as_the_batch_is_pointed_out_once(recwarn):
+    checks._warned.clear()
+    x = torch.randn(5, 1, 5, 8)
+    for _ in range(2):
+        attention(x, x, x, mask=torch.ones(5, 5) > 0)
+    (warning,) = recwarn
+    assert "mask[:, None, None, :]" in str(warning.message) and warning.filename == __file__

@@ -98,7 +98,7 @@ def forward(
             q[:, :, row_slice].to(dtype), k[:, :, own], cut(operands, *block), options, block.rows[0], block.keys[0],
             shift,
         )  # fmt: skip
-        softmax = softmax_of(s, shifted_sinks(operands, shift, dtype))
+        softmax = softmax_of(s, sinks_of(operands, dtype))
         p = softmax.p
         if operands.seed is not None:
             p.mul_(kept(operands.seed, options.dropout_p, p, block, first_batch))
@@ -145,11 +145,12 @@ def backward(
             ds, dropped = ds.masked_fill_(forbidden, 0.0), dropped.masked_fill(forbidden, 0.0)
         sums.add_dbias(ds, block)
         sums.add_dslopes(ds, distance)
-        sinks = shifted_sinks(operands, shift, dtype)
+        sinks = sinks_of(operands, dtype)
         if sinks is not None:  # a score whose value vector is 0
             sums.add_dsinks(-torch.exp(sinks - maximum - log_total) * delta)
         if tanh is not None:
             ds = ds * (1.0 - tanh * tanh)
+            ds = ds if forbidden is None else ds.masked_fill_(forbidden, 0.0)
         sums.add_dv(key_sum(dropped, dout_, v.shape[1], careful), block)
         sums.add_dk(key_sum(ds, q_, k.shape[1], careful) * options.scale, block)
         gradients.dq[:, :, row_slice] = weighted_sum(ds, k_[:, :, own], careful) * options.scale
@@ -257,8 +258,11 @@ def softmax_of(s: Tensor, sinks: Tensor | None) -> Softmax:
 def alibi_shift(
     block: Block, kv_len: int, operands: Operands, options: Options, device: torch.device
 ) -> Tensor | None:  # fmt: skip
-    """How far each row's nearest key is: ALiBi counts from there, which keeps small differences of far distances."""
-    if operands.alibi_slopes is None:
+    """How far each row's nearest key is: ALiBi counts from there, which keeps small differences of far distances.
+
+    Not beside a sink, which stays where it is: what far keys weigh is as good as nothing there.
+    """
+    if operands.alibi_slopes is None or operands.sinks is not None:
         return None
     position = positions(block.rows[0], block.rows[1] - block.rows[0], operands, options, device)
     return (position - position.clamp(0, max(kv_len - 1, 0))).abs()
@@ -270,12 +274,9 @@ def shift_of_scores(operands: Operands, shift: Tensor, dtype: torch.dtype) -> Te
     return operands.alibi_slopes.to(dtype)[:, :, None, None] * shift.to(dtype)
 
 
-def shifted_sinks(operands: Operands, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Sinks (Hq, 1, 1), or as they stand beside shifted scores."""
-    if operands.sinks is None:
-        return None
-    sinks = operands.sinks.to(dtype)[:, None, None]
-    return sinks if shift is None else sinks + shift_of_scores(operands, shift, dtype)
+def sinks_of(operands: Operands, dtype: torch.dtype) -> Tensor | None:
+    """Sinks (Hq, 1, 1)."""
+    return None if operands.sinks is None else operands.sinks.to(dtype)[:, None, None]
 
 
 def kept(seed: Tensor, dropout_p: float, p: Tensor, block: Block, first_batch: int) -> Tensor:

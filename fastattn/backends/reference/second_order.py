@@ -13,7 +13,7 @@ from fastattn.backends.reference.blockwise import (
     compute_dtype,
     kept,
     key_sum,
-    shifted_sinks,
+    sinks_of,
     softmax_of,
 )
 from fastattn.backends.reference.definition import cut, cut_scores, grouped_matmul, scores
@@ -51,7 +51,7 @@ def double_backward(
         s, tanh, distance = scores(
             q_, k_[:, :, own], cut(operands, *block), options, block.rows[0], block.keys[0], shift
         )
-        p, p_sink, *_ = softmax_of(s, shifted_sinks(operands, shift, dtype))
+        p, p_sink, *_ = softmax_of(s, sinks_of(operands, dtype))
         slope = None if tanh is None else 1.0 - tanh * tanh  # of the capped scores
         product = grouped_matmul(tq_, k_[:, :, own].mT).add_(grouped_matmul(q_, tk_[:, :, own].mT)).mul_(options.scale)
         y = _directed_scores(product if slope is None else product * slope, direction, distance, block)

@@ -1,0 +1,137 @@
+"""Very large scores, and NaN or infinity where a row may not look: probabilities sum to 1, nothing leaks."""
+
+import math
+
+import pytest
+import torch
+
+from fastattn import attention, backends
+from fastattn.spec import make_spec
+
+INF = math.inf
+BACKENDS = ["reference", "cpu"]
+LOWEST = torch.finfo(torch.float32).min
+
+
+def only_where_it_runs(backend, **options):
+    """Skip a backend that is not there on this machine."""
+    x = torch.zeros(1, 1, 1, 16)
+    if backend not in backends.BACKENDS:
+        pytest.skip(f"no backend {backend!r}")
+    if reasons := backends.reasons_against(backend, make_spec(x, x, x, **options)):
+        pytest.skip(f"{backend}: {reasons[0]}")
+
+
+def with_gradients(backend, q, k, v, seed=0, **options):
+    """out, lse, and the gradients of q, k and v for ones that come into out and lse."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    torch.manual_seed(seed)
+    out, lse = attention(*leaves, backend=backend, return_lse=True, **options)
+    weights = torch.arange(out.numel()).view_as(out) % 3 + 1.0
+    finite = lse.masked_fill(lse == -INF, 0.0)
+    return [out, lse, *torch.autograd.grad((out * weights).sum() + finite.sum(), leaves)]
+
+
+def ones_for_values(kv_len, dim=16):
+    return torch.ones(1, 2, kv_len, dim)
+
+
+LARGE = {
+    "a bias of -1e9 in every place, softcap": (0.0, {"bias": torch.full((8, 8), -1e9), "softcap": 5.0}),
+    "a bias of the lowest number in every place": (0.0, {"bias": torch.full((8, 8), LOWEST)}),
+    "a row of the lowest number": (1.0, {"bias": torch.zeros(8, 8).index_fill(0, torch.tensor([3]), LOWEST)}),
+    "constant 30": (30.0, {}),
+    "constant 500": (500.0, {}),
+    "constant 1000, causal": (1000.0, {"causal": True}),
+    "ALiBi at a distance of a million": (1.0, {"alibi_slopes": torch.tensor([0.5, 0.25]), "q_offset": 10**6}),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_probabilities_sum_to_one(backend, case):
+    """out of values 1 is the sum of a row; dv for ones that come in adds up to the number of rows."""
+    only_where_it_runs(backend)
+    size, options = LARGE[case]
+    q = k = torch.full((1, 2, 8, 16), size)
+    v = ones_for_values(8).requires_grad_()
+    out = attention(q, k, v, backend=backend, **options)
+    (dv,) = torch.autograd.grad(out, v, torch.ones_like(out))
+    torch.testing.assert_close(out, torch.ones_like(out))
+    torch.testing.assert_close(dv.sum(2), torch.full((1, 2, 16), 8.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_the_lowest_bias_weighs_its_keys_alike(backend):
+    only_where_it_runs(backend)
+    q, k, v = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    out = attention(q, k, v, bias=torch.full((4, 9), LOWEST), backend=backend)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alibi_far_away(backend):
+    """Only differences of distances count: as if all keys were near."""
+    only_where_it_runs(backend)
+    q, k, v = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
+    slopes = torch.tensor([0.5, 0.03])
+    far, near = (
+        with_gradients(backend, q, k, v, alibi_slopes=slopes, q_offset=offset) for offset in (10**6, 40)
+    )
+    for index in (0, 2, 3, 4):
+        torch.testing.assert_close(far[index], near[index], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sink_of_minus_infinity(backend):
+    """As no sink: also for a row that sees no key."""
+    only_where_it_runs(backend)
+    q, k, v = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    mask = torch.ones(4, 9, dtype=torch.bool).index_fill(0, torch.tensor([2]), False)
+    sinks = torch.tensor([-INF, -INF]).requires_grad_()
+    expected = with_gradients(backend, q, k, v, mask=mask)
+    actual = with_gradients(backend, q, k, v, mask=mask, sinks=sinks)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+    out = attention(q, k, v, mask=mask, sinks=sinks, backend=backend)
+    assert torch.equal(torch.autograd.grad(out.sum(), sinks)[0], torch.zeros(2))
+
+
+TERMS = {
+    "mask": {},
+    "softcap": {"softcap": 3.0},
+    "causal": {"causal": True},
+    "dropout": {"dropout_p": 0.3},
+    "window": {"window": (20, 3)},
+    "everything": {"softcap": 2.0, "causal": True, "dropout_p": 0.1, "alibi_slopes": torch.tensor([0.1, 0.2])},
+}
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF, -INF], ids=str)
+@pytest.mark.parametrize("which", ["k", "v", "both"])
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_forbidden_key_reaches_nothing(backend, terms, which, bad):
+    """Not out, lse or a gradient, whatever it holds."""
+    only_where_it_runs(backend)
+    mask = torch.rand(24, 40) > 0.4
+    mask[:, 33:] = False
+    q, k, v = torch.randn(1, 2, 24, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
+    results = []
+    for content in (0.0, bad):
+        parts = [x.clone() for x in (k, v)]
+        for name, x in zip("kv", parts, strict=True):
+            if which in (name, "both"):
+                x[:, :, 33:] = content
+        results.append(with_gradients(backend, q, *parts, mask=mask, **TERMS[terms]))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, equal_nan=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_key_that_some_rows_see_spoils_these_alone(backend):
+    only_where_it_runs(backend)
+    q, k, v = torch.randn(1, 1, 24, 16), torch.randn(1, 1, 24, 16), torch.randn(1, 1, 24, 16)
+    v[:, :, 10] = math.nan
+    out = attention(q, k, v, causal=True, backend=backend)
+    assert out[:, :, :10].isfinite().all() and out[:, :, 10:].isnan().all()
