@@ -72,7 +72,7 @@ def windows() -> list[Panel]:
         panel("window=(2, 2)", window=(2, 2)),
         panel("window=(3, 0)\nor causal, (3, None)", window=(3, 0)),
         panel("window=(None, 2)", window=(None, 2)),
-        panel("window=(4, -1)\nonly keys before", window=(4, -1)),
+        panel("window=(5, -2)\nonly keys well before", window=(5, -2)),
     ]
 
 
