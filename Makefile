@@ -38,9 +38,11 @@ demo-quick: $(VENV)/.stamp-examples  ## the same with one seed and two series, i
 	$(BIN)/python -m examples.forecast --quick
 
 demo-dates: $(VENV)/.stamp-examples  ## install and run the date translation example
+	@echo "Dates: about a minute on one core."
 	$(BIN)/python -m examples.dates
 
 demo-charlm: $(VENV)/.stamp-examples  ## install and run the character language model on Alice in Wonderland
+	@echo "Characters: two models, about three minutes on one core."
 	$(BIN)/python -m examples.charlm --steps 1000
 
 lint: $(VENV)/.stamp-dev  ## ruff

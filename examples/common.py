@@ -1,12 +1,14 @@
-"""What the examples share: a progress bar, checkpoints that are plain data, metrics.json, and the look of figures."""
+"""What the examples share: the frame of a program, a progress bar, checkpoints, metrics.json, the look of figures."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,50 @@ STYLE = {
     "legend.frameon": False,
     "font.size": 9,
 }
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says why and what to do."""
+
+
+def run_program(run: Callable[[], None], goes_on_from: str) -> int:
+    """Run an example to its end; returns the exit code: 0; 2 if the input cannot be used; 130 if the user stops it.
+
+    Args:
+        run: everything after the arguments are read.
+        goes_on_from: where `--resume` continues, for the message after Ctrl-C.
+    """
+    try:
+        run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command with --resume goes on from the last {goes_on_from}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, output: Path) -> None:
+    """What every example takes; `check_device` completes it."""
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the output folder")
+    parser.add_argument("--output", type=Path, default=output, metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+
+
+def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Choose the device, or stop where the one asked for is not there."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch finds no CUDA device")
+
+
+def positive(text: str) -> int:
+    """The type of an argument."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return value
 
 
 class Progress:
@@ -59,7 +105,7 @@ class Progress:
             print(file=sys.stderr)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """The checkpoint does not belong to this run."""
 
 

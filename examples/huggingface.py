@@ -19,7 +19,7 @@ GPT_OSS = {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2
 
 @torch.no_grad()
 def results(model: PreTrainedModel, implementation: str, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the prompt, and the tokens that greedy decoding puts behind it."""
+    """Logits of the prompt, and the tokens that greedy decoding puts after it."""
     model.set_attn_implementation(implementation)
     padding = torch.ones_like(tokens)
     padding[1, :5] = 0  # the second prompt is shorter: padded on the left

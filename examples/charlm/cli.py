@@ -15,7 +15,15 @@ from examples.charlm.models import KINDS, Kind, Shape
 from examples.charlm.report import Result, metrics, table
 from examples.charlm.sample import continue_text, kept_of, load
 from examples.charlm.train import History, Recipe, build, fit
-from examples.common import CheckpointError, Progress, count_parameters, write_metrics
+from examples.common import (
+    Progress,
+    add_common_arguments,
+    check_device,
+    count_parameters,
+    positive,
+    run_program,
+    write_metrics,
+)
 from fastattn import Sampling
 from fastattn.nn import Learned
 
@@ -26,18 +34,15 @@ DEFAULT_OUTPUT = Path(__file__).parent / "output"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example; 0, or 2 if the input cannot be used."""
     args = parse_arguments(argv)
-    try:
-        if not args.sample:
-            train(args)
-        for kind in args.shapes:
-            print_sample(args, kind)
-    except (DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on from the last evaluation", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(lambda: run(args), goes_on_from="evaluation")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train unless only samples are wanted, then sample."""
+    if not args.sample:
+        train(args)
+    for kind in args.shapes:
+        print_sample(args, kind)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,31 +57,29 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="gpt: LayerNorm, GELU, learned positions; modern: RMSNorm, SwiGLU, RoPE, query and key norm "
         "(default: both, one after the other)",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    add_common_arguments(parser, DEFAULT_OUTPUT)
 
     size, training, samples = map(parser.add_argument_group, ("size", "training", "samples"))
     shape, recipe = Shape("gpt"), Recipe()
     numbers: list[tuple[argparse._ArgumentGroup, str, Callable[[str], float], float, str]] = [
-        (size, "block", _positive, shape.block, "characters that a model sees"),
-        (size, "layers", _positive, shape.layers, "blocks of attention and feed-forward network"),
-        (size, "heads", _positive, shape.heads, "attention heads"),
-        (size, "width", _positive, shape.width, "size of a hidden vector"),
+        (size, "block", positive, shape.block, "characters that a model sees"),
+        (size, "layers", positive, shape.layers, "blocks of attention and feed-forward network"),
+        (size, "heads", positive, shape.heads, "attention heads"),
+        (size, "width", positive, shape.width, "size of a hidden vector"),
         (size, "dropout", float, shape.dropout, "probability; a larger model on a small text needs some"),
-        (training, "steps", _positive, recipe.steps, "steps of the optimizer"),
-        (training, "batch", _positive, recipe.batch, "sequences per pass"),
-        (training, "accumulate", _positive, recipe.accumulate, "passes per step, whose gradients are averaged"),
+        (training, "steps", positive, recipe.steps, "steps of the optimizer"),
+        (training, "batch", positive, recipe.batch, "sequences per pass"),
+        (training, "accumulate", positive, recipe.accumulate, "passes per step, whose gradients are averaged"),
         (training, "lr", float, recipe.learning_rate, "highest learning rate"),
-        (training, "evaluate-every", _positive, recipe.evaluate_every, "steps from one evaluation to the next"),
+        (training, "evaluate-every", positive, recipe.evaluate_every, "steps from one evaluation to the next"),
         (training, "seed", int, recipe.seed, "of weights, batches and samples"),
-        (samples, "length", _positive, 400, "characters"),
+        (samples, "length", positive, 400, "characters"),
         (samples, "temperature", float, 0.8, "0: always the most probable character"),
     ]
     for group, name, kind, default, text in numbers:
         group.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     training.add_argument("--amp", action="store_true", help="compute in bfloat16 (autocast)")
     training.add_argument("--compile", action="store_true", help="compile the model (torch.compile)")
-    training.add_argument("--resume", action="store_true", help="go on from checkpoints in the output folder, if any")
     samples.add_argument("--sample", action="store_true", help="no training: sample from checkpoints in that folder")
     samples.add_argument(
         "--prompt", default="\n", metavar="TEXT", help="what the sample continues (default: a new line)"
@@ -85,9 +88,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     samples.add_argument("--top-p", type=float, metavar="P", help="draw among those with probability P together")
     args = parser.parse_args(argv)
 
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch finds no CUDA device")
+    check_device(parser, args)
     try:
         args.sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
         args.shapes = {
@@ -102,13 +103,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.lr > 0:
         parser.error(f"--lr: expected a positive number, got {args.lr}")
     return args
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return value
 
 
 def train(args: argparse.Namespace) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from examples.common import InputError
+
 ALICE = Path(__file__).parent / "data" / "alice.txt"
 TRAIN_FRACTION = 0.9  # nanoGPT's
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """The text cannot be used."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +13,18 @@ from typing import Any
 import torch
 
 import fastattn
-from examples.common import CheckpointError, Progress, count_parameters, environment, load_checkpoint, write_metrics
+from examples.common import (
+    CheckpointError,
+    Progress,
+    add_common_arguments,
+    check_device,
+    count_parameters,
+    environment,
+    load_checkpoint,
+    positive,
+    run_program,
+    write_metrics,
+)
 from examples.dates import data, evaluate, plots
 from examples.dates.train import CONFIG, History, Recipe, fit, make_model
 from fastattn.nn import EncoderDecoder
@@ -27,18 +37,7 @@ DEFAULT_OUTPUT = Path(__file__).parent / "output"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example; 0, or 2 if a checkpoint cannot be used."""
     args = parse_arguments(argv)
-    try:
-        if args.interactive:
-            converse(args)
-        else:
-            run(args)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on from the last validation", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(lambda: (converse if args.interactive else run)(args), goes_on_from="validation")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,14 +47,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     recipe = Recipe()
     parser.add_argument("--interactive", action="store_true", help="convert what you type, with the trained model")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add_common_arguments(parser, DEFAULT_OUTPUT)
     training = parser.add_argument_group("training")
     for name, unit in (("steps", "updates of the weights"), ("batch-size", "dates per update")):
         default = getattr(recipe, name.replace("-", "_"))
-        training.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{unit}: %(default)s")
-    training.add_argument("--accumulate", type=_positive, default=1, metavar="N", help="compute a batch in N parts")
+        training.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=f"{unit}: %(default)s")
+    training.add_argument("--accumulate", type=positive, default=1, metavar="N", help="compute a batch in N parts")
     training.add_argument("--amp", action="store_true", help="mixed precision: forward in bfloat16")
     training.add_argument("--compile", action="store_true", help="torch.compile the training step's model")
     training.add_argument("--seed", type=int, default=recipe.seed, metavar="N", help="default: %(default)s")
@@ -63,17 +60,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     if args.batch_size % args.accumulate:
         parser.error(f"--accumulate: expected a divisor of --batch-size {args.batch_size}, got {args.accumulate}")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch finds no CUDA device")
+    check_device(parser, args)
     return args
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return value
 
 
 # --------------------------------------------------------------------------------------------- train and test

@@ -72,7 +72,7 @@ class Vocabulary:
         return "".join(self.characters[token - self.specials] for token in tokens if token >= self.specials)
 
 
-PAD, BOS, EOS = 0, 1, 2  # padding stands behind a source; a target lies between the other two
+PAD, BOS, EOS = 0, 1, 2  # padding comes after a source; a target lies between the other two
 _A_YEAR = [date(1980, 1, 1) + timedelta(days) for days in range(366)]
 # Lower case: how a month is capitalised says nothing.
 SOURCE = Vocabulary({c for day in _A_YEAR for write in FORMATS.values() for c in write(day).lower()}, specials=1)

@@ -6,7 +6,6 @@ import argparse
 import csv
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 import fastattn
-from examples.common import CheckpointError, environment, write_metrics
+from examples.common import add_common_arguments, check_device, environment, positive, run_program, write_metrics
 from examples.forecast import data, plots, report
 from examples.forecast.baselines import Forecast
 from examples.forecast.evaluate import LEVEL
@@ -40,15 +39,7 @@ DEFAULT_OUTPUT = Path(__file__).parent / "output"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example; 0, or 2 if the input cannot be used."""
     args = parse_arguments(argv)
-    try:
-        run(args)
-    except (data.DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on from the last epochs", file=sys.stderr)
-        return 130
-    return 0
+    return run_program(lambda: run(args), goes_on_from="epochs")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,26 +51,24 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     own = parser.add_argument_group("your own series")
     own.add_argument("--csv", type=Path, metavar="PATH", help="a file with a header, oldest row first")
     own.add_argument("--column", metavar="NAME", help="the column to forecast")
-    own.add_argument("--horizon", type=_positive, metavar="H", help="how many rows to forecast")
+    own.add_argument("--horizon", type=positive, metavar="H", help="how many rows to forecast")
     own.add_argument(
         "--time-column", metavar="NAME", help="dates or numbers, evenly spaced (default: one is looked for)"
     )
-    own.add_argument("--season", type=_positive, metavar="S", help="rows per season (default: found in the data)")
+    own.add_argument("--season", type=positive, metavar="S", help="rows per season (default: found in the data)")
     own.add_argument(
-        "--context", type=_positive, metavar="C", help="rows to look back (default: four seasons, or what fits)"
+        "--context", type=positive, metavar="C", help="rows to look back (default: four seasons, or what fits)"
     )
-    own.add_argument("--last", type=_positive, metavar="N", help="use the last N rows only: a long file in less time")
+    own.add_argument("--last", type=positive, metavar="N", help="use the last N rows only: a long file in less time")
     own.add_argument("--fill-gaps", action="store_true", help="fill an empty cell with the last value before it")
     parser.add_argument(
         "--quick", action="store_true", help="one seed, 20 epochs, and of the built-in series two: about a minute"
     )
-    parser.add_argument("--seeds", type=_positive, metavar="N", help="training runs per model (default: 3)")
-    parser.add_argument("--epochs", type=_positive, metavar="N", help="at most this many (default: 50)")
-    parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core; 1 on a GPU)")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="training runs per model (default: 3)")
+    parser.add_argument("--epochs", type=positive, metavar="N", help="at most this many (default: 50)")
+    add_common_arguments(parser, DEFAULT_OUTPUT)
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core; 1 on a GPU)")
     parser.add_argument("--layers", choices=list(LAYERS), default="fastattn", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the output folder")
     args = parser.parse_args(argv)
 
     if args.csv is not None and (args.column is None or args.horizon is None):
@@ -88,22 +77,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         for name in ("column", "horizon", "time_column", "season", "context", "last"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} needs --csv")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device not in ("cpu", "cuda"):
-        parser.error(f"--device: expected cpu or cuda, got {args.device!r}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch finds no CUDA device")
+    check_device(parser, args)
     args.seeds = args.seeds or (1 if args.quick else 3)
     args.epochs = args.epochs or (20 if args.quick else 50)
     args.workers = args.workers or (1 if args.device == "cuda" else _cores())
     return args
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return value
 
 
 def _cores() -> int:

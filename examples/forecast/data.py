@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from examples.common import InputError
+
 DATA_FOLDER = Path(__file__).parent / "data"
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """The series cannot be used; the message says why and what to do."""
 
 

@@ -719,7 +719,7 @@ def test_input_errors_are_one_line(cli, series_csv, tmp_path, capsys, arguments,
         (["--csv", "x.csv"], "--csv needs --column and --horizon"),
         (["--horizon", "3"], "--horizon needs --csv"),
         (["--seeds", "0"], "expected a positive integer, got 0"),
-        (["--device", "tpu"], "expected cpu or cuda, got 'tpu'"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )
 def test_usage_errors(cli, capsys, arguments, message):
