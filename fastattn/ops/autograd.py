@@ -367,6 +367,8 @@ LIBRARY.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_double_backward", _double_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_forward", _forward_autograd, "Autograd")
+LIBRARY.impl("attention_backward", batching.legacy_rule(Backward, BACKWARD), "Batched")
+LIBRARY.impl("attention_double_backward", batching.legacy_rule(DoubleBackward, DOUBLE_BACKWARD), "Batched")
 torch.library.register_fake("fastattn::attention_forward", lambda q, k, v, *_: forward_results(q, v), lib=LIBRARY)
 torch.library.register_fake(
     "fastattn::attention_backward", lambda *args: backward_results(unflatten(Backward, args)), lib=LIBRARY

@@ -1,24 +1,130 @@
-"""`torch.func.vmap` over the attention operators."""
+"""vmap over the attention operators: one call on a larger batch where no operand forbids it, else one after the other.
 
-from typing import Any
+`torch.func.vmap` asks the Functions for their rule. `torch.autograd.grad(..., is_grads_batched=True)` has an older
+vmap, which asks the dispatcher; `legacy_rule` answers it.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fastattn.ops.schema import Backward, DoubleBackward, Forward, flatten, unflatten
+from fastattn.spec import Operands
+
+# PyTorch's own, without a public name.
+_C: Any = torch._C
+_is_batched = _C._functorch.is_legacy_batchedtensor
+_add_batch_dim, _remove_batch_dim = _C._VariableFunctions._add_batch_dim, _C._VariableFunctions._remove_batch_dim
+
+_Run = Callable[..., tuple[Tensor, ...]]
+_STATISTICS = 1  # their batch dimension; that of all other tensors is 0
+
+
+def batched(kind: Any, run: _Run, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """(results, the dimension along which each is batched) of ``run``, where args have batch dimensions ``in_dims``."""
+    if kind is not DoubleBackward:
+        dims, call = unflatten(kind, in_dims), unflatten(kind, args)
+        if _folds(dims, call):
+            return _fold(run, size, dims, call)
+    calls = [
+        run(
+            *(
+                x.select(dim, index) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(args, in_dims, strict=True)
+            )
+        )
+        for index in range(size)
+    ]
+    results = tuple(torch.stack(x) for x in zip(*calls, strict=True))
+    return results, (0,) * len(results)
+
+
+def _folds(dims: Any, call: Any) -> bool:
+    """Whether the vmapped dimension can become part of the batch.
+
+    Not with sinks of their own, packed sequences, or dropout, whose bits depend on the batch entry; nor where a
+    backward pass adds gradients of operands up over the batch.
+    """
+    operands = call.operands
+    return (
+        operands.seed is None
+        and operands.cu_seqlens_q is None
+        and dims.operands.sinks is None
+        and all(x.shape[0] == 1 for x in operands.block_mask[:1])
+        and not (isinstance(call, Backward) and any(call.wanted))
+    )
+
+
+def _fold(run: _Run, size: int, dims: Any, call: Any) -> tuple[Any, Any]:
+    batch = call.q.shape[0 if dims.q is None or dims.q > 0 else 1]
+
+    def merged(x: Tensor | None, dim: int | None, place: int = 0, full: int | None = None) -> Tensor | None:
+        """``x`` with the vmapped dimension merged into its batch dimension ``place``; repeated where it has none."""
+        if x is None or (dim is None and full is None):
+            return x
+        x = x.unsqueeze(place) if dim is None else x.movedim(dim, place)
+        shape = list(x.shape)
+        shape[place] = size
+        shape[place + 1] = shape[place + 1] if full is None else full
+        return x.expand(shape).flatten(place, place + 1)
+
+    def operand(x: Tensor | None, dim: int | None) -> Tensor | None:
+        """A tensor for all entries, or for each of them."""
+        if x is None or (dim is None and x.shape[0] == 1):
+            return x
+        return merged(x, dim, full=batch)
+
+    old, where = call.operands, dims.operands
+    changes = {
+        name: operand(getattr(old, name), getattr(where, name)) for name in ("mask", "bias", "alibi_slopes")
+    }  # fmt: skip
+    if old.q_offset_tensor is not None:
+        changes["q_offset_tensor"] = merged(old.q_offset_tensor, where.q_offset_tensor, full=batch)
+    operands: Operands = old._replace(**changes)
+    tensors = {}
+    for name in call._fields:
+        value = getattr(call, name)
+        if isinstance(value, Tensor):
+            place = _STATISTICS if name == "statistics" else 0
+            tensors[name] = merged(value, getattr(dims, name), place, full=batch)
+    results = run(*flatten(call._replace(operands=operands, **tensors)))
+    places = (0, 0, _STATISTICS) if isinstance(call, Forward) else (0, 0, 0, None, None, None)
+    unfolded = tuple(
+        x if place is None else x.unflatten(place, (size, batch)) for x, place in zip(results, places, strict=True)
+    )
+    return unfolded, places
+
 
 class Batched(torch.autograd.Function):
-    """A Function whose vmap runs one call after the other: operands such as sinks have no batch dimension to merge."""
+    """A Function over the arguments of an operator, with a rule for `torch.func.vmap`."""
+
+    operator_call: ClassVar[type[Forward] | type[Backward] | type[DoubleBackward]]
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        calls = [
-            cls.apply(
-                *(
-                    x.select(dim, index) if isinstance(x, Tensor) and dim is not None else x
-                    for x, dim in zip(args, in_dims, strict=True)
-                )
-            )
-            for index in range(info.batch_size)
-        ]
-        results = tuple(torch.stack(x) for x in zip(*calls, strict=True))
-        return results, (0,) * len(results)
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return batched(cls.operator_call, cls.apply, info.batch_size, in_dims, args)
+
+
+def legacy_rule(kind: Any, operator: Any) -> _Run:
+    """The kernel of ``operator`` for tensors that the older vmap has batched."""
+
+    def rule(*args: Any) -> tuple[Tensor, ...]:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        is_batched = [isinstance(x, Tensor) and _is_batched(x) for x in args]
+        plain = tuple(
+            _remove_batch_dim(x, level, 1, 0) if own else x for x, own in zip(args, is_batched, strict=True)
+        )
+        size = next(x.shape[0] for x, own in zip(plain, is_batched, strict=True) if own)
+        in_dims = tuple(
+            [None] * len(x) if isinstance(x, list) and x and isinstance(x[0], Tensor) else 0 if own else None
+            for x, own in zip(args, is_batched, strict=True)
+        )
+        results, out_dims = batched(kind, operator, size, in_dims, plain)
+        return tuple(
+            x if dim is None else _add_batch_dim(x, dim, level) for x, dim in zip(results, out_dims, strict=True)
+        )
+
+    return rule
