@@ -1,30 +1,55 @@
-"""Builds the optional CUDA library; everything else about the package is in pyproject.toml.
+"""Builds the native libraries; everything else about the package is in pyproject.toml.
 
-``FASTATTN_BUILD_CUDA=1 pip install .`` compiles ``csrc/cuda/*.cu`` into ``fastattn/libfastattn_cuda.so``, a C
-interface without PyTorch headers, so the library depends on neither the Python nor the PyTorch version.
-With the variable unset, empty or 0 nothing is compiled.
+``csrc/cpu`` becomes ``fastattn/libfastattn_cpu`` wherever a C++ compiler is found: ``CXX``, ``c++``, ``g++`` or
+``clang++``. Without one, or where it fails, the package is installed without the library and works without it.
+``FASTATTN_BUILD_CPU=0`` does not try, ``=1`` makes a failure an error.
+
+``FASTATTN_BUILD_CUDA=1 pip install .`` compiles ``csrc/cuda/*.cu`` into ``fastattn/libfastattn_cuda.so`` with nvcc;
+unset, empty or 0, nothing is compiled.
+
+Both have a C interface without PyTorch or Python headers, so they depend on no version of either.
 """
 
 import os
+import platform
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.editable_wheel import editable_wheel
+from setuptools.errors import CompileError
 
 NVCC_FLAGS = ["-O3", "-std=c++17", "--shared", "-Xcompiler=-fPIC", "-gencode=arch=compute_90a,code=sm_90a"]
 
+CPU_LIBRARY = "fastattn.libfastattn_cpu"
+CPU_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread"]
+# Compiled once for each instruction set, into a namespace of its own; without the C++ library, whose inline functions
+# the linker would merge across instruction sets.
+ENGINE_SOURCES = ("forward.cpp", "backward.cpp", "decode.cpp")
+ENGINE_FLAGS = ["-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"]
+VARIANTS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+}
+TEST_VARIANT = ("wide", ["-mavx2", "-mfma", "-mf16c", "-DFASTATTN_VECTOR_BYTES=64"])  # avx512's logic on AVX2
 
-def cuda_wanted() -> bool:
-    """Read the switch. Any other value is an error: a guess could hide a missing library."""
-    value = os.environ.get("FASTATTN_BUILD_CUDA", "0")
+
+def switch(name: str) -> bool | None:
+    """Read an environment variable: None if unset. Any other value is an error: a guess could hide a missing library."""
+    value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
-        raise SystemExit(f"FASTATTN_BUILD_CUDA: expected 0 or 1, got {value!r}")
-    return value == "1"
+        raise SystemExit(f"{name}: expected 0 or 1, got {value!r}")
+    return None if value == "" else value == "1"
 
 
 def cuda_library() -> Extension:
@@ -37,8 +62,50 @@ def cuda_library() -> Extension:
     return Extension("fastattn.libfastattn_cuda", sources, depends=sorted(glob("csrc/cuda/*.cuh")))
 
 
-class BuildWithNvcc(build_ext):
-    """Compile and link in one nvcc call."""
+def cpp_compiler() -> list[str] | None:
+    """The command of a C++ compiler with gcc's options, or None."""
+    candidates = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    for candidate in filter(None, candidates):
+        command = shlex.split(candidate)
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def cpu_library() -> list[Extension]:
+    """Describe the library, if it can be compiled here."""
+    wanted = switch("FASTATTN_BUILD_CPU")
+    sources = sorted(glob("csrc/cpu/*.cpp"))
+    problem = None
+    if not sources:
+        problem = "expected C++ sources csrc/cpu/*.cpp, found none"
+    elif cpp_compiler() is None:
+        problem = "expected a C++ compiler (CXX, c++, g++ or clang++), found none"
+    if wanted and problem:
+        raise SystemExit(f"FASTATTN_BUILD_CPU=1: {problem}")
+    if problem and wanted is None:
+        print(f"fastattn: installed without its CPU kernels, PyTorch's serve instead: {problem}", file=sys.stderr)
+    if wanted is False or problem:
+        return []
+    return [Extension(CPU_LIBRARY, sources, depends=sorted(glob("csrc/cpu/*.h")), optional=not wanted)]
+
+
+def cpu_objects(test_variants: bool) -> list[tuple[str, str, list[str]]]:
+    """(object, source, flags) of every compilation, the longest first."""
+    variants = dict(VARIANTS) if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
+    if test_variants:
+        variants.update([TEST_VARIANT])
+    engines = [
+        (f"{Path(source).stem}_{name}.o", f"csrc/cpu/{source}", [*ENGINE_FLAGS, *flags, f"-DFASTATTN_VARIANT={name}"])
+        for source in reversed(sorted(ENGINE_SOURCES))
+        for name, flags in reversed(variants.items())
+    ]
+    others = [(f"{Path(s).stem}.o", s, []) for s in sorted(glob("csrc/cpu/*.cpp")) if Path(s).name not in ENGINE_SOURCES]
+    return [*engines, *others]
+
+
+class BuildNative(build_ext):
+    """The CUDA library in one nvcc call, the CPU library in parallel ones."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"  # no ABI tag: not a Python module
@@ -46,9 +113,64 @@ class BuildWithNvcc(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        digest = runpy.run_path("fastattn/backends/cuda.py")["source_digest"](Path("csrc/cuda"))
-        define = f'-DFASTATTN_DIGEST="{digest}"'
-        subprocess.run(["nvcc", *NVCC_FLAGS, define, *ext.sources, "-o", str(target)], check=True)
+        if ext.name == CPU_LIBRARY:
+            self.build_cpu(ext, target)
+        else:
+            digest = runpy.run_path("fastattn/backends/cuda.py")["source_digest"](Path("csrc/cuda"))
+            define = f'-DFASTATTN_DIGEST="{digest}"'
+            subprocess.run(["nvcc", *NVCC_FLAGS, define, *ext.sources, "-o", str(target)], check=True)
+
+    def build_cpu(self, ext: Extension, target: Path) -> None:
+        compiler = cpp_compiler()
+        assert compiler is not None
+        extra = shlex.split(os.environ.get("FASTATTN_CPU_FLAGS", ""))  # sanitizers, test variants
+        digest = runpy.run_path("fastattn/backends/cpu_library.py")["source_digest"](Path("csrc/cpu"))
+        folder = Path(self.build_temp) / "cpu"
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = cpu_objects("-DFASTATTN_TEST_VARIANTS" in extra)
+        commands = [
+            [*compiler, *CPU_FLAGS, *flags, *extra, f'-DFASTATTN_DIGEST="{digest}"', "-c", source, "-o", str(folder / name)]
+            for name, source, flags in objects
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self.run_compiler, commands))
+        link = [*compiler, "-shared", "-pthread", *extra, *(str(folder / name) for name, _, _ in objects)]
+        if sys.platform == "linux":  # nothing beside libc: the library fits every distribution as old as this one
+            link += ["-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--strip-debug"]
+        # Beside the target first: whoever has the old one mapped keeps it, and nobody sees half a file.
+        part = target.with_suffix(".part")
+        self.run_compiler([*link, "-o", str(part)])
+        part.replace(target)
+
+    def run_compiler(self, command: list[str]) -> None:
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+            print(shlex.join(command), result.stderr, sep="\n", file=sys.stderr)
+            raise CompileError(
+                "fastattn is installed without its CPU kernels, PyTorch's serve instead: "
+                f"{command[0]} failed: {(lines or ['no message'])[0].strip()}"
+            )
+        if result.stderr:
+            print(result.stderr, file=sys.stderr)
+
+
+class WheelForAnyPython(bdist_wheel):
+    """Tagged for the platform and the C library that the native code needs, and for every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        tag = super().get_tag()
+        if self.root_is_pure:
+            return tag
+        platform_tag = tag[2]
+        needs = [
+            tuple(map(int, version))
+            for path in glob(os.path.join(self.bdist_dir, "fastattn", "*.so"))
+            for version in re.findall(rb"GLIBC_(\d+)\.(\d+)", Path(path).read_bytes())
+        ]
+        if needs and platform_tag.startswith("linux_"):
+            platform_tag = "manylinux_{}_{}_{}".format(*max(needs), platform_tag.removeprefix("linux_"))
+        return "py3", "none", platform_tag
 
 
 class EditableByPath(editable_wheel):
@@ -74,6 +196,6 @@ class EditableByPath(editable_wheel):
 
 
 setup(
-    ext_modules=[cuda_library()] if cuda_wanted() else [],
-    cmdclass={"build_ext": BuildWithNvcc, "editable_wheel": EditableByPath},
+    ext_modules=[*cpu_library(), *([cuda_library()] if switch("FASTATTN_BUILD_CUDA") else [])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": WheelForAnyPython, "editable_wheel": EditableByPath},
 )

@@ -1,0 +1,125 @@
+// The C interface: no PyTorch, no Python, nothing but pointers and 8-byte numbers, so that Python packs a call into bytes.
+// `fastattn/backends/cpu.py` is its other side: it lists the fields of each struct in this order.
+#pragma once
+
+#include <cstdint>
+
+#ifndef FASTATTN_DIGEST
+#define FASTATTN_DIGEST ""  // of the sources; the build passes it
+#endif
+
+extern "C" {
+
+// Counts changes of what is declared here.
+#define FASTATTN_CPU_ABI 1
+
+enum FastattnCpuDtype { FASTATTN_FLOAT32 = 0, FASTATTN_FLOAT16 = 1, FASTATTN_BFLOAT16 = 2, FASTATTN_FLOAT64 = 3 };
+
+enum FastattnCpuStatus { FASTATTN_CPU_OK = 0, FASTATTN_CPU_BAD_ARGUMENT = 1, FASTATTN_CPU_NO_MEMORY = 2 };
+
+// A side of a window that is open; as `q_offset`: the last query stands at the last key, for each packed sequence.
+#define FASTATTN_OPEN INT64_MIN
+
+// A tensor of four dimensions; strides in elements, 0 where it broadcasts.
+struct FastattnView {
+  void* data;
+  int64_t stride[4];
+};
+
+// Who runs a call. `parallel` is a `GOMP_parallel` of the process, or null: then threads of this library's own.
+struct FastattnTeam {
+  int64_t threads;
+  void* parallel;
+};
+
+// q (B, Hq, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, Dv), out (B, Hq, Lq, Dv). `statistics` (2, B, Hq, Lq) and `lse`
+// (B, Hq, Lq) are contiguous, float, or double for double inputs ("the compute type").
+struct FastattnAttention {
+  FastattnTeam team;
+  FastattnView q, k, v, out;
+  void *lse, *statistics;
+  int64_t dtype;  // of q, k, v and out
+  int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim, v_dim;
+  int64_t left, right, q_offset;
+  double scale, softcap, dropout_p;  // softcap 0: none
+};
+
+// The tensors beside them; a null pointer is an operand that is absent.
+struct FastattnOperands {
+  FastattnView mask;        // one byte per element, 0 or 1
+  FastattnView bias;        // of `bias_dtype`
+  int64_t bias_dtype;
+  int64_t bias_size[4];     // 1 where it broadcasts
+  const void* alibi_slopes; // (B or 1, Hq), compute type
+  int64_t slopes_stride;    // of a batch entry, 0 or Hq
+  const void* sinks;        // (Hq,), compute type
+  const int64_t* q_offset;  // (B,)
+  const int64_t* seed;      // one element, with dropout only
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (sequences + 1,)
+  int64_t sequences;        // "B" above then means this for all per-entry operands; q, k, v have one batch entry
+  // The tensors of `fastattn.block_mask.BlockTensors`, contiguous.
+  const int32_t *query_offsets, *query_entries, *key_offsets, *key_entries, *table;
+  const uint8_t* pool;
+  int64_t block_batch, block_heads;  // sizes: 1 where it broadcasts
+};
+
+// What a backward pass reads and fills beside the above. dlse (B, Hq, Lq) contiguous. dbias has `bias_size`, dalibi_slopes
+// the shape of the slopes, dsinks (Hq,): contiguous, compute type. Null: not given, not wanted.
+struct FastattnGradients {
+  FastattnView dout;
+  const void* dlse;
+  FastattnView dq, dk, dv;
+  void *dbias, *dalibi_slopes, *dsinks;
+};
+
+// Attention of few queries to a KV cache. q (B, Hq, Lq, D), out (B, Hq, Lq, Dv); the caches are (B, Lmax, Hk, D), or
+// (pages, page_size, Hk, D) with a `block_table` (B, max_pages): their strides are those of page, slot, head, column.
+// Batch entry b has lens[b] + added keys, cut to 0 .. capacity, and its last query stands at the last of them.
+struct FastattnDecode {
+  FastattnTeam team;
+  FastattnView q, k_cache, v_cache, out;
+  void* lse;                   // (B, Hq, Lq), contiguous, compute type
+  const int64_t* lens;         // (B,)
+  const int32_t* block_table;
+  int64_t table_stride;        // of a row of the table
+  const void* alibi_slopes;    // (B or 1, Hq), compute type
+  int64_t slopes_stride;
+  const void* sinks;           // (Hq,), compute type
+  int64_t dtype;
+  int64_t batch, q_heads, kv_heads, q_len, head_dim, v_dim;
+  int64_t pages, page_size, capacity;  // page_size 0: contiguous; capacity in positions per batch entry
+  int64_t added, left, right;
+  double scale, softcap;
+};
+
+// New rows k (B, Hk, L, D) and v (B, Hk, L, Dv), written into the caches from position lens[b] on; rows without a place are
+// left out.
+struct FastattnAppend {
+  FastattnTeam team;
+  FastattnView k, v, k_cache, v_cache;
+  const int64_t* lens;
+  const int32_t* block_table;
+  int64_t table_stride;
+  int64_t element_size;
+  int64_t batch, kv_heads, new_len, head_dim, v_dim;
+  int64_t pages, page_size, capacity;
+};
+
+#if defined(_WIN32)
+#define FASTATTN_EXPORT __declspec(dllexport)
+#else
+#define FASTATTN_EXPORT __attribute__((visibility("default")))
+#endif
+
+FASTATTN_EXPORT int fastattn_cpu_abi();
+FASTATTN_EXPORT const char* fastattn_cpu_digest();
+FASTATTN_EXPORT const char* fastattn_cpu_last_error();  // of this thread's last call that failed
+FASTATTN_EXPORT const char* fastattn_cpu_variant();     // the instruction set in use
+FASTATTN_EXPORT int fastattn_cpu_use_variant(const char* name);  // for tests: 1 if this processor has it
+// `operands` may be null where there are none.
+FASTATTN_EXPORT int fastattn_cpu_forward(const FastattnAttention* attention, const FastattnOperands* operands);
+FASTATTN_EXPORT int fastattn_cpu_backward(
+    const FastattnAttention* attention, const FastattnOperands* operands, const FastattnGradients* gradients);
+FASTATTN_EXPORT int fastattn_cpu_decode(const FastattnDecode* decode);
+FASTATTN_EXPORT int fastattn_cpu_append(const FastattnAppend* append);
+}

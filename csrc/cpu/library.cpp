@@ -1,0 +1,345 @@
+// The exported functions: arguments checked before a byte is touched, then the engine of this processor.
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+
+#include "append.h"
+#include "interface.h"
+#include "threads.h"
+#include "variant.h"
+
+namespace fastattn::cpu {
+namespace {
+
+constexpr int64_t kFar = int64_t(1) << 30;  // positions are 32-bit in the engines: sums of two and a length still fit
+constexpr int64_t kWidest = 1 << 16;        // head dims
+constexpr int64_t kMostThreads = 1024;
+
+thread_local char error_text[256] = "";
+
+// -- Which engine ----------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+bool always() { return true; }
+
+struct Engine {
+  const char* name;
+  bool (*supported)();
+  bool (*forward)(const FastattnAttention&, const FastattnOperands&, const Team&);
+  bool (*backward)(const FastattnAttention&, const FastattnOperands&, const FastattnGradients&, const Team&);
+  bool (*decode)(const FastattnDecode&, const Team&);
+};
+
+#define ENGINE(NAME, SUPPORTED) {#NAME, SUPPORTED, NAME::forward, NAME::backward, NAME::decode}
+
+// The best one first.
+const Engine kEngines[] = {
+#if defined(__x86_64__)
+    ENGINE(avx512, has_avx512),
+    ENGINE(avx2, has_avx2),
+#endif
+    ENGINE(baseline, always),
+#if defined(FASTATTN_TEST_VARIANTS)
+    ENGINE(wide, has_avx2),  // behind one that always serves: by name only
+#endif
+};
+
+const Engine* best() {
+  const Engine* engine = kEngines;
+  while (!engine->supported()) engine++;
+  return engine;
+}
+
+std::atomic<const Engine*> chosen{nullptr};
+
+const Engine& engine() {
+  const Engine* current = chosen.load(std::memory_order_relaxed);
+  if (current == nullptr) chosen.store(current = best(), std::memory_order_relaxed);
+  return *current;
+}
+
+// -- Checks ----------------------------------------------------------------------------------------------------------
+
+// Remembers the first thing that is wrong.
+class Checks {
+ public:
+  bool good() const { return good_; }
+
+  __attribute__((format(printf, 3, 4))) void expect(bool condition, const char* format, ...) {
+    if (condition || !good_) return;
+    good_ = false;
+    va_list values;
+    va_start(values, format);
+    std::vsnprintf(error_text, sizeof error_text, format, values);
+    va_end(values);
+  }
+
+  void size(const char* name, int64_t value, int64_t least, int64_t most) {
+    expect(value >= least && value <= most, "%s: expected %lld to %lld, got %lld", name, (long long)least,
+           (long long)most, (long long)value);
+  }
+
+  // A product of sizes that a tensor's bytes are counted with.
+  void count(const char* name, int64_t a, int64_t b, int64_t c, int64_t d) {
+    int64_t n = 0;
+    const bool fits = good_ && !__builtin_mul_overflow(a, b, &n) && !__builtin_mul_overflow(n, c, &n) &&
+                      !__builtin_mul_overflow(n, d, &n) && n <= INT64_MAX / 16;
+    expect(fits, "%s: expected fewer than 2^59 elements", name);
+    elements_ = fits ? n : 0;
+  }
+
+  void pointer(const char* name, const void* data) {
+    expect(data != nullptr || elements_ == 0, "%s: expected a pointer, got null", name);
+  }
+
+  void view(const char* name, const FastattnView& view, int64_t a, int64_t b, int64_t c, int64_t d) {
+    count(name, a, b, c, d);
+    pointer(name, view.data);
+  }
+
+  void offset(const char* name, int64_t value) {
+    if (value != FASTATTN_OPEN) size(name, value, -kFar, kFar);
+  }
+
+  void heads(int64_t q_heads, int64_t kv_heads) {
+    size("kv_heads", kv_heads, 1, kFar);
+    size("q_heads", q_heads, 1, kFar);
+    expect(good_ && q_heads % kv_heads == 0, "q_heads: expected a multiple of kv_heads == %lld, got %lld",
+           (long long)kv_heads, (long long)q_heads);
+  }
+
+  // Sequences that rise from a start to at most `total`.
+  void bounds(const char* name, const int32_t* values, int64_t sequences, int64_t total) {
+    for (int64_t i = 0; good_ && i <= sequences; i++) {
+      size(name, values[i], i == 0 ? 0 : values[i - 1], total);
+    }
+  }
+
+ private:
+  bool good_ = true;
+  int64_t elements_ = 0;
+};
+
+void check_team(Checks& checks, const FastattnTeam& team) { checks.size("threads", team.threads, 1, kMostThreads); }
+
+void check_attention(Checks& checks, const FastattnAttention& a) {
+  check_team(checks, a.team);
+  checks.size("dtype", a.dtype, FASTATTN_FLOAT32, FASTATTN_FLOAT64);
+  checks.size("batch", a.batch, 0, kFar);
+  checks.heads(a.q_heads, a.kv_heads);
+  checks.size("q_len", a.q_len, 0, kFar);
+  checks.size("kv_len", a.kv_len, 0, kFar);
+  checks.size("head_dim", a.head_dim, 1, kWidest);
+  checks.size("v_dim", a.v_dim, 1, kWidest);
+  checks.offset("left", a.left);
+  checks.offset("right", a.right);
+  checks.offset("q_offset", a.q_offset);
+  checks.expect(a.softcap >= 0.0, "softcap: expected 0 (none) or more, got %g", a.softcap);
+  checks.expect(a.dropout_p >= 0.0 && a.dropout_p <= 1.0, "dropout_p: expected 0 to 1, got %g", a.dropout_p);
+  checks.view("q", a.q, a.batch, a.q_heads, a.q_len, a.head_dim);
+  checks.view("k", a.k, a.batch, a.kv_heads, a.kv_len, a.head_dim);
+  checks.view("v", a.v, a.batch, a.kv_heads, a.kv_len, a.v_dim);
+  checks.view("out", a.out, a.batch, a.q_heads, a.q_len, a.v_dim);
+  checks.count("statistics", a.batch, a.q_heads, a.q_len, 2);
+  checks.pointer("lse", a.lse);
+  checks.pointer("statistics", a.statistics);
+}
+
+void check_operands(Checks& checks, const FastattnAttention& a, const FastattnOperands& o) {
+  const bool packed = o.cu_seqlens_q != nullptr || o.cu_seqlens_k != nullptr;
+  const int64_t entries = packed ? o.sequences : a.batch;
+  checks.expect(packed || a.q_offset != FASTATTN_OPEN || o.q_offset != nullptr,
+                "q_offset: expected a number without packed sequences");
+  checks.expect(a.dropout_p == 0.0 || o.seed != nullptr, "seed: expected one with dropout, got null");
+  if (packed) {
+    checks.expect(o.cu_seqlens_q != nullptr && o.cu_seqlens_k != nullptr, "cu_seqlens: expected both or neither");
+    checks.expect(o.mask.data == nullptr && o.bias.data == nullptr && o.table == nullptr,
+                  "mask, bias, block_mask: expected none with packed sequences");
+    checks.size("batch", a.batch, 1, 1);
+    checks.size("sequences", o.sequences, 1, kFar);
+    checks.bounds("cu_seqlens_q", o.cu_seqlens_q, o.sequences, a.q_len);
+    checks.bounds("cu_seqlens_k", o.cu_seqlens_k, o.sequences, a.kv_len);
+  }
+  checks.count("scores operands", entries, a.q_heads, 1, 1);
+  if (o.bias.data != nullptr) {
+    checks.size("bias_dtype", o.bias_dtype, FASTATTN_FLOAT32, FASTATTN_FLOAT64);
+    const int64_t full[] = {a.batch, a.q_heads, a.q_len, a.kv_len};
+    for (int dim = 0; dim < 4; dim++) {
+      checks.expect(o.bias_size[dim] == 1 || o.bias_size[dim] == full[dim],
+                    "bias_size[%d]: expected 1 or %lld, got %lld", dim, (long long)full[dim],
+                    (long long)o.bias_size[dim]);
+    }
+  }
+  checks.expect(o.slopes_stride == 0 || o.slopes_stride == a.q_heads, "slopes_stride: expected 0 or %lld, got %lld",
+                (long long)a.q_heads, (long long)o.slopes_stride);
+  if (o.table != nullptr || o.pool != nullptr) {
+    checks.expect(o.query_offsets != nullptr && o.query_entries != nullptr && o.key_offsets != nullptr &&
+                      o.key_entries != nullptr && o.table != nullptr && o.pool != nullptr,
+                  "block_mask: expected all of its tensors or none");
+    checks.expect(o.block_batch == 1 || o.block_batch == a.batch, "block_batch: expected 1 or %lld, got %lld",
+                  (long long)a.batch, (long long)o.block_batch);
+    checks.expect(o.block_heads == 1 || o.block_heads == a.q_heads, "block_heads: expected 1 or %lld, got %lld",
+                  (long long)a.q_heads, (long long)o.block_heads);
+  }
+}
+
+void check_gradients(Checks& checks, const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g) {
+  checks.view("dout", g.dout, a.batch, a.q_heads, a.q_len, a.v_dim);
+  checks.view("dq", g.dq, a.batch, a.q_heads, a.q_len, a.head_dim);
+  checks.view("dk", g.dk, a.batch, a.kv_heads, a.kv_len, a.head_dim);
+  checks.view("dv", g.dv, a.batch, a.kv_heads, a.kv_len, a.v_dim);
+  checks.expect(g.dbias == nullptr || o.bias.data != nullptr, "dbias: expected a bias");
+  checks.expect(g.dalibi_slopes == nullptr || o.alibi_slopes != nullptr, "dalibi_slopes: expected slopes");
+  checks.expect(g.dsinks == nullptr || o.sinks != nullptr, "dsinks: expected sinks");
+}
+
+template <class Cache>
+void check_cache(Checks& checks, const Cache& c) {
+  check_team(checks, c.team);
+  checks.size("batch", c.batch, 0, kFar);
+  checks.size("kv_heads", c.kv_heads, 1, kFar);
+  checks.size("head_dim", c.head_dim, 1, kWidest);
+  checks.size("v_dim", c.v_dim, 1, kWidest);
+  checks.size("pages", c.pages, 0, kFar);
+  checks.size("page_size", c.page_size, 0, kFar);
+  checks.size("capacity", c.capacity, 0, kFar);
+  checks.expect((c.block_table == nullptr) == (c.page_size == 0), "block_table: expected one where page_size is not 0");
+  checks.expect(c.page_size != 0 || c.pages == c.batch, "pages: expected batch == %lld without a block_table, got %lld",
+                (long long)c.batch, (long long)c.pages);
+  checks.expect(c.page_size == 0 || c.capacity % (c.page_size == 0 ? 1 : c.page_size) == 0,
+                "capacity: expected whole pages of %lld, got %lld", (long long)c.page_size, (long long)c.capacity);
+  const int64_t slots = c.page_size == 0 ? c.capacity : c.page_size;
+  checks.view("k_cache", c.k_cache, c.pages, slots, c.kv_heads, c.head_dim);
+  checks.view("v_cache", c.v_cache, c.pages, slots, c.kv_heads, c.v_dim);
+  checks.count("lens", c.batch, 1, 1, 1);
+  checks.pointer("lens", c.lens);
+}
+
+void check_decode(Checks& checks, const FastattnDecode& d) {
+  checks.heads(d.q_heads, d.kv_heads);
+  check_cache(checks, d);
+  checks.size("dtype", d.dtype, FASTATTN_FLOAT32, FASTATTN_FLOAT64);
+  checks.size("q_len", d.q_len, 0, kFar);
+  checks.size("added", d.added, 0, kFar);
+  checks.offset("left", d.left);
+  checks.offset("right", d.right);
+  checks.expect(d.softcap >= 0.0, "softcap: expected 0 (none) or more, got %g", d.softcap);
+  checks.expect(d.slopes_stride == 0 || d.slopes_stride == d.q_heads, "slopes_stride: expected 0 or %lld, got %lld",
+                (long long)d.q_heads, (long long)d.slopes_stride);
+  checks.view("q", d.q, d.batch, d.q_heads, d.q_len, d.head_dim);
+  checks.view("out", d.out, d.batch, d.q_heads, d.q_len, d.v_dim);
+  checks.pointer("lse", d.lse);
+}
+
+void check_append(Checks& checks, const FastattnAppend& a) {
+  check_cache(checks, a);
+  checks.size("new_len", a.new_len, 0, kFar);
+  checks.expect(a.element_size == 2 || a.element_size == 4 || a.element_size == 8,
+                "element_size: expected 2, 4 or 8, got %lld", (long long)a.element_size);
+  checks.view("k", a.k, a.batch, a.kv_heads, a.new_len, a.head_dim);
+  checks.view("v", a.v, a.batch, a.kv_heads, a.new_len, a.v_dim);
+}
+
+// -- Calls -----------------------------------------------------------------------------------------------------------
+
+const FastattnOperands kNoOperands{};
+
+// As many threads as there is work for: waking one costs some microseconds.
+Team team_for(const FastattnTeam& team, double operations) {
+  constexpr double kGrain = 1 << 19;
+  const double useful = 1.0 + operations / kGrain;
+  return {useful < double(team.threads) ? int64_t(useful) : team.threads, team.parallel};
+}
+
+double operations(const FastattnAttention& a) {
+  return 2.0 * double(a.batch) * double(a.q_heads) * double(a.q_len) * double(a.kv_len) * double(a.head_dim + a.v_dim);
+}
+
+int status(bool had_memory) {
+  if (had_memory) return FASTATTN_CPU_OK;
+  std::snprintf(error_text, sizeof error_text, "out of memory");
+  return FASTATTN_CPU_NO_MEMORY;
+}
+
+int missing(const char* name) {
+  std::snprintf(error_text, sizeof error_text, "%s: expected a pointer, got null", name);
+  return FASTATTN_CPU_BAD_ARGUMENT;
+}
+
+}  // namespace
+}  // namespace fastattn::cpu
+
+using namespace fastattn::cpu;
+
+int fastattn_cpu_abi() { return FASTATTN_CPU_ABI; }
+
+const char* fastattn_cpu_digest() { return FASTATTN_DIGEST; }
+
+const char* fastattn_cpu_last_error() { return error_text; }
+
+const char* fastattn_cpu_variant() { return engine().name; }
+
+int fastattn_cpu_use_variant(const char* name) {
+  for (const Engine& candidate : kEngines) {
+    if (std::strcmp(candidate.name, name) != 0 || !candidate.supported()) continue;
+    chosen.store(&candidate, std::memory_order_relaxed);
+    return 1;
+  }
+  return 0;
+}
+
+int fastattn_cpu_forward(const FastattnAttention* attention, const FastattnOperands* operands) {
+  if (attention == nullptr) return missing("attention");
+  const FastattnOperands& o = operands == nullptr ? kNoOperands : *operands;
+  Checks checks;
+  check_attention(checks, *attention);
+  check_operands(checks, *attention, o);
+  if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  return status(engine().forward(*attention, o, team_for(attention->team, operations(*attention))));
+}
+
+int fastattn_cpu_backward(
+    const FastattnAttention* attention, const FastattnOperands* operands, const FastattnGradients* gradients) {
+  if (attention == nullptr) return missing("attention");
+  if (gradients == nullptr) return missing("gradients");
+  const FastattnOperands& o = operands == nullptr ? kNoOperands : *operands;
+  Checks checks;
+  check_attention(checks, *attention);
+  check_operands(checks, *attention, o);
+  check_gradients(checks, *attention, o, *gradients);
+  if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  return status(engine().backward(*attention, o, *gradients, team_for(attention->team, 2.5 * operations(*attention))));
+}
+
+int fastattn_cpu_decode(const FastattnDecode* decode) {
+  if (decode == nullptr) return missing("decode");
+  Checks checks;
+  check_decode(checks, *decode);
+  if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  const FastattnDecode& d = *decode;
+  if (d.batch == 0 || d.q_len == 0) return FASTATTN_CPU_OK;
+  // Bound by memory, so a key costs a little more than its operations.
+  const double work = 8.0 * double(d.batch) * double(d.q_heads) * double(d.q_len) * double(d.capacity) *
+                      double(d.head_dim + d.v_dim);
+  return status(engine().decode(d, team_for(d.team, work)));
+}
+
+int fastattn_cpu_append(const FastattnAppend* append) {
+  if (append == nullptr) return missing("append");
+  Checks checks;
+  check_append(checks, *append);
+  if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  if (append->batch == 0 || append->new_len == 0) return FASTATTN_CPU_OK;
+  append_rows(*append);
+  return FASTATTN_CPU_OK;
+}

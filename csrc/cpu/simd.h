@@ -1,0 +1,206 @@
+// Vectors of the compiler: one source for every instruction set. Only conversions of half precision know which one it is.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTATTN_VECTOR_BYTES
+#if defined(__AVX512F__)
+#define FASTATTN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTATTN_VECTOR_BYTES 32
+#else
+#define FASTATTN_VECTOR_BYTES 16
+#endif
+#endif
+
+namespace fastattn::cpu::FASTATTN_VARIANT {
+namespace {
+
+template <class T>
+constexpr int kLanes = FASTATTN_VECTOR_BYTES / sizeof(T);
+
+template <class T, int lanes>
+struct VecOf {
+  typedef T type __attribute__((vector_size(lanes * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(lanes * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+
+template <class T>
+using Vec = typename VecOf<T, kLanes<T>>::type;
+
+// As wide as a vector of T.
+template <class T>
+using IntOf = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+template <class T>
+using VecInt = typename VecOf<IntOf<T>, kLanes<T>>::type;
+
+struct float16 {
+  uint16_t bits;
+};
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// -- Loads and stores ------------------------------------------------------------------------------------------------
+
+template <class T>
+inline Vec<T> load(const T* from) {
+  return *reinterpret_cast<const typename VecOf<T, kLanes<T>>::unaligned*>(from);
+}
+
+template <class T>
+inline void store(T* to, Vec<T> x) {
+  *reinterpret_cast<typename VecOf<T, kLanes<T>>::unaligned*>(to) = x;
+}
+
+typedef VecOf<uint16_t, kLanes<float>>::type VecHalf;
+typedef VecOf<uint32_t, kLanes<float>>::type VecBits;
+
+inline VecBits load_bits(const uint16_t* from) {
+  return __builtin_convertvector(*reinterpret_cast<const VecOf<uint16_t, kLanes<float>>::unaligned*>(from), VecBits);
+}
+
+template <class Compute>
+inline Vec<float> load(const bfloat16* from) {
+  return (Vec<float>)(load_bits(&from->bits) << 16);
+}
+
+template <class Compute>
+inline Vec<float> load(const float16* from) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  Vec<float> x;
+  for (int i = 0; i < kLanes<float>; i += 8) {
+    const __m256 part = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    std::memcpy(reinterpret_cast<char*>(&x) + i * sizeof(float), &part, sizeof part);
+  }
+  return x;
+#else
+  const VecBits bits = load_bits(&from->bits), magnitude = (bits & 0x7fffu) << 13;
+  const Vec<float> finite = (Vec<float>)magnitude * 0x1p112f;  // the exponent's other bias; exact for denormals too
+  const VecBits special = (VecBits)(magnitude >= 0x0f800000u) & 0x7f800000u;
+  return (Vec<float>)((VecBits)finite | special | (bits & 0x8000u) << 16);
+#endif
+}
+
+template <class Compute>
+inline Compute widen(Compute x) {
+  return x;
+}
+
+template <class Compute>
+inline float widen(bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+template <class Compute>
+inline float widen(float16 x) {
+  const float16 lanes[kLanes<float>] = {x};
+  return load<float>(lanes)[0];
+}
+
+template <class Element>
+Element narrow(float x);
+
+template <>
+inline float narrow<float>(float x) {
+  return x;
+}
+
+template <>
+inline bfloat16 narrow<bfloat16>(float x) {  // to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return {uint16_t(bits >> 16 | 0x40)};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+template <>
+inline float16 narrow<float16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (bits >= 0x47800000) return {uint16_t(sign | 0x7c00)};  // 65536 and more
+  if (bits < 0x38800000) {                                   // below 2^-14: adding 0.5 rounds to multiples of 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof magnitude);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, sizeof bits);
+    return {uint16_t(sign | (bits - 0x3f000000))};
+  }
+  return {uint16_t(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13))};
+}
+
+template <class Element>
+inline double narrow(double x) {
+  return x;
+}
+
+// -- Arithmetic ------------------------------------------------------------------------------------------------------
+
+template <class T>
+inline Vec<T> lane_numbers() {
+  Vec<T> x;
+  for (int i = 0; i < kLanes<T>; i++) x[i] = T(i);
+  return x;
+}
+
+// Halves are added until one is left: always in the same order.
+template <class V>
+inline auto sum_lanes(V x) {
+  using T = std::remove_reference_t<decltype(x[0])>;
+  constexpr int lanes = sizeof(V) / sizeof(T);
+  if constexpr (lanes == 2) {
+    return T(x[0] + x[1]);
+  } else {
+    typename VecOf<T, lanes / 2>::type low, high;
+    std::memcpy(&low, &x, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+    return sum_lanes(low + high);
+  }
+}
+
+// 2^x, to float accuracy; NaN stays NaN, and what would be denormal is 0.
+inline Vec<float> exp2(Vec<float> x) {
+  x = x < -127.0f ? Vec<float>{} - 127.0f : x;
+  x = x > 128.0f ? Vec<float>{} + 128.0f : x;
+  const Vec<float> shift = Vec<float>{} + 0x1.8p23f;
+  const Vec<float> rounded = x + shift;
+  const VecInt<float> exponent = (VecInt<float>)rounded - (VecInt<float>)shift;
+  const Vec<float> f = x - (rounded - shift);
+  Vec<float> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  return p * (Vec<float>)((exponent + 127) << 23);
+}
+
+inline Vec<double> exp2(Vec<double> x) {
+  x = x < -1023.0 ? Vec<double>{} - 1023.0 : x;
+  x = x > 1024.0 ? Vec<double>{} + 1024.0 : x;
+  const Vec<double> shift = Vec<double>{} + 0x1.8p52;
+  const Vec<double> rounded = x + shift;
+  const VecInt<double> exponent = (VecInt<double>)rounded - (VecInt<double>)shift;
+  const Vec<double> f = (x - (rounded - shift)) * 0.69314718055994530941723;
+  Vec<double> p = Vec<double>{} + 1.0;
+  for (int k = 14; k > 0; k--) p = p * f * (1.0 / k) + 1.0;
+  return p * (Vec<double>)((exponent + 1023) << 52);
+}
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_VARIANT

@@ -1,0 +1,22 @@
+// One engine per instruction set: the same sources, compiled into a namespace of their own.
+#pragma once
+
+#include "interface.h"
+#include "threads.h"
+
+// Calls whose sizes library.cpp has checked. They return false where memory ran out.
+#define FASTATTN_DECLARE_ENGINE(VARIANT)                                                                            \
+  namespace fastattn::cpu::VARIANT {                                                                                \
+  bool forward(const FastattnAttention&, const FastattnOperands&, const Team&);                                     \
+  bool backward(const FastattnAttention&, const FastattnOperands&, const FastattnGradients&, const Team&);          \
+  bool decode(const FastattnDecode&, const Team&);                                                                  \
+  }
+
+FASTATTN_DECLARE_ENGINE(baseline)
+#if defined(__x86_64__)
+FASTATTN_DECLARE_ENGINE(avx2)
+FASTATTN_DECLARE_ENGINE(avx512)
+#endif
+#ifdef FASTATTN_TEST_VARIANTS
+FASTATTN_DECLARE_ENGINE(wide)  // the 16 lanes of avx512 on AVX2
+#endif
