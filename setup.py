@@ -136,7 +136,7 @@ class BuildNative(build_ext):
             list(pool.map(self.run_compiler, commands))
         link = [*compiler, "-shared", "-pthread", *extra, *(str(folder / name) for name, _, _ in objects)]
         if sys.platform == "linux":  # nothing beside libc: the library fits every distribution as old as this one
-            link += ["-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--strip-debug"]
+            link += ["-static-libgcc", "-Wl,--exclude-libs,ALL"]
         # Beside the target first: whoever has the old one mapped keeps it, and nobody sees half a file.
         part = target.with_suffix(".part")
         self.run_compiler([*link, "-o", str(part)])

@@ -12,7 +12,8 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-constexpr int kBlock = 32;              // keys whose scores are held at once
+constexpr int kBlock = 32;                // keys whose scores are held at once
+constexpr int kKeyTile = 8;               // keys that are read before the next head's
 constexpr int64_t kSplitBytes = 1 << 19;  // of the cache, at least, for each split
 
 template <class T>
@@ -57,101 +58,122 @@ int64_t split_count(const FastattnDecode& d, int64_t b, int64_t keys) {
   return most<int64_t>((range.end - range.start + keys - 1) / keys, 1);
 }
 
-// -- One block of keys -----------------------------------------------------------------------------------------------
+// -- A few keys ------------------------------------------------------------------------------------------------------
 
-// Rows of keys or values: in the cache, or copied, with zeros behind them, where they are not whole vectors.
+// Positions of the cache, at head 0.
 template <class Element>
-struct Rows {
-  const Element* row[kBlock];
+struct Positions {
+  const Element* at[kBlock];
 
-  // `count` positions from `first` on; `copy` has room for kBlock rows of `padded` elements.
-  void find(const FastattnDecode& d, const FastattnView& cache, int64_t b, int64_t head, int64_t first, int count,
-            int64_t width, int64_t padded, Element* copy) {
-    const Element* data = static_cast<const Element*>(cache.data) + head * cache.stride[2];
+  void find(const FastattnDecode& d, const FastattnView& cache, int64_t b, int64_t first, int count) {
     for (int j = 0; j < count; j++) {
       const Place place = locate(d, b, first + j);
-      row[j] = data + place.page * cache.stride[0] + place.slot * cache.stride[1];
-    }
-    if (cache.stride[3] == 1 && width == padded) return;
-    for (int j = 0; j < count; j++, copy += padded) {
-      for (int64_t c = 0; c < width; c++) copy[c] = row[j][c * cache.stride[3]];
-      for (int64_t c = width; c < padded; c++) copy[c] = Element{};
-      row[j] = copy;
-    }
-  }
-
-  void prefetch(int count, int64_t width) const {
-    for (int j = 0; j < count; j++) {
-      const char* line = reinterpret_cast<const char*>(row[j]);
-      for (int64_t byte = 0; byte < width * int64_t(sizeof(Element)); byte += 64) __builtin_prefetch(line + byte);
+      at[j] = static_cast<const Element*>(cache.data) + place.page * cache.stride[0] + place.slot * cache.stride[1];
     }
   }
 };
 
-// s[r][j] = <q_r, k_j> for kRows rows and kKeys keys. `q` is padded with zeros to whole vectors.
-template <int kRows, int kKeys, class Compute, class Element>
-__attribute__((noinline)) void products(Compute* s, const Compute* q, int64_t q_stride, const Element* const* k,
-                                        int64_t width) {
-  using V = Vec<Compute>;
-  V sum[kRows][kKeys];
-  for (int r = 0; r < kRows; r++) {
-    for (int j = 0; j < kKeys; j++) sum[r][j] = V{};
-  }
-  for (int64_t c = 0; c < width; c += kLanes<Compute>) {
-    for (int j = 0; j < kKeys; j++) {
-      const V key = load<Compute>(k[j] + c);
-      for (int r = 0; r < kRows; r++) sum[r][j] += load<Compute>(q + r * q_stride + c) * key;
+// Rows of one head: in the cache, or copied, with zeros behind them, where they are not whole vectors.
+template <class Element>
+struct Rows {
+  const Element* row[kKeyTile];
+
+  // `copy` has room for kKeyTile rows of `padded` elements.
+  Rows(const Positions<Element>& positions, int first, int count, const FastattnView& cache, int64_t head, int64_t width,
+       int64_t padded, Element* copy) {
+    const bool in_place = cache.stride[3] == 1 && width == padded;
+    for (int j = 0; j < count; j++) {
+      row[j] = positions.at[first + j] + head * cache.stride[2];
+      if (in_place) continue;
+      for (int64_t c = 0; c < width; c++) copy[c] = row[j][c * cache.stride[3]];
+      for (int64_t c = width; c < padded; c++) copy[c] = Element{};
+      row[j] = copy;
+      copy += padded;
     }
   }
-  for (int r = 0; r < kRows; r++) {
-    for (int j = 0; j < kKeys; j++) s[r * kBlock + j] = sum_lanes(sum[r][j]);
+};
+
+// The processor's own prefetching loses its way between the heads of a position and the positions.
+template <class Element>
+void prefetch(const Element* from, int64_t bytes_on) {
+  __builtin_prefetch(reinterpret_cast<const char*>(from) + bytes_on);
+}
+
+// s[r][j] = <q_r, k_j> for kRows rows and kKeys keys of `width` elements, whole times kChains vectors; `next` is where the
+// row lies, in bytes from its k_j, that is read after these.
+template <int kRows, int kKeys, int kChains, class Compute, class Element>
+void products(Compute* s, const Compute* q, const Element* const* k, int64_t width, int64_t next) {
+  constexpr int kL = kLanes<Compute>, kSums = kRows * kKeys;
+  Vec<Compute> sum[kChains * kSums];
+  for (int i = 0; i < kChains * kSums; i++) sum[i] = Vec<Compute>{};
+  for (int64_t c = 0; c < width; c += kChains * kL) {
+    for (int i = 0; i < kChains; i++) {
+      for (int j = 0; j < kKeys; j++) {
+        const Element* from = k[j] + c + i * kL;
+        prefetch(from, next);
+        const Vec<Compute> key = load<Compute>(from);
+        for (int r = 0; r < kRows; r++) sum[i * kSums + r * kKeys + j] += load<Compute>(q + r * width + c + i * kL) * key;
+      }
+    }
   }
+  for (int i = kSums; i < kChains * kSums; i++) sum[i - kSums] += sum[i];
+  Compute sums[kSums];
+  sums_of_lanes<kSums>(sums, sum);
+  for (int r = 0; r < kRows; r++) std::memcpy(s + r * kBlock, sums + r * kKeys, kKeys * sizeof(Compute));
 }
 
 template <int kRows, class Compute, class Element>
-void all_products(Compute* s, const Compute* q, int64_t q_stride, const Element* const* k, int count, int64_t width) {
-  constexpr int kKeys = 8 / kRows;
+__attribute__((noinline)) void all_products(Compute* s, const Compute* q, const Element* const* k, int count,
+                                            int64_t width, int64_t next) {
+  constexpr int kKeys = kRows == 4 ? 2 : 4;
+  constexpr int kChains = kRows == 1 ? 2 : 1;  // with the keys, enough sums that none waits for itself
   int j = 0;
-  for (; j + kKeys <= count; j += kKeys) products<kRows, kKeys>(s + j, q, q_stride, k + j, width);
-  for (; j < count; j++) products<kRows, 1>(s + j, q, q_stride, k + j, width);
+  if (width % (kChains * kLanes<Compute>) == 0) {
+    for (; j + kKeys <= count; j += kKeys) products<kRows, kKeys, kChains>(s + j, q, k + j, width, next);
+  }
+  for (; j < count; j++) products<kRows, 1, 1>(s + j, q, k + j, width, next);
 }
 
 // acc[r] += sum_j p[r][j] v_j, over the columns of kVectors vectors.
 template <int kRows, int kVectors, class Compute, class Element>
-__attribute__((noinline)) void weighted_values(Compute* acc, int64_t acc_stride, const Compute* p,
-                                               const Element* const* v, int first, int end, int64_t column) {
+void weighted_values(Compute* acc, int64_t width, const Compute* p, const Element* const* v, int count, int64_t column,
+                     int64_t next) {
   using V = Vec<Compute>;
   constexpr int kL = kLanes<Compute>;
   V sum[kRows][kVectors];
   for (int r = 0; r < kRows; r++) {
-    for (int i = 0; i < kVectors; i++) sum[r][i] = load<Compute>(acc + r * acc_stride + column + i * kL);
+    for (int i = 0; i < kVectors; i++) sum[r][i] = load<Compute>(acc + r * width + column + i * kL);
   }
-  for (int j = first; j < end; j++) {
+  for (int j = 0; j < count; j++) {
     V value[kVectors];
-    for (int i = 0; i < kVectors; i++) value[i] = load<Compute>(v[j] + column + i * kL);
+    for (int i = 0; i < kVectors; i++) {
+      const Element* from = v[j] + column + i * kL;
+      prefetch(from, next);
+      value[i] = load<Compute>(from);
+    }
     for (int r = 0; r < kRows; r++) {
       for (int i = 0; i < kVectors; i++) sum[r][i] += p[r * kBlock + j] * value[i];
     }
   }
   for (int r = 0; r < kRows; r++) {
-    for (int i = 0; i < kVectors; i++) store(acc + r * acc_stride + column + i * kL, sum[r][i]);
+    for (int i = 0; i < kVectors; i++) store(acc + r * width + column + i * kL, sum[r][i]);
   }
 }
 
 template <int kRows, class Compute, class Element>
-void all_weighted_values(Compute* acc, int64_t acc_stride, const Compute* p, const Element* const* v, int first, int end,
-                         int64_t width) {
+__attribute__((noinline)) void all_weighted_values(Compute* acc, int64_t width, const Compute* p,
+                                                   const Element* const* v, int count, int64_t next) {
   constexpr int kVectors = 8 / kRows, kL = kLanes<Compute>;
   int64_t c = 0;
   for (; c + kVectors * kL <= width; c += kVectors * kL) {
-    weighted_values<kRows, kVectors>(acc, acc_stride, p, v, first, end, c);
+    weighted_values<kRows, kVectors>(acc, width, p, v, count, c, next);
   }
-  for (; c < width; c += kL) weighted_values<kRows, 1>(acc, acc_stride, p, v, first, end, c);
+  for (; c < width; c += kL) weighted_values<kRows, 1>(acc, width, p, v, count, c, next);
 }
 
-// -- One split of one key head ---------------------------------------------------------------------------------------
+// -- One split -------------------------------------------------------------------------------------------------------
 
-// The running softmax of each row: maximum and sum in base 2, and the weighted values, not normalised.
+// The running softmax of each query row: maximum and sum in base 2, and the weighted values, not normalised.
 template <class Compute>
 struct Partial {
   Compute *maximum, *sum, *acc;
@@ -163,59 +185,133 @@ struct Partial {
       : maximum(data + rows * stride), sum(maximum + rows), acc(data), stride(stride) {}
 };
 
+template <class Compute>
+int64_t padded(int64_t width) {
+  return (width + kLanes<Compute> - 1) / kLanes<Compute> * kLanes<Compute>;
+}
+
+// Row r of a key head: query head r % group of its group, query r / group. Rows of several heads are numbered through.
 template <class Element, class Compute>
 class Split {
  public:
-  Split(const FastattnDecode& d, int64_t b, int64_t head)
-      : d_(d), b_(b), head_(head), group_(d.q_heads / d.kv_heads), rows_(group_ * d.q_len),
-        length_(cached_length(d.lens, b, d.added, d.capacity, d.pages)), q_stride_(padded(d.head_dim)) {}
+  Split(const FastattnDecode& d, int64_t b)
+      : d_(d), b_(b), group_(d.q_heads / d.kv_heads), rows_(group_ * d.q_len),
+        length_(cached_length(d.lens, b, d.added, d.capacity, d.pages)), k_width_(padded<Compute>(d.head_dim)),
+        v_width_(padded<Compute>(d.v_dim)), next_k_(kKeyTile * d.k_cache.stride[1] * int64_t(sizeof(Element))),
+        next_v_(kKeyTile * d.v_cache.stride[1] * int64_t(sizeof(Element))) {}
 
-  static int64_t padded(int64_t width) { return (width + kLanes<Compute> - 1) / kLanes<Compute> * kLanes<Compute>; }
-
-  // Elements of type Compute.
-  static int64_t scratch_size(const FastattnDecode& d) {
-    const int64_t copies = kBlock * (padded(d.head_dim) + padded(d.v_dim));
-    return d.q_heads / d.kv_heads * d.q_len * padded(d.head_dim) + 4 * kBlock + copies;
+  // Elements of type Compute, for `heads` key heads.
+  static int64_t scratch_size(const FastattnDecode& d, int64_t heads) {
+    const int64_t rows = heads * (d.q_heads / d.kv_heads) * d.q_len;
+    const int64_t k_width = padded<Compute>(d.head_dim), v_width = padded<Compute>(d.v_dim);
+    return rows * (k_width + kBlock) + kKeyTile * most(k_width, v_width);
   }
 
-  // Keys `keys` of the cache into `partial`, with memory of `scratch_size`.
-  void run(Range keys, Partial<Compute> partial, Compute* memory) {
+  // `keys` of the key heads `head .. head_end` into `partials`, one for each head, with memory of `scratch_size`.
+  //
+  // The heads of a position lie side by side: all heads of a few positions, then the next ones. Head by head, the rows
+  // would be a power of two apart and fall out of the cache before their turn.
+  void run(Range keys, int64_t head, int64_t head_end, Compute* partials, int64_t step, Compute* memory) {
     q_ = memory;
-    scores_ = q_ + rows_ * q_stride_;
-    Element* copies = reinterpret_cast<Element*>(scores_ + 4 * kBlock);
-    load_queries();
-    for (int64_t r = 0; r < rows_; r++) partial.maximum[r] = -INFINITY, partial.sum[r] = 0;
-    std::memset(partial.acc, 0, size_t(rows_ * partial.stride) * sizeof(Compute));
-    Rows<Element> k, v;
+    scores_ = q_ + (head_end - head) * rows_ * k_width_;
+    copy_ = reinterpret_cast<Element*>(scores_ + (head_end - head) * rows_ * kBlock);
+    for (int64_t h = head; h < head_end; h++) start(h, h - head, partials + (h - head) * step);
+    Positions<Element> k, v;
     for (int64_t key = keys.start; key < keys.end; key += kBlock) {
       const int count = int(least<int64_t>(kBlock, keys.end - key));
-      k.find(d_, d_.k_cache, b_, head_, key, count, d_.head_dim, q_stride_, copies);
-      v.find(d_, d_.v_cache, b_, head_, key, count, d_.v_dim, partial.stride, copies + kBlock * q_stride_);
-      v.prefetch(count, d_.v_dim);
-      int64_t r = 0;
-      for (; r + 4 <= rows_; r += 4) tile<4>(r, key, count, k, v, partial);
-      for (; r + 2 <= rows_; r += 2) tile<2>(r, key, count, k, v, partial);
-      for (; r < rows_; r++) tile<1>(r, key, count, k, v, partial);
-    }
-  }
-
-  int64_t rows() const { return rows_; }
-  int64_t q_head(int64_t r) const { return head_ * group_ + r % group_; }
-  int64_t query(int64_t r) const { return r / group_; }
-
- private:
-  void load_queries() {
-    for (int64_t r = 0; r < rows_; r++) {
-      const Element* from = static_cast<const Element*>(d_.q.data) + b_ * d_.q.stride[0] + q_head(r) * d_.q.stride[1] +
-                            query(r) * d_.q.stride[2];
-      for (int64_t c = 0; c < q_stride_; c++) {
-        q_[r * q_stride_ + c] = c < d_.head_dim ? widen<Compute>(from[c * d_.q.stride[3]]) : Compute(0);
+      k.find(d_, d_.k_cache, b_, key, count);
+      v.find(d_, d_.v_cache, b_, key, count);
+      for (int j = 0; j < count; j += kKeyTile) {
+        const int some = least(kKeyTile, count - j);
+        for (int64_t h = head; h < head_end; h++) {
+          const Rows<Element> rows(k, j, some, d_.k_cache, h, d_.head_dim, k_width_, copy_);
+          multiply_keys(h - head, rows, j, some);
+        }
+      }
+      for (int64_t h = head; h < head_end; h++) {
+        const Partial<Compute> partial(partials + (h - head) * step, rows_, v_width_);
+        for (int64_t r = 0; r < rows_; r++) {
+          Compute* s = scores_ + ((h - head) * rows_ + r) * kBlock;
+          const Seen seen = seen_by(r, key, count);
+          finish_scores(s, h, r, key, count);
+          online_softmax(s, seen, r, partial);
+        }
+      }
+      const bool whole = all_see(key, count);
+      for (int j = 0; j < count; j += kKeyTile) {
+        const int some = least(kKeyTile, count - j);
+        for (int64_t h = head; h < head_end; h++) {
+          const Rows<Element> rows(v, j, some, d_.v_cache, h, d_.v_dim, v_width_, copy_);
+          const Partial<Compute> partial(partials + (h - head) * step, rows_, v_width_);
+          add_values(h - head, rows, key, j, some, count, whole, partial.acc);
+        }
       }
     }
   }
 
-  // Scores in base 2 of row `r` from products, in place: `count` keys from `key` on.
-  void finish_scores(Compute* s, int64_t r, int64_t key, int count) const {
+  int64_t rows() const { return rows_; }
+  int64_t q_head(int64_t head, int64_t r) const { return head * group_ + r % group_; }
+  int64_t query(int64_t r) const { return r / group_; }
+
+ private:
+  // Of a block of keys, those that a row sees.
+  struct Seen {
+    int first, end;
+  };
+
+  Seen seen_by(int64_t r, int64_t key, int count) const {
+    const Range range = visible(d_, length_, query(r));
+    return {int(clamp(range.start - key, 0, count)), int(clamp(range.end - key, 0, count))};
+  }
+
+  bool all_see(int64_t key, int count) const {
+    const Seen first = seen_by(0, key, count), last = seen_by(rows_ - 1, key, count);
+    return first.end == count && last.first == 0 && first.first == 0 && last.end == count;
+  }
+
+  void start(int64_t head, int64_t number, Compute* partial) const {
+    for (int64_t r = 0; r < rows_; r++) {
+      const Element* from = static_cast<const Element*>(d_.q.data) + b_ * d_.q.stride[0] +
+                            q_head(head, r) * d_.q.stride[1] + query(r) * d_.q.stride[2];
+      Compute* to = q_ + (number * rows_ + r) * k_width_;
+      for (int64_t c = 0; c < k_width_; c++) {
+        to[c] = c < d_.head_dim ? widen<Compute>(from[c * d_.q.stride[3]]) : Compute(0);
+      }
+    }
+    const Partial<Compute> own(partial, rows_, v_width_);
+    for (int64_t i = 0; i < rows_ * v_width_; i++) own.acc[i] = 0;
+    for (int64_t r = 0; r < rows_; r++) own.maximum[r] = -INFINITY, own.sum[r] = 0;
+  }
+
+  void multiply_keys(int64_t number, const Rows<Element>& k, int j, int count) const {
+    const Compute* q = q_ + number * rows_ * k_width_;
+    Compute* s = scores_ + number * rows_ * kBlock + j;
+    int64_t r = 0;
+    for (; r + 4 <= rows_; r += 4) all_products<4>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next_k_);
+    for (; r + 2 <= rows_; r += 2) all_products<2>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next_k_);
+    for (; r < rows_; r++) all_products<1>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next_k_);
+  }
+
+  void add_values(int64_t number, const Rows<Element>& v, int64_t key, int j, int some, int count, bool whole,
+                  Compute* acc) const {
+    const Compute* p = scores_ + number * rows_ * kBlock;
+    int64_t r = 0;
+    if (whole) {
+      for (; r + 4 <= rows_; r += 4) all_weighted_values<4>(acc + r * v_width_, v_width_, p + r * kBlock + j, v.row, some, next_v_);
+      for (; r + 2 <= rows_; r += 2) all_weighted_values<2>(acc + r * v_width_, v_width_, p + r * kBlock + j, v.row, some, next_v_);
+    }
+    for (; r < rows_; r++) {  // not even 0 times a value that a row may not see: it could be NaN
+      const Seen seen = seen_by(r, key, count);
+      const int first = most(seen.first, j), end = least(seen.end, j + some);
+      if (first < end) {
+        all_weighted_values<1>(acc + r * v_width_, v_width_, p + r * kBlock + first, v.row + first - j, end - first,
+                               next_v_);
+      }
+    }
+  }
+
+  // Scores in base 2 of one row from products, in place: `count` keys from `key` on.
+  void finish_scores(Compute* s, int64_t head, int64_t r, int64_t key, int count) const {
     constexpr Compute kLog2e = Compute(1.4426950408889634073599);
     const Compute scale = Compute(d_.scale);
     if (d_.softcap > 0.0) {
@@ -225,76 +321,58 @@ class Split {
       for (int j = 0; j < count; j++) s[j] *= scale * kLog2e;
     }
     if (d_.alibi_slopes != nullptr) {
-      const Compute slope = static_cast<const Compute*>(d_.alibi_slopes)[b_ * d_.slopes_stride + q_head(r)] * kLog2e;
+      const Compute slope = static_cast<const Compute*>(d_.alibi_slopes)[b_ * d_.slopes_stride + q_head(head, r)] * kLog2e;
       const int64_t distance = length_ - d_.q_len + query(r) - key;
       for (int j = 0; j < count; j++) s[j] -= slope * Compute(distance < j ? j - distance : distance - j);
     }
   }
 
-  // Turns row `r`'s scores into weights, of the keys `first .. end` of the block; the others get 0.
-  void online_softmax(Compute* s, int first, int end, int64_t r, Partial<Compute>& partial) const {
-    for (int j = 0; j < first; j++) s[j] = 0;
-    for (int j = end; j < kBlock; j++) s[j] = 0;
-    if (first >= end) return;
-    Compute block_max = s[first];
-    for (int j = first + 1; j < end; j++) block_max = most(block_max, s[j]);
-    const Compute new_max = most(partial.maximum[r], block_max);
-    const Compute pivot = new_max == -INFINITY ? Compute(0) : new_max;
-    const Compute alpha = std::exp2(partial.maximum[r] - pivot);
-    Vec<Compute> total{};
+  // Turns one row's scores into weights, of the keys that it sees; the others get 0.
+  void online_softmax(Compute* s, Seen seen, int64_t r, const Partial<Compute>& partial) const {
+    using V = Vec<Compute>;
+    const V numbers = lane_numbers<Compute>();
+    V highest = V{} - INFINITY;
     for (int j = 0; j < kBlock; j += kLanes<Compute>) {
-      const auto index = Compute(j) + lane_numbers<Compute>();
-      const auto inside = (index >= Compute(first)) & (index < Compute(end));
-      const Vec<Compute> p = inside ? exp2(load<Compute>(s + j) - pivot) : Vec<Compute>{};
+      const V index = numbers + Compute(j), x = load<Compute>(s + j);
+      const V visible = (index >= Compute(seen.first)) & (index < Compute(seen.end)) ? x : V{} - INFINITY;
+      store(s + j, visible);
+      highest = highest < visible ? visible : highest;
+    }
+    Compute new_max = partial.maximum[r];
+    for (int i = 0; i < kLanes<Compute>; i++) new_max = most<Compute>(new_max, highest[i]);
+    const Compute pivot = new_max == -INFINITY ? Compute(0) : new_max;
+    V total{};
+    for (int j = 0; j < kBlock; j += kLanes<Compute>) {
+      const V p = exp2(load<Compute>(s + j) - pivot);
       store(s + j, p);
       total += p;
     }
-    partial.maximum[r] = new_max;
-    partial.sum[r] = partial.sum[r] * alpha + sum_lanes(total);
-    if (alpha != 1) {
-      for (int64_t c = 0; c < partial.stride; c++) partial.acc[r * partial.stride + c] *= alpha;
+    if (new_max != partial.maximum[r]) {
+      const Compute alpha = std::exp2(partial.maximum[r] - pivot);
+      partial.maximum[r] = new_max;
+      partial.sum[r] *= alpha;
+      for (int64_t c = 0; c < v_width_; c++) partial.acc[r * v_width_ + c] *= alpha;
     }
-  }
-
-  template <int kRows>
-  void tile(int64_t r, int64_t key, int count, const Rows<Element>& k, const Rows<Element>& v, Partial<Compute>& partial) {
-    all_products<kRows>(scores_, q_ + r * q_stride_, q_stride_, k.row, count, d_.head_dim);
-    bool whole = true;
-    int first[kRows], end[kRows];
-    for (int i = 0; i < kRows; i++) {
-      const Range seen = visible(d_, length_, query(r + i));
-      first[i] = int(clamp(seen.start - key, 0, count));
-      end[i] = int(clamp(seen.end - key, 0, count));
-      whole = whole && first[i] == 0 && end[i] == count;
-      finish_scores(scores_ + i * kBlock, r + i, key, count);
-      online_softmax(scores_ + i * kBlock, first[i], end[i], r + i, partial);
-    }
-    Compute* acc = partial.acc + r * partial.stride;
-    if (whole) {
-      all_weighted_values<kRows>(acc, partial.stride, scores_, v.row, 0, count, d_.v_dim);
-      return;
-    }
-    for (int i = 0; i < kRows; i++) {  // not even 0 times a value that a row may not see: it could be NaN
-      all_weighted_values<1>(acc + i * partial.stride, partial.stride, scores_ + i * kBlock, v.row, first[i], end[i],
-                             d_.v_dim);
-    }
+    partial.sum[r] += sum_lanes(total);
   }
 
   const FastattnDecode& d_;
-  int64_t b_, head_, group_, rows_, length_, q_stride_;
+  int64_t b_, group_, rows_, length_, k_width_, v_width_;
+  int64_t next_k_, next_v_;  // bytes from a row to that of the next few keys
   Compute *q_ = nullptr, *scores_ = nullptr;
+  Element* copy_ = nullptr;
 };
 
 // -- The result ------------------------------------------------------------------------------------------------------
 
 // Merges `splits` partial results of each row of a key head, `step` elements apart, and writes out and lse.
 template <class Element, class Compute>
-void combine(const FastattnDecode& d, const Split<Element, Compute>& one, int64_t b, const Compute* partials,
-             int64_t splits, int64_t step, int64_t stride, Compute* total) {
+void combine(const FastattnDecode& d, const Split<Element, Compute>& one, int64_t b, int64_t kv_head,
+             const Compute* partials, int64_t splits, int64_t step, int64_t stride, Compute* total) {
   constexpr Compute kLn2 = Compute(0.69314718055994530941723);
   const int64_t rows = one.rows();
   for (int64_t r = 0; r < rows; r++) {
-    const int64_t head = one.q_head(r);
+    const int64_t head = one.q_head(kv_head, r);
     Compute maximum = -INFINITY;
     for (int64_t i = 0; i < splits; i++) {
       const Compute own = Partial<Compute>(const_cast<Compute*>(partials) + i * step, rows, stride).maximum[r];
@@ -326,7 +404,7 @@ template <class Element, class Compute>
 bool decode_as(const FastattnDecode& d, const Team& team) {
   using Part = Split<Element, Compute>;
   const int64_t keys = split_keys(d, sizeof(Element));
-  const int64_t rows = d.q_heads / d.kv_heads * d.q_len, stride = Part::padded(d.v_dim);
+  const int64_t rows = d.q_heads / d.kv_heads * d.q_len, stride = padded<Compute>(d.v_dim);
   const int64_t step = Partial<Compute>::size(rows, stride);
   // Splits of all batch entries, numbered through: entry b has first[b] .. first[b + 1].
   Shared numbers(size_t(d.batch + 1) * sizeof(int64_t));
@@ -353,12 +431,10 @@ bool decode_as(const FastattnDecode& d, const Team& team) {
     const Range all = visible(d, cached_length(d.lens, b, d.added, d.capacity, d.pages));
     const int64_t start = all.start + (number - first[b]) * keys;
     const Range own{start, most(start, least(start + keys, all.end))};
-    Compute* memory = scratch<Compute>(Part::scratch_size(d));
+    const int64_t head = task % parts * heads;
+    Compute* memory = scratch<Compute>(Part::scratch_size(d, heads));
     if (memory == nullptr) return false;
-    for (int64_t head = task % parts * heads; head < least((task % parts + 1) * heads, d.kv_heads); head++) {
-      Compute* data = results + (first[b] * d.kv_heads + head * (first[b + 1] - first[b]) + number - first[b]) * step;
-      Part(d, b, head).run(own, Partial<Compute>(data, rows, stride), memory);
-    }
+    Part(d, b).run(own, head, least(head + heads, d.kv_heads), results + (number * d.kv_heads + head) * step, step, memory);
     return true;
   });
   if (!good) return false;
@@ -366,8 +442,8 @@ bool decode_as(const FastattnDecode& d, const Team& team) {
     const int64_t b = task / d.kv_heads, head = task % d.kv_heads, own = first[b + 1] - first[b];
     Compute* total = scratch<Compute>(d.v_dim);
     if (total == nullptr) return false;
-    combine<Element, Compute>(d, Part(d, b, head), b, results + (first[b] * d.kv_heads + head * own) * step, own, step,
-                              stride, total);
+    combine<Element, Compute>(d, Part(d, b), b, head, results + (first[b] * d.kv_heads + head) * step, own,
+                              d.kv_heads * step, stride, total);
     return true;
   });
 }

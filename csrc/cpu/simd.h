@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -69,13 +70,23 @@ inline VecBits load_bits(const uint16_t* from) {
 
 template <class Compute>
 inline Vec<float> load(const bfloat16* from) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (Vec<float>)((VecBits)bits << 16);
+#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return (Vec<float>)((VecBits)bits << 16);
+#else
   return (Vec<float>)(load_bits(&from->bits) << 16);
+#endif
 }
 
 template <class Compute>
 inline Vec<float> load(const float16* from) {
 #if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
   return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__) && FASTATTN_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #elif defined(__F16C__)
   Vec<float> x;
   for (int i = 0; i < kLanes<float>; i += 8) {
@@ -106,8 +117,12 @@ inline float widen(bfloat16 x) {
 
 template <class Compute>
 inline float widen(float16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
   const float16 lanes[kLanes<float>] = {x};
   return load<float>(lanes)[0];
+#endif
 }
 
 template <class Element>
@@ -158,18 +173,46 @@ inline Vec<T> lane_numbers() {
   return x;
 }
 
-// Halves are added until one is left: always in the same order.
-template <class V>
-inline auto sum_lanes(V x) {
+// Adds halves until `left` lanes are left: always in the same order.
+template <int left, class V>
+inline auto add_down_to(V x) {
   using T = std::remove_reference_t<decltype(x[0])>;
   constexpr int lanes = sizeof(V) / sizeof(T);
-  if constexpr (lanes == 2) {
-    return T(x[0] + x[1]);
+  if constexpr (lanes == left) {
+    return x;
   } else {
     typename VecOf<T, lanes / 2>::type low, high;
     std::memcpy(&low, &x, sizeof low);
     std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
-    return sum_lanes(low + high);
+    return add_down_to<left>(low + high);
+  }
+}
+
+template <class V>
+inline auto sum_lanes(V x) {
+  const auto two = add_down_to<2>(x);
+  return two[0] + two[1];
+}
+
+// Of each four lanes a0 a1 a2 a3 of a, and b0 b1 b2 b3 of b: those at places first, second of a, then of b.
+template <int first, int second, class T, int... I>
+inline Vec<T> pick(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I % 4 < 2 ? 0 : int(sizeof...(I))) + I / 4 * 4 + (I % 2 == 0 ? first : second)...);
+}
+
+// sums[i] = the sum of the lanes of x[i], for `count` vectors. Four vectors share their shuffles.
+template <int count, class T>
+inline void sums_of_lanes(T* sums, const Vec<T>* x) {
+  if constexpr (kLanes<T> < 4 || count % 4 != 0) {
+    for (int i = 0; i < count; i++) sums[i] = sum_lanes(x[i]);
+  } else {
+    constexpr std::make_integer_sequence<int, kLanes<T>> all{};
+    for (int i = 0; i < count; i += 4) {
+      const Vec<T> ab = pick<0, 1, T>(x[i], x[i + 1], all) + pick<2, 3, T>(x[i], x[i + 1], all);
+      const Vec<T> cd = pick<0, 1, T>(x[i + 2], x[i + 3], all) + pick<2, 3, T>(x[i + 2], x[i + 3], all);
+      const auto four = add_down_to<4>(pick<0, 2, T>(ab, cd, all) + pick<1, 3, T>(ab, cd, all));
+      std::memcpy(sums + i, &four, sizeof four);
+    }
   }
 }
 

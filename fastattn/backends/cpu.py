@@ -1,0 +1,250 @@
+"""The fused CPU kernels of ``csrc/cpu``: everything the operator does, forward, backward and over a KV cache.
+
+A call is packed into bytes, field by field as `csrc/cpu/interface.h` declares them, and crosses in one ctypes call.
+"""
+
+import math
+import struct
+
+import torch
+from torch import Tensor
+
+from fastattn.backends import cpu_library
+from fastattn.spec import AttentionSpec, CacheSpec, Gradients, Operands, Options
+
+STATISTICS_UNIT = math.log2(math.e)
+"""The statistics are in base 2."""
+
+_OPEN = -(1 << 63)
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_WIDEST = 1 << 16
+
+# The structs of the interface: every field has 8 bytes.
+_ATTENTION = struct.Struct("@2q20q2q8q3q3d")
+_OPERANDS = struct.Struct("@10q5q3q2q2q1q6q2q")
+_GRADIENTS = struct.Struct("@5q1q15q3q")
+_DECODE = struct.Struct("@2q20q8q6q3q3q2d")
+_APPEND = struct.Struct("@2q20q4q5q3q")
+_ABSENT = (0,) * 5
+
+# A prompt goes to the kernel with taller tiles, whose keys it packs first: from this many query rows of a key head on.
+_TALL = 32
+
+
+def reasons(spec: AttentionSpec) -> list[str]:
+    return _reasons(spec.q, spec.v.shape[3])
+
+
+def cache_reasons(spec: CacheSpec) -> list[str]:
+    return _reasons(spec.q, spec.v_cache.shape[3])
+
+
+def _reasons(q: Tensor, v_dim: int) -> list[str]:
+    if q.device.type != "cpu":  # nothing else is said: no other argument would change it
+        return [f"runs on CPUs, the tensors are on {q.device.type!r}"]
+    reasons = []
+    # Looked for once in a process: a trace takes the answer for a constant.
+    if problem := cpu_library.problem():
+        reasons.append(problem)
+    if q.shape[3] > _WIDEST or v_dim > _WIDEST:
+        reasons.append(f"head dims up to {_WIDEST}, got D = {q.shape[3]}, Dv = {v_dim}")
+    return reasons
+
+
+def forward(
+    out: Tensor, lse: Tensor, statistics: Tensor, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options
+) -> None:
+    """Fill ``out`` (B, Hq, Lq, Dv), any strides, ``lse`` (B, Hq, Lq) and ``statistics`` (2, B, Hq, Lq), contiguous.
+
+    Raises:
+        MemoryError: there is none for the packed tiles.
+    """
+    attention = _pack_attention(out, lse, statistics, q, k, v, options)
+    packed, _kept = _pack_operands(operands, q, k)
+    library = cpu_library.load()
+    if status := library.fastattn_cpu_forward(attention, packed):
+        cpu_library.check(status)
+
+
+def backward(
+    gradients: Gradients, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    statistics: Tensor, operands: Operands, options: Options,
+) -> None:  # fmt: skip
+    """Fill the gradients that are not None, each of the shape of its input.
+
+    Raises:
+        MemoryError: there is none for the packed tiles.
+    """
+    attention = _pack_attention(out, statistics, statistics, q, k, v, options)
+    packed, _kept = _pack_operands(operands, q, k)
+    learned = (gradients.dbias, gradients.dalibi_slopes, gradients.dsinks)
+    fill = [None if x is None else _compute(x, statistics.dtype, x.numel() > 0) for x in learned]
+    dlse = None if dlse is None else dlse.to(statistics.dtype).contiguous()
+    arguments = _GRADIENTS.pack(
+        dout.data_ptr(), *dout.stride(), _address(dlse),
+        gradients.dq.data_ptr(), *gradients.dq.stride(), gradients.dk.data_ptr(), *gradients.dk.stride(),
+        gradients.dv.data_ptr(), *gradients.dv.stride(), *map(_address, fill),
+    )  # fmt: skip
+    library = cpu_library.load()
+    if status := library.fastattn_cpu_backward(attention, packed, arguments):
+        cpu_library.check(status)
+    for gradient, computed in zip(learned, fill, strict=True):
+        if gradient is not None and computed is not None and computed is not gradient:
+            gradient.copy_(computed)
+
+
+def kv_cache_append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
+) -> None:
+    """Write ``k`` and ``v`` (B, H, L, D) into the caches from position ``lens[b]`` on, where the cache has a place."""
+    batch, kv_heads, new_len, head_dim = k.shape
+    lens = lens.to(torch.int64).contiguous()
+    table, pages = _pages(k_cache, block_table)
+    arguments = _APPEND.pack(
+        *_team(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), k_cache.data_ptr(), *k_cache.stride(),
+        v_cache.data_ptr(), *v_cache.stride(), lens.data_ptr(), *_table(table), k.element_size(),
+        batch, kv_heads, new_len, head_dim, v.shape[3], *pages,
+    )  # fmt: skip
+    library = cpu_library.load()
+    if status := library.fastattn_cpu_append(arguments):
+        cpu_library.check(status)
+
+
+def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
+    """Fill ``out`` (B, Hq, Lq, Dv), any strides, and ``lse`` (B, Hq, Lq), contiguous.
+
+    ``spec.num_splits`` means nothing here: the keys are divided by shapes and lengths.
+    """
+    batch, q_heads, q_len, head_dim = spec.q.shape
+    kv_heads, v_dim = spec.v_cache.shape[2:]
+    if q_heads // kv_heads * q_len >= _TALL:
+        return _prefill(out, lse, spec)
+    lens = spec.lens.to(torch.int64).contiguous()
+    table, pages = _pages(spec.k_cache, spec.block_table)
+    slopes = None if spec.alibi_slopes is None else _compute(spec.alibi_slopes, lse.dtype)
+    sinks = None if spec.sinks is None else _compute(spec.sinks, lse.dtype)
+    q, k_cache, v_cache = spec.q, spec.k_cache, spec.v_cache
+    arguments = _DECODE.pack(
+        *_team(), q.data_ptr(), *q.stride(), k_cache.data_ptr(), *k_cache.stride(), v_cache.data_ptr(),
+        *v_cache.stride(), out.data_ptr(), *out.stride(), lse.data_ptr(), lens.data_ptr(), *_table(table),
+        _address(slopes), 0 if slopes is None or slopes.shape[0] == 1 else q_heads, _address(sinks), _DTYPES[q.dtype],
+        batch, q_heads, kv_heads, q_len, head_dim, v_dim, *pages, spec.added, _side(spec.left), _side(spec.right),
+        spec.scale, spec.softcap or 0.0,
+    )  # fmt: skip
+    library = cpu_library.load()
+    if status := library.fastattn_cpu_decode(arguments):
+        cpu_library.check(status)
+    return None
+
+
+def _prefill(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
+    """`forward` over what the cache holds; all batch entries at once where they have one length and no block table."""
+    batch, q_len, capacity = spec.q.shape[0], spec.q.shape[2], spec.capacity
+    if spec.length is not None and spec.block_table is None:
+        parts = [(slice(0, batch), min(max(spec.length, 0), capacity))]
+    else:
+        lengths = (spec.lens.long() + spec.added).clamp(0, capacity).tolist()
+        parts = [(slice(b, b + 1), n) for b, n in enumerate(lengths)]
+    statistics = lse.new_empty((2, *lse.shape))
+    slopes = spec.alibi_slopes
+    for entries, n in parts:
+        k, v = (_cached(cache, spec.block_table, entries, n) for cache in (spec.k_cache, spec.v_cache))
+        own_slopes = slopes if slopes is None or slopes.shape[0] == 1 else slopes[entries]
+        own_statistics = statistics[:, entries] if len(parts) == 1 else lse.new_empty((2, 1, *lse.shape[1:]))
+        forward(
+            out[entries], lse[entries], own_statistics, spec.q[entries], k, v,
+            Operands(alibi_slopes=own_slopes, sinks=spec.sinks),
+            Options(spec.left, spec.right, n - q_len, spec.scale, spec.softcap),
+        )  # fmt: skip
+
+
+def _cached(cache: Tensor, block_table: Tensor | None, entries: slice, length: int) -> Tensor:
+    """The first ``length`` positions (B, H, length, D) of some batch entries; of one, copied, with a block table."""
+    if block_table is None:
+        return cache[entries, :length].transpose(1, 2)
+    pages = block_table[entries.start, : -(-length // cache.shape[1])].long().clamp(0, max(cache.shape[0] - 1, 0))
+    return cache[pages].flatten(0, 1)[:length].transpose(0, 1)[None]
+
+
+# Packing
+
+
+def _team() -> tuple[int, int]:
+    if cpu_library.forked():
+        return 1, 0
+    return torch.get_num_threads(), cpu_library.parallel_address()
+
+
+def _side(side: int | None) -> int:
+    return _OPEN if side is None else side
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _pack_attention(
+    out: Tensor, lse: Tensor, statistics: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options
+) -> bytes:
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, kv_len, v_dim = v.shape[1:]
+    left, right, q_offset, scale, softcap, dropout_p = options
+    return _ATTENTION.pack(
+        *_team(), q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), out.data_ptr(),
+        *out.stride(), lse.data_ptr(), statistics.data_ptr(), _DTYPES[q.dtype], batch, q_heads, kv_heads, q_len, kv_len,
+        head_dim, v_dim, _side(left), _side(right), _side(q_offset), scale, softcap or 0.0, dropout_p,
+    )  # fmt: skip
+
+
+def _pack_operands(operands: Operands, q: Tensor, k: Tensor) -> tuple[bytes | None, list[Tensor]]:
+    """(the struct, or None without operands; the tensors it points to, to be kept until the call returns)."""
+    mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, blocks = operands
+    if not blocks and all(x is None for x in operands[:8]):
+        return None, []
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    slopes = None if slopes is None else _compute(slopes, compute)
+    sinks = None if sinks is None else _compute(sinks, compute)
+    q_offset = None if q_offset is None else q_offset.to(torch.int64).contiguous()
+    cu_seqlens_q, cu_seqlens_k = (
+        None if x is None else x.to(torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k)
+    )
+    blocks = [x.contiguous() for x in blocks]
+    table = blocks[4] if blocks else None
+    packed = _OPERANDS.pack(
+        *_view(mask, full), *_view(bias, full), 0 if bias is None else _DTYPES[bias.dtype],
+        *((0,) * 4 if bias is None else bias.shape), _address(slopes),
+        0 if slopes is None or slopes.shape[0] == 1 else slopes.shape[1], _address(sinks), _address(q_offset),
+        _address(seed), _address(cu_seqlens_q), _address(cu_seqlens_k),
+        0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        *(map(_address, blocks) if blocks else (0,) * 6), *((0, 0) if table is None else table.shape[:2]),
+    )  # fmt: skip
+    kept = [x for x in (mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k) if x is not None]
+    return packed, kept + blocks
+
+
+def _view(operand: Tensor | None, full: tuple[int, ...]) -> tuple[int, ...]:
+    """Address and strides; 0 where it broadcasts."""
+    if operand is None:
+        return _ABSENT
+    strides = (0 if n == 1 else s for s, n in zip(operand.stride(), operand.shape, strict=True))
+    return operand.data_ptr(), *strides
+
+
+def _compute(tensor: Tensor, dtype: torch.dtype, fresh: bool = False) -> Tensor:
+    """Contiguous and in the compute type: the tensor itself, or a copy; ``fresh`` asks for the copy's memory alone."""
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return torch.empty(tensor.shape, dtype=dtype) if fresh else tensor.to(dtype).contiguous()
+
+
+def _pages(cache: Tensor, block_table: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
+    """(table with adjacent entries; pages, page size or 0, positions per batch entry)."""
+    if block_table is None:
+        return None, (cache.shape[0], 0, cache.shape[1])
+    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    return table, (cache.shape[0], cache.shape[1], table.shape[1] * cache.shape[1])
+
+
+def _table(table: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if table is None else (table.data_ptr(), table.stride(0))
