@@ -1,6 +1,227 @@
-// STUB by author B, to be replaced by author A.
+// Forward attention: one pass over the keys with an online softmax (FlashAttention-2, Dao, 2023).
+//
+// A task packs the keys and values that it needs, once: keys as panels of columns, values as rows. Then it takes 64 rows of
+// q at a time over blocks of 128 keys, within them as many rows as a tile of registers has: their scores (rows x 128) never
+// leave the first level of cache.
+#include "softmax.h"
 #include "variant.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
-bool forward(const FastattnAttention&, const FastattnOperands&, const Team&) { return false; }
+namespace {
+
+// The tiles `first .. last` of 64 queries of every head that shares a key head.
+struct Task {
+  int64_t entry, kv_head, first, last;
+};
+
+// How a task divides its memory.
+template <class T>
+struct Memory {
+  int64_t q_width, v_width;          // padded head dims
+  T *rows, *panels, *values;         // keys as rows (one block), keys, values
+  T *q, *out, *scores;               // a tile of queries, its output, the scores of some rows
+
+  static int64_t size(const FastattnAttention& a, int64_t keys) {
+    const int64_t q_width = round_up(a.head_dim, kLanes<T>), v_width = round_up(a.v_dim, kLanes<T>);
+    return kKeys * q_width + keys * (q_width + v_width) + kQueries * (q_width + v_width) + kTileRows * kKeys;
+  }
+
+  Memory(const FastattnAttention& a, int64_t keys, T* data)
+      : q_width(round_up(a.head_dim, kLanes<T>)), v_width(round_up(a.v_dim, kLanes<T>)) {
+    rows = data;
+    panels = rows + kKeys * q_width;
+    values = panels + keys * q_width;
+    q = values + keys * v_width;
+    out = q + kQueries * q_width;
+    scores = out + kQueries * v_width;
+  }
+};
+
+template <class T>
+class Forward {
+ public:
+  Forward(const Problem<T>& problem, const Task& task)
+      : problem_(problem), a_(problem.a), task_(task), entry_(problem.entry(task.entry)) {}
+
+  // False where memory ran out.
+  bool run() {
+    const int64_t row = task_.first * kQueries, row_end = least(task_.last * kQueries, entry_.q_len);
+    Range keys = problem_.visible(entry_, row, row_end);
+    keys.begin = keys.begin / kKeys * kKeys;
+    keys.end = round_up(keys.end, kKeys);
+    if (problem_.o.table != nullptr) keys = {0, round_up(entry_.kv_len, kKeys)};
+    T* data = scratch<T>(Memory<T>::size(a_, keys.end - keys.begin));
+    if (data == nullptr) return false;
+    Memory<T> memory(a_, keys.end - keys.begin, data);
+    memory_ = &memory;
+    first_key_ = keys.begin;
+    pack(keys);
+    for (int64_t member = 0; member < problem_.group(); member++) {
+      const int64_t head = task_.kv_head * problem_.group() + member;
+      const Scores<T> scores(problem_, entry_, head);
+      for (int64_t tile = task_.first; tile < task_.last; tile++) query_tile(scores, head, tile * kQueries);
+    }
+    return true;
+  }
+
+ private:
+  void pack(Range keys) {
+    const Rows<T> k = problem_.k_rows(a_.k, entry_, task_.kv_head, a_.head_dim);
+    const Rows<T> v = problem_.k_rows(a_.v, entry_, task_.kv_head, a_.v_dim);
+    poisoned_ = false;
+    for (int64_t key = keys.begin; key < keys.end; key += kKeys) {
+      const int64_t count = least(kKeys, entry_.kv_len - key), place = key - keys.begin;
+      pack_rows(k, key, count, memory_->rows, memory_->q_width);
+      pack_panels(memory_->rows, count, a_.head_dim, memory_->q_width, memory_->panels + place * a_.head_dim);
+      T* values = memory_->values + place * memory_->v_width;
+      poisoned_ |= pack_rows(v, key, count, values, memory_->v_width);
+      for (int64_t i = count * memory_->v_width; i < kKeys * memory_->v_width; i++) values[i] = T(0);
+    }
+  }
+
+  void query_tile(const Scores<T>& scores, int64_t head, int64_t row) {
+    const int64_t count = least(kQueries, entry_.q_len - row);
+    RowState<T> states[kQueries];
+    Range visible[kQueries];
+    RowKeys keys[kQueries];
+    pack_rows(problem_.q_rows(a_.q, entry_, head, a_.head_dim), row, count, memory_->q, memory_->q_width);
+    for (int64_t i = 0; i < count * memory_->v_width; i++) memory_->out[i] = T(0);
+    for (int64_t i = 0; i < count; i++) visible[i] = problem_.visible(entry_, row + i);
+    if (problem_.o.seed != nullptr) {
+      for (int64_t i = 0; i < count; i++) keys[i] = dropout_row_keys(*problem_.o.seed, entry_.number, head, row + i);
+    }
+    const Range all = problem_.visible(entry_, row, row + count);
+    for_key_blocks(problem_, entry_, head, row, all, [&](int64_t key, const uint8_t* block) {
+      for (int64_t i = 0; i < count; i += kTileRows) {
+        const int rows = int(least(kTileRows, count - i));
+        key_block(scores, row + i, rows, key, block, visible + i, states + i, keys + i, i);
+      }
+    });
+    finish(scores, head, row, count, states);
+  }
+
+  // `rows` rows, from place `at` in the tile on, against one block of keys.
+  void key_block(
+      const Scores<T>& scores, int64_t row, int rows, int64_t key, const uint8_t* block, const Range* visible,
+      RowState<T>* states, const RowKeys* keys, int64_t at) {
+    Range seen{kKeys, 0};
+    for (int r = 0; r < rows; r++) {
+      const Range own = common({visible[r].begin - key, visible[r].end - key}, {0, kKeys});
+      if (!own.empty()) seen = {least(seen.begin, own.begin), most(seen.end, own.end)};
+    }
+    if (seen.empty()) return;
+    const int begin = int(seen.begin / kTileColumns<T> * kTileColumns<T>);
+    const int end = int(round_up(seen.end, kTileColumns<T>));
+    const int64_t place = key - first_key_;
+    T* s = memory_->scores;
+    product<T, Layout::kRows>(
+        rows, memory_->q + at * memory_->q_width, memory_->q_width, memory_->panels + (place + begin) * a_.head_dim,
+        kTileColumns<T> * a_.head_dim, kTileColumns<T>, s + begin, kKeys, end - begin, a_.head_dim, false);
+    T* out = memory_->out + at * memory_->v_width;
+    for (int r = 0; r < rows; r++) {
+      scores.finish_scores(s + r * kKeys, row + r, key, begin, end, visible[r], block, nullptr);
+      const T alpha = online_softmax(s + r * kKeys, begin, end, scores.exponent_scale(), states[r]);
+      if (alpha != T(1)) {
+        T* sums = out + r * memory_->v_width;
+        for (int64_t i = 0; i < memory_->v_width; i++) sums[i] *= alpha;
+      }
+      if (problem_.o.seed != nullptr) drop(s + r * kKeys, key, begin, end, keys[r]);
+    }
+    const T* values = memory_->values + (place + begin) * memory_->v_width;
+    if (poisoned_) {
+      careful_product<T, Layout::kRows>(
+          rows, s + begin, kKeys, values, memory_->v_width, out, memory_->v_width, memory_->v_width, end - begin);
+    } else {
+      product<T, Layout::kRows>(
+          rows, s + begin, kKeys, values, kTileColumns<T>, memory_->v_width, out, memory_->v_width, memory_->v_width,
+          end - begin, true);
+    }
+  }
+
+  void drop(T* p, int64_t key, int begin, int end, RowKeys keys) const {
+    const uint32_t threshold = dropout_threshold(a_.dropout_p), first = uint32_t(key);
+    for (int i = begin; i < end; i++) p[i] = dropout_keep(keys, first + uint32_t(i), threshold) ? p[i] : T(0);
+  }
+
+  // Normalises the rows of a tile and writes out, lse and statistics.
+  void finish(const Scores<T>& scores, int64_t head, int64_t row, int64_t count, RowState<T>* states) {
+    const Rows<T> out = problem_.q_rows(a_.out, entry_, head, a_.v_dim);
+    T *lse = static_cast<T*>(a_.lse), *statistics = static_cast<T*>(a_.statistics);
+    for (int64_t i = 0; i < count; i++) {
+      RowState<T> state = states[i];
+      T factor = problem_.keep_scale();
+      const T shift = scores.shift(row + i);
+      if (problem_.o.sinks != nullptr) {  // one more score, whose value vector is 0
+        T sink = static_cast<const T*>(problem_.o.sinks)[head] * T(kLog2E) + shift;
+        const T alpha = online_softmax_of_one(sink, state);
+        factor *= alpha;
+      }
+      const bool empty = state.sum == T(0);
+      const T total = empty ? T(1) : state.sum, maximum = empty ? T(0) : state.maximum;
+      const T log_total = T(log2_of(total));
+      T* sums = memory_->out + i * memory_->v_width;
+      factor /= total;
+      for (int64_t n = 0; n < memory_->v_width; n++) sums[n] *= factor;
+      out.write(row + i, sums);
+      const int64_t at = problem_.row_index(entry_, head, row + i);
+      statistics[at] = maximum;
+      statistics[problem_.all_rows() + at] = log_total;
+      lse[at] = empty ? -kInfinity<T> : T((double(maximum) - double(shift) + double(log_total)) / kLog2E);
+    }
+  }
+
+  static T online_softmax_of_one(T score, RowState<T>& state) {
+    const T maximum = score > state.maximum ? score : state.maximum;
+    const T pivot = maximum == -kInfinity<T> ? T(0) : maximum;
+    const T alpha = state.maximum == -kInfinity<T> ? T(0) : exp2_of_difference(Vec<T>{} + (state.maximum - pivot))[0];
+    state.sum = state.sum * alpha + exp2_of_difference(Vec<T>{} + (score - pivot))[0];
+    state.maximum = maximum;
+    return state.sum == T(0) ? T(1) : alpha;
+  }
+
+  const Problem<T>& problem_;
+  const FastattnAttention& a_;
+  Task task_;
+  Entry entry_;
+  Memory<T>* memory_ = nullptr;
+  int64_t first_key_ = 0;
+  bool poisoned_ = false;
+};
+
+// Calls `visit` with every task, those with the most work first. `pieces`: into how many a head is divided.
+template <class T, class Visit>
+void for_tasks(const Problem<T>& problem, int64_t pieces, Visit visit) {
+  for (int64_t piece = pieces - 1; piece >= 0; piece--) {
+    for (int64_t number = 0; number < problem.entries(); number++) {
+      const int64_t tiles = (problem.entry(number).q_len + kQueries - 1) / kQueries;
+      const int64_t first = tiles * piece / pieces, last = tiles * (piece + 1) / pieces;
+      if (first == last) continue;
+      for (int64_t head = 0; head < problem.a.kv_heads; head++) visit(Task{number, head, first, last});
+    }
+  }
+}
+
+template <class T>
+bool forward_as(const FastattnAttention& a, const FastattnOperands& o, const Team& team) {
+  const Problem<T> problem{a, o};
+  // Rows do not depend on each other, so heads may be divided as the number of threads wants it.
+  const int64_t heads = problem.entries() * a.kv_heads;
+  const int64_t pieces = team.threads() == 1 || heads == 0 ? 1 : most(1, (4 * team.threads() + heads - 1) / heads);
+  int64_t count = 0;
+  for_tasks(problem, pieces, [&](Task) { count++; });
+  if (count == 0) return true;
+  const Shared list(size_t(count) * sizeof(Task));
+  Task* tasks = list.as<Task>();
+  if (tasks == nullptr) return false;
+  int64_t at = 0;
+  for_tasks(problem, pieces, [&](Task task) { tasks[at++] = task; });
+  return team.run(count, [&](int64_t task) { return Forward<T>(problem, tasks[task]).run(); });
+}
+
+}  // namespace
+
+bool forward(const FastattnAttention& a, const FastattnOperands& o, const Team& team) {
+  return a.dtype == FASTATTN_FLOAT64 ? forward_as<double>(a, o, team) : forward_as<float>(a, o, team);
+}
+
 }  // namespace fastattn::cpu::FASTATTN_VARIANT

@@ -216,10 +216,14 @@ inline void sums_of_lanes(T* sums, const Vec<T>* x) {
   }
 }
 
-// 2^x, to float accuracy; NaN stays NaN, and what would be denormal is 0.
-inline Vec<float> exp2(Vec<float> x) {
-  x = x < -127.0f ? Vec<float>{} - 127.0f : x;
-  x = x > 128.0f ? Vec<float>{} + 128.0f : x;
+// 2^x - 1 = 2^whole * (1 + fraction) - 1: the parts of an exponential, `fraction` exact to float near 0.
+template <class T>
+struct Exponential {
+  Vec<T> power, fraction;
+};
+
+// For |x| below the exponent's range.
+inline Exponential<float> exponential(Vec<float> x) {
   const Vec<float> shift = Vec<float>{} + 0x1.8p23f;
   const Vec<float> rounded = x + shift;
   const VecInt<float> exponent = (VecInt<float>)rounded - (VecInt<float>)shift;
@@ -229,20 +233,51 @@ inline Vec<float> exp2(Vec<float> x) {
   p = p * f + 5.550332471162809e-2f;
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
-  return p * (Vec<float>)((exponent + 127) << 23);
+  return {(Vec<float>)((exponent + 127) << 23), p * f};
 }
 
-inline Vec<double> exp2(Vec<double> x) {
-  x = x < -1023.0 ? Vec<double>{} - 1023.0 : x;
-  x = x > 1024.0 ? Vec<double>{} + 1024.0 : x;
+inline Exponential<double> exponential(Vec<double> x) {
   const Vec<double> shift = Vec<double>{} + 0x1.8p52;
   const Vec<double> rounded = x + shift;
   const VecInt<double> exponent = (VecInt<double>)rounded - (VecInt<double>)shift;
   const Vec<double> f = (x - (rounded - shift)) * 0.69314718055994530941723;
-  Vec<double> p = Vec<double>{} + 1.0;
-  for (int k = 14; k > 0; k--) p = p * f * (1.0 / k) + 1.0;
-  return p * (Vec<double>)((exponent + 1023) << 52);
+  Vec<double> p = Vec<double>{} + 1.0;  // the Taylor series of (e^f - 1) / f
+  for (int k = 14; k > 1; k--) p = p * f * (1.0 / k) + 1.0;
+  return {(Vec<double>)((exponent + 1023) << 52), p * f};
+}
+
+constexpr float lowest_exponent(float) { return -127.0f; }
+constexpr double lowest_exponent(double) { return -1023.0; }
+
+// 2^x for x up to a little over 0; NaN stays NaN, and what would be denormal is 0.
+template <class V>
+inline V exp2_of_difference(V x) {
+  using T = std::remove_reference_t<decltype(x[0])>;
+  const T lowest = lowest_exponent(T(0));
+  x = x < lowest ? V{} + lowest : x;
+  const Exponential<T> parts = exponential(x);
+  return parts.power * parts.fraction + parts.power;
+}
+
+// 2^x for any x.
+template <class V>
+inline V exp2(V x) {
+  using T = std::remove_reference_t<decltype(x[0])>;
+  const T highest = 1 - lowest_exponent(T(0));
+  return exp2_of_difference(x > highest ? V{} + highest : x);
+}
+
+// To float accuracy near 0 too.
+template <class V>
+inline V tanh(V x) {
+  using T = std::remove_reference_t<decltype(x[0])>;
+  constexpr T two_log2e = T(2.885390081777926815), far = T(60);
+  V y = x * two_log2e;
+  y = y < -far ? V{} - far : y;
+  y = y > far ? V{} + far : y;
+  const Exponential<T> parts = exponential(y);
+  const V less_one = parts.power * parts.fraction + (parts.power - T(1));  // e^2x - 1
+  return less_one / (less_one + T(2));
 }
 
 }  // namespace

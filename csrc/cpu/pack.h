@@ -1,0 +1,134 @@
+// Rows of q, k, v and dout in the compute type, laid out as products read them.
+#pragma once
+
+#include "interface.h"
+#include "product.h"
+
+namespace fastattn::cpu::FASTATTN_VARIANT {
+namespace {
+
+// How rows are read and written: each element type, seen from the compute type.
+template <class T>
+struct Format {
+  void (*read)(const void* from, int64_t first, T* to, int64_t count);
+  void (*write)(void* to, int64_t first, const T* from, int64_t count);
+};
+
+template <class T, class Element>
+void read_elements(const void* from, int64_t first, T* to, int64_t count) {
+  const Element* source = static_cast<const Element*>(from) + first;
+  int64_t i = 0;
+  if constexpr (sizeof(Element) == sizeof(double) && sizeof(T) < sizeof(double)) {  // a bias of another precision
+    for (; i < count; i++) to[i] = T(source[i]);
+  } else if constexpr (sizeof(T) == sizeof(double) && sizeof(Element) < sizeof(double)) {
+    for (; i < count; i++) to[i] = T(widen<float>(source[i]));
+  } else {
+    for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load<T>(source + i));
+    for (; i < count; i++) to[i] = widen<T>(source[i]);
+  }
+}
+
+template <class T, class Element>
+void write_elements(void* to, int64_t first, const T* from, int64_t count) {
+  Element* target = static_cast<Element*>(to) + first;
+  for (int64_t i = 0; i < count; i++) {
+    if constexpr (sizeof(Element) == sizeof(double)) {
+      target[i] = from[i];
+    } else {
+      target[i] = narrow<Element>(float(from[i]));
+    }
+  }
+}
+
+template <class T, class Element>
+constexpr Format<T> kFormat = {read_elements<T, Element>, write_elements<T, Element>};
+
+template <class T>
+Format<T> format_of(int64_t dtype) {
+  if (dtype == FASTATTN_FLOAT16) return kFormat<T, float16>;
+  if (dtype == FASTATTN_BFLOAT16) return kFormat<T, bfloat16>;
+  return dtype == FASTATTN_FLOAT64 ? kFormat<T, double> : kFormat<T, float>;
+}
+
+constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Rows `first .. first + count` of one head: `stride` elements apart, `width` each, in memory that begins at `data`.
+template <class T>
+struct Rows {
+  Format<T> format;
+  void* data;
+  int64_t base, stride, width;
+
+  void read(int64_t row, T* to, int64_t padded) const {
+    format.read(data, base + row * stride, to, width);
+    for (int64_t i = width; i < padded; i++) to[i] = T(0);
+  }
+
+  void write(int64_t row, const T* from) const { format.write(data, base + row * stride, from, width); }
+};
+
+// Whether there is a NaN or an infinity.
+template <class T>
+bool poisoned(const T* x, int64_t count) {
+  Vec<T> sum{};  // 0 * x is 0, or NaN
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) sum += load(x + i) * T(0);
+  T rest = sum_lanes(sum);
+  for (; i < count; i++) rest += x[i] * T(0);
+  return rest != rest;
+}
+
+// Rows side by side: (count, padded). Returns whether one is poisoned.
+template <class T>
+bool pack_rows(const Rows<T>& rows, int64_t first, int64_t count, T* to, int64_t padded) {
+  for (int64_t i = 0; i < count; i++) rows.read(first + i, to + i * padded, padded);
+  return poisoned(to, count * padded);
+}
+
+// Swaps blocks of `size` lanes between the rows of a square of lanes; all sizes together transpose it.
+template <int size, class T, int... I>
+[[gnu::always_inline]] inline void swap_blocks(Vec<T>& low, Vec<T>& high, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+  const Vec<T> a = low, b = high;
+  low = __builtin_shufflevector(a, b, ((I & size) ? lanes + I - size : I)...);
+  high = __builtin_shufflevector(a, b, ((I & size) ? lanes + I : I + size)...);
+}
+
+template <class T, int size>
+[[gnu::always_inline]] inline void transpose_steps(Vec<T> (&x)[kLanes<T>]) {
+  if constexpr (size < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; i++) {
+      if ((i & size) == 0) {
+        swap_blocks<size, T>(x[i], x[i + size], std::make_integer_sequence<int, kLanes<T>>{});
+      }
+    }
+    transpose_steps<T, size * 2>(x);
+  }
+}
+
+// Panels of kTileColumns keys, (panel, width, kTileColumns): the transposed rows as the B of a product. `rows` holds
+// `count` packed rows; keys after them are 0.
+template <class T>
+void pack_panels(const T* rows, int64_t count, int64_t width, int64_t padded, T* to) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t key = 0; key < count; key += lanes) {
+    T* target = to + key / kTileColumns<T> * kTileColumns<T> * width + key % kTileColumns<T>;
+    for (int64_t column = 0; column < width; column += lanes) {
+      Vec<T> square[lanes];
+      for (int i = 0; i < lanes; i++) {
+        square[i] = key + i < count ? load(rows + (key + i) * padded + column) : Vec<T>{};
+      }
+      transpose_steps<T, 1>(square);
+      const int64_t columns = width - column < lanes ? width - column : lanes;
+      for (int64_t i = 0; i < columns; i++) store(target + (column + i) * kTileColumns<T>, square[i]);
+    }
+  }
+  if (count % kTileColumns<T> != 0 && count % kTileColumns<T> <= lanes) {  // the second half of the last panel
+    T* target = to + count / kTileColumns<T> * kTileColumns<T> * width + lanes;
+    for (int64_t i = 0; i < width; i++) store(target + i * kTileColumns<T>, Vec<T>{});
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_VARIANT

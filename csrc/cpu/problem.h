@@ -1,0 +1,100 @@
+// A call, taken apart: batch entries or packed sequences, heads, and what is visible to a row.
+#pragma once
+
+#include "dropout.h"
+#include "pack.h"
+
+namespace fastattn::cpu::FASTATTN_VARIANT {
+namespace {
+
+constexpr int64_t kQueries = 64;      // rows of q that share a visit to a block of keys
+constexpr int64_t kKeys = 128;        // a block of keys; a tile of a block mask
+constexpr double kLog2E = 1.4426950408889634074;
+template <class T>
+constexpr T kInfinity = T(__builtin_inf());
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Keys `begin .. end`.
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+inline Range common(Range a, Range b) { return {most(a.begin, b.begin), least(a.end, b.end)}; }
+
+// One batch entry, or one packed sequence: its number, where it is in memory, its lengths and its position.
+struct Entry {
+  int64_t number, batch, q_first, k_first, q_len, kv_len, offset;
+};
+
+template <class T>
+struct Problem {
+  const FastattnAttention& a;
+  const FastattnOperands& o;
+  Format<T> format = format_of<T>(a.dtype);
+
+  bool packed() const { return o.cu_seqlens_q != nullptr; }
+  int64_t entries() const { return packed() ? o.sequences : a.batch; }
+  int64_t group() const { return a.q_heads / a.kv_heads; }
+
+  Entry entry(int64_t number) const {
+    Entry e{number, number, 0, 0, a.q_len, a.kv_len, a.q_offset};
+    if (packed()) {
+      e.batch = 0;
+      e.q_first = o.cu_seqlens_q[number];
+      e.k_first = o.cu_seqlens_k[number];
+      e.q_len = o.cu_seqlens_q[number + 1] - e.q_first;
+      e.kv_len = o.cu_seqlens_k[number + 1] - e.k_first;
+    }
+    if (o.q_offset != nullptr) {
+      e.offset = most(least(o.q_offset[number], int64_t(1) << 30), -(int64_t(1) << 30));
+    } else if (e.offset == FASTATTN_OPEN) {
+      e.offset = e.kv_len - e.q_len;
+    }
+    return e;
+  }
+
+  // The keys that a row sees, as far as causal order and window tell.
+  Range visible(const Entry& e, int64_t row) const {
+    Range keys{0, e.kv_len};
+    if (a.left != FASTATTN_OPEN) keys.begin = most(0, row + e.offset - a.left);
+    if (a.right != FASTATTN_OPEN) keys.end = least(e.kv_len, row + e.offset + a.right + 1);
+    return keys.empty() ? Range{0, 0} : keys;
+  }
+
+  // Those that some of the rows `first .. last` see.
+  Range visible(const Entry& e, int64_t first, int64_t last) const {
+    Range keys{0, e.kv_len};
+    if (a.left != FASTATTN_OPEN) keys.begin = most(0, first + e.offset - a.left);
+    if (a.right != FASTATTN_OPEN) keys.end = least(e.kv_len, last + e.offset + a.right);
+    return keys.empty() ? Range{0, 0} : keys;
+  }
+
+  Rows<T> rows(const FastattnView& view, const Entry& e, int64_t head, int64_t first, int64_t width) const {
+    const int64_t base = e.batch * view.stride[0] + head * view.stride[1] + first * view.stride[2];
+    return {format, view.data, base, view.stride[2], width};
+  }
+  Rows<T> q_rows(const FastattnView& view, const Entry& e, int64_t head, int64_t width) const {
+    return rows(view, e, head, e.q_first, width);
+  }
+  Rows<T> k_rows(const FastattnView& view, const Entry& e, int64_t head, int64_t width) const {
+    return rows(view, e, head, e.k_first, width);
+  }
+
+  // Where a row of a head is in lse, and in each half of the statistics.
+  int64_t row_index(const Entry& e, int64_t head, int64_t row) const {
+    return (e.batch * a.q_heads + head) * a.q_len + e.q_first + row;
+  }
+  int64_t all_rows() const { return a.batch * a.q_heads * a.q_len; }
+
+  T slope(const Entry& e, int64_t head) const {
+    return o.alibi_slopes == nullptr ? T(0) : static_cast<const T*>(o.alibi_slopes)[e.number * o.slopes_stride + head];
+  }
+
+  T keep_scale() const { return a.dropout_p >= 1.0 ? T(0) : T(1.0 / (1.0 - a.dropout_p)); }
+};
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_VARIANT

@@ -1,0 +1,90 @@
+// Matrix products from tiles that stay in registers. All five products of attention, forward and backward, are calls of
+// `product`: C (rows x columns) = or += A (rows x steps) B (steps x columns), rows of B and C along vector lanes.
+#pragma once
+
+#include "simd.h"
+
+namespace fastattn::cpu::FASTATTN_VARIANT {
+namespace {
+
+// A tile of C is kTileRows x 2 vectors: as many sums as hide the latency of a multiply-add, and as the registers hold
+// beside two vectors of B and one element of A.
+constexpr int kTileRows = FASTATTN_VECTOR_BYTES == 64 ? 12 : 6;
+template <class T>
+constexpr int kTileColumns = 2 * kLanes<T>;
+
+enum class Layout { kRows, kColumns };  // of A: the steps of a row side by side, or the rows of a step
+
+template <class T, Layout layout, int rows, int vectors>
+[[gnu::always_inline]] inline void product_tile(
+    const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t steps, bool add) {
+  Vec<T> sums[rows][vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 2
+    for (int n = 0; n < vectors; n++) {
+      sums[r][n] = add ? load(c + r * c_stride + n * kLanes<T>) : Vec<T>{};
+    }
+  }
+  for (int64_t step = 0; step < steps; step++, b += b_stride) {
+    Vec<T> row[vectors];
+#pragma GCC unroll 2
+    for (int n = 0; n < vectors; n++) row[n] = load(b + n * kLanes<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+      const T weight = layout == Layout::kRows ? a[r * a_stride + step] : a[step * a_stride + r];
+#pragma GCC unroll 2
+      for (int n = 0; n < vectors; n++) sums[r][n] += weight * row[n];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 2
+    for (int n = 0; n < vectors; n++) store(c + r * c_stride + n * kLanes<T>, sums[r][n]);
+  }
+}
+
+// B in panels of two vectors, `b_panel` elements apart; a last panel of one vector may follow.
+template <class T, Layout layout, int rows>
+void product_rows(
+    const T* a, int64_t a_stride, const T* b, int64_t b_panel, int64_t b_stride, T* c, int64_t c_stride,
+    int64_t columns, int64_t steps, bool add) {
+  int64_t column = 0;
+  for (; column + kTileColumns<T> <= columns; column += kTileColumns<T>, b += b_panel) {
+    product_tile<T, layout, rows, 2>(a, a_stride, b, b_stride, c + column, c_stride, steps, add);
+  }
+  if (column < columns) product_tile<T, layout, rows, 1>(a, a_stride, b, b_stride, c + column, c_stride, steps, add);
+}
+
+// `rows` is at most kTileRows; `columns` a multiple of a vector's lanes.
+template <class T, Layout layout, int most = kTileRows>
+inline void product(
+    int rows, const T* a, int64_t a_stride, const T* b, int64_t b_panel, int64_t b_stride, T* c, int64_t c_stride,
+    int64_t columns, int64_t steps, bool add) {
+  if constexpr (most > 1) {
+    if (rows < most) {
+      return product<T, layout, most - 1>(
+          rows, a, a_stride, b, b_panel, b_stride, c, c_stride, columns, steps, add);
+    }
+  }
+  product_rows<T, layout, most>(a, a_stride, b, b_panel, b_stride, c, c_stride, columns, steps, add);
+}
+
+// The same for plain rows of B, where a weight of 0 keeps out whatever stands in B: for tiles with NaN or infinity.
+template <class T, Layout layout>
+void careful_product(
+    int rows, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t columns,
+    int64_t steps) {
+  for (int r = 0; r < rows; r++) {
+    for (int64_t step = 0; step < steps; step++) {
+      const T weight = layout == Layout::kRows ? a[r * a_stride + step] : a[step * a_stride + r];
+      if (weight == T(0)) continue;
+      for (int64_t column = 0; column < columns; column++) {
+        c[r * c_stride + column] += weight * b[step * b_stride + column];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_VARIANT

@@ -1,0 +1,155 @@
+// From products of q and k to scores, in the base-2 units of the exponential.
+#pragma once
+
+#include "problem.h"
+
+namespace fastattn::cpu::FASTATTN_VARIANT {
+namespace {
+
+// What one query head adds to its products. A term that is absent costs a branch per row and block.
+template <class T>
+class Scores {
+ public:
+  Scores(const Problem<T>& problem, const Entry& entry, int64_t head)
+      : o_(problem.o),
+        entry_(entry),
+        head_(head),
+        softcap_(T(problem.a.softcap)),
+        scale_(T(problem.a.scale)),
+        slope_(problem.slope(entry, head) * T(kLog2E)),
+        has_slope_(problem.o.alibi_slopes != nullptr),
+        bias_format_(format_of<T>(problem.o.bias_dtype)) {
+    plain_ = softcap_ == T(0) && !has_slope_ && o_.bias.data == nullptr && scale_ > T(0);
+  }
+
+  // What finished scores are multiplied by inside the exponential, in one multiply-add.
+  T exponent_scale() const { return plain_ ? scale_ * T(kLog2E) : T(1); }
+
+  // How far the nearest key is from a row. ALiBi counts from there, which keeps small differences of far distances.
+  int64_t nearest(int64_t row) const {
+    const int64_t position = row + entry_.offset;
+    return most(most(-position, position - most(entry_.kv_len - 1, 0)), 0);
+  }
+  // By how much that makes the scores of a row too large.
+  T shift(int64_t row) const { return has_slope_ ? slope_ * T(nearest(row)) : T(0); }
+
+  // Finishes the products `s` of a row with keys `column ..` at places `begin .. end`, whole vectors; what lies outside
+  // `visible`, or is masked, becomes -inf. `block` is the tile of a block mask or null. Where there is a cap,
+  // `cap_gradient` gets its derivative, unless null.
+  void finish_scores(
+      T* s, int64_t row, int64_t column, int begin, int end, Range visible, const uint8_t* block,
+      T* cap_gradient) const {
+    const int low = int(most(visible.begin - column, begin)), high = int(least(visible.end - column, end));
+    if (!plain_) {
+      if (softcap_ != T(0)) {
+        cap(s, begin, end, cap_gradient);
+      } else {
+        for (int i = begin; i < end; i++) s[i] *= scale_ * T(kLog2E);
+      }
+      if (o_.bias.data != nullptr) add_bias(s, row, column, low, high);
+      if (has_slope_) subtract_distance(s, row, column, begin, end);
+    }
+    if (o_.mask.data != nullptr) apply_mask(s, row, column, low, high);
+    if (block != nullptr) {
+      const uint8_t* keep = block + row % kKeys * kKeys;
+      for (int i = low; i < high; i++) s[i] = keep[i] ? s[i] : -kInfinity<T>;
+    }
+    for (int i = begin; i < low; i++) s[i] = -kInfinity<T>;
+    for (int i = most(high, begin); i < end; i++) s[i] = -kInfinity<T>;
+  }
+
+  // |position of the row - key|.
+  int64_t distance(int64_t row, int64_t key) const {
+    const int64_t d = row + entry_.offset - key;
+    return d < 0 ? -d : d;
+  }
+
+  bool has_cap() const { return softcap_ != T(0); }
+
+  // Whether every pair within `visible` takes part.
+  bool may_forbid() const { return o_.mask.data != nullptr || o_.bias.data != nullptr; }
+
+ private:
+  void cap(T* s, int begin, int end, T* cap_gradient) const {
+    const T inner = scale_ / softcap_, outer = softcap_ * T(kLog2E);
+    for (int i = begin; i < end; i += kLanes<T>) {
+      const Vec<T> t = tanh(load(s + i) * inner);
+      store(s + i, t * outer);
+      if (cap_gradient != nullptr) store(cap_gradient + i, T(1) - t * t);
+    }
+  }
+
+  void add_bias(T* s, int64_t row, int64_t column, int low, int high) const {
+    const FastattnView& bias = o_.bias;
+    const int64_t base = entry_.batch * bias.stride[0] + head_ * bias.stride[1] + row * bias.stride[2];
+    T values[kKeys];
+    const int64_t step = bias.stride[3];
+    if (step == 1) {
+      if (low < high) bias_format_.read(bias.data, base + column + low, values + low, high - low);
+    } else if (step == 0) {
+      T same = T(0);
+      bias_format_.read(bias.data, base, &same, 1);
+      for (int i = low; i < high; i++) values[i] = same;
+    } else {
+      for (int i = low; i < high; i++) bias_format_.read(bias.data, base + (column + i) * step, values + i, 1);
+    }
+    // A finite bias stays finite in base 2: a row of the lowest numbers weighs all its keys alike.
+    constexpr T largest = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
+    for (int i = low; i < high; i++) {
+      const T value = values[i];
+      T scaled = value * T(kLog2E);
+      scaled = scaled < -largest && value >= -largest ? -largest : scaled;
+      scaled = scaled > largest && value <= largest ? largest : scaled;
+      s[i] += scaled;
+    }
+  }
+
+  void subtract_distance(T* s, int64_t row, int64_t column, int begin, int end) const {
+    const int32_t first = int32_t(row + entry_.offset - column), near = int32_t(nearest(row));
+    for (int i = begin; i < end; i++) {
+      const int32_t d = first - i;
+      s[i] -= slope_ * T((d < 0 ? -d : d) - near);
+    }
+  }
+
+  void apply_mask(T* s, int64_t row, int64_t column, int low, int high) const {
+    const FastattnView& mask = o_.mask;
+    const int64_t step = mask.stride[3];
+    const uint8_t* keep = static_cast<const uint8_t*>(mask.data) + entry_.batch * mask.stride[0] +
+                          head_ * mask.stride[1] + row * mask.stride[2] + column * step;
+    if (step == 1) {
+      for (int i = low; i < high; i++) s[i] = keep[i] ? s[i] : -kInfinity<T>;
+    } else {
+      for (int i = low; i < high; i++) s[i] = keep[i * step] ? s[i] : -kInfinity<T>;
+    }
+  }
+
+  const FastattnOperands& o_;
+  Entry entry_;
+  int64_t head_;
+  T softcap_, scale_, slope_;
+  bool has_slope_, plain_;
+  Format<T> bias_format_;
+};
+
+// Visits the blocks of keys that some rows of a tile of queries see: `visit(first key, tile of the block mask or null)`.
+template <class T, class Visit>
+void for_key_blocks(const Problem<T>& problem, const Entry& e, int64_t head, int64_t row, Range keys, Visit visit) {
+  const FastattnOperands& o = problem.o;
+  if (o.table == nullptr) {
+    for (int64_t key = keys.begin / kKeys * kKeys; key < keys.end; key += kKeys) visit(key, nullptr);
+    return;
+  }
+  const int64_t lines = (problem.a.q_len + kKeys - 1) / kKeys;
+  const int64_t line = ((o.block_batch > 1 ? e.batch : 0) * o.block_heads + (o.block_heads > 1 ? head : 0)) * lines;
+  const int32_t* offsets = o.query_offsets + (line + row / kKeys) * 3;
+  for (int32_t n = offsets[0]; n < offsets[2]; n++) {
+    const int32_t* entry = o.query_entries + int64_t(n) * 2;
+    const int64_t key = int64_t(entry[0]) * kKeys;
+    if (key >= keys.end || key + kKeys <= keys.begin) continue;
+    visit(key, n < offsets[1] ? o.pool + int64_t(entry[1]) * kKeys * kKeys : nullptr);
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_VARIANT
