@@ -7,6 +7,8 @@ MINUTES ?= 8
 BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SETUP_FILES := pyproject.toml setup.py constraints.txt
+CPU_LIBRARY := fastattn/libfastattn_cpu.so
+CPU_WHERE_POSSIBLE = $(if $(shell command -v c++ g++ clang++),$(CPU_LIBRARY))
 
 # Two more Tritons, that of the oldest supported PyTorch and the newest, for ahead-of-time compilation only. They are not
 # on the path, so that nothing imports them by accident; the compile tests find them through these variables.
@@ -17,7 +19,7 @@ TRITON_STAMP := .stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementatio
 TRITONS := $(FASTATTN_TRITON_3_6)/$(TRITON_STAMP) $(FASTATTN_TRITON_3_9)/$(TRITON_STAMP)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo demo-quick demo-dates demo-charlm lint types docs compile-report ext bench-overhead \
+.PHONY: help env test demo demo-quick demo-dates demo-charlm lint types docs compile-report ext ext-cpu wheel bench-overhead \
 	gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
@@ -25,7 +27,7 @@ help:  ## list the targets
 
 env: $(VENV)/.stamp-dev  ## make .venv with the package (editable), test, example and lint tools
 
-test: $(VENV)/.stamp-test $(TRITONS)  ## install what the tests need and run them all
+test: $(VENV)/.stamp-test $(TRITONS) $(CPU_WHERE_POSSIBLE)  ## install what the tests need and run them all
 # One thread in each of the two processes: more would compete for the same cores.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
@@ -57,6 +59,11 @@ docs: $(VENV)/.stamp-docs  ## the documentation site, into build/docs
 compile-report: $(VENV)/.stamp-test $(TRITONS)  ## compile every kernel for every target, no GPU needed
 	$(BIN)/python -m benchmarks.compile_report
 
+ext-cpu: $(CPU_LIBRARY)  ## compile csrc/cpu with a C++ compiler, in place; an install does so by itself
+
+wheel: $(VENV)/.stamp-test  ## a wheel with the CPU library into dist/, for every Python and every system as old as this
+	FASTATTN_BUILD_CPU=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 ext: fastattn/libfastattn_cuda.so  ## compile csrc/ with nvcc, in place; the operator works without it
 
 bench-overhead: $(VENV)/.stamp-test  ## what a call costs over PyTorch's own function on a tiny input
@@ -75,6 +82,10 @@ gpu-tune:  ## on a GPU: search launch configurations, within MINUTES
 clean:  ## remove the environment, caches and build output
 	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks fastattn/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(CPU_LIBRARY): $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h) setup.py fastattn/backends/cpu_library.py | $(VENV)/.stamp-test
+	FASTATTN_BUILD_CPU=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
 
 # With the bare PYTHON, as on a GPU machine: nothing but setuptools is needed. nvcc's own cost is seconds.
 fastattn/libfastattn_cuda.so: $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh) setup.py fastattn/backends/cuda.py

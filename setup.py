@@ -31,6 +31,7 @@ from setuptools.errors import CompileError
 NVCC_FLAGS = ["-O3", "-std=c++17", "--shared", "-Xcompiler=-fPIC", "-gencode=arch=compute_90a,code=sm_90a"]
 
 CPU_LIBRARY = "fastattn.libfastattn_cpu"
+WITHOUT = "fastattn is installed without its CPU kernels, PyTorch's serve instead"
 CPU_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread"]
 # Compiled once for each instruction set, into a namespace of its own; without the C++ library, whose inline functions
 # the linker would merge across instruction sets.
@@ -45,7 +46,7 @@ TEST_VARIANT = ("wide", ["-mavx2", "-mfma", "-mf16c", "-DFASTATTN_VECTOR_BYTES=6
 
 
 def switch(name: str) -> bool | None:
-    """Read an environment variable: None if unset. Any other value is an error: a guess could hide a missing library."""
+    """An environment variable, None if unset. Any other value is an error: a guess could hide a missing library."""
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
         raise SystemExit(f"{name}: expected 0 or 1, got {value!r}")
@@ -84,7 +85,7 @@ def cpu_library() -> list[Extension]:
     if wanted and problem:
         raise SystemExit(f"FASTATTN_BUILD_CPU=1: {problem}")
     if problem and wanted is None:
-        print(f"fastattn: installed without its CPU kernels, PyTorch's serve instead: {problem}", file=sys.stderr)
+        print(f"{WITHOUT}: {problem}", file=sys.stderr)
     if wanted is False or problem:
         return []
     return [Extension(CPU_LIBRARY, sources, depends=sorted(glob("csrc/cpu/*.h")), optional=not wanted)]
@@ -97,11 +98,11 @@ def cpu_objects(test_variants: bool) -> list[tuple[str, str, list[str]]]:
         variants.update([TEST_VARIANT])
     engines = [
         (f"{Path(source).stem}_{name}.o", f"csrc/cpu/{source}", [*ENGINE_FLAGS, *flags, f"-DFASTATTN_VARIANT={name}"])
-        for source in reversed(sorted(ENGINE_SOURCES))
+        for source in sorted(ENGINE_SOURCES, reverse=True)
         for name, flags in reversed(variants.items())
     ]
-    others = [(f"{Path(s).stem}.o", s, []) for s in sorted(glob("csrc/cpu/*.cpp")) if Path(s).name not in ENGINE_SOURCES]
-    return [*engines, *others]
+    others = {Path(source) for source in glob("csrc/cpu/*.cpp")} - {Path("csrc/cpu", name) for name in ENGINE_SOURCES}
+    return [*engines, *((f"{path.stem}.o", str(path), []) for path in sorted(others))]
 
 
 class BuildNative(build_ext):
@@ -114,13 +115,19 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         if ext.name == CPU_LIBRARY:
-            self.build_cpu(ext, target)
+            try:
+                self.build_cpu(target)
+            except CompileError as error:
+                if not ext.optional:
+                    raise
+                print(f"{WITHOUT}: {error}", file=sys.stderr)
+                self.extensions = [other for other in self.extensions if other is not ext]  # nothing to copy or list
         else:
             digest = runpy.run_path("fastattn/backends/cuda.py")["source_digest"](Path("csrc/cuda"))
             define = f'-DFASTATTN_DIGEST="{digest}"'
             subprocess.run(["nvcc", *NVCC_FLAGS, define, *ext.sources, "-o", str(target)], check=True)
 
-    def build_cpu(self, ext: Extension, target: Path) -> None:
+    def build_cpu(self, target: Path) -> None:
         compiler = cpp_compiler()
         assert compiler is not None
         extra = shlex.split(os.environ.get("FASTATTN_CPU_FLAGS", ""))  # sanitizers, test variants
@@ -128,9 +135,9 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp) / "cpu"
         folder.mkdir(parents=True, exist_ok=True)
         objects = cpu_objects("-DFASTATTN_TEST_VARIANTS" in extra)
+        shared = [*compiler, *CPU_FLAGS, f'-DFASTATTN_DIGEST="{digest}"']
         commands = [
-            [*compiler, *CPU_FLAGS, *flags, *extra, f'-DFASTATTN_DIGEST="{digest}"', "-c", source, "-o", str(folder / name)]
-            for name, source, flags in objects
+            [*shared, *flags, *extra, "-c", source, "-o", str(folder / name)] for name, source, flags in objects
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(self.run_compiler, commands))
@@ -147,10 +154,7 @@ class BuildNative(build_ext):
         if result.returncode:
             lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
             print(shlex.join(command), result.stderr, sep="\n", file=sys.stderr)
-            raise CompileError(
-                "fastattn is installed without its CPU kernels, PyTorch's serve instead: "
-                f"{command[0]} failed: {(lines or ['no message'])[0].strip()}"
-            )
+            raise CompileError(f"{command[0]} failed: {(lines or ['no message'])[0].strip()}")
         if result.stderr:
             print(result.stderr, file=sys.stderr)
 

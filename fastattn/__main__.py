@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
 from fastattn import backends
+from fastattn.backends import cpu_library
 from fastattn.spec import AttentionSpec, CacheSpec, make_cache_spec, make_spec
 from fastattn.spec.target import TARGETS, Target, assume
 
@@ -64,6 +65,7 @@ def run_doctor(args: argparse.Namespace) -> int:
             ("torch", f"{torch.__version__}, {torch_build()}"),
             ("triton", module_version("triton")),
             ("numpy", module_version("numpy")),
+            ("CPU library", cpu_library_state()),
             ("CUDA library", cuda_library()),
             ("flash registry", flash_registry()),
             *(("GPU", line) for line in gpus() or ["no CUDA or ROCm device"]),
@@ -97,6 +99,11 @@ def module_version(name: str) -> str:
         return "not installed" if error.name == name else f"does not import: {error}"
     except Exception as error:
         return f"does not import: {error}"
+
+
+def cpu_library_state() -> str:
+    problem = cpu_library.problem()
+    return problem or f"{PACKAGE / 'libfastattn_cpu.so'}, {cpu_library.load().fastattn_cpu_variant().decode()}"
 
 
 def cuda_library() -> str:

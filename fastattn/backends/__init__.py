@@ -10,19 +10,20 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastattn.backends import cuda, reference, torch_sdpa, triton
+from fastattn.backends import cpu, cuda, reference, torch_sdpa, triton
 from fastattn.spec import AttentionSpec, CacheSpec
 
 _MODULES: dict[str, ModuleType] = {
     "triton": triton,
     "cuda": cuda,
+    "cpu": cpu,
     "torch": torch_sdpa,
     "reference": reference,
 }
 BACKENDS = tuple(_MODULES)
 
 # Order of preference. On CPU, Triton only ever interprets: never a default. "cuda" counts only where it is `unasked`.
-_PREFERENCE = {"cuda": ("cuda", "triton", "torch", "reference")}
+_PREFERENCE = {"cuda": ("cuda", "triton", "torch", "reference"), "cpu": ("cpu", "torch", "reference")}
 _PREFERENCE_ELSEWHERE = ("torch", "reference")
 
 

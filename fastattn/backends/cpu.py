@@ -43,8 +43,10 @@ def _reasons(q: Tensor, v_dim: int) -> list[str]:
     if q.device.type != "cpu":  # nothing else is said: no other argument would change it
         return [f"runs on CPUs, the tensors are on {q.device.type!r}"]
     reasons = []
-    # Looked for once in a process: a trace takes the answer for a constant.
-    if problem := cpu_library.problem():
+    if torch.compiler.is_compiling():  # which cannot load it: the call itself then says what is wrong with it
+        if not cpu_library.PRESENT:
+            reasons.append(cpu_library.MISSING)
+    elif problem := cpu_library.problem():
         reasons.append(problem)
     if q.shape[3] > _WIDEST or v_dim > _WIDEST:
         reasons.append(f"head dims up to {_WIDEST}, got D = {q.shape[3]}, Dv = {v_dim}")

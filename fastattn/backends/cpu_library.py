@@ -14,7 +14,10 @@ from pathlib import Path
 ABI = 1
 BUILD = "make ext-cpu, or install again where a C++ compiler is found"
 
-_LIBRARY = Path(__file__).parents[1] / "libfastattn_cpu.so"
+_LIBRARY = Path(__file__).parents[1] / "libfastattn_cpu.so"  # nowhere else: no search path, no variable
+PRESENT = _LIBRARY.is_file()
+"""A constant, because a trace cannot look for files."""
+MISSING = f"not compiled: {BUILD}"
 _SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"  # in a checkout
 _BAD_ARGUMENT = 1
 
@@ -58,7 +61,7 @@ def load(path: Path = _LIBRARY) -> ctypes.CDLL:
 def problem() -> str | None:
     """Why there is no library to call; None if there is one. Looked for once in a process."""
     if not _LIBRARY.is_file():
-        return f"not compiled: {BUILD}"
+        return MISSING
     try:
         load()
     except (OSError, ValueError) as error:
@@ -92,7 +95,7 @@ if hasattr(os, "register_at_fork"):
 
 @functools.cache
 def parallel_address() -> int:
-    """Of the `GOMP_parallel` that PyTorch itself uses; 0 where there is none, then threads are started for each call."""
+    """Of the `GOMP_parallel` that PyTorch itself uses; 0 where there is none: then each call starts threads."""
     try:
         function = ctypes.CDLL(None).GOMP_parallel  # PyTorch has loaded its OpenMP runtime for all to see
     except (AttributeError, OSError, TypeError):

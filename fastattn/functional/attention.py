@@ -12,7 +12,7 @@ from fastattn.block_mask import BlockMask
 from fastattn.functional import keywords
 from fastattn.spec import AttentionSpec, make_spec
 
-Backend = Literal["triton", "cuda", "torch", "reference"]
+Backend = Literal["triton", "cuda", "cpu", "torch", "reference"]
 
 
 @overload
@@ -79,7 +79,7 @@ def attention(
         dropout_p: probability with which a weight is dropped, in [0, 1]. Applied as given: pass 0 when evaluating. The
             random bits come from the device's default generator, so `torch.manual_seed` fixes them.
         return_lse: also return the log-sum-exp of each row's scores.
-        backend: ``"triton"``, ``"cuda"``, ``"torch"``, ``"reference"``; None chooses, as `explain` shows.
+        backend: ``"triton"``, ``"cuda"``, ``"cpu"``, ``"torch"``, ``"reference"``; None chooses, as `explain` shows.
 
     Returns:
         out (B, Hq, Lq, Dv) in the dtype of q; with ``return_lse`` also lse (B, Hq, Lq) in float32 (float64 for

@@ -70,8 +70,9 @@ def attention_with_kvcache(
         causal, window, softcap, alibi_slopes, sinks, scale, return_lse: as in `fastattn.attention`.
         num_splits: into how many parts the Triton kernel divides the keys; None chooses from shapes and the number of
             multiprocessors. It changes rounding alone, and means nothing to other backends.
-        backend: ``"triton"``, ``"torch"``, ``"reference"``; None chooses: on a GPU Triton, elsewhere PyTorch's kernel
-            where all lengths are one number known on the host and it computes exactly the same, else the reference.
+        backend: ``"triton"``, ``"cpu"``, ``"torch"``, ``"reference"``; None chooses: on a GPU Triton, on a CPU the
+            fused kernels where they are compiled, elsewhere PyTorch's kernel where all lengths are one number known on
+            the host and it computes exactly the same, else the reference.
 
     Returns:
         out (B, Hq, Lq, Dv) in the dtype of q; with ``return_lse`` also lse (B, Hq, Lq) in float32 (float64 for

@@ -1,4 +1,4 @@
-"""What is shipped: files of the sdist and the wheel, installs outside the checkout, the CUDA switch."""
+"""What is shipped: files of the sdist and the wheel, installs outside the checkout, the native libraries."""
 
 import os
 import re
@@ -23,6 +23,7 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BUILD_INPUTS = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
+COMPILERS = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
 SITE_PACKAGES = sysconfig.get_path("purelib")
 
 IMPORT_EVERYTHING = """
@@ -38,8 +39,9 @@ IMPORT_EVERYTHING = """
 
 
 def run(*command, cwd, env=None, check=True):
-    """Run outside the checkout's influence: no PYTHONPATH, no switch left over from the caller."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTATTN_BUILD_CUDA")}
+    """Run outside the checkout's influence: no PYTHONPATH, no switch left over from the caller. Nothing is compiled."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTATTN_BUILD_CUDA", "CXX")}
+    clean["FASTATTN_BUILD_CPU"] = "0"
     result = subprocess.run(
         [str(c) for c in command], cwd=cwd, env={**clean, **(env or {})}, capture_output=True, text=True
     )
@@ -231,6 +233,91 @@ def test_bare_kernels_name_is_refused():
     result = run(sys.executable, "-c", "import kernels", cwd=ROOT, check=False)
     assert result.returncode
     assert "expected the import name 'fastattn.kernels', got 'kernels'" in result.stderr
+
+
+class TestCpuLibrary:
+    """Compiled where there is a compiler, and never in the way where there is none. Most tests compile a stub."""
+
+    @pytest.fixture
+    def with_stub(self, tmp_path):
+        source = copy_sources(tmp_path / "source")
+        for path in (source / "csrc" / "cpu").iterdir():
+            path.unlink()
+        for name in ("forward", "backward", "decode"):  # compiled once per instruction set
+            body = f"namespace FASTATTN_VARIANT {{ int {name}() {{ return 1; }} }}\n"
+            (source / "csrc" / "cpu" / f"{name}.cpp").write_text(body)
+        (source / "csrc" / "cpu" / "library.cpp").write_text('extern "C" int fastattn_stub() { return 42; }\n')
+        return source
+
+    def build(self, source, tmp_path, value="", kind="wheel", check=True, **env):
+        return build(kind, source, tmp_path / kind, {"FASTATTN_BUILD_CPU": value, **env}, check)
+
+    @staticmethod
+    def libraries(wheel):
+        return [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+    @pytest.mark.skipif(not COMPILERS, reason="no C++ compiler")
+    @pytest.mark.parametrize("value", ["", "1"])
+    def test_a_wheel_for_every_python(self, value, with_stub, tmp_path):
+        wheel = self.build(with_stub, tmp_path, value)
+        assert self.libraries(wheel) == ["fastattn/libfastattn_cpu.so"]
+        assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+        metadata = next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".dist-info/WHEEL"))
+        assert "Root-Is-Purelib: false" in zipfile.ZipFile(wheel).read(metadata).decode()
+
+    def test_off_never_compiles(self, with_stub, tmp_path):
+        wheel = self.build(with_stub, tmp_path, "0", CXX="/bin/false")
+        assert not self.libraries(wheel) and wheel.name.endswith("-py3-none-any.whl")
+
+    @pytest.mark.parametrize("kind", ["wheel", "editable"])
+    def test_a_compiler_that_fails_is_no_error(self, kind, with_stub, tmp_path):
+        result = self.build(with_stub, tmp_path, kind=kind, CXX="/bin/false", check=False)
+        assert result.returncode == 0, result.stderr
+        assert "installed without its CPU kernels, PyTorch's serve instead: /bin/false failed" in result.stderr
+        assert not self.libraries(next((tmp_path / kind).iterdir()))
+
+    def test_no_compiler_is_no_error(self, with_stub, tmp_path):
+        (tmp_path / "bin").mkdir()
+        result = self.build(with_stub, tmp_path, PATH=str(tmp_path / "bin"), check=False)
+        assert result.returncode == 0, result.stderr
+        assert "serve instead: expected a C++ compiler (CXX, c++, g++ or clang++), found none" in result.stderr
+
+    def test_asked_for_it_is_an_error(self, with_stub, tmp_path):
+        (tmp_path / "bin").mkdir()
+        result = self.build(with_stub, tmp_path, "1", PATH=str(tmp_path / "bin"), check=False)
+        assert result.returncode and "FASTATTN_BUILD_CPU=1: expected a C++ compiler" in result.stderr
+        assert self.build(with_stub, tmp_path, "1", CXX="/bin/false", check=False).returncode
+
+    def test_other_values_fail(self, with_stub, tmp_path):
+        result = self.build(with_stub, tmp_path, "yes", check=False)
+        assert result.returncode and "FASTATTN_BUILD_CPU: expected 0 or 1, got 'yes'" in result.stderr
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(not COMPILERS, reason="no C++ compiler")
+    def test_the_real_one_from_an_sdist(self, source, tmp_path):
+        """Under 4 MB, nothing but the C library beside it, no name of its own but the interface's, and it runs."""
+        sdist = build("sdist", source, tmp_path / "sdist")
+        with tarfile.open(sdist) as archive:
+            archive.extractall(tmp_path, filter="data")
+        wheel = self.build(tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path, "1")
+        library = zipfile.ZipFile(wheel).read("fastattn/libfastattn_cpu.so")
+        assert len(library) < 4e6
+        if sys.platform == "linux":
+            assert b"libstdc++" not in library and b"libgcc_s" not in library and b"libgomp" not in library
+            assert "manylinux_" in wheel.name or b"GLIBC_" not in library
+        python = make_venv(tmp_path / "venv")
+        pip_install(python, wheel, cwd=tmp_path)
+        code = """
+            import torch, fastattn
+            from fastattn.backends import cpu_library
+            assert cpu_library.problem() is None, cpu_library.problem()
+            q, cache = torch.randn(1, 2, 1, 16), torch.randn(1, 8, 2, 16)
+            call = fastattn.attention_with_kvcache
+            ours, theirs = (call(q, cache, cache, cache_lens=8, backend=name) for name in ("cpu", "reference"))
+            assert (ours - theirs).abs().max() < 1e-5
+            print(fastattn.__file__)
+        """
+        assert str(tmp_path / "venv") in run(python, "-c", textwrap.dedent(code), cwd=tmp_path).stdout
 
 
 class TestCudaSwitch:
