@@ -1,6 +1,472 @@
-// STUB by author B, to be replaced by author A.
+// Backward attention: probabilities are recomputed from the statistics, never stored (FlashAttention-2, Dao, 2023).
+//
+// With P = exp(S - lse), dP = dO V^T and delta = rowsum(dO * O) - dlse:
+// dS = P * (dP - delta), dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K, dbias = dS.
+//
+// One task has one key head of one batch entry: it computes the scores once, and all sums are its own. Where there are few
+// heads the keys are divided into pieces, as the sizes alone say, whose shares of dQ are added up in a fixed order.
+#include "softmax.h"
+#include "turns.h"
 #include "variant.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
-bool backward(const FastattnAttention&, const FastattnOperands&, const FastattnGradients&, const Team&) { return false; }
+namespace {
+
+// Key heads, times pieces of their keys, that a call is divided into at least.
+constexpr int64_t kLeastTasks = 16;
+
+struct Task {
+  int64_t entry, kv_head, piece;
+};
+
+// What all tasks of a call share.
+template <class T>
+struct Results {
+  int64_t pieces;   // of the keys of a head
+  T* dq;            // (B, Hq, pieces, Lq, padded head dim), or null: one piece writes the result
+  T* dslopes;       // (pieces, B, Hq), sums over rows and keys, or null
+  T* dsinks;        // (B, Hq), or null
+  int64_t* turns;   // of each task, or null
+};
+
+// How a task divides its memory.
+template <class T>
+struct Memory {
+  int64_t q_width, v_width;  // padded head dims
+  T *key_rows, *key_panels, *value_panels, *dk, *dv;  // of all keys of the task
+  T *q, *dout, *dq, *delta;                           // of all queries of one head
+  T *p, *ds, *cap;                                    // a tile: queries x keys; gradients of the cap
+  T* rows;                                            // values of one block, or a row of out
+
+  static int64_t size(const FastattnAttention& a, int64_t queries, int64_t keys) {
+    const int64_t q_width = round_up(a.head_dim, kLanes<T>), v_width = round_up(a.v_dim, kLanes<T>);
+    return keys * (3 * q_width + 2 * v_width) + queries * (2 * q_width + v_width + 1) + 3 * kQueries * kKeys +
+           kKeys * v_width + kLanes<T>;
+  }
+
+  Memory(const FastattnAttention& a, int64_t queries, int64_t keys, T* data)
+      : q_width(round_up(a.head_dim, kLanes<T>)), v_width(round_up(a.v_dim, kLanes<T>)) {
+    T* free = data;
+    const auto take = [&free](int64_t count) { return (free += count) - count; };
+    key_rows = take(keys * q_width);
+    key_panels = take(keys * q_width);
+    value_panels = take(keys * v_width);
+    dk = take(keys * q_width);
+    dv = take(keys * v_width);
+    q = take(queries * q_width);
+    dout = take(queries * v_width);
+    dq = take(queries * q_width);
+    p = take(kQueries * kKeys);
+    ds = take(kQueries * kKeys);
+    cap = take(kQueries * kKeys);
+    rows = take(kKeys * v_width);
+    delta = take(queries);
+  }
+};
+
+template <class T>
+void fill(T* x, int64_t count, T value) {
+  for (int64_t i = 0; i < count; i++) x[i] = value;
+}
+
+template <class T>
+class Backward {
+ public:
+  Backward(const Problem<T>& problem, const FastattnGradients& g, const Results<T>& results, const Task& task,
+           const Turns& turns)
+      : problem_(problem), a_(problem.a), o_(problem.o), g_(g), results_(results), task_(task), turns_(turns),
+        entry_(problem.entry(task.entry)), keep_scale_(problem.keep_scale()),
+        threshold_(dropout_threshold(problem.a.dropout_p)) {
+    const int64_t blocks = (entry_.kv_len + kKeys - 1) / kKeys;
+    keys_ = {blocks * task.piece / results.pieces * kKeys, blocks * (task.piece + 1) / results.pieces * kKeys};
+  }
+
+  // False where memory ran out.
+  bool run() {
+    const int64_t keys = keys_.end - keys_.begin;
+    T* data = scratch<T>(Memory<T>::size(a_, entry_.q_len, keys));
+    if (data == nullptr) return false;
+    Memory<T> memory(a_, entry_.q_len, keys, data);
+    memory_ = &memory;
+    pack_keys();
+    fill(memory.dk, keys * memory.q_width, T(0));
+    fill(memory.dv, keys * memory.v_width, T(0));
+    for (member_ = 0; member_ < problem_.group(); member_++) query_head(task_.kv_head * problem_.group() + member_);
+    write_keys();
+    return true;
+  }
+
+ private:
+  void pack_keys() {
+    const Rows<T> k = problem_.k_rows(a_.k, entry_, task_.kv_head, a_.head_dim);
+    const Rows<T> v = problem_.k_rows(a_.v, entry_, task_.kv_head, a_.v_dim);
+    keys_poisoned_ = false;
+    for (int64_t key = keys_.begin; key < keys_.end; key += kKeys) {
+      const int64_t count = least(kKeys, entry_.kv_len - key), place = key - keys_.begin;
+      T* rows = memory_->key_rows + place * memory_->q_width;
+      keys_poisoned_ |= pack_rows(k, key, count, rows, memory_->q_width);
+      fill(rows + count * memory_->q_width, (kKeys - count) * memory_->q_width, T(0));
+      pack_panels(rows, count, a_.head_dim, memory_->q_width, memory_->key_panels + place * a_.head_dim);
+      keys_poisoned_ |= pack_rows(v, key, count, memory_->rows, memory_->v_width);
+      pack_panels(memory_->rows, count, a_.v_dim, memory_->v_width, memory_->value_panels + place * a_.v_dim);
+    }
+  }
+
+  void write_keys() {
+    const Rows<T> dk = problem_.k_rows(g_.dk, entry_, task_.kv_head, a_.head_dim);
+    const Rows<T> dv = problem_.k_rows(g_.dv, entry_, task_.kv_head, a_.v_dim);
+    const T scale = T(a_.scale);
+    for (int64_t key = keys_.begin; key < least(keys_.end, entry_.kv_len); key++) {
+      const int64_t place = key - keys_.begin;
+      T* row = memory_->dk + place * memory_->q_width;
+      for (int64_t i = 0; i < memory_->q_width; i++) row[i] *= scale;
+      dk.write(key, row);
+      dv.write(key, memory_->dv + place * memory_->v_width);
+    }
+  }
+
+  void query_head(int64_t head) {
+    const Scores<T> scores(problem_, entry_, head);
+    head_ = head;
+    pack_queries(scores);
+    fill(memory_->dq, entry_.q_len * memory_->q_width, T(0));
+    dslope_ = 0.0;
+    for (int64_t key = keys_.begin; key < keys_.end; key += kKeys) key_block(scores, key);
+    if (results_.dslopes != nullptr) {
+      results_.dslopes[(task_.piece * problem_.entries() + entry_.number) * a_.q_heads + head] = T(-dslope_);
+    }
+    write_queries();
+  }
+
+  // q, dout and delta of the head; and the gradient of its sink.
+  void pack_queries(const Scores<T>& scores) {
+    const Rows<T> dout = problem_.q_rows(g_.dout, entry_, head_, a_.v_dim);
+    const Rows<T> out = problem_.q_rows(a_.out, entry_, head_, a_.v_dim);
+    queries_poisoned_ = pack_rows(
+        problem_.q_rows(a_.q, entry_, head_, a_.head_dim), 0, entry_.q_len, memory_->q, memory_->q_width);
+    queries_poisoned_ |= pack_rows(dout, 0, entry_.q_len, memory_->dout, memory_->v_width);
+    double dsink = 0.0;
+    for (int64_t row = 0; row < entry_.q_len; row++) {
+      out.read(row, memory_->rows, memory_->v_width);
+      Vec<T> sum{};
+      for (int64_t i = 0; i < memory_->v_width; i += kLanes<T>) {
+        sum += load(memory_->rows + i) * load(memory_->dout + row * memory_->v_width + i);
+      }
+      const int64_t at = problem_.row_index(entry_, head_, row);
+      T delta = sum_lanes(sum);
+      if (g_.dlse != nullptr) delta -= static_cast<const T*>(g_.dlse)[at];
+      memory_->delta[row] = delta;
+      if (results_.dsinks != nullptr) {  // a score whose value vector is 0
+        const T sink = static_cast<const T*>(o_.sinks)[head_] * T(kLog2E) + scores.shift(row);
+        dsink -= double(exp2_of_difference(Vec<T>{} + (sink - maximum(at) - log_total(at)))[0] * delta);
+      }
+    }
+    queries_poisoned_ |= poisoned(memory_->delta, entry_.q_len);
+    if (results_.dsinks != nullptr && task_.piece == 0) {
+      results_.dsinks[entry_.number * a_.q_heads + head_] = T(dsink);
+    }
+  }
+
+  void write_queries() {
+    if (results_.dq != nullptr) {
+      const int64_t place = (entry_.batch * a_.q_heads + head_) * results_.pieces + task_.piece;
+      T* to = results_.dq + place * a_.q_len * memory_->q_width;
+      for (int64_t i = 0; i < entry_.q_len * memory_->q_width; i++) to[i] = memory_->dq[i];
+      return;
+    }
+    const Rows<T> dq = problem_.q_rows(g_.dq, entry_, head_, a_.head_dim);
+    const T scale = T(a_.scale);
+    for (int64_t row = 0; row < entry_.q_len; row++) {
+      T* from = memory_->dq + row * memory_->q_width;
+      for (int64_t i = 0; i < memory_->q_width; i++) from[i] *= scale;
+      dq.write(row, from);
+    }
+  }
+
+  // Every tile of queries that sees keys `key .. key + kKeys`.
+  void key_block(const Scores<T>& scores, int64_t key) {
+    if (o_.table == nullptr) {
+      for (int64_t row = 0; row < entry_.q_len; row += kQueries) tile(scores, row, key, nullptr);
+      return;
+    }
+    const int64_t lines = (a_.kv_len + kKeys - 1) / kKeys;
+    const int64_t line = ((o_.block_batch > 1 ? entry_.batch : 0) * o_.block_heads +
+                          (o_.block_heads > 1 ? head_ : 0)) * lines + key / kKeys;
+    const int32_t* offsets = o_.key_offsets + line * 3;
+    for (int32_t n = offsets[0]; n < offsets[2]; n++) {
+      const int32_t* entry = o_.key_entries + int64_t(n) * 2;
+      const uint8_t* block = n < offsets[1] ? o_.pool + int64_t(entry[1]) * kKeys * kKeys : nullptr;
+      const int64_t row = int64_t(entry[0]) * kKeys;
+      for (int64_t half = row; half < least(row + kKeys, entry_.q_len); half += kQueries) {
+        tile(scores, half, key, block);
+      }
+    }
+  }
+
+  void tile(const Scores<T>& scores, int64_t row, int64_t key, const uint8_t* block) {
+    const int64_t count = least(kQueries, entry_.q_len - row);
+    Range visible[kQueries];
+    Range seen{kKeys, 0};
+    for (int64_t r = 0; r < count; r++) {
+      visible[r] = problem_.visible(entry_, row + r);
+      const Range own = within(visible[r], key);
+      if (!own.empty()) seen = {least(seen.begin, own.begin), most(seen.end, own.end)};
+    }
+    if (seen.empty()) return;
+    const int begin = int(seen.begin / kTileColumns<T> * kTileColumns<T>);
+    const int end = int(round_up(seen.end, kTileColumns<T>));
+    const int64_t position = ((member_ * ((entry_.kv_len + kKeys - 1) / kKeys)) + key / kKeys) *
+                                 ((entry_.q_len + kQueries - 1) / kQueries) + row / kQueries;
+    if (g_.dbias != nullptr) turns_.wait(position);
+    for (int64_t r = 0; r < count; r += kTileRows) {
+      const int rows = int(least(kTileRows, count - r));
+      row_group(scores, row, r, rows, key, block, visible, begin, end);
+    }
+    if (g_.dbias != nullptr) turns_.pass(position);
+    add_to_keys(row, count, key, visible, begin, end);
+  }
+
+  static Range within(Range visible, int64_t key) {
+    return common({visible.begin - key, visible.end - key}, {0, kKeys});
+  }
+
+  // P and dS of some rows of a tile, 0 where nothing is seen between `begin` and `end`; and their share of dQ.
+  void row_group(
+      const Scores<T>& scores, int64_t row, int64_t at, int rows, int64_t key, const uint8_t* block,
+      const Range* visible, int begin, int end) {
+    Range seen{kKeys, 0};
+    for (int r = 0; r < rows; r++) {
+      const Range own = within(visible[at + r], key);
+      if (!own.empty()) seen = {least(seen.begin, own.begin), most(seen.end, own.end)};
+    }
+    T *p = memory_->p + at * kKeys, *ds = memory_->ds + at * kKeys;
+    const int first = seen.empty() ? end : int(seen.begin / kTileColumns<T> * kTileColumns<T>);
+    const int last = seen.empty() ? end : int(round_up(seen.end, kTileColumns<T>));
+    for (int r = 0; r < rows; r++) {
+      for (T* x : {p + r * kKeys, ds + r * kKeys}) {
+        fill(x + begin, first - begin, T(0));
+        fill(x + last, end - last, T(0));
+      }
+    }
+    if (seen.empty()) return;
+    const int64_t place = key - keys_.begin;
+    product<T, Layout::kRows>(
+        rows, memory_->q + (row + at) * memory_->q_width, memory_->q_width,
+        memory_->key_panels + (place + first) * a_.head_dim, kTileColumns<T> * a_.head_dim, kTileColumns<T>, p + first,
+        kKeys, last - first, a_.head_dim, false);
+    product<T, Layout::kRows>(
+        rows, memory_->dout + (row + at) * memory_->v_width, memory_->v_width,
+        memory_->value_panels + (place + first) * a_.v_dim, kTileColumns<T> * a_.v_dim, kTileColumns<T>, ds + first,
+        kKeys, last - first, a_.v_dim, false);
+    for (int r = 0; r < rows; r++) {
+      finish_row(scores, row + at + r, key, visible[at + r], block, first, last, p + r * kKeys, ds + r * kKeys);
+    }
+    const T* keys = memory_->key_rows + (place + first) * memory_->q_width;
+    T* dq = memory_->dq + (row + at) * memory_->q_width;
+    if (keys_poisoned_) {
+      careful_product<T, Layout::kRows>(
+          rows, ds + first, kKeys, keys, memory_->q_width, dq, memory_->q_width, memory_->q_width, last - first);
+    } else {
+      product<T, Layout::kRows>(
+          rows, ds + first, kKeys, keys, kTileColumns<T>, memory_->q_width, dq, memory_->q_width, memory_->q_width,
+          last - first, true);
+    }
+  }
+
+  // From products (q k^T, dout v^T) of a row to (P after dropout, dS), at places `first .. last`.
+  void finish_row(
+      const Scores<T>& scores, int64_t row, int64_t key, Range visible, const uint8_t* block, int first, int last, T* p,
+      T* ds) {
+    T* cap = scores.has_cap() ? memory_->cap : nullptr;
+    scores.finish_scores(p, row, key, first, last, visible, block, cap);
+    const int64_t at = problem_.row_index(entry_, head_, row);
+    const T scale = scores.exponent_scale(), top = maximum(at), rest = log_total(at), delta = memory_->delta[row];
+    if (o_.seed == nullptr) {
+      for (int i = first; i < last; i += kLanes<T>) {
+        const Vec<T> weight = exp2_of_difference(load(p + i) * scale - top - rest);
+        store(p + i, weight);
+        store(ds + i, weight * (load(ds + i) - delta));
+      }
+    } else {
+      const RowKeys keys = dropout_row_keys(*o_.seed, entry_.number, head_, row);
+      T kept[kKeys];
+      for (int i = first; i < last; i++) {
+        kept[i] = dropout_keep(keys, uint32_t(key) + uint32_t(i), threshold_) ? keep_scale_ : T(0);
+      }
+      for (int i = first; i < last; i += kLanes<T>) {
+        const Vec<T> weight = exp2_of_difference(load(p + i) * scale - top - rest), keep = load(kept + i);
+        store(p + i, weight * keep);
+        store(ds + i, weight * (load(ds + i) * keep - delta));
+      }
+    }
+    if (keys_poisoned_ || queries_poisoned_) forget_forbidden(scores, row, key, visible, block, first, last, p, ds);
+    if (g_.dbias != nullptr) add_dbias(row, key, within(visible, key), ds);
+    if (results_.dslopes != nullptr) add_dslope(scores, row, key, within(visible, key), ds);
+    if (cap != nullptr) {
+      for (int i = first; i < last; i += kLanes<T>) store(ds + i, load(ds + i) * load(cap + i));
+    }
+  }
+
+  // Zeroes what NaN or infinity has made of pairs that do not take part.
+  void forget_forbidden(
+      const Scores<T>& scores, int64_t row, int64_t key, Range visible, const uint8_t* block, int first, int last, T* p,
+      T* ds) {
+    T allowed[kKeys];
+    fill(allowed, kKeys, T(0));
+    scores.finish_scores(allowed, row, key, first, last, visible, block, nullptr);
+    for (int i = first; i < last; i++) {
+      if (allowed[i] == -kInfinity<T>) p[i] = ds[i] = T(0);
+    }
+  }
+
+  void add_dbias(int64_t row, int64_t key, Range seen, const T* ds) {
+    const int64_t* size = o_.bias_size;
+    const int64_t index = ((size[0] > 1 ? entry_.batch : 0) * size[1] + (size[1] > 1 ? head_ : 0)) * size[2] +
+                          (size[2] > 1 ? row : 0);
+    T* to = static_cast<T*>(g_.dbias) + index * size[3];
+    if (size[3] > 1 || a_.kv_len == 1) {
+      for (int64_t i = seen.begin; i < seen.end; i++) to[key + i] += ds[i];
+    } else {
+      T sum = T(0);
+      for (int64_t i = seen.begin; i < seen.end; i++) sum += ds[i];
+      *to += sum;
+    }
+  }
+
+  void add_dslope(const Scores<T>& scores, int64_t row, int64_t key, Range seen, const T* ds) {
+    T sum = T(0);
+    for (int64_t i = seen.begin; i < seen.end; i++) sum += ds[i] * T(scores.distance(row, key + i));
+    dslope_ += double(sum);
+  }
+
+  // dV += P^T dO and dK += dS^T Q for the keys of a tile.
+  void add_to_keys(int64_t row, int64_t count, int64_t key, const Range* visible, int begin, int end) {
+    const int64_t place = key - keys_.begin, q_width = memory_->q_width, v_width = memory_->v_width;
+    int64_t low = 0, high = 0;  // the rows that see some of the keys at hand
+    for (int k = begin; k < end; k += kTileRows) {
+      const int keys = int(least(kTileRows, end - k));
+      while (low < count && visible[low].end <= key + k) low++;
+      while (high < count && visible[high].begin < key + k + keys) high++;
+      if (low >= high) continue;
+      const int64_t from = low * kKeys + k, steps = high - low;
+      T *dv = memory_->dv + (place + k) * v_width, *dk = memory_->dk + (place + k) * q_width;
+      const T *dout = memory_->dout + (row + low) * v_width, *q = memory_->q + (row + low) * q_width;
+      if (queries_poisoned_) {
+        careful_product<T, Layout::kColumns>(
+            keys, memory_->p + from, kKeys, dout, v_width, dv, v_width, v_width, steps);
+        careful_product<T, Layout::kColumns>(
+            keys, memory_->ds + from, kKeys, q, q_width, dk, q_width, q_width, steps);
+      } else {
+        product<T, Layout::kColumns>(
+            keys, memory_->p + from, kKeys, dout, kTileColumns<T>, v_width, dv, v_width, v_width, steps, true);
+        product<T, Layout::kColumns>(
+            keys, memory_->ds + from, kKeys, q, kTileColumns<T>, q_width, dk, q_width, q_width, steps, true);
+      }
+    }
+  }
+
+  T maximum(int64_t at) const { return static_cast<const T*>(a_.statistics)[at]; }
+  T log_total(int64_t at) const { return static_cast<const T*>(a_.statistics)[problem_.all_rows() + at]; }
+
+  const Problem<T>& problem_;
+  const FastattnAttention& a_;
+  const FastattnOperands& o_;
+  const FastattnGradients& g_;
+  const Results<T>& results_;
+  Task task_;
+  const Turns& turns_;
+  Entry entry_;
+  T keep_scale_;
+  uint32_t threshold_;
+  Range keys_;
+  Memory<T>* memory_ = nullptr;
+  int64_t member_ = 0, head_ = 0;
+  double dslope_ = 0.0;
+  bool keys_poisoned_ = false, queries_poisoned_ = false;
+};
+
+// Adds up the pieces of dQ, in their order.
+template <class T>
+bool add_pieces(const Problem<T>& problem, const FastattnGradients& g, const Results<T>& results, const Team& team) {
+  const FastattnAttention& a = problem.a;
+  const int64_t width = round_up(a.head_dim, kLanes<T>);
+  return team.run(a.batch * a.q_heads, [&](int64_t task) {
+    const Entry entry = problem.entry(task / a.q_heads);
+    const Rows<T> dq = problem.q_rows(g.dq, entry, task % a.q_heads, a.head_dim);
+    T* first = results.dq + task * results.pieces * a.q_len * width;
+    for (int64_t row = 0; row < a.q_len; row++) {
+      T* sum = first + row * width;
+      for (int64_t piece = 1; piece < results.pieces; piece++) {
+        for (int64_t i = 0; i < width; i++) sum[i] += sum[piece * a.q_len * width + i];
+      }
+      for (int64_t i = 0; i < width; i++) sum[i] *= T(a.scale);
+      dq.write(row, sum);
+    }
+    return true;
+  });
+}
+
+// Adds up the gradients of slopes and sinks over pieces, and over the batch entries that share them.
+template <class T>
+void add_learned(const Problem<T>& problem, const FastattnGradients& g, const Results<T>& results) {
+  const int64_t heads = problem.a.q_heads, entries = problem.entries();
+  T *dslopes = static_cast<T*>(g.dalibi_slopes), *dsinks = static_cast<T*>(g.dsinks);
+  const int64_t rows = problem.o.slopes_stride == 0 ? 1 : entries;
+  if (dslopes != nullptr) fill(dslopes, rows * heads, T(0));
+  if (dsinks != nullptr) fill(dsinks, heads, T(0));
+  for (int64_t entry = 0; entry < entries; entry++) {
+    for (int64_t head = 0; head < heads; head++) {
+      for (int64_t piece = 0; dslopes != nullptr && piece < results.pieces; piece++) {
+        dslopes[(rows > 1 ? entry : 0) * heads + head] += results.dslopes[(piece * entries + entry) * heads + head];
+      }
+      if (dsinks != nullptr) dsinks[head] += results.dsinks[entry * heads + head];
+    }
+  }
+}
+
+// Whether several tasks add to the same elements of dbias.
+inline bool shares_dbias(const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g) {
+  return g.dbias != nullptr && ((o.bias_size[0] == 1 && a.batch > 1) || (o.bias_size[1] == 1 && a.kv_heads > 1));
+}
+
+template <class T>
+bool backward_as(
+    const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g, const Team& team) {
+  const Problem<T> problem{a, o};
+  const int64_t heads = problem.entries() * a.kv_heads, blocks = (a.kv_len + kKeys - 1) / kKeys;
+  const bool whole = problem.packed() || g.dbias != nullptr || heads == 0 || heads >= kLeastTasks;
+  const int64_t pieces = whole ? 1 : most(1, least(blocks, (kLeastTasks + heads - 1) / heads));
+  const int64_t tasks = heads * pieces, all_heads = problem.entries() * a.q_heads;
+  const int64_t dq_count = pieces == 1 ? 0 : all_heads * pieces * a.q_len * round_up(a.head_dim, kLanes<T>);
+  const Shared dq(size_t(dq_count) * sizeof(T)), learned(size_t(all_heads * (pieces + 1)) * sizeof(T));
+  const Shared turns(size_t(tasks) * sizeof(int64_t));
+  if ((dq_count > 0 && dq.as<T>() == nullptr) || (all_heads > 0 && learned.as<T>() == nullptr) ||
+      (tasks > 0 && turns.as<int64_t>() == nullptr)) {
+    return false;
+  }
+  Results<T> results{pieces, pieces == 1 ? nullptr : dq.as<T>(), nullptr, nullptr, nullptr};
+  if (g.dalibi_slopes != nullptr) results.dslopes = learned.as<T>();
+  if (g.dsinks != nullptr) results.dsinks = learned.as<T>() + all_heads * pieces;
+  fill(learned.as<T>(), all_heads * (pieces + 1), T(0));
+  if (g.dbias != nullptr) {
+    fill(static_cast<T*>(g.dbias), o.bias_size[0] * o.bias_size[1] * o.bias_size[2] * o.bias_size[3], T(0));
+    fill(turns.as<int64_t>(), tasks, int64_t(-1));
+    if (shares_dbias(a, o, g)) results.turns = turns.as<int64_t>();
+  }
+  const bool done = team.run(tasks, [&](int64_t number) {
+    const Turns own(results.turns, number);
+    const Task task{number % heads / a.kv_heads, number % a.kv_heads, number / heads};
+    return Backward<T>(problem, g, results, task, own).run();
+  });
+  if (!done || (pieces > 1 && !add_pieces(problem, g, results, team))) return false;
+  add_learned(problem, g, results);
+  return true;
+}
+
+}  // namespace
+
+bool backward(const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g, const Team& team) {
+  return a.dtype == FASTATTN_FLOAT64 ? backward_as<double>(a, o, g, team) : backward_as<float>(a, o, g, team);
+}
+
 }  // namespace fastattn::cpu::FASTATTN_VARIANT
