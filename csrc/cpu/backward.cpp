@@ -29,6 +29,9 @@ struct Results {
   int64_t* turns;   // of each task, or null
 };
 
+// Whether rows or keys share elements of dbias: a head then adds up its own before they join the others.
+inline bool reduces_dbias(const FastattnOperands& o) { return o.bias_size[2] == 1 || o.bias_size[3] == 1; }
+
 // How a task divides its memory.
 template <class T>
 struct Memory {
@@ -37,11 +40,12 @@ struct Memory {
   T *q, *dout, *dq, *delta;                           // of all queries of one head
   T *p, *ds, *cap;                                    // a tile: queries x keys; gradients of the cap
   T* rows;                                            // values of one block, or a row of out
+  T* dbias;                                           // of one head, where `reduces_dbias`
 
-  static int64_t size(const FastattnAttention& a, int64_t queries, int64_t keys) {
+  static int64_t size(const FastattnAttention& a, const FastattnOperands& o, int64_t queries, int64_t keys) {
     const int64_t q_width = round_up(a.head_dim, kLanes<T>), v_width = round_up(a.v_dim, kLanes<T>);
-    return keys * (3 * q_width + 2 * v_width) + queries * (2 * q_width + v_width + 1) + 3 * kQueries * kKeys +
-           kKeys * v_width + kLanes<T>;
+    return (reduces_dbias(o) ? o.bias_size[2] * o.bias_size[3] : 0) + keys * (3 * q_width + 2 * v_width) + queries * (2 * q_width + v_width + 1) + 3 * kQueries * kKeys +
+           kKeys * v_width;
   }
 
   Memory(const FastattnAttention& a, int64_t queries, int64_t keys, T* data)
@@ -61,6 +65,7 @@ struct Memory {
     cap = take(kQueries * kKeys);
     rows = take(kKeys * v_width);
     delta = take(queries);
+    dbias = free;
   }
 };
 
@@ -84,7 +89,7 @@ class Backward {
   // False where memory ran out.
   bool run() {
     const int64_t keys = keys_.end - keys_.begin;
-    T* data = scratch<T>(Memory<T>::size(a_, entry_.q_len, keys));
+    T* data = scratch<T>(Memory<T>::size(a_, o_, entry_.q_len, keys));
     if (data == nullptr) return false;
     Memory<T> memory(a_, entry_.q_len, keys, data);
     memory_ = &memory;
@@ -131,7 +136,11 @@ class Backward {
     pack_queries(scores);
     fill(memory_->dq, entry_.q_len * memory_->q_width, T(0));
     dslope_ = 0.0;
+    const bool dbias_apart = g_.dbias != nullptr && reduces_dbias(o_);
+    if (dbias_apart) fill(memory_->dbias, o_.bias_size[2] * o_.bias_size[3], T(0));
+    dbias_ = dbias_apart ? memory_->dbias : dbias_of_head();
     for (int64_t key = keys_.begin; key < keys_.end; key += kKeys) key_block(scores, key);
+    if (dbias_apart) join_dbias();
     if (results_.dslopes != nullptr) {
       results_.dslopes[(task_.piece * problem_.entries() + entry_.number) * a_.q_heads + head] = T(-dslope_);
     }
@@ -215,14 +224,13 @@ class Backward {
     if (seen.empty()) return;
     const int begin = int(seen.begin / kTileColumns<T> * kTileColumns<T>);
     const int end = int(round_up(seen.end, kTileColumns<T>));
-    const int64_t position = ((member_ * ((entry_.kv_len + kKeys - 1) / kKeys)) + key / kKeys) *
-                                 ((entry_.q_len + kQueries - 1) / kQueries) + row / kQueries;
-    if (g_.dbias != nullptr) turns_.wait(position);
+    const bool shared = g_.dbias != nullptr && !reduces_dbias(o_);
+    if (shared) turns_.wait(position(awaited(), row, key));
     for (int64_t r = 0; r < count; r += kTileRows) {
       const int rows = int(least(kTileRows, count - r));
       row_group(scores, row, r, rows, key, block, visible, begin, end);
     }
-    if (g_.dbias != nullptr) turns_.pass(position);
+    if (shared) turns_.pass(position(member_, row, key));
     add_to_keys(row, count, key, visible, begin, end);
   }
 
@@ -319,18 +327,39 @@ class Backward {
     }
   }
 
-  void add_dbias(int64_t row, int64_t key, Range seen, const T* ds) {
+  // Where a tile of a head of the group comes in the order of all tiles of a task.
+  int64_t position(int64_t member, int64_t row, int64_t key) const {
+    const int64_t blocks = (entry_.kv_len + kKeys - 1) / kKeys, tiles = (entry_.q_len + kQueries - 1) / kQueries;
+    return (member * blocks + key / kKeys) * tiles + row / kQueries;
+  }
+
+  // The head whose tile the task before must have added: the last one of the group, if heads share dbias.
+  int64_t awaited() const { return o_.bias_size[1] > 1 ? member_ : problem_.group() - 1; }
+
+  T* dbias_of_head() const {
+    if (g_.dbias == nullptr) return nullptr;
     const int64_t* size = o_.bias_size;
-    const int64_t index = ((size[0] > 1 ? entry_.batch : 0) * size[1] + (size[1] > 1 ? head_ : 0)) * size[2] +
-                          (size[2] > 1 ? row : 0);
-    T* to = static_cast<T*>(g_.dbias) + index * size[3];
-    if (size[3] > 1 || a_.kv_len == 1) {
+    const int64_t index = (size[0] > 1 ? entry_.batch : 0) * size[1] + (size[1] > 1 ? head_ : 0);
+    return static_cast<T*>(g_.dbias) + index * size[2] * size[3];
+  }
+
+  void add_dbias(int64_t row, int64_t key, Range seen, const T* ds) {
+    T* to = dbias_ + (o_.bias_size[2] > 1 ? row : 0) * o_.bias_size[3];
+    if (o_.bias_size[3] > 1) {
       for (int64_t i = seen.begin; i < seen.end; i++) to[key + i] += ds[i];
     } else {
       T sum = T(0);
       for (int64_t i = seen.begin; i < seen.end; i++) sum += ds[i];
       *to += sum;
     }
+  }
+
+  // Adds what the head has added up to what it shares with others.
+  void join_dbias() {
+    turns_.wait(position(awaited(), entry_.q_len - 1, entry_.kv_len - 1));
+    T* to = dbias_of_head();
+    for (int64_t i = 0; i < o_.bias_size[2] * o_.bias_size[3]; i++) to[i] += memory_->dbias[i];
+    turns_.pass(position(member_, entry_.q_len - 1, entry_.kv_len - 1));
   }
 
   void add_dslope(const Scores<T>& scores, int64_t row, int64_t key, Range seen, const T* ds) {
@@ -381,6 +410,7 @@ class Backward {
   Range keys_;
   Memory<T>* memory_ = nullptr;
   int64_t member_ = 0, head_ = 0;
+  T* dbias_ = nullptr;
   double dslope_ = 0.0;
   bool keys_poisoned_ = false, queries_poisoned_ = false;
 };
