@@ -27,7 +27,29 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["triton", "cpu"])
+def backend(request) -> str:
+    """Each backend with kernels of its own."""
+    return request.param
+
+
+def parameter(request, name):
+    """What the test at hand is run with."""
+    callspec = getattr(request.node, "callspec", None)
+    return None if callspec is None else callspec.params.get(name)
+
+
 @pytest.fixture
-def device() -> str:
-    """Where kernels are tested."""
-    return DEVICE
+def device(request) -> str:
+    """Where the backend at hand is tested."""
+    return "cpu" if parameter(request, "backend") == "cpu" else DEVICE
+
+
+@pytest.fixture(autouse=True)
+def needs_cpu_library(request):
+    """A test of the CPU kernels needs them compiled: `tests/cpu` fails where they could be and are not."""
+    if parameter(request, "backend") == "cpu":
+        from fastattn.backends import cpu_library
+
+        if problem := cpu_library.problem():
+            pytest.skip(f"the CPU library is {problem}")

@@ -75,13 +75,13 @@ def test_the_same_values_under_other_strides_give_the_same_bits(device):
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "qk", "vb"])
-def test_any_subset_of_the_inputs_may_want_a_gradient(device, wanted):
+def test_any_subset_of_the_inputs_may_want_a_gradient(device, backend, wanted):
     q, k, v = make_qkv(device, (33, 70))
     leaves = (q, k, v, make_bias(device, (2, 33, 70)))
     dout = torch.randn(q.shape).to(device, HALF)
     expected = gradients(tuple(x.clone().requires_grad_() for x in leaves), dout)
     asked = tuple(x.clone().requires_grad_(name[0] in wanted) for name, x in zip(INPUTS, leaves, strict=True))
-    out = attention(*asked[:3], bias=asked[3], backend="triton")
+    out = attention(*asked[:3], bias=asked[3], backend=backend)
     out.backward(dout)
     for name, leaf, gradient in zip(INPUTS, asked, expected, strict=True):
         if leaf.requires_grad:
@@ -90,16 +90,16 @@ def test_any_subset_of_the_inputs_may_want_a_gradient(device, wanted):
             assert leaf.grad is None, name
 
 
-def test_nothing_is_saved_without_a_gradient(device):
+def test_nothing_is_saved_without_a_gradient(device, backend):
     leaves = leaves_for(device)
-    assert attention(*(x.detach() for x in leaves), backend="triton").grad_fn is None
+    assert attention(*(x.detach() for x in leaves), backend=backend).grad_fn is None
     with torch.no_grad():
-        assert attention(*leaves, backend="triton").grad_fn is None
+        assert attention(*leaves, backend=backend).grad_fn is None
     with torch.inference_mode():
-        assert not attention(*leaves, backend="triton").requires_grad
+        assert not attention(*leaves, backend=backend).requires_grad
 
 
-def test_a_gradient_through_lse_alone(device):
+def test_a_gradient_through_lse_alone(device, backend):
     """d lse / dv is exactly 0; d lse / ds is the softmax."""
     leaves = leaves_for(device, lengths=(33, 70), dtype=SINGLE)
     dlse = torch.randn(1, 2, 33).to(device)
@@ -108,18 +108,18 @@ def test_a_gradient_through_lse_alone(device):
         q, k = (x.detach().to(dtype).requires_grad_() for x in leaves[:2])
         return torch.autograd.grad(torch.logsumexp(q @ k.mT / 4.0, -1), (q, k), dlse.to(dtype))
 
-    _, lse = attention(*leaves, return_lse=True, backend="triton")
+    _, lse = attention(*leaves, return_lse=True, backend=backend)
     dq, dk, dv = torch.autograd.grad(lse, leaves, dlse)
     assert not dv.any()
     for name, *results in zip(("dq", "dk"), (dq, dk), by_hand(torch.float64), by_hand(SINGLE), strict=True):
         assert_parity(*results, name)
 
 
-def test_an_unused_lse_changes_no_bit(device):
+def test_an_unused_lse_changes_no_bit(device, backend):
     leaves = leaves_for(device)
     dout = torch.randn(1, 2, 65, 16).to(device, HALF)
     without = gradients(leaves, dout, causal=True)
-    out, _ = attention(*leaves, causal=True, return_lse=True, backend="triton")
+    out, _ = attention(*leaves, causal=True, return_lse=True, backend=backend)
     for ours, theirs in zip(torch.autograd.grad(out, leaves, dout), without, strict=True):
         assert torch.equal(ours, theirs)
     zero = torch.zeros(1, 2, 65, device=device)
@@ -127,14 +127,14 @@ def test_an_unused_lse_changes_no_bit(device):
         assert torch.equal(ours, theirs)
 
 
-def test_gradient_of_a_bias_that_was_broadcast_by_the_caller(device):
+def test_gradient_of_a_bias_that_was_broadcast_by_the_caller(device, backend):
     """A (heads,) parameter, viewed and expanded: autograd reduces what the kernel returns."""
     q, k, v = make_qkv(device, (33, 70))
     slope = torch.randn(2).to(device).requires_grad_()
     distance = torch.arange(70, device=device) - torch.arange(33, device=device)[:, None]
     bias = slope[:, None, None] * distance
-    check_attention(q, k, v, backend="triton", bias=bias)
-    attention(q, k, v, bias=bias, backend="triton").float().square().sum().backward()
+    check_attention(q, k, v, backend=backend, bias=bias)
+    attention(q, k, v, bias=bias, backend=backend).float().square().sum().backward()
     assert slope.grad.shape == (2,) and slope.grad.isfinite().all()
 
 
@@ -170,29 +170,29 @@ def test_backward_of_a_batch_entry_does_not_depend_on_the_others(device):
         assert torch.equal(ours[1:2], beside_nan[1:2])
 
 
-def test_gradients_accumulate_over_calls(device):
+def test_gradients_accumulate_over_calls(device, backend):
     """Two calls on the same leaves, as a layer that is used twice."""
     leaves = leaves_for(device, lengths=(33, 33))
     dout = torch.randn(1, 2, 33, 16).to(device, HALF)
     single = gradients(leaves, dout)
     for _ in range(2):
-        attention(*leaves, backend="triton").backward(dout)
+        attention(*leaves, backend=backend).backward(dout)
     for leaf, gradient in zip(leaves, single, strict=True):
         assert torch.equal(leaf.grad, gradient + gradient)
 
 
-def test_self_attention_on_one_tensor(device):
+def test_self_attention_on_one_tensor(device, backend):
     """q, k and v are the same tensor; its gradient is the sum of three, in whichever order autograd adds them."""
     x = torch.randn(1, 2, 65, 16).to(device, SINGLE).requires_grad_()
     dout = torch.randn(x.shape).to(device)
     parts = gradients(tuple(x.detach().clone().requires_grad_() for _ in range(3)), dout)
-    attention(x, x, x, backend="triton").backward(dout)
+    attention(x, x, x, backend=backend).backward(dout)
     assert any(torch.equal(x.grad, a + b + c) for a, b, c in itertools.permutations(parts))
 
 
-def test_retained_graph_gives_the_same_again(device):
+def test_retained_graph_gives_the_same_again(device, backend):
     leaves = leaves_for(device, lengths=(33, 70))
-    out = attention(*leaves, dropout_p=0.3, backend="triton")
+    out = attention(*leaves, dropout_p=0.3, backend=backend)
     dout = torch.randn_like(out)
     first = torch.autograd.grad(out, leaves, dout, retain_graph=True)
     torch.rand(10, device=device)  # dropout must not be drawn anew
@@ -200,12 +200,12 @@ def test_retained_graph_gives_the_same_again(device):
         assert torch.equal(ours, theirs)
 
 
-def test_checkpointing_draws_the_same_dropout(device):
+def test_checkpointing_draws_the_same_dropout(device, backend):
     leaves = leaves_for(device, lengths=(33, 70))
     dout = torch.randn(1, 2, 33, 16).to(device, HALF)
 
     def call(*leaves):
-        return attention(*leaves, dropout_p=0.3, backend="triton")
+        return attention(*leaves, dropout_p=0.3, backend=backend)
 
     torch.manual_seed(3)
     plain = torch.autograd.grad(call(*leaves), leaves, dout)
@@ -215,12 +215,12 @@ def test_checkpointing_draws_the_same_dropout(device):
         assert torch.equal(ours, theirs)
 
 
-def test_saved_tensors_do_not_include_the_scores(device):
+def test_saved_tensors_do_not_include_the_scores(device, backend):
     """Memory for backward is linear in the lengths: inputs, out and lse."""
     saved = []
     leaves = leaves_for(device, lengths=(200, 300), heads=(1, 1), dims=(8, 8))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        attention(*leaves, causal=True, dropout_p=0.1, backend="triton")
+        attention(*leaves, causal=True, dropout_p=0.1, backend=backend)
     assert sum(x.numel() for x in saved) <= 2 * 200 * 8 + 2 * 300 * 8 + 200 + 1
 
 
@@ -246,16 +246,16 @@ def test_inputs_and_incoming_gradient_stay_as_they_are(device):
 
 @pytest.mark.parametrize("length", [1, 2, 5, 17, 128])
 @pytest.mark.parametrize("dim", [16, 32, 64])
-def test_large_inputs_do_not_overflow(device, dim, length):
+def test_large_inputs_do_not_overflow(device, backend, dim, length):
     """Rows past the end of a sequence once overflowed in a published kernel (inputs 5q, 3k, 3v in fp16)."""
     heads = (1, 1) if length == 128 else (2, 2)
     q, k, v = make_qkv(device, (length, length), dims=(dim, dim), heads=heads, batch=1)
-    check_attention(q * 5, k * 3, v * 3, backend="triton")
+    check_attention(q * 5, k * 3, v * 3, backend=backend)
 
 
-def test_hooks_see_each_gradient_once(device):
+def test_hooks_see_each_gradient_once(device, backend):
     leaves, seen = leaves_for(device, lengths=(33, 70)), []
     for name, leaf in zip("qkv", leaves, strict=True):
         leaf.register_hook(lambda gradient, name=name: seen.append((name, gradient.shape)))
-    attention(*leaves, backend="triton").sum().backward()
+    attention(*leaves, backend=backend).sum().backward()
     assert sorted(seen) == [(name, leaf.shape) for name, leaf in sorted(zip("qkv", leaves, strict=True))]

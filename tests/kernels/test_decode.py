@@ -80,7 +80,7 @@ def make_problem(
     return Problem(q, caches[0], caches[1], k, v, table, lens)
 
 
-def check(problem, backend="triton", num_splits=None, cache_lens=None, **options):
+def check(problem, backend, num_splits=None, cache_lens=None, **options):
     """Hold a call to the rule, and see that it wrote what it should and nothing else."""
     check_kvcache(
         problem.q, problem.k_cache, problem.v_cache, problem.k, problem.v, block_table=problem.table, backend=backend,
@@ -94,25 +94,25 @@ def check(problem, backend="triton", num_splits=None, cache_lens=None, **options
 @pytest.mark.parametrize("num_splits", [1, 2, 5])
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("q_len", [1, 3, 17])
-def test_parity(q_len, page, num_splits, device):
+def test_parity(q_len, page, num_splits, device, backend):
     """Lengths 0, 1, some and all of the cache; more splits than tiles for most of them."""
     new = min(q_len, 3)
     full = -(-96 // max(page, 1)) * page - new if page else 96 - new
     lens = (full, 0, 1) if q_len < 17 else (37, 0)
-    check(make_problem(device, lens, new=new, q_len=q_len, page=page), num_splits=num_splits)
+    check(make_problem(device, lens, new=new, q_len=q_len, page=page), backend, num_splits=num_splits)
 
 
 @pytest.mark.parametrize("page", [0, 16])
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("dims", [(64, 64), (59, 16), (128, 64), (16, 59)], ids=str)
-def test_dtypes_and_head_dims(dims, dtype, page, device):
-    check(make_problem(device, (50, 33), q_len=2, new=2, dims=dims, dtype=dtype, page=page), num_splits=2)
+def test_dtypes_and_head_dims(dims, dtype, page, device, backend):
+    check(make_problem(device, (50, 33), q_len=2, new=2, dims=dims, dtype=dtype, page=page), backend, num_splits=2)
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1), (8, 1)], ids=str)
 @pytest.mark.parametrize("q_len", [1, 3])
-def test_grouped_heads(heads, q_len, device):
-    check(make_problem(device, (45, 3), heads=heads, q_len=q_len), num_splits=2)
+def test_grouped_heads(heads, q_len, device, backend):
+    check(make_problem(device, (45, 3), heads=heads, q_len=q_len), backend, num_splits=2)
 
 
 def terms(device):
@@ -134,7 +134,7 @@ def terms(device):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize(("num_splits", "page"), [(1, 0), (3, 16)])
 @pytest.mark.parametrize("term", terms("cpu"))
 def test_terms(term, num_splits, page, backend, device):
@@ -142,14 +142,14 @@ def test_terms(term, num_splits, page, backend, device):
     check(problem, backend, num_splits, **terms(device)[term])
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize(("new", "q_len"), [(0, 1), (0, 4), (5, 1), (3, 20), (20, 3)])
 @pytest.mark.parametrize("page", [0, 16])
 def test_what_is_appended_need_not_be_what_asks(new, q_len, page, backend, device):
     check(make_problem(device, (31, 5), new=new, q_len=q_len, page=page), backend)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("page", [0, 48])
 def test_any_strides(page, backend, device):
     check(make_problem(device, (31, 5), new=3, q_len=3, dims=(16, 24), page=page, strided=True), backend)
@@ -161,9 +161,9 @@ def test_reference(dtype, page, device):
     check(make_problem(device, (50, 0, 7), new=3, q_len=4, dtype=dtype, page=page), "reference")
 
 
-def test_tall_tiles(device):
+def test_tall_tiles(device, backend):
     """More rows than a decode step has take another tile."""
-    check(make_problem(device, (50,), new=20, q_len=20, heads=(4, 1)), num_splits=2)
+    check(make_problem(device, (50,), new=20, q_len=20, heads=(4, 1)), backend, num_splits=2)
 
 
 @pytest.mark.parametrize(("q_len", "causal"), [(1, True), (4, False), (20, True)])
@@ -182,22 +182,22 @@ def test_pytorch_kernel(q_len, causal, as_int):
 # --- What counts, and what does not ----------------------------------------------------------------------------------
 
 
-def test_splits_change_rounding_alone(device):
+def test_splits_change_rounding_alone(device, backend):
     problem = make_problem(device, (90, 40), new=0, q_len=2)
-    results = [problem.run(num_splits=n, backend="triton", return_lse=True) for n in (1, 2, 3, 20)]
+    results = [problem.run(num_splits=n, backend=backend, return_lse=True) for n in (1, 2, 3, 20)]
     for out, lse in results[1:]:
         assert (out - results[0][0]).abs().max() < 1e-5 and (lse - results[0][1]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
-def test_repeats_are_bit_equal(num_splits, device):
+def test_repeats_are_bit_equal(num_splits, device, backend):
     problem = make_problem(device, (90, 40), q_len=2, page=16, dtype=HALF)
-    first = problem.copy().run(num_splits=num_splits, backend="triton", return_lse=True)
-    again = problem.copy().run(num_splits=num_splits, backend="triton", return_lse=True)
+    first = problem.copy().run(num_splits=num_splits, backend=backend, return_lse=True)
+    again = problem.copy().run(num_splits=num_splits, backend=backend, return_lse=True)
     assert all(map(torch.equal, first, again))
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_steps_are_full_causal_attention(backend, device):
     length, prefill = 24, 10
     q = torch.randn(1, 4, length, 16, device=device)
@@ -217,7 +217,7 @@ def test_steps_are_full_causal_attention(backend, device):
 
 
 @pytest.mark.parametrize("page", [0, 16], ids=["contiguous", "paged"])
-@pytest.mark.parametrize("backend", ["triton", "reference", None])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference", None])
 def test_a_prompt_is_attention_among_its_own_tokens(backend, page, device):
     """Bit for bit, whatever stands in the rest of the cache; and the cache has the prompt then."""
     problem = make_problem(device, (0, 0), new=21, q_len=21, page=page)
@@ -234,21 +234,21 @@ def test_a_prompt_is_attention_among_its_own_tokens(backend, page, device):
             assert torch.equal(rows[0], new[entry])
 
 
-def test_cache_lens_is_not_modified(device):
+def test_cache_lens_is_not_modified(device, backend):
     problem = make_problem(device)
     before = problem.lens.clone()
-    problem.run(backend="triton")
+    problem.run(backend=backend)
     assert torch.equal(problem.lens, before)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference", None])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference", None])
 def test_empty_batch(backend, device):
     q, cache = torch.zeros(0, 2, 1, 16, device=device), torch.zeros(0, 32, 2, 16, device=device)
     for lens in (3, torch.zeros(0, dtype=torch.int32, device=device)):
         assert attention_with_kvcache(q, cache, cache, cache_lens=lens, backend=backend).shape == q.shape
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_pages_before_a_window_may_be_gone(backend, device):
     """Their entries in the table point to memory that was never written."""
     problem = make_problem(device, (80,), page=16)
@@ -298,7 +298,7 @@ def test_the_kernel_reads_nothing_outside_the_cache(page, num_splits, device):
     assert out.isfinite().all() and (out[2] == 0.0).all() and (lse[2] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("page", [0, 16])
 def test_nothing_is_written_outside_the_cache(page, backend, device):
     if backend == "triton":
@@ -552,7 +552,7 @@ def test_a_compiled_gradient_is_refused_when_it_runs():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("page", [0, 16])
 def test_opcheck(page, backend, device):
     torch.use_deterministic_algorithms(False)  # opcheck compares two runs, uninitialised memory included

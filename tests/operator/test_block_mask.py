@@ -87,7 +87,7 @@ def test_predicate():
     assert torch.equal(block_mask.to_dense(), expected) and seen == [128, 72]
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_under_it(shape, backend, device):
     block_mask = BlockMask.from_mask(random_mask(*shape)).to(device)
@@ -106,24 +106,24 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_with_every_other_argument(name, device):
+def test_with_every_other_argument(name, device, backend):
     options = {
         key: x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
         for key, x in OTHERS[name].items()
     }
     block_mask = BlockMask.from_mask(random_mask(1, HEADS)).to(device)
-    check_attention(*qkv(device), backend="triton", block_mask=block_mask, **options)
+    check_attention(*qkv(device), backend=backend, block_mask=block_mask, **options)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
 @pytest.mark.parametrize("tile", [(64, 16), (128, 32), (32, 128)], ids=str)
-def test_any_tile_size(tile, dtype, device):
+def test_any_tile_size(tile, dtype, device, backend):
     block_mask = BlockMask.from_mask(random_mask(1, HEADS)).to(device)
     with config.override(config.LaunchConfig(*tile, 4, 1)):
-        check_attention(*qkv(device, dtype, batch=1), backend="triton", block_mask=block_mask)
+        check_attention(*qkv(device, dtype, batch=1), backend=backend, block_mask=block_mask)
 
 
-def test_empty_tiles_are_not_read(device):
+def test_empty_tiles_are_not_read(device, backend):
     """Keys that nobody sees may hold anything: their tiles are never visited."""
     q, k, v = qkv(device, q_len=2 * BLOCK, kv_len=3 * BLOCK)
     mask = torch.ones(2 * BLOCK, 3 * BLOCK, dtype=torch.bool)
@@ -131,18 +131,18 @@ def test_empty_tiles_are_not_read(device):
     for x in (k, v):
         x[:, :, BLOCK : 2 * BLOCK] = torch.nan
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = attention(*leaves, block_mask=BlockMask.from_mask(mask).to(device), backend="triton")
+    out = attention(*leaves, block_mask=BlockMask.from_mask(mask).to(device), backend=backend)
     gradients = torch.autograd.grad(out.sum(), leaves)
     assert out.isfinite().all() and all(g.isfinite().all() for g in gradients)
     assert all((g[:, :, BLOCK : 2 * BLOCK] == 0).all() for g in gradients[1:])
 
 
-def test_repeats_are_bit_equal(device):
+def test_repeats_are_bit_equal(device, backend):
     block_mask = BlockMask.from_mask(random_mask(1, 1)).to(device)
     leaves = [x.requires_grad_() for x in qkv(device, HALF)]
 
     def run():
-        out = attention(*leaves, block_mask=block_mask, backend="triton")
+        out = attention(*leaves, block_mask=block_mask, backend=backend)
         return [out, *torch.autograd.grad(out.sum(), leaves)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))

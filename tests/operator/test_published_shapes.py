@@ -40,13 +40,13 @@ CAUSAL = both_ways([(3, 799), (127, 512), (113, 211), (256, 512), (1023, 1024), 
 
 
 @pytest.mark.parametrize(("lengths", "window", "dim", "dtype"), cases(CAUSAL, (None, (37, 5)), (64, 128)))
-def test_causal(lengths, window, dim, dtype, device):
+def test_causal(lengths, window, dim, dtype, device, backend):
     """More queries than keys leaves rows that see nothing."""
     if torch.cuda.is_available():
         q, k, v = make_qkv(device, lengths, dims=(dim, dim), heads=(9, 3), batch=4, dtype=dtype)
     else:
         q, k, v = make_qkv(device, lengths, dims=(dim // 4 - 1, dim // 4 - 1), dtype=dtype)
-    check_attention(q, k, v, backend="triton", causal=True, window=window)
+    check_attention(q, k, v, backend=backend, causal=True, window=window)
 
 
 # Room for the longest sequence of each kind; the lengths are drawn, with an empty one in the middle and at the end.
@@ -54,7 +54,7 @@ VARLEN = [(1, 147), (113, 203), (128, 217), (108, 256), (256, 512), (512, 256), 
 
 
 @pytest.mark.parametrize(("lengths", "causal", "dtype"), cases(VARLEN, (True, False)))
-def test_varlen(lengths, causal, dtype, device):
+def test_varlen(lengths, causal, dtype, device, backend):
     bounds = []
     for name, longest in zip(("cu_seqlens_q", "cu_seqlens_k"), lengths, strict=True):
         drawn = torch.randint(max(1, longest - 20), longest + 1, (4,))
@@ -65,7 +65,7 @@ def test_varlen(lengths, causal, dtype, device):
         torch.randn(int(bound[-1]), heads, 16).to(device, dtype)
         for heads, bound in ((2, bounds[0][1]), (1, bounds[1][1]), (1, bounds[1][1]))
     )
-    check_attention(q, k, v, backend="triton", causal=causal, **dict(bounds))
+    check_attention(q, k, v, backend=backend, causal=causal, **dict(bounds))
 
 
 # (Lq, capacity): many splits over few and many keys.
@@ -78,7 +78,7 @@ CACHES = [
 @pytest.mark.parametrize(
     ("lengths", "num_splits", "heads", "dtype"), cases(CACHES, (None, 5), ((6, 6), (6, 1)), small=4096)
 )
-def test_cache(lengths, num_splits, heads, dtype, device):
+def test_cache(lengths, num_splits, heads, dtype, device, backend):
     """Contiguous or, where a length is a multiple of 16, on pages of 16 in random order; half of it filled before."""
     q_len, capacity = lengths
     q = torch.randn(2, heads[0], q_len, 59).to(device, dtype)
@@ -91,15 +91,15 @@ def test_cache(lengths, num_splits, heads, dtype, device):
         table = pages.argsort().view(2, -1).int().to(device)
     lens = torch.tensor([capacity // 2, 0], dtype=torch.int32, device=device)
     check_kvcache(
-        q, *caches, *new, cache_lens=lens, block_table=table, num_splits=num_splits, backend="triton"
+        q, *caches, *new, cache_lens=lens, block_table=table, num_splits=num_splits, backend=backend
     )  # fmt: skip
 
 
-def test_more_queries_than_keys_overflow_nothing(device):
+def test_more_queries_than_keys_overflow_nothing(device, backend):
     """cu_seqlens of 76, 34 and 146 queries against one key each: gradients were NaN once."""
     q, k, v = (torch.randn(n, 2, 64).to(device, HALF) for n in (256, 3, 3))
     bounds = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 76, 110, 256], [0, 1, 2, 3])]
     for causal in (False, True):
         check_attention(
-            q * 5, k * 3, v * 3, backend="triton", causal=causal, cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1]
+            q * 5, k * 3, v * 3, backend=backend, causal=causal, cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1]
         )

@@ -40,14 +40,14 @@ def qkv(device, dtype):
     )
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("pair", list(itertools.combinations(NAMES, 2)), ids="-".join)
 def test_every_pair_of_arguments(pair, backend, device):
     cases = terms(device)
     check_attention(*qkv(device, torch.float32), backend=backend, **cases[pair[0]], **cases[pair[1]])
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_all_at_once(dtype, backend, device):
     options = {name: value for case in terms(device).values() for name, value in case.items()}
@@ -58,9 +58,9 @@ WINDOWS = [(0, 0), (5, 0), (None, -3), (-2, 9), (3, -3), (-40, None), (40, -41),
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_any_window(window, device):
+def test_any_window(window, device, backend):
     """Sides may be negative, open, beyond both ends, or leave nothing visible."""
-    check_attention(*qkv(device, torch.float32), backend="triton", window=window)
+    check_attention(*qkv(device, torch.float32), backend=backend, window=window)
     check_attention(*qkv(device, torch.float32), backend="reference", window=window, q_offset=-11)
 
 
@@ -73,10 +73,10 @@ def test_window_is_the_mask_it_describes(device):
     assert (ours - masked).abs().max() < 16 * torch.finfo(torch.float64).eps
 
 
-def test_causal_is_a_window_open_to_the_left(device):
+def test_causal_is_a_window_open_to_the_left(device, backend):
     q, k, v = qkv(device, torch.float32)
-    causal = fastattn.attention(q, k, v, causal=True, backend="triton")
-    assert torch.equal(causal, fastattn.attention(q, k, v, window=(None, 0), backend="triton"))
+    causal = fastattn.attention(q, k, v, causal=True, backend=backend)
+    assert torch.equal(causal, fastattn.attention(q, k, v, window=(None, 0), backend=backend))
 
 
 def test_sink_is_a_key_without_a_value(device):
@@ -92,19 +92,19 @@ def test_sink_is_a_key_without_a_value(device):
     assert (out - expected).abs().max() < 16 * eps and (lse - expected_lse).abs().max() < 64 * eps
 
 
-def test_rows_that_see_nothing_keep_the_sink(device):
+def test_rows_that_see_nothing_keep_the_sink(device, backend):
     q, k, v = qkv(device, torch.float32)
     sinks = torch.tensor([0.3, -1.0, 2.0, 0.0], device=device)
-    out, lse = fastattn.attention(q, k, v, window=(2, 2), q_offset=-500, sinks=sinks, return_lse=True, backend="triton")
+    out, lse = fastattn.attention(q, k, v, window=(2, 2), q_offset=-500, sinks=sinks, return_lse=True, backend=backend)
     assert torch.equal(out, torch.zeros_like(out))
     expected = sinks[None, :, None].expand_as(lse)
     assert_parity(lse, expected.double(), expected, "lse")
 
 
-def test_alibi_slopes_may_differ_per_batch_entry(device):
+def test_alibi_slopes_may_differ_per_batch_entry(device, backend):
     q, k, v = (t.expand(3, -1, -1, -1) for t in qkv(device, torch.float32))
     slopes = torch.rand(3, HEADS, device=device).requires_grad_()
-    check_attention(q, k, v, alibi_slopes=slopes, causal=True, backend="triton")
+    check_attention(q, k, v, alibi_slopes=slopes, causal=True, backend=backend)
     check_attention(q, k, v, alibi_slopes=slopes, causal=True, backend="reference")
 
 

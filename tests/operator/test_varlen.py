@@ -72,7 +72,7 @@ def overlap(pair, device):
 PAIRS = [pair for pair in itertools.combinations(NAMES, 2) if not overlap(pair, "cpu")]
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_every_pair_of_arguments(pair, backend, device):
     qkv, bounds = packed(device)
@@ -83,12 +83,12 @@ def test_every_pair_of_arguments(pair, backend, device):
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_lengths(lengths, causal, dtype, device):
+def test_lengths(lengths, causal, dtype, device, backend):
     qkv, bounds = packed(device, lengths, dtype, v_dim=24)
-    check_attention(*qkv, backend="triton", causal=causal, **bounds)
+    check_attention(*qkv, backend=backend, causal=causal, **bounds)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_rows_of_no_sequence(backend, device):
     """Room behind the last sequence, as static shapes need: output 0, lse -inf, gradients 0, whatever stands there."""
     (q, k, v), bounds = packed(device, rest=(9, 5))
@@ -104,12 +104,12 @@ def test_rows_of_no_sequence(backend, device):
     assert all(g.isfinite().all() for g in gradients)
 
 
-def test_room_is_held_to_the_rule(device):
+def test_room_is_held_to_the_rule(device, backend):
     qkv, bounds = packed(device, rest=(9, 5))
-    check_attention(*qkv, backend="triton", causal=True, **bounds)
+    check_attention(*qkv, backend=backend, causal=True, **bounds)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_a_sequence_is_what_attention_computes_from_it(backend, device):
     """Bit for bit, dropout included: sequence s is batch entry s."""
     lengths, kv_lengths = [20] * 3, [33] * 3
@@ -124,15 +124,15 @@ def test_a_sequence_is_what_attention_computes_from_it(backend, device):
     assert torch.equal(our_lse, lse.transpose(0, 1).flatten(1))
 
 
-def test_one_cu_seqlens_for_both(device):
+def test_one_cu_seqlens_for_both(device, backend):
     (q, k, v), bounds = packed(device, "tiles")
-    expected = attention_varlen(q, k, v, bounds["cu_seqlens_q"], bounds["cu_seqlens_q"], causal=True, backend="triton")
-    ours = attention_varlen(q, k, v, bounds["cu_seqlens_q"].long(), causal=True, backend="triton", max_seqlen_q=64)
+    expected = attention_varlen(q, k, v, bounds["cu_seqlens_q"], bounds["cu_seqlens_q"], causal=True, backend=backend)
+    ours = attention_varlen(q, k, v, bounds["cu_seqlens_q"].long(), causal=True, backend=backend, max_seqlen_q=64)
     assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "packed", "heads first", "columns first"])
-def test_strides(layout, device):
+def test_strides(layout, device, backend):
     (q, k, v), bounds = packed(device, "mixed", HALF)
     if layout == "packed":  # a third of one projection
         q, k, v = (torch.stack([x, x * torch.nan], 1)[:, 0] for x in (q, k, v))
@@ -140,16 +140,16 @@ def test_strides(layout, device):
         q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
     elif layout == "columns first":
         q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
-    check_attention(q, k, v, backend="triton", causal=True, **bounds)
+    check_attention(q, k, v, backend=backend, causal=True, **bounds)
 
 
-def test_repeats_are_bit_equal(device):
+def test_repeats_are_bit_equal(device, backend):
     (q, k, v), bounds = packed(device)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     slopes = torch.rand(5, HEADS, device=device, requires_grad=True)
 
     def run():
-        out = attention_varlen(*leaves, **bounds, alibi_slopes=slopes, causal=True, backend="triton")
+        out = attention_varlen(*leaves, **bounds, alibi_slopes=slopes, causal=True, backend=backend)
         return [out, *torch.autograd.grad(out.sum(), [*leaves, slopes])]
 
     for first, second in zip(run(), run(), strict=True):
