@@ -198,6 +198,9 @@ class Backward {
       for (int64_t row = 0; row < entry_.q_len; row += kQueries) tile(scores, row, key, nullptr);
       return;
     }
+    // Partial tiles come before full ones: turns are for all rows at once.
+    const bool shared = g_.dbias != nullptr && !reduces_dbias(o_);
+    if (shared) turns_.wait(position(awaited(), entry_.q_len - 1, key));
     const int64_t lines = (a_.kv_len + kKeys - 1) / kKeys;
     const int64_t line = ((o_.block_batch > 1 ? entry_.batch : 0) * o_.block_heads +
                           (o_.block_heads > 1 ? head_ : 0)) * lines + key / kKeys;
@@ -210,6 +213,7 @@ class Backward {
         tile(scores, half, key, block);
       }
     }
+    if (shared) turns_.pass(position(member_, entry_.q_len - 1, key));
   }
 
   void tile(const Scores<T>& scores, int64_t row, int64_t key, const uint8_t* block) {
@@ -224,7 +228,7 @@ class Backward {
     if (seen.empty()) return;
     const int begin = int(seen.begin / kTileColumns<T> * kTileColumns<T>);
     const int end = int(round_up(seen.end, kTileColumns<T>));
-    const bool shared = g_.dbias != nullptr && !reduces_dbias(o_);
+    const bool shared = g_.dbias != nullptr && !reduces_dbias(o_) && o_.table == nullptr;
     if (shared) turns_.wait(position(awaited(), row, key));
     for (int64_t r = 0; r < count; r += kTileRows) {
       const int rows = int(least(kTileRows, count - r));
@@ -307,7 +311,7 @@ class Backward {
         store(ds + i, weight * (load(ds + i) * keep - delta));
       }
     }
-    if (keys_poisoned_ || queries_poisoned_) forget_forbidden(scores, row, key, visible, block, first, last, p, ds);
+    if (keys_poisoned_ || queries_poisoned_) forget_forbidden(scores, row, key, visible, block, first, last, p, ds, cap);
     if (g_.dbias != nullptr) add_dbias(row, key, within(visible, key), ds);
     if (results_.dslopes != nullptr) add_dslope(scores, row, key, within(visible, key), ds);
     if (cap != nullptr) {
@@ -318,12 +322,14 @@ class Backward {
   // Zeroes what NaN or infinity has made of pairs that do not take part.
   void forget_forbidden(
       const Scores<T>& scores, int64_t row, int64_t key, Range visible, const uint8_t* block, int first, int last, T* p,
-      T* ds) {
+      T* ds, T* cap) {
     T allowed[kKeys];
     fill(allowed, kKeys, T(0));
     scores.finish_scores(allowed, row, key, first, last, visible, block, nullptr);
     for (int i = first; i < last; i++) {
-      if (allowed[i] == -kInfinity<T>) p[i] = ds[i] = T(0);
+      if (allowed[i] != -kInfinity<T>) continue;
+      p[i] = ds[i] = T(0);
+      if (cap != nullptr) cap[i] = T(0);
     }
   }
 

@@ -39,7 +39,8 @@ class Scores {
   void finish_scores(
       T* s, int64_t row, int64_t column, int begin, int end, Range visible, const uint8_t* block,
       T* cap_gradient) const {
-    const int low = int(most(visible.begin - column, begin)), high = int(least(visible.end - column, end));
+    const int low = int(least(most(visible.begin - column, begin), end));
+    const int high = int(most(least(visible.end - column, end), low));
     if (!plain_) {
       if (softcap_ != T(0)) {
         cap(s, begin, end, cap_gradient);
@@ -55,7 +56,7 @@ class Scores {
       for (int i = low; i < high; i++) s[i] = keep[i] ? s[i] : -kInfinity<T>;
     }
     for (int i = begin; i < low; i++) s[i] = -kInfinity<T>;
-    for (int i = most(high, begin); i < end; i++) s[i] = -kInfinity<T>;
+    for (int i = high; i < end; i++) s[i] = -kInfinity<T>;
   }
 
   // |position of the row - key|.

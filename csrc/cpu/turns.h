@@ -12,7 +12,10 @@ class Turns {
  public:
   // `done` holds one number for each task, or is null: nothing is shared, nobody waits.
   Turns(int64_t* done, int64_t task) : done_(done), task_(task) {}
-  ~Turns() { pass(INT64_MAX); }
+  ~Turns() {
+    wait(INT64_MAX);  // who comes after this task must not overtake the one before
+    pass(INT64_MAX);
+  }
   Turns(const Turns&) = delete;
   Turns& operator=(const Turns&) = delete;
 
