@@ -81,7 +81,8 @@ class Forward {
 
   void query_tile(const Scores<T>& scores, int64_t head, int64_t row) {
     const int64_t count = least(kQueries, entry_.q_len - row);
-    RowState<T> states[kQueries];
+    RowStates<T> states;
+    states.clear();
     Range visible[kQueries];
     RowKeys keys[kQueries];
     pack_rows(problem_.q_rows(a_.q, entry_, head, a_.head_dim), row, count, memory_->q, memory_->q_width);
@@ -94,7 +95,7 @@ class Forward {
     for_key_blocks(problem_, entry_, head, row, all, [&](int64_t key, const uint8_t* block) {
       for (int64_t i = 0; i < count; i += kTileRows) {
         const int rows = int(least(kTileRows, count - i));
-        key_block(scores, row + i, rows, key, block, visible + i, states + i, keys + i, i);
+        key_block(scores, row + i, rows, key, block, visible + i, states, keys + i, i);
       }
     });
     finish(scores, head, row, count, states);
@@ -103,7 +104,7 @@ class Forward {
   // `rows` rows, from place `at` in the tile on, against one block of keys.
   void key_block(
       const Scores<T>& scores, int64_t row, int rows, int64_t key, const uint8_t* block, const Range* visible,
-      RowState<T>* states, const RowKeys* keys, int64_t at) {
+      RowStates<T>& states, const RowKeys* keys, int64_t at) {
     Range seen{kKeys, 0};
     for (int r = 0; r < rows; r++) {
       const Range own = common({visible[r].begin - key, visible[r].end - key}, {0, kKeys});
@@ -118,14 +119,16 @@ class Forward {
         rows, memory_->q + at * memory_->q_width, memory_->q_width, memory_->panels + (place + begin) * a_.head_dim,
         kTileColumns<T> * a_.head_dim, kTileColumns<T>, s + begin, kKeys, end - begin, a_.head_dim, false);
     T* out = memory_->out + at * memory_->v_width;
+    for (int r = 0; r < rows; r++) scores.finish_scores(s + r * kKeys, row + r, key, begin, end, visible[r], block, nullptr);
+    T alpha[kTileRows + kLanes<T>];
+    online_softmax(s, rows, begin, end, scores.exponent_scale(), states, at, alpha);
     for (int r = 0; r < rows; r++) {
-      scores.finish_scores(s + r * kKeys, row + r, key, begin, end, visible[r], block, nullptr);
-      const T alpha = online_softmax(s + r * kKeys, begin, end, scores.exponent_scale(), states[r]);
-      if (alpha != T(1)) {
-        T* sums = out + r * memory_->v_width;
-        for (int64_t i = 0; i < memory_->v_width; i++) sums[i] *= alpha;
-      }
-      if (problem_.o.seed != nullptr) drop(s + r * kKeys, key, begin, end, keys[r]);
+      if (alpha[r] == T(1)) continue;
+      T* sums = out + r * memory_->v_width;
+      for (int64_t i = 0; i < memory_->v_width; i += kLanes<T>) store(sums + i, load(sums + i) * alpha[r]);
+    }
+    if (problem_.o.seed != nullptr) {
+      for (int r = 0; r < rows; r++) drop(s + r * kKeys, key, begin, end, keys[r]);
     }
     const T* values = memory_->values + (place + begin) * memory_->v_width;
     if (poisoned_) {
@@ -144,20 +147,20 @@ class Forward {
   }
 
   // Normalises the rows of a tile and writes out, lse and statistics.
-  void finish(const Scores<T>& scores, int64_t head, int64_t row, int64_t count, RowState<T>* states) {
+  void finish(const Scores<T>& scores, int64_t head, int64_t row, int64_t count, const RowStates<T>& states) {
     const Rows<T> out = problem_.q_rows(a_.out, entry_, head, a_.v_dim);
     T *lse = static_cast<T*>(a_.lse), *statistics = static_cast<T*>(a_.statistics);
     for (int64_t i = 0; i < count; i++) {
-      RowState<T> state = states[i];
+      T maximum = states.maximum[i], sum = sum_lanes(states.sum[i]);
       T factor = problem_.keep_scale();
       const T shift = scores.shift(row + i);
       if (problem_.o.sinks != nullptr) {  // one more score, whose value vector is 0
         T sink = static_cast<const T*>(problem_.o.sinks)[head] * T(kLog2E) + shift;
-        const T alpha = online_softmax_of_one(sink, state);
-        factor *= alpha;
+        factor *= online_softmax_of_one(sink, maximum, sum);
       }
-      const bool empty = state.sum == T(0);
-      const T total = empty ? T(1) : state.sum, maximum = empty ? T(0) : state.maximum;
+      const bool empty = sum == T(0);
+      const T total = empty ? T(1) : sum;
+      if (empty) maximum = T(0);
       const T log_total = T(log2_of(total));
       T* sums = memory_->out + i * memory_->v_width;
       factor /= total;
@@ -170,13 +173,14 @@ class Forward {
     }
   }
 
-  static T online_softmax_of_one(T score, RowState<T>& state) {
-    const T maximum = score > state.maximum ? score : state.maximum;
+  // Merges one score; returns what earlier sums are to be multiplied by.
+  static T online_softmax_of_one(T score, T& maximum, T& sum) {
+    const T before = maximum;
+    maximum = score > before ? score : before;
     const T pivot = maximum == -kInfinity<T> ? T(0) : maximum;
-    const T alpha = state.maximum == -kInfinity<T> ? T(0) : exp2_of_difference(Vec<T>{} + (state.maximum - pivot))[0];
-    state.sum = state.sum * alpha + exp2_of_difference(Vec<T>{} + (score - pivot))[0];
-    state.maximum = maximum;
-    return state.sum == T(0) ? T(1) : alpha;
+    const T alpha = exp2_of_difference(Vec<T>{} + (before - pivot))[0];
+    sum = sum * alpha + exp2_of_difference(Vec<T>{} + (score - pivot))[0];
+    return sum == T(0) ? T(1) : alpha;
   }
 
   const Problem<T>& problem_;

@@ -1,4 +1,4 @@
-// The softmax of a row, block by block.
+// The softmax of some rows, block by block.
 #pragma once
 
 #include "scores.h"
@@ -6,41 +6,61 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// What a row has seen: the maximum of its scores in base 2, and the sum of 2^(score - maximum).
+// What the rows of a tile have seen: the maximum of their scores in base 2, and the sum of 2^(score - maximum), which stays
+// divided into lanes until the end. There is room behind the last row for whole vectors of rows.
 template <class T>
-struct RowState {
-  T maximum = -kInfinity<T>, sum = T(0);
+struct RowStates {
+  T maximum[kQueries + kLanes<T>];
+  Vec<T> sum[kQueries];
+
+  void clear() {
+    for (T& x : maximum) x = -kInfinity<T>;
+    for (Vec<T>& x : sum) x = Vec<T>{};
+  }
 };
 
+// Of whole pairs of vectors at `begin .. end`; NaN does not count.
 template <class T>
-inline T largest_of(const T* s, int begin, int end) {
-  Vec<T> most = load(s + begin);
-  for (int i = begin + kLanes<T>; i < end; i += kLanes<T>) {
-    const Vec<T> x = load(s + i);
-    most = x > most ? x : most;
+[[gnu::always_inline]] inline T largest_of(const T* s, int begin, int end) {
+  Vec<T> most = Vec<T>{} - kInfinity<T>, other = most;  // two chains: a maximum waits for the one before
+  for (int i = begin; i < end; i += 2 * kLanes<T>) {
+    most = larger(load(s + i), most);
+    other = larger(load(s + i + kLanes<T>), other);
   }
-  T result = most[0];
-  for (int lane = 1; lane < kLanes<T>; lane++) result = most[lane] > result ? most[lane] : result;
-  return result;
+  return largest_lane(larger(most, other));
 }
 
-// Turns the scores at `begin .. end`, whole vectors, into unnormalised probabilities and merges them into `state`.
-// Returns what earlier sums are to be multiplied by. `scale` is positive. NaN among the scores becomes NaN in the sum.
+// Turns the scores of `rows` rows, kKeys apart, at places `begin .. end`, whole pairs of vectors, into unnormalised
+// probabilities and merges them into the states of rows `at ..`. `alpha` gets what earlier sums of each row are to be
+// multiplied by. `scale` is positive. NaN among the scores becomes NaN in the sum.
 template <class T>
-inline T online_softmax(T* s, int begin, int end, T scale, RowState<T>& state) {
-  const T found = largest_of(s, begin, end) * scale;
-  const T maximum = found > state.maximum ? found : state.maximum;
-  const T pivot = maximum == -kInfinity<T> ? T(0) : maximum;
-  Vec<T> sum{};
-  for (int i = begin; i < end; i += kLanes<T>) {
-    const Vec<T> p = exp2_of_difference(load(s + i) * scale - pivot);
-    store(s + i, p);
-    sum += p;
+[[gnu::always_inline]] inline void online_softmax(
+    T* s, int rows, int begin, int end, T scale, RowStates<T>& states, int64_t at, T* alpha) {
+  constexpr int kRoom = kTileRows + kLanes<T>;
+  T found[kRoom], pivot[kRoom];
+  for (int r = 0; r < rows; r++) found[r] = largest_of(s + r * kKeys, begin, end);
+  for (int r = rows; r < rows + kLanes<T>; r++) found[r] = -kInfinity<T>;  // rows of the next group stay as they are
+  for (int r = 0; r < rows; r += kLanes<T>) {
+    T* maximum = states.maximum + at + r;
+    const Vec<T> before = load(maximum), after = larger(load(found + r) * scale, before);
+    const Vec<T> finite = after == -kInfinity<T> ? Vec<T>{} : after;
+    store(maximum, after);
+    store(pivot + r, finite);
+    store(alpha + r, exp2_of_difference(before - finite));
   }
-  const T alpha = state.maximum == maximum ? T(1) : exp2_of_difference(Vec<T>{} + (state.maximum - pivot))[0];
-  state.maximum = maximum;
-  state.sum = state.sum * alpha + sum_lanes(sum);
-  return alpha;
+  for (int r = 0; r < rows; r++) {
+    T* row = s + r * kKeys;
+    Vec<T> sum = states.sum[at + r] * alpha[r], other{};
+    for (int i = begin; i < end; i += 2 * kLanes<T>) {
+      const Vec<T> p = exp2_of_difference(load(row + i) * scale - pivot[r]);
+      const Vec<T> next = exp2_of_difference(load(row + i + kLanes<T>) * scale - pivot[r]);
+      store(row + i, p);
+      store(row + i + kLanes<T>, next);
+      sum += p;
+      other += next;
+    }
+    states.sum[at + r] = sum + other;
+  }
 }
 
 // The logarithm in base 2 of a positive number.
