@@ -156,7 +156,7 @@ class Backward {
     queries_poisoned_ |= pack_rows(dout, 0, entry_.q_len, memory_->dout, memory_->v_width);
     double dsink = 0.0;
     for (int64_t row = 0; row < entry_.q_len; row++) {
-      out.read(row, memory_->rows, memory_->v_width);
+      out.read(row, 1, memory_->rows, memory_->v_width);
       Vec<T> sum{};
       for (int64_t i = 0; i < memory_->v_width; i += kLanes<T>) {
         sum += load(memory_->rows + i) * load(memory_->dout + row * memory_->v_width + i);

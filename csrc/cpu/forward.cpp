@@ -71,7 +71,7 @@ class Forward {
     poisoned_ = false;
     for (int64_t key = keys.begin; key < keys.end; key += kKeys) {
       const int64_t count = least(kKeys, entry_.kv_len - key), place = key - keys.begin;
-      pack_rows(k, key, count, memory_->rows, memory_->q_width);
+      k.read(key, count, memory_->rows, memory_->q_width);
       pack_panels(memory_->rows, count, a_.head_dim, memory_->q_width, memory_->panels + place * a_.head_dim);
       T* values = memory_->values + place * memory_->v_width;
       poisoned_ |= pack_rows(v, key, count, values, memory_->v_width);
@@ -85,7 +85,7 @@ class Forward {
     states.clear();
     Range visible[kQueries];
     RowKeys keys[kQueries];
-    pack_rows(problem_.q_rows(a_.q, entry_, head, a_.head_dim), row, count, memory_->q, memory_->q_width);
+    problem_.q_rows(a_.q, entry_, head, a_.head_dim).read(row, count, memory_->q, memory_->q_width);
     for (int64_t i = 0; i < count * memory_->v_width; i++) memory_->out[i] = T(0);
     for (int64_t i = 0; i < count; i++) visible[i] = problem_.visible(entry_, row + i);
     if (problem_.o.seed != nullptr) {
@@ -161,7 +161,7 @@ class Forward {
       const bool empty = sum == T(0);
       const T total = empty ? T(1) : sum;
       if (empty) maximum = T(0);
-      const T log_total = T(log2_of(total));
+      const T log_total = log2_of(total);
       T* sums = memory_->out + i * memory_->v_width;
       factor /= total;
       for (int64_t n = 0; n < memory_->v_width; n++) sums[n] *= factor;
@@ -169,7 +169,7 @@ class Forward {
       const int64_t at = problem_.row_index(entry_, head, row + i);
       statistics[at] = maximum;
       statistics[problem_.all_rows() + at] = log_total;
-      lse[at] = empty ? -kInfinity<T> : T((double(maximum) - double(shift) + double(log_total)) / kLog2E);
+      lse[at] = empty ? -kInfinity<T> : T((double(maximum) - double(shift) + double(log_total)) * (1.0 / kLog2E));
     }
   }
 

@@ -7,15 +7,21 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
+// Rows of elements in memory: `width` each, `step` apart, the rows `stride` apart.
+struct Placement {
+  int64_t stride, width, step;
+};
+
 // How rows are read and written: each element type, seen from the compute type.
 template <class T>
 struct Format {
   void (*read)(const void* from, int64_t first, T* to, int64_t count);
-  void (*write)(void* to, int64_t first, const T* from, int64_t count);
+  void (*read_rows)(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded);
+  void (*write)(void* to, int64_t first, const T* from, int64_t count, int64_t step);
 };
 
 template <class T, class Element>
-void read_elements(const void* from, int64_t first, T* to, int64_t count) {
+inline void read_elements(const void* from, int64_t first, T* to, int64_t count) {
   const Element* source = static_cast<const Element*>(from) + first;
   int64_t i = 0;
   if constexpr (sizeof(Element) == sizeof(double) && sizeof(T) < sizeof(double)) {  // a bias of another precision
@@ -29,19 +35,37 @@ void read_elements(const void* from, int64_t first, T* to, int64_t count) {
 }
 
 template <class T, class Element>
-void write_elements(void* to, int64_t first, const T* from, int64_t count) {
-  Element* target = static_cast<Element*>(to) + first;
-  for (int64_t i = 0; i < count; i++) {
-    if constexpr (sizeof(Element) == sizeof(double)) {
-      target[i] = from[i];
+void read_rows(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded) {
+  for (int64_t row = 0; row < rows; row++, first += place.stride, to += padded) {
+    if (place.step == 1) {
+      read_elements<T, Element>(from, first, to, place.width);
     } else {
-      target[i] = narrow<Element>(float(from[i]));
+      for (int64_t i = 0; i < place.width; i++) read_elements<T, Element>(from, first + i * place.step, to + i, 1);
     }
+    for (int64_t i = place.width; i < padded; i++) to[i] = T(0);
   }
 }
 
 template <class T, class Element>
-constexpr Format<T> kFormat = {read_elements<T, Element>, write_elements<T, Element>};
+void write_elements(void* to, int64_t first, const T* from, int64_t count, int64_t step) {
+  Element* target = static_cast<Element*>(to) + first;
+  const auto narrowed = [&](int64_t i) {
+    if constexpr (sizeof(Element) == sizeof(double)) {
+      return from[i];
+    } else {
+      return narrow<Element>(float(from[i]));
+    }
+  };
+  if (step == 1) {
+    for (int64_t i = 0; i < count; i++) target[i] = narrowed(i);
+  } else {
+    for (int64_t i = 0; i < count; i++) target[i * step] = narrowed(i);
+  }
+}
+
+template <class T, class Element>
+constexpr Format<T> kFormat = {
+    read_elements<T, Element>, read_rows<T, Element>, write_elements<T, Element>};
 
 template <class T>
 Format<T> format_of(int64_t dtype) {
@@ -52,28 +76,34 @@ Format<T> format_of(int64_t dtype) {
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// Rows `first .. first + count` of one head: `stride` elements apart, `width` each, in memory that begins at `data`.
+// The rows of one head, in memory that begins at `data`.
 template <class T>
 struct Rows {
   Format<T> format;
   void* data;
-  int64_t base, stride, width;
+  int64_t base;
+  Placement place;
 
-  void read(int64_t row, T* to, int64_t padded) const {
-    format.read(data, base + row * stride, to, width);
-    for (int64_t i = width; i < padded; i++) to[i] = T(0);
+  // Side by side: (count, padded).
+  void read(int64_t row, int64_t count, T* to, int64_t padded) const {
+    format.read_rows(data, base + row * place.stride, place, count, to, padded);
   }
 
-  void write(int64_t row, const T* from) const { format.write(data, base + row * stride, from, width); }
+  void write(int64_t row, const T* from) const {
+    format.write(data, base + row * place.stride, from, place.width, place.step);
+  }
 };
 
 // Whether there is a NaN or an infinity.
 template <class T>
 bool poisoned(const T* x, int64_t count) {
-  Vec<T> sum{};  // 0 * x is 0, or NaN
+  constexpr int64_t kStep = 4 * kLanes<T>;
+  Vec<T> sum[4] = {};  // 0 * x is 0, or NaN; four sums, since each waits for the one before
   int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) sum += load(x + i) * T(0);
-  T rest = sum_lanes(sum);
+  for (; i + kStep <= count; i += kStep) {
+    for (int n = 0; n < 4; n++) sum[n] += load(x + i + n * kLanes<T>) * T(0);
+  }
+  T rest = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   for (; i < count; i++) rest += x[i] * T(0);
   return rest != rest;
 }
@@ -81,7 +111,7 @@ bool poisoned(const T* x, int64_t count) {
 // Rows side by side: (count, padded). Returns whether one is poisoned.
 template <class T>
 bool pack_rows(const Rows<T>& rows, int64_t first, int64_t count, T* to, int64_t padded) {
-  for (int64_t i = 0; i < count; i++) rows.read(first + i, to + i * padded, padded);
+  rows.read(first, count, to, padded);
   return poisoned(to, count * padded);
 }
 

@@ -74,7 +74,7 @@ struct Problem {
 
   Rows<T> rows(const FastattnView& view, const Entry& e, int64_t head, int64_t first, int64_t width) const {
     const int64_t base = e.batch * view.stride[0] + head * view.stride[1] + first * view.stride[2];
-    return {format, view.data, base, view.stride[2], width};
+    return {format, view.data, base, {view.stride[2], width, view.stride[3]}};
   }
   Rows<T> q_rows(const FastattnView& view, const Entry& e, int64_t head, int64_t width) const {
     return rows(view, e, head, e.q_first, width);

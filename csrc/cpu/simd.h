@@ -193,12 +193,11 @@ struct Halves {
 
 template <class V>
 inline auto largest_lane(V x) {
-  const Halves<V> halves(x);
-  const auto most = larger(halves.low, halves.high);
-  if constexpr (sizeof most == 2 * sizeof most[0]) {
-    return most[0] > most[1] ? most[0] : most[1];
+  if constexpr (sizeof x == 2 * sizeof x[0]) {
+    return x[0] > x[1] ? x[0] : x[1];
   } else {
-    return largest_lane(most);
+    const Halves<V> halves(x);
+    return largest_lane(larger(halves.low, halves.high));
   }
 }
 

@@ -63,7 +63,8 @@ template <class T>
   }
 }
 
-// The logarithm in base 2 of a positive number.
+// Of a positive number.
+inline float log2_of(float x) { return __builtin_log2f(x); }
 inline double log2_of(double x) { return __builtin_log2(x); }
 
 }  // namespace
