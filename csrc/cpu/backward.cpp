@@ -15,6 +15,11 @@ namespace {
 // Key heads, times pieces of their keys, that a call is divided into at least.
 constexpr int64_t kLeastTasks = 16;
 
+// Elements between the rows of a tile: one line of the cache more than kKeys, since columns are read as well, and lines a
+// power of two apart would push each other out.
+template <class T>
+constexpr int64_t kPitch = kKeys + 64 / sizeof(T);
+
 struct Task {
   int64_t entry, kv_head, piece;
 };
@@ -38,13 +43,13 @@ struct Memory {
   int64_t q_width, v_width;  // padded head dims
   T *key_rows, *key_panels, *value_panels, *dk, *dv;  // of all keys of the task
   T *q, *dout, *dq, *delta;                           // of all queries of one head
-  T *p, *ds, *cap;                                    // a tile: queries x keys; gradients of the cap
+  T *p, *ds, *cap;                                    // a tile: queries x keys; gradients of the cap of a row
   T* rows;                                            // values of one block, or a row of out
   T* dbias;                                           // of one head, where `reduces_dbias`
 
   static int64_t size(const FastattnAttention& a, const FastattnOperands& o, int64_t queries, int64_t keys) {
     const int64_t q_width = round_up(a.head_dim, kLanes<T>), v_width = round_up(a.v_dim, kLanes<T>);
-    return (reduces_dbias(o) ? o.bias_size[2] * o.bias_size[3] : 0) + keys * (3 * q_width + 2 * v_width) + queries * (2 * q_width + v_width + 1) + 3 * kQueries * kKeys +
+    return (reduces_dbias(o) ? o.bias_size[2] * o.bias_size[3] : 0) + keys * (3 * q_width + 2 * v_width) + queries * (2 * q_width + v_width + 1) + 2 * kQueries * kPitch<T> + kKeys +
            kKeys * v_width;
   }
 
@@ -60,9 +65,9 @@ struct Memory {
     q = take(queries * q_width);
     dout = take(queries * v_width);
     dq = take(queries * q_width);
-    p = take(kQueries * kKeys);
-    ds = take(kQueries * kKeys);
-    cap = take(kQueries * kKeys);
+    p = take(kQueries * kPitch<T>);
+    ds = take(kQueries * kPitch<T>);
+    cap = take(kKeys);
     rows = take(kKeys * v_width);
     delta = take(queries);
     dbias = free;
@@ -109,10 +114,10 @@ class Backward {
     for (int64_t key = keys_.begin; key < keys_.end; key += kKeys) {
       const int64_t count = least(kKeys, entry_.kv_len - key), place = key - keys_.begin;
       T* rows = memory_->key_rows + place * memory_->q_width;
-      keys_poisoned_ |= pack_rows(k, key, count, rows, memory_->q_width);
+      keys_poisoned_ |= k.read(key, count, rows, memory_->q_width);
       fill(rows + count * memory_->q_width, (kKeys - count) * memory_->q_width, T(0));
       pack_panels(rows, count, a_.head_dim, memory_->q_width, memory_->key_panels + place * a_.head_dim);
-      keys_poisoned_ |= pack_rows(v, key, count, memory_->rows, memory_->v_width);
+      keys_poisoned_ |= v.read(key, count, memory_->rows, memory_->v_width);
       pack_panels(memory_->rows, count, a_.v_dim, memory_->v_width, memory_->value_panels + place * a_.v_dim);
     }
   }
@@ -123,10 +128,8 @@ class Backward {
     const T scale = T(a_.scale);
     for (int64_t key = keys_.begin; key < least(keys_.end, entry_.kv_len); key++) {
       const int64_t place = key - keys_.begin;
-      T* row = memory_->dk + place * memory_->q_width;
-      for (int64_t i = 0; i < memory_->q_width; i++) row[i] *= scale;
-      dk.write(key, row);
-      dv.write(key, memory_->dv + place * memory_->v_width);
+      dk.write(key, memory_->dk + place * memory_->q_width, scale);
+      dv.write(key, memory_->dv + place * memory_->v_width, T(1));
     }
   }
 
@@ -151,10 +154,11 @@ class Backward {
   void pack_queries(const Scores<T>& scores) {
     const Rows<T> dout = problem_.q_rows(g_.dout, entry_, head_, a_.v_dim);
     const Rows<T> out = problem_.q_rows(a_.out, entry_, head_, a_.v_dim);
-    queries_poisoned_ = pack_rows(
-        problem_.q_rows(a_.q, entry_, head_, a_.head_dim), 0, entry_.q_len, memory_->q, memory_->q_width);
-    queries_poisoned_ |= pack_rows(dout, 0, entry_.q_len, memory_->dout, memory_->v_width);
+    const Rows<T> q = problem_.q_rows(a_.q, entry_, head_, a_.head_dim);
+    queries_poisoned_ = q.read(0, entry_.q_len, memory_->q, memory_->q_width);
+    queries_poisoned_ |= dout.read(0, entry_.q_len, memory_->dout, memory_->v_width);
     double dsink = 0.0;
+    T delta_poison = T(0);
     for (int64_t row = 0; row < entry_.q_len; row++) {
       out.read(row, 1, memory_->rows, memory_->v_width);
       Vec<T> sum{};
@@ -165,12 +169,13 @@ class Backward {
       T delta = sum_lanes(sum);
       if (g_.dlse != nullptr) delta -= static_cast<const T*>(g_.dlse)[at];
       memory_->delta[row] = delta;
+      delta_poison += delta * T(0);  // 0, or NaN
       if (results_.dsinks != nullptr) {  // a score whose value vector is 0
         const T sink = static_cast<const T*>(o_.sinks)[head_] * T(kLog2E) + scores.shift(row);
         dsink -= double(exp2_of_difference(Vec<T>{} + (sink - maximum(at) - log_total(at)))[0] * delta);
       }
     }
-    queries_poisoned_ |= poisoned(memory_->delta, entry_.q_len);
+    queries_poisoned_ |= delta_poison != delta_poison;
     if (results_.dsinks != nullptr && task_.piece == 0) {
       results_.dsinks[entry_.number * a_.q_heads + head_] = T(dsink);
     }
@@ -186,9 +191,7 @@ class Backward {
     const Rows<T> dq = problem_.q_rows(g_.dq, entry_, head_, a_.head_dim);
     const T scale = T(a_.scale);
     for (int64_t row = 0; row < entry_.q_len; row++) {
-      T* from = memory_->dq + row * memory_->q_width;
-      for (int64_t i = 0; i < memory_->q_width; i++) from[i] *= scale;
-      dq.write(row, from);
+      dq.write(row, memory_->dq + row * memory_->q_width, scale);
     }
   }
 
@@ -251,11 +254,11 @@ class Backward {
       const Range own = within(visible[at + r], key);
       if (!own.empty()) seen = {least(seen.begin, own.begin), most(seen.end, own.end)};
     }
-    T *p = memory_->p + at * kKeys, *ds = memory_->ds + at * kKeys;
+    T *p = memory_->p + at * kPitch<T>, *ds = memory_->ds + at * kPitch<T>;
     const int first = seen.empty() ? end : int(seen.begin / kTileColumns<T> * kTileColumns<T>);
     const int last = seen.empty() ? end : int(round_up(seen.end, kTileColumns<T>));
     for (int r = 0; r < rows; r++) {
-      for (T* x : {p + r * kKeys, ds + r * kKeys}) {
+      for (T* x : {p + r * kPitch<T>, ds + r * kPitch<T>}) {
         fill(x + begin, first - begin, T(0));
         fill(x + last, end - last, T(0));
       }
@@ -265,22 +268,23 @@ class Backward {
     product<T, Layout::kRows>(
         rows, memory_->q + (row + at) * memory_->q_width, memory_->q_width,
         memory_->key_panels + (place + first) * a_.head_dim, kTileColumns<T> * a_.head_dim, kTileColumns<T>, p + first,
-        kKeys, last - first, a_.head_dim, false);
+        kPitch<T>, last - first, a_.head_dim, false);
     product<T, Layout::kRows>(
         rows, memory_->dout + (row + at) * memory_->v_width, memory_->v_width,
         memory_->value_panels + (place + first) * a_.v_dim, kTileColumns<T> * a_.v_dim, kTileColumns<T>, ds + first,
-        kKeys, last - first, a_.v_dim, false);
+        kPitch<T>, last - first, a_.v_dim, false);
     for (int r = 0; r < rows; r++) {
-      finish_row(scores, row + at + r, key, visible[at + r], block, first, last, p + r * kKeys, ds + r * kKeys);
+      finish_row(scores, row + at + r, key, visible[at + r], block, first, last, p + r * kPitch<T>,
+                 ds + r * kPitch<T>);
     }
     const T* keys = memory_->key_rows + (place + first) * memory_->q_width;
     T* dq = memory_->dq + (row + at) * memory_->q_width;
     if (keys_poisoned_) {
       careful_product<T, Layout::kRows>(
-          rows, ds + first, kKeys, keys, memory_->q_width, dq, memory_->q_width, memory_->q_width, last - first);
+          rows, ds + first, kPitch<T>, keys, memory_->q_width, dq, memory_->q_width, memory_->q_width, last - first);
     } else {
       product<T, Layout::kRows>(
-          rows, ds + first, kKeys, keys, kTileColumns<T>, memory_->q_width, dq, memory_->q_width, memory_->q_width,
+          rows, ds + first, kPitch<T>, keys, kTileColumns<T>, memory_->q_width, dq, memory_->q_width, memory_->q_width,
           last - first, true);
     }
   }
@@ -374,28 +378,32 @@ class Backward {
     dslope_ += double(sum);
   }
 
-  // dV += P^T dO and dK += dS^T Q for the keys of a tile.
+  // dV += P^T dO and dK += dS^T Q for the keys of a tile: one after the other, so that dO and Q have the cache in turn.
   void add_to_keys(int64_t row, int64_t count, int64_t key, const Range* visible, int begin, int end) {
     const int64_t place = key - keys_.begin, q_width = memory_->q_width, v_width = memory_->v_width;
+    add_to_keys(memory_->p, memory_->dout + row * v_width, memory_->dv + place * v_width, v_width, count, key, visible,
+                begin, end);
+    add_to_keys(memory_->ds, memory_->q + row * q_width, memory_->dk + place * q_width, q_width, count, key, visible,
+                begin, end);
+  }
+
+  // sums (keys x width) += weights^T (keys x rows) values (rows x width).
+  void add_to_keys(const T* weights, const T* values, T* sums, int64_t width, int64_t count, int64_t key,
+                   const Range* visible, int begin, int end) const {
     int64_t low = 0, high = 0;  // the rows that see some of the keys at hand
     for (int k = begin; k < end; k += kTileRows) {
       const int keys = int(least(kTileRows, end - k));
       while (low < count && visible[low].end <= key + k) low++;
       while (high < count && visible[high].begin < key + k + keys) high++;
       if (low >= high) continue;
-      const int64_t from = low * kKeys + k, steps = high - low;
-      T *dv = memory_->dv + (place + k) * v_width, *dk = memory_->dk + (place + k) * q_width;
-      const T *dout = memory_->dout + (row + low) * v_width, *q = memory_->q + (row + low) * q_width;
+      const T* own = weights + low * kPitch<T> + k;
       if (queries_poisoned_) {
         careful_product<T, Layout::kColumns>(
-            keys, memory_->p + from, kKeys, dout, v_width, dv, v_width, v_width, steps);
-        careful_product<T, Layout::kColumns>(
-            keys, memory_->ds + from, kKeys, q, q_width, dk, q_width, q_width, steps);
+            keys, own, kPitch<T>, values + low * width, width, sums + k * width, width, width, high - low);
       } else {
         product<T, Layout::kColumns>(
-            keys, memory_->p + from, kKeys, dout, kTileColumns<T>, v_width, dv, v_width, v_width, steps, true);
-        product<T, Layout::kColumns>(
-            keys, memory_->ds + from, kKeys, q, kTileColumns<T>, q_width, dk, q_width, q_width, steps, true);
+            keys, own, kPitch<T>, values + low * width, kTileColumns<T>, width, sums + k * width, width, width,
+            high - low, true);
       }
     }
   }
@@ -435,8 +443,7 @@ bool add_pieces(const Problem<T>& problem, const FastattnGradients& g, const Res
       for (int64_t piece = 1; piece < results.pieces; piece++) {
         for (int64_t i = 0; i < width; i++) sum[i] += sum[piece * a.q_len * width + i];
       }
-      for (int64_t i = 0; i < width; i++) sum[i] *= T(a.scale);
-      dq.write(row, sum);
+      dq.write(row, sum, T(a.scale));
     }
     return true;
   });

@@ -74,7 +74,7 @@ class Forward {
       k.read(key, count, memory_->rows, memory_->q_width);
       pack_panels(memory_->rows, count, a_.head_dim, memory_->q_width, memory_->panels + place * a_.head_dim);
       T* values = memory_->values + place * memory_->v_width;
-      poisoned_ |= pack_rows(v, key, count, values, memory_->v_width);
+      poisoned_ |= v.read(key, count, values, memory_->v_width);
       for (int64_t i = count * memory_->v_width; i < kKeys * memory_->v_width; i++) values[i] = T(0);
     }
   }
@@ -162,10 +162,7 @@ class Forward {
       const T total = empty ? T(1) : sum;
       if (empty) maximum = T(0);
       const T log_total = log2_of(total);
-      T* sums = memory_->out + i * memory_->v_width;
-      factor /= total;
-      for (int64_t n = 0; n < memory_->v_width; n++) sums[n] *= factor;
-      out.write(row + i, sums);
+      out.write(row + i, memory_->out + i * memory_->v_width, factor / total);
       const int64_t at = problem_.row_index(entry_, head, row + i);
       statistics[at] = maximum;
       statistics[problem_.all_rows() + at] = log_total;

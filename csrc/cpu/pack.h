@@ -16,8 +16,8 @@ struct Placement {
 template <class T>
 struct Format {
   void (*read)(const void* from, int64_t first, T* to, int64_t count);
-  void (*read_rows)(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded);
-  void (*write)(void* to, int64_t first, const T* from, int64_t count, int64_t step);
+  bool (*read_rows)(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded);
+  void (*write_row)(void* to, int64_t first, Placement place, const T* from, T factor);
 };
 
 template <class T, class Element>
@@ -34,8 +34,32 @@ inline void read_elements(const void* from, int64_t first, T* to, int64_t count)
   }
 }
 
+// Looks for NaN and infinities: their exponents are the largest.
+template <class T>
+class PoisonCheck {
+ public:
+  void add(Vec<T> x) {
+    const VecInt<T> magnitude = (VecInt<T>)x & ~kSign;
+    largest_ = magnitude > largest_ ? magnitude : largest_;
+  }
+
+  bool found() const {
+    for (int lane = 0; lane < kLanes<T>; lane++) {
+      if (largest_[lane] >= kInfinite) return true;
+    }
+    return false;
+  }
+
+ private:
+  static constexpr IntOf<T> kSign = IntOf<T>(uint64_t(1) << (8 * sizeof(T) - 1));
+  static constexpr IntOf<T> kInfinite = sizeof(T) == 4 ? IntOf<T>(0x7f800000) : IntOf<T>(uint64_t(0x7ff) << 52);
+
+  VecInt<T> largest_{};
+};
+
 template <class T, class Element>
-void read_rows(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded) {
+bool read_rows(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded) {
+  PoisonCheck<T> poison;
   for (int64_t row = 0; row < rows; row++, first += place.stride, to += padded) {
     if (place.step == 1) {
       read_elements<T, Element>(from, first, to, place.width);
@@ -43,35 +67,41 @@ void read_rows(const void* from, int64_t first, Placement place, int64_t rows, T
       for (int64_t i = 0; i < place.width; i++) read_elements<T, Element>(from, first + i * place.step, to + i, 1);
     }
     for (int64_t i = place.width; i < padded; i++) to[i] = T(0);
+    for (int64_t i = 0; i < padded; i += kLanes<T>) poison.add(load(to + i));
   }
+  return poison.found();
 }
 
+// `from` ends with a whole vector.
 template <class T, class Element>
-void write_elements(void* to, int64_t first, const T* from, int64_t count, int64_t step) {
+void write_row(void* to, int64_t first, Placement place, const T* from, T factor) {
   Element* target = static_cast<Element*>(to) + first;
-  const auto narrowed = [&](int64_t i) {
-    if constexpr (sizeof(Element) == sizeof(double)) {
-      return from[i];
-    } else {
-      return narrow<Element>(float(from[i]));
-    }
-  };
-  if (step == 1) {
-    for (int64_t i = 0; i < count; i++) target[i] = narrowed(i);
-  } else {
-    for (int64_t i = 0; i < count; i++) target[i * step] = narrowed(i);
+  int64_t i = 0;
+  if (place.step == 1) {
+    for (; i + kLanes<T> <= place.width; i += kLanes<T>) store_narrow(target + i, load(from + i) * factor);
+  }
+  for (; i < place.width; i += kLanes<T>) {
+    Element elements[kLanes<T>];
+    store_narrow(elements, load(from + i) * factor);
+    for (int64_t n = 0; n < kLanes<T> && i + n < place.width; n++) target[(i + n) * place.step] = elements[n];
   }
 }
 
+// Tensors have the compute type or are narrower; a bias may have any type.
 template <class T, class Element>
-constexpr Format<T> kFormat = {
-    read_elements<T, Element>, read_rows<T, Element>, write_elements<T, Element>};
+constexpr Format<T> format() {
+  if constexpr (sizeof(T) == sizeof(double) ? sizeof(Element) == sizeof(double) : sizeof(Element) < sizeof(double)) {
+    return {read_elements<T, Element>, read_rows<T, Element>, write_row<T, Element>};
+  } else {
+    return {read_elements<T, Element>, nullptr, nullptr};
+  }
+}
 
 template <class T>
 Format<T> format_of(int64_t dtype) {
-  if (dtype == FASTATTN_FLOAT16) return kFormat<T, float16>;
-  if (dtype == FASTATTN_BFLOAT16) return kFormat<T, bfloat16>;
-  return dtype == FASTATTN_FLOAT64 ? kFormat<T, double> : kFormat<T, float>;
+  if (dtype == FASTATTN_FLOAT16) return format<T, float16>();
+  if (dtype == FASTATTN_BFLOAT16) return format<T, bfloat16>();
+  return dtype == FASTATTN_FLOAT64 ? format<T, double>() : format<T, float>();
 }
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -84,36 +114,15 @@ struct Rows {
   int64_t base;
   Placement place;
 
-  // Side by side: (count, padded).
-  void read(int64_t row, int64_t count, T* to, int64_t padded) const {
-    format.read_rows(data, base + row * place.stride, place, count, to, padded);
+  // Side by side: (count, padded). Returns whether there is a NaN or an infinity.
+  bool read(int64_t row, int64_t count, T* to, int64_t padded) const {
+    return format.read_rows(data, base + row * place.stride, place, count, to, padded);
   }
 
-  void write(int64_t row, const T* from) const {
-    format.write(data, base + row * place.stride, from, place.width, place.step);
+  void write(int64_t row, const T* from, T factor) const {
+    format.write_row(data, base + row * place.stride, place, from, factor);
   }
 };
-
-// Whether there is a NaN or an infinity.
-template <class T>
-bool poisoned(const T* x, int64_t count) {
-  constexpr int64_t kStep = 4 * kLanes<T>;
-  Vec<T> sum[4] = {};  // 0 * x is 0, or NaN; four sums, since each waits for the one before
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    for (int n = 0; n < 4; n++) sum[n] += load(x + i + n * kLanes<T>) * T(0);
-  }
-  T rest = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (; i < count; i++) rest += x[i] * T(0);
-  return rest != rest;
-}
-
-// Rows side by side: (count, padded). Returns whether one is poisoned.
-template <class T>
-bool pack_rows(const Rows<T>& rows, int64_t first, int64_t count, T* to, int64_t padded) {
-  rows.read(first, count, to, padded);
-  return poisoned(to, count * padded);
-}
 
 // Swaps blocks of `size` lanes between the rows of a square of lanes; all sizes together transpose it.
 template <int size, class T, int... I>

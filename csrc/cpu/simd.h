@@ -164,6 +164,27 @@ inline double narrow(double x) {
   return x;
 }
 
+// Rounded to the element type.
+inline void store_narrow(float* to, Vec<float> x) { store(to, x); }
+inline void store_narrow(double* to, Vec<double> x) { store(to, x); }
+
+inline void store_narrow(bfloat16* to, Vec<float> x) {
+  const VecBits bits = (VecBits)x;
+  const VecBits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, quiet = bits >> 16 | 0x40u;
+  const VecHalf half = __builtin_convertvector(x == x ? rounded : quiet, VecHalf);
+  std::memcpy(to, &half, sizeof half);
+}
+
+inline void store_narrow(float16* to, Vec<float> x) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && FASTATTN_VECTOR_BYTES == 32
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; i++) to[i] = narrow<float16>(x[i]);
+#endif
+}
+
 // -- Arithmetic ------------------------------------------------------------------------------------------------------
 
 template <class T>
