@@ -37,7 +37,7 @@ def digest(root: Path = ROOT) -> str:
     hasher = hashlib.sha256()
     for folder in SOURCES:
         for path in sorted((root / folder).rglob("*")):
-            if path.suffix in (".py", ".cu", ".cuh", ".h"):
+            if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h"):
                 hasher.update(path.relative_to(root).as_posix().encode() + b"\0")
                 hasher.update(path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return hasher.hexdigest()[:12]

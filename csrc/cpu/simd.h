@@ -194,9 +194,17 @@ inline Vec<T> lane_numbers() {
   return x;
 }
 
-// Lane by lane; b where either is NaN.
+// Lane by lane; b where either is NaN. Compilers see one instruction in the plain form only now and then.
 template <class V>
 inline V larger(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, VecOf<float, 16>::type>) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<V, VecOf<double, 8>::type>) return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+#endif
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<V, VecOf<float, 8>::type>) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  if constexpr (std::is_same_v<V, VecOf<double, 4>::type>) return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+#endif
   return a > b ? a : b;
 }
 
