@@ -183,9 +183,11 @@ void check_operands(Checks& checks, const FastattnAttention& a, const FastattnOp
   checks.expect(o.slopes_stride == 0 || o.slopes_stride == a.q_heads, "slopes_stride: expected 0 or %lld, got %lld",
                 (long long)a.q_heads, (long long)o.slopes_stride);
   if (o.table != nullptr || o.pool != nullptr) {
-    checks.expect(o.query_offsets != nullptr && o.query_entries != nullptr && o.key_offsets != nullptr &&
-                      o.key_entries != nullptr && o.table != nullptr && o.pool != nullptr,
-                  "block_mask: expected all of its tensors or none");
+    // Tensors without elements have no address: the entries of a mask that is empty, all but the pool without rows or keys.
+    const bool tiles = a.q_len > 0 && a.kv_len > 0 && a.batch > 0 && a.q_heads > 0;
+    checks.expect(o.pool != nullptr && (!tiles || (o.table != nullptr && o.query_offsets != nullptr &&
+                                                   o.key_offsets != nullptr)),
+                  "block_mask: expected its table, offsets and pool, or none of them");
     checks.expect(o.block_batch == 1 || o.block_batch == a.batch, "block_batch: expected 1 or %lld, got %lld",
                   (long long)a.batch, (long long)o.block_batch);
     checks.expect(o.block_heads == 1 || o.block_heads == a.q_heads, "block_heads: expected 1 or %lld, got %lld",

@@ -25,8 +25,10 @@ class Scores {
   // What finished scores are multiplied by inside the exponential, in one multiply-add.
   T exponent_scale() const { return plain_ ? scale_ * T(kLog2E) : T(1); }
 
-  // How far the nearest key is from a row. ALiBi counts from there, which keeps small differences of far distances.
+  // How far the nearest key is from a row. ALiBi counts from there, which keeps small differences of far distances. Beside
+  // a sink it counts from the row: the sink stays where it is, and keys so far that they round weigh nothing beside it.
   int64_t nearest(int64_t row) const {
+    if (o_.sinks != nullptr) return 0;
     const int64_t position = row + entry_.offset;
     return most(most(-position, position - most(entry_.kv_len - 1, 0)), 0);
   }
