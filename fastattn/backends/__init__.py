@@ -23,7 +23,7 @@ _MODULES: dict[str, ModuleType] = {
 BACKENDS = tuple(_MODULES)
 
 # Order of preference. On CPU, Triton only ever interprets: never a default. "cuda" counts only where it is `unasked`.
-_PREFERENCE = {"cuda": ("cuda", "triton", "torch", "reference"), "cpu": ("cpu", "torch", "reference")}
+_PREFERENCE = {"cuda": ("cuda", "triton", "torch", "reference")}
 _PREFERENCE_ELSEWHERE = ("torch", "reference")
 
 

@@ -30,7 +30,7 @@ def leaves_for(device, **options):
     return tuple(x.requires_grad_() for x in make_qkv(device, **options))
 
 
-def gradients(leaves, dout, backend="triton", dlse=None, **options):
+def gradients(leaves, dout, backend, dlse=None, **options):
     """Gradients of `leaves` = (q, k, v) or (q, k, v, bias)."""
     names = dict(zip(INPUTS, leaves, strict=False))
     out = attention(*leaves[:3], bias=names.get("bias"), return_lse=dlse is not None, backend=backend, **options)
@@ -57,20 +57,20 @@ INCOMING = {
 
 
 @pytest.mark.parametrize("incoming", INCOMING)
-def test_incoming_gradient_of_any_strides(device, incoming):
+def test_incoming_gradient_of_any_strides(device, backend, incoming):
     leaves = leaves_for(device, lengths=(33, 70))
     dout = INCOMING[incoming]((1, 2, 33, 16)).to(HALF).to(device)
     exact, eager = by_hand(leaves, dout, torch.float64), by_hand(leaves, dout, HALF)
-    for name, *results in zip(("dq", "dk", "dv"), gradients(leaves, dout), exact, eager, strict=True):
+    for name, *results in zip(("dq", "dk", "dv"), gradients(leaves, dout, backend), exact, eager, strict=True):
         assert_parity(*results, name)
 
 
-def test_the_same_values_under_other_strides_give_the_same_bits(device):
+def test_the_same_values_under_other_strides_give_the_same_bits(device, backend):
     leaves = leaves_for(device, lengths=(33, 70))
     dout = torch.randn(1, 2, 33, 16).to(device, HALF)
-    expected = gradients(leaves, dout)
+    expected = gradients(leaves, dout, backend)
     for layout in LAYOUTS[1:]:
-        for ours, theirs in zip(gradients(leaves, relayout(dout, layout)), expected, strict=True):
+        for ours, theirs in zip(gradients(leaves, relayout(dout, layout), backend), expected, strict=True):
             assert torch.equal(ours, theirs), layout
 
 
@@ -79,7 +79,7 @@ def test_any_subset_of_the_inputs_may_want_a_gradient(device, backend, wanted):
     q, k, v = make_qkv(device, (33, 70))
     leaves = (q, k, v, make_bias(device, (2, 33, 70)))
     dout = torch.randn(q.shape).to(device, HALF)
-    expected = gradients(tuple(x.clone().requires_grad_() for x in leaves), dout)
+    expected = gradients(tuple(x.clone().requires_grad_() for x in leaves), dout, backend)
     asked = tuple(x.clone().requires_grad_(name[0] in wanted) for name, x in zip(INPUTS, leaves, strict=True))
     out = attention(*asked[:3], bias=asked[3], backend=backend)
     out.backward(dout)
@@ -118,12 +118,12 @@ def test_a_gradient_through_lse_alone(device, backend):
 def test_an_unused_lse_changes_no_bit(device, backend):
     leaves = leaves_for(device)
     dout = torch.randn(1, 2, 65, 16).to(device, HALF)
-    without = gradients(leaves, dout, causal=True)
+    without = gradients(leaves, dout, backend, causal=True)
     out, _ = attention(*leaves, causal=True, return_lse=True, backend=backend)
     for ours, theirs in zip(torch.autograd.grad(out, leaves, dout), without, strict=True):
         assert torch.equal(ours, theirs)
     zero = torch.zeros(1, 2, 65, device=device)
-    for ours, theirs in zip(gradients(leaves, dout, dlse=zero, causal=True), without, strict=True):
+    for ours, theirs in zip(gradients(leaves, dout, backend, dlse=zero, causal=True), without, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -139,7 +139,7 @@ def test_gradient_of_a_bias_that_was_broadcast_by_the_caller(device, backend):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=DTYPE_NAMES.get)
-def test_backward_repeats_bit_for_bit(device, dtype):
+def test_backward_repeats_bit_for_bit(device, backend, dtype):
     bias = make_bias(device, (2, 1, 70), requires_grad=True)
     leaves = (*leaves_for(device, lengths=(33, 70), dtype=dtype), bias)
     dout = torch.randn(1, 2, 33, 16).to(device, dtype)
@@ -147,18 +147,18 @@ def test_backward_repeats_bit_for_bit(device, dtype):
 
     def run():
         torch.manual_seed(7)
-        return gradients(leaves, dout, **options)
+        return gradients(leaves, dout, backend, **options)
 
     for name, ours, theirs in zip(INPUTS, run(), run(), strict=True):
         assert torch.equal(ours, theirs), name
 
 
-def test_backward_of_a_batch_entry_does_not_depend_on_the_others(device):
+def test_backward_of_a_batch_entry_does_not_depend_on_the_others(device, backend):
     q, k, v = (x.detach() for x in leaves_for(device, batch=3))
     dout = torch.randn(3, 2, 65, 16).to(device, HALF)
 
     def run(q, k, v, dout):
-        return gradients(tuple(x.clone().requires_grad_() for x in (q, k, v)), dout, causal=True)
+        return gradients(tuple(x.clone().requires_grad_() for x in (q, k, v)), dout, backend, causal=True)
 
     together, alone = run(q, k, v, dout), run(*(x[1:2] for x in (q, k, v, dout)))
     poisoned = [x.clone() for x in (q, k, v, dout)]
@@ -174,7 +174,7 @@ def test_gradients_accumulate_over_calls(device, backend):
     """Two calls on the same leaves, as a layer that is used twice."""
     leaves = leaves_for(device, lengths=(33, 33))
     dout = torch.randn(1, 2, 33, 16).to(device, HALF)
-    single = gradients(leaves, dout)
+    single = gradients(leaves, dout, backend)
     for _ in range(2):
         attention(*leaves, backend=backend).backward(dout)
     for leaf, gradient in zip(leaves, single, strict=True):
@@ -185,7 +185,7 @@ def test_self_attention_on_one_tensor(device, backend):
     """q, k and v are the same tensor; its gradient is the sum of three, in whichever order autograd adds them."""
     x = torch.randn(1, 2, 65, 16).to(device, SINGLE).requires_grad_()
     dout = torch.randn(x.shape).to(device)
-    parts = gradients(tuple(x.detach().clone().requires_grad_() for _ in range(3)), dout)
+    parts = gradients(tuple(x.detach().clone().requires_grad_() for _ in range(3)), dout, backend)
     attention(x, x, x, backend=backend).backward(dout)
     assert any(torch.equal(x.grad, a + b + c) for a, b, c in itertools.permutations(parts))
 
@@ -221,10 +221,10 @@ def test_saved_tensors_do_not_include_the_scores(device, backend):
     leaves = leaves_for(device, lengths=(200, 300), heads=(1, 1), dims=(8, 8))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         attention(*leaves, causal=True, dropout_p=0.1, backend=backend)
-    assert sum(x.numel() for x in saved) <= 2 * 200 * 8 + 2 * 300 * 8 + 200 + 1
+    assert sum(x.numel() for x in saved) <= 2 * 200 * 8 + 2 * 300 * 8 + 2 * 200 + 1
 
 
-def test_inputs_and_incoming_gradient_stay_as_they_are(device):
+def test_inputs_and_incoming_gradient_stay_as_they_are(device, backend):
     tensors = {
         **dict(zip("qkv", make_qkv(device, (33, 70)), strict=True)),
         "bias": make_bias(device, (2, 33, 70)),
@@ -237,7 +237,7 @@ def test_inputs_and_incoming_gradient_stay_as_they_are(device):
     leaves = tuple(tensors[name].requires_grad_() for name in INPUTS)
     for scale in (0.3, -0.3):
         gradients(
-            leaves, tensors["dout"], dlse=tensors["dlse"], causal=True, mask=tensors["mask"], dropout_p=0.2,
+            leaves, tensors["dout"], backend, dlse=tensors["dlse"], causal=True, mask=tensors["mask"], dropout_p=0.2,
             q_offset=tensors["q_offset"], scale=scale,
         )  # fmt: skip
     for name, x in tensors.items():

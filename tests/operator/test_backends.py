@@ -210,7 +210,7 @@ def test_explain_as_a_table():
     for part in ("q (1, 2, 7, 16)", "k (1, 2, 9, 16)", "bfloat16 on cpu", "causal, q_offset=2", "mask (1, 1, 1, 9)",
                  "bias (1, 2, 7, 9)", "gradient of the bias", "dropout 0.1", "lse"):  # fmt: skip
         assert part in head
-    assert [row.split()[0] for row in rows] == ["triton", "cuda", "torch", "reference"]
+    assert [row.split()[0] for row in rows] == ["triton", "cuda", "cpu", "torch", "reference"]
     assert "could serve it, not preferred here" in rows[0]
     assert "<- chosen: eager PyTorch in blocks of queries, memory O(block x Lk)" in rows[3]
 
