@@ -12,8 +12,8 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// Key heads, times pieces of their keys, that a call is divided into at least.
-constexpr int64_t kLeastTasks = 16;
+// Where there are fewer key heads, their keys are divided into pieces of at least so many blocks: each packs all queries.
+constexpr int64_t kLeastTasks = 16, kLeastBlocks = 4;
 
 // Elements between the rows of a tile: one line of the cache more than kKeys, since columns are read as well, and lines a
 // power of two apart would push each other out.
@@ -46,11 +46,14 @@ struct Memory {
   T *p, *ds, *cap;                                    // a tile: queries x keys; gradients of the cap of a row
   T* rows;                                            // values of one block, or a row of out
   T* dbias;                                           // of one head, where `reduces_dbias`
+  RowKeys* row_keys;                                  // of all queries of one head, with dropout
 
   static int64_t size(const FastattnAttention& a, const FastattnOperands& o, int64_t queries, int64_t keys) {
     const int64_t q_width = round_up(a.head_dim, kLanes<T>), v_width = round_up(a.v_dim, kLanes<T>);
-    return (reduces_dbias(o) ? o.bias_size[2] * o.bias_size[3] : 0) + keys * (3 * q_width + 2 * v_width) + queries * (2 * q_width + v_width + 1) + 2 * kQueries * kPitch<T> + kKeys +
-           kKeys * v_width;
+    const int64_t dbias = reduces_dbias(o) ? o.bias_size[2] * o.bias_size[3] : 0;
+    const int64_t of_queries = 2 * q_width + v_width + 1 + int64_t(sizeof(RowKeys) / sizeof(T));
+    return keys * (3 * q_width + 2 * v_width) + queries * of_queries + 2 * kQueries * kPitch<T> + kKeys +
+           kKeys * v_width + dbias;
   }
 
   Memory(const FastattnAttention& a, int64_t queries, int64_t keys, T* data)
@@ -69,6 +72,7 @@ struct Memory {
     ds = take(kQueries * kPitch<T>);
     cap = take(kKeys);
     rows = take(kKeys * v_width);
+    row_keys = reinterpret_cast<RowKeys*>(take(queries * int64_t(sizeof(RowKeys) / sizeof(T))));
     delta = take(queries);
     dbias = free;
   }
@@ -170,6 +174,7 @@ class Backward {
       if (g_.dlse != nullptr) delta -= static_cast<const T*>(g_.dlse)[at];
       memory_->delta[row] = delta;
       delta_poison += delta * T(0);  // 0, or NaN
+      if (o_.seed != nullptr) memory_->row_keys[row] = dropout_row_keys(*o_.seed, entry_.number, head_, row);
       if (results_.dsinks != nullptr) {  // a score whose value vector is 0
         const T sink = static_cast<const T*>(o_.sinks)[head_] * T(kLog2E) + scores.shift(row);
         dsink -= double(exp2_of_difference(Vec<T>{} + (sink - maximum(at) - log_total(at)))[0] * delta);
@@ -265,6 +270,10 @@ class Backward {
     }
     if (seen.empty()) return;
     const int64_t place = key - keys_.begin;
+    for (int r = 0; r < rows; r++) {
+      scores.prefetch(row + at + r, key, first, last);
+      if (g_.dbias != nullptr && o_.bias_size[3] > 1) prefetch_line(dbias_row(row + at + r) + key, first, last);
+    }
     product<T, Layout::kRows>(
         rows, memory_->q + (row + at) * memory_->q_width, memory_->q_width,
         memory_->key_panels + (place + first) * a_.head_dim, kTileColumns<T> * a_.head_dim, kTileColumns<T>, p + first,
@@ -304,11 +313,9 @@ class Backward {
         store(ds + i, weight * (load(ds + i) - delta));
       }
     } else {
-      const RowKeys keys = dropout_row_keys(*o_.seed, entry_.number, head_, row);
+      const RowKeys keys = memory_->row_keys[row];
       T kept[kKeys];
-      for (int i = first; i < last; i++) {
-        kept[i] = dropout_keep(keys, uint32_t(key) + uint32_t(i), threshold_) ? keep_scale_ : T(0);
-      }
+      dropout_keep(keys, uint32_t(key), first, last, threshold_, keep_scale_, kept);
       for (int i = first; i < last; i += kLanes<T>) {
         const Vec<T> weight = exp2_of_difference(load(p + i) * scale - top - rest), keep = load(kept + i);
         store(p + i, weight * keep);
@@ -353,8 +360,10 @@ class Backward {
     return static_cast<T*>(g_.dbias) + index * size[2] * size[3];
   }
 
+  T* dbias_row(int64_t row) const { return dbias_ + (o_.bias_size[2] > 1 ? row : 0) * o_.bias_size[3]; }
+
   void add_dbias(int64_t row, int64_t key, Range seen, const T* ds) {
-    T* to = dbias_ + (o_.bias_size[2] > 1 ? row : 0) * o_.bias_size[3];
+    T* to = dbias_row(row);
     if (o_.bias_size[3] > 1) {
       for (int64_t i = seen.begin; i < seen.end; i++) to[key + i] += ds[i];
     } else {
@@ -478,7 +487,7 @@ bool backward_as(
   const Problem<T> problem{a, o};
   const int64_t heads = problem.entries() * a.kv_heads, blocks = (a.kv_len + kKeys - 1) / kKeys;
   const bool whole = problem.packed() || g.dbias != nullptr || heads == 0 || heads >= kLeastTasks;
-  const int64_t pieces = whole ? 1 : most(1, least(blocks, (kLeastTasks + heads - 1) / heads));
+  const int64_t pieces = whole ? 1 : most(1, least(blocks / kLeastBlocks, (kLeastTasks + heads - 1) / heads));
   const int64_t tasks = heads * pieces, all_heads = problem.entries() * a.q_heads;
   const int64_t dq_count = pieces == 1 ? 0 : all_heads * pieces * a.q_len * round_up(a.head_dim, kLanes<T>);
   const Shared dq(size_t(dq_count) * sizeof(T)), learned(size_t(all_heads * (pieces + 1)) * sizeof(T));

@@ -25,13 +25,16 @@ inline RowKeys dropout_row_keys(int64_t seed, int64_t batch, int64_t head, int64
   return {c[0], c[1]};
 }
 
-// A full-avalanche mix of the key index, so that tile sizes do not matter.
-inline bool dropout_keep(RowKeys keys, uint32_t column, uint32_t threshold) {
-  uint32_t x = (column * 0x9E3779B1u) ^ keys.first;
+constexpr uint32_t kColumnFactor = 0x9E3779B1u;
+
+// A full-avalanche mix of the key index, so that tile sizes do not matter: 24 bits. `column` times kColumnFactor.
+template <class Bits>
+[[gnu::always_inline]] inline Bits dropout_bits(RowKeys keys, Bits scaled_column) {
+  Bits x = scaled_column ^ keys.first;
   x = (x ^ x >> 16) * 0x7FEB352Du;
   x = (x ^ x >> 15 ^ keys.second) * 0x846CA68Bu;
   x ^= x >> 16;
-  return x >> 8 >= threshold;
+  return x >> 8;
 }
 
 // The upper 24 bits, as a fraction, are compared with dropout_p as a float.
@@ -39,6 +42,24 @@ inline uint32_t dropout_threshold(double dropout_p) {
   const double scaled = double(float(dropout_p)) * double(1 << 24);
   const uint32_t whole = uint32_t(scaled);
   return whole + (double(whole) < scaled ? 1 : 0);
+}
+
+// factors[i] = kept for the keys column + i that a row keeps, else 0; for i in begin .. end, whole vectors.
+template <class T>
+inline void dropout_keep(RowKeys keys, uint32_t column, int begin, int end, uint32_t threshold, T kept, T* factors) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    constexpr int lanes = kLanes<float>;
+    VecBits scaled;
+    for (int n = 0; n < lanes; n++) scaled[n] = (column + uint32_t(begin + n)) * kColumnFactor;
+    for (int i = begin; i < end; i += lanes, scaled += lanes * kColumnFactor) {
+      const VecInt<float> bits = (VecInt<float>)dropout_bits(keys, scaled);
+      store(factors + i, bits >= int32_t(threshold) ? Vec<float>{} + kept : Vec<float>{});
+    }
+  } else {
+    for (int i = begin; i < end; i++) {
+      factors[i] = dropout_bits(keys, (column + uint32_t(i)) * kColumnFactor) >= threshold ? kept : T(0);
+    }
+  }
 }
 
 }  // namespace

@@ -115,6 +115,7 @@ class Forward {
     const int end = int(round_up(seen.end, kTileColumns<T>));
     const int64_t place = key - first_key_;
     T* s = memory_->scores;
+    for (int r = 0; r < rows; r++) scores.prefetch(row + r, key, begin, end);
     product<T, Layout::kRows>(
         rows, memory_->q + at * memory_->q_width, memory_->q_width, memory_->panels + (place + begin) * a_.head_dim,
         kTileColumns<T> * a_.head_dim, kTileColumns<T>, s + begin, kKeys, end - begin, a_.head_dim, false);
@@ -142,8 +143,9 @@ class Forward {
   }
 
   void drop(T* p, int64_t key, int begin, int end, RowKeys keys) const {
-    const uint32_t threshold = dropout_threshold(a_.dropout_p), first = uint32_t(key);
-    for (int i = begin; i < end; i++) p[i] = dropout_keep(keys, first + uint32_t(i), threshold) ? p[i] : T(0);
+    T kept[kKeys];
+    dropout_keep(keys, uint32_t(key), begin, end, dropout_threshold(a_.dropout_p), T(1), kept);
+    for (int i = begin; i < end; i += kLanes<T>) store(p + i, load(p + i) * load(kept + i));
   }
 
   // Normalises the rows of a tile and writes out, lse and statistics.

@@ -15,23 +15,15 @@ struct Placement {
 // How rows are read and written: each element type, seen from the compute type.
 template <class T>
 struct Format {
-  void (*read)(const void* from, int64_t first, T* to, int64_t count);
   bool (*read_rows)(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded);
   void (*write_row)(void* to, int64_t first, Placement place, const T* from, T factor);
 };
 
 template <class T, class Element>
-inline void read_elements(const void* from, int64_t first, T* to, int64_t count) {
-  const Element* source = static_cast<const Element*>(from) + first;
+inline void read_elements(const Element* from, T* to, int64_t count) {
   int64_t i = 0;
-  if constexpr (sizeof(Element) == sizeof(double) && sizeof(T) < sizeof(double)) {  // a bias of another precision
-    for (; i < count; i++) to[i] = T(source[i]);
-  } else if constexpr (sizeof(T) == sizeof(double) && sizeof(Element) < sizeof(double)) {
-    for (; i < count; i++) to[i] = T(widen<float>(source[i]));
-  } else {
-    for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load<T>(source + i));
-    for (; i < count; i++) to[i] = widen<T>(source[i]);
-  }
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load<T>(from + i));
+  for (; i < count; i++) to[i] = widen<T>(from[i]);
 }
 
 // Looks for NaN and infinities: their exponents are the largest.
@@ -60,11 +52,12 @@ class PoisonCheck {
 template <class T, class Element>
 bool read_rows(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded) {
   PoisonCheck<T> poison;
-  for (int64_t row = 0; row < rows; row++, first += place.stride, to += padded) {
+  const Element* source = static_cast<const Element*>(from) + first;
+  for (int64_t row = 0; row < rows; row++, source += place.stride, to += padded) {
     if (place.step == 1) {
-      read_elements<T, Element>(from, first, to, place.width);
+      read_elements(source, to, place.width);
     } else {
-      for (int64_t i = 0; i < place.width; i++) read_elements<T, Element>(from, first + i * place.step, to + i, 1);
+      for (int64_t i = 0; i < place.width; i++) to[i] = widen<T>(source[i * place.step]);
     }
     for (int64_t i = place.width; i < padded; i++) to[i] = T(0);
     for (int64_t i = 0; i < padded; i += kLanes<T>) poison.add(load(to + i));
@@ -87,21 +80,15 @@ void write_row(void* to, int64_t first, Placement place, const T* from, T factor
   }
 }
 
-// Tensors have the compute type or are narrower; a bias may have any type.
-template <class T, class Element>
-constexpr Format<T> format() {
-  if constexpr (sizeof(T) == sizeof(double) ? sizeof(Element) == sizeof(double) : sizeof(Element) < sizeof(double)) {
-    return {read_elements<T, Element>, read_rows<T, Element>, write_row<T, Element>};
-  } else {
-    return {read_elements<T, Element>, nullptr, nullptr};
-  }
-}
-
 template <class T>
 Format<T> format_of(int64_t dtype) {
-  if (dtype == FASTATTN_FLOAT16) return format<T, float16>();
-  if (dtype == FASTATTN_BFLOAT16) return format<T, bfloat16>();
-  return dtype == FASTATTN_FLOAT64 ? format<T, double>() : format<T, float>();
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return {read_rows<double, double>, write_row<double, double>};
+  } else {
+    if (dtype == FASTATTN_FLOAT16) return {read_rows<float, float16>, write_row<float, float16>};
+    if (dtype == FASTATTN_BFLOAT16) return {read_rows<float, bfloat16>, write_row<float, bfloat16>};
+    return {read_rows<float, float>, write_row<float, float>};
+  }
 }
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }

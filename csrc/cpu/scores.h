@@ -6,6 +6,56 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
+inline int64_t element_bytes(int64_t dtype) {
+  return dtype == FASTATTN_FLOAT64 ? 8 : dtype == FASTATTN_FLOAT32 ? 4 : 2;
+}
+
+// Starts loading elements `begin .. end`.
+template <class E>
+inline void prefetch_line(const E* from, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(E))) __builtin_prefetch(from + i);
+}
+
+// A finite bias stays finite in base 2: a row of the lowest numbers weighs all its keys alike.
+template <class T>
+inline Vec<T> bias_in_base_2(Vec<T> bias) {
+  constexpr T largest = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
+  const Vec<T> scaled = bias * T(kLog2E);
+  const Vec<T> kept = -larger(Vec<T>{} - largest, -larger(Vec<T>{} - largest, scaled));
+  return bias - bias == T(0) ? kept : scaled;
+}
+
+// s[i] += bias[i] for `count` elements, `step` apart.
+template <class T, class Element>
+void add_bias_row(const void* bias, int64_t first, int64_t step, T* s, int64_t count) {
+  const Element* from = static_cast<const Element*>(bias) + first;
+  constexpr bool same_lanes = sizeof(T) == 4 ? sizeof(Element) <= 4 : sizeof(Element) == 8;
+  using Wide = std::conditional_t<sizeof(Element) == 8, double, float>;
+  int64_t i = 0;
+  if constexpr (same_lanes) {
+    for (; step == 1 && i + kLanes<T> <= count; i += kLanes<T>) {
+      store(s + i, load(s + i) + bias_in_base_2<T>(load<T>(from + i)));
+    }
+  }
+  for (; i < count; i += kLanes<T>) {
+    const int64_t lanes = least(kLanes<T>, count - i);
+    Vec<T> x{};
+    for (int64_t n = 0; n < lanes; n++) x[n] = T(widen<Wide>(from[(i + n) * step]));
+    x = bias_in_base_2<T>(x);
+    for (int64_t n = 0; n < lanes; n++) s[i + n] += x[n];
+  }
+}
+
+template <class T>
+using AddBiasRow = void (*)(const void* bias, int64_t first, int64_t step, T* s, int64_t count);
+
+template <class T>
+AddBiasRow<T> add_bias_row_of(int64_t dtype) {
+  if (dtype == FASTATTN_FLOAT16) return add_bias_row<T, float16>;
+  if (dtype == FASTATTN_BFLOAT16) return add_bias_row<T, bfloat16>;
+  return dtype == FASTATTN_FLOAT64 ? add_bias_row<T, double> : add_bias_row<T, float>;
+}
+
 // What one query head adds to its products. A term that is absent costs a branch per row and block.
 template <class T>
 class Scores {
@@ -18,7 +68,8 @@ class Scores {
         scale_(T(problem.a.scale)),
         slope_(problem.slope(entry, head) * T(kLog2E)),
         has_slope_(problem.o.alibi_slopes != nullptr),
-        bias_format_(format_of<T>(problem.o.bias_dtype)) {
+        add_bias_row_(add_bias_row_of<T>(problem.o.bias_dtype)),
+        bias_bytes_(element_bytes(problem.o.bias_dtype)) {
     plain_ = softcap_ == T(0) && !has_slope_ && o_.bias.data == nullptr && scale_ > T(0);
   }
 
@@ -61,6 +112,15 @@ class Scores {
     for (int i = high; i < end; i++) s[i] = -kInfinity<T>;
   }
 
+  // Starts loading what `finish_scores` will read: rows of a bias or a mask are too far apart for the processor to foresee.
+  void prefetch(int64_t row, int64_t column, int begin, int end) const {
+    if (o_.bias.data != nullptr && o_.bias.stride[3] == 1) {
+      prefetch_line(static_cast<const char*>(o_.bias.data) + (bias_row(row) + column) * bias_bytes_, begin * bias_bytes_,
+                    end * bias_bytes_);
+    }
+    if (o_.mask.data != nullptr && o_.mask.stride[3] == 1) prefetch_line(mask_row(row) + column, begin, end);
+  }
+
   // |position of the row - key|.
   int64_t distance(int64_t row, int64_t key) const {
     const int64_t d = row + entry_.offset - key;
@@ -83,28 +143,8 @@ class Scores {
   }
 
   void add_bias(T* s, int64_t row, int64_t column, int low, int high) const {
-    const FastattnView& bias = o_.bias;
-    const int64_t base = entry_.batch * bias.stride[0] + head_ * bias.stride[1] + row * bias.stride[2];
-    T values[kKeys];
-    const int64_t step = bias.stride[3];
-    if (step == 1) {
-      if (low < high) bias_format_.read(bias.data, base + column + low, values + low, high - low);
-    } else if (step == 0) {
-      T same = T(0);
-      bias_format_.read(bias.data, base, &same, 1);
-      for (int i = low; i < high; i++) values[i] = same;
-    } else {
-      for (int i = low; i < high; i++) bias_format_.read(bias.data, base + (column + i) * step, values + i, 1);
-    }
-    // A finite bias stays finite in base 2: a row of the lowest numbers weighs all its keys alike.
-    constexpr T largest = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
-    for (int i = low; i < high; i++) {
-      const T value = values[i];
-      T scaled = value * T(kLog2E);
-      scaled = scaled < -largest && value >= -largest ? -largest : scaled;
-      scaled = scaled > largest && value <= largest ? largest : scaled;
-      s[i] += scaled;
-    }
+    const int64_t step = o_.bias.stride[3];
+    add_bias_row_(o_.bias.data, bias_row(row) + (column + low) * step, step, s + low, high - low);
   }
 
   void subtract_distance(T* s, int64_t row, int64_t column, int begin, int end) const {
@@ -116,10 +156,8 @@ class Scores {
   }
 
   void apply_mask(T* s, int64_t row, int64_t column, int low, int high) const {
-    const FastattnView& mask = o_.mask;
-    const int64_t step = mask.stride[3];
-    const uint8_t* keep = static_cast<const uint8_t*>(mask.data) + entry_.batch * mask.stride[0] +
-                          head_ * mask.stride[1] + row * mask.stride[2] + column * step;
+    const int64_t step = o_.mask.stride[3];
+    const uint8_t* keep = mask_row(row) + column * step;
     if (step == 1) {
       for (int i = low; i < high; i++) s[i] = keep[i] ? s[i] : -kInfinity<T>;
     } else {
@@ -127,12 +165,19 @@ class Scores {
     }
   }
 
+  int64_t row_of(const FastattnView& view, int64_t row) const {
+    return entry_.batch * view.stride[0] + head_ * view.stride[1] + row * view.stride[2];
+  }
+  int64_t bias_row(int64_t row) const { return row_of(o_.bias, row); }
+  const uint8_t* mask_row(int64_t row) const { return static_cast<const uint8_t*>(o_.mask.data) + row_of(o_.mask, row); }
+
   const FastattnOperands& o_;
   Entry entry_;
   int64_t head_;
   T softcap_, scale_, slope_;
   bool has_slope_, plain_;
-  Format<T> bias_format_;
+  AddBiasRow<T> add_bias_row_;
+  int64_t bias_bytes_;
 };
 
 // Visits the blocks of keys that some rows of a tile of queries see: `visit(first key, tile of the block mask or null)`.
