@@ -140,7 +140,7 @@ class Backward {
   void query_head(int64_t head) {
     const Scores<T> scores(problem_, entry_, head);
     head_ = head;
-    pack_queries(scores);
+    pack_queries();
     fill(memory_->dq, entry_.q_len * memory_->q_width, T(0));
     dslope_ = 0.0;
     const bool dbias_apart = g_.dbias != nullptr && reduces_dbias(o_);
@@ -155,7 +155,7 @@ class Backward {
   }
 
   // q, dout and delta of the head; and the gradient of its sink.
-  void pack_queries(const Scores<T>& scores) {
+  void pack_queries() {
     const Rows<T> dout = problem_.q_rows(g_.dout, entry_, head_, a_.v_dim);
     const Rows<T> out = problem_.q_rows(a_.out, entry_, head_, a_.v_dim);
     const Rows<T> q = problem_.q_rows(a_.q, entry_, head_, a_.head_dim);
@@ -176,7 +176,7 @@ class Backward {
       delta_poison += delta * T(0);  // 0, or NaN
       if (o_.seed != nullptr) memory_->row_keys[row] = dropout_row_keys(*o_.seed, entry_.number, head_, row);
       if (results_.dsinks != nullptr) {  // a score whose value vector is 0
-        const T sink = static_cast<const T*>(o_.sinks)[head_] * T(kLog2E) + scores.shift(row);
+        const T sink = static_cast<const T*>(o_.sinks)[head_] * T(kLog2E);
         dsink -= double(exp2_of_difference(Vec<T>{} + (sink - maximum(at) - log_total(at)))[0] * delta);
       }
     }

@@ -157,8 +157,7 @@ class Forward {
       T factor = problem_.keep_scale();
       const T shift = scores.shift(row + i);
       if (problem_.o.sinks != nullptr) {  // one more score, whose value vector is 0
-        T sink = static_cast<const T*>(problem_.o.sinks)[head] * T(kLog2E) + shift;
-        factor *= online_softmax_of_one(sink, maximum, sum);
+        factor *= online_softmax_of_one(static_cast<const T*>(problem_.o.sinks)[head] * T(kLog2E), maximum, sum);
       }
       const bool empty = sum == T(0);
       const T total = empty ? T(1) : sum;

@@ -177,7 +177,7 @@ inline void store_narrow(bfloat16* to, Vec<float> x) {
 
 inline void store_narrow(float16* to, Vec<float> x) {
 #if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && FASTATTN_VECTOR_BYTES == 32
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -198,8 +198,8 @@ inline Vec<T> lane_numbers() {
 template <class V>
 inline V larger(V a, V b) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<V, VecOf<float, 16>::type>) return (V)_mm512_max_ps((__m512)a, (__m512)b);
-  if constexpr (std::is_same_v<V, VecOf<double, 8>::type>) return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+  if constexpr (std::is_same_v<V, VecOf<float, 16>::type>) return (V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+  if constexpr (std::is_same_v<V, VecOf<double, 8>::type>) return (V)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
 #endif
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<V, VecOf<float, 8>::type>) return (V)_mm256_max_ps((__m256)a, (__m256)b);
