@@ -83,7 +83,7 @@ clean:  ## remove the environment, caches and build output
 	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks fastattn/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(CPU_LIBRARY): $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h) setup.py fastattn/backends/cpu_library.py | $(VENV)/.stamp-test
+$(CPU_LIBRARY): $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h) setup.py fastattn/backends/cpu/library.py | $(VENV)/.stamp-test
 	FASTATTN_BUILD_CPU=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 

@@ -131,7 +131,7 @@ class BuildNative(build_ext):
         compiler = cpp_compiler()
         assert compiler is not None
         extra = shlex.split(os.environ.get("FASTATTN_CPU_FLAGS", ""))  # sanitizers, test variants
-        digest = runpy.run_path("fastattn/backends/cpu_library.py")["source_digest"](Path("csrc/cpu"))
+        digest = runpy.run_path("fastattn/backends/cpu/library.py")["source_digest"](Path("csrc/cpu"))
         folder = Path(self.build_temp) / "cpu"
         folder.mkdir(parents=True, exist_ok=True)
         objects = cpu_objects("-DFASTATTN_TEST_VARIANTS" in extra)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
 from fastattn import backends
-from fastattn.backends import cpu_library
+from fastattn.backends.cpu import library as cpu_library
 from fastattn.spec import AttentionSpec, CacheSpec, make_cache_spec, make_spec
 from fastattn.spec.target import TARGETS, Target, assume
 

@@ -49,7 +49,7 @@ def device(request) -> str:
 def needs_cpu_library(request):
     """A test of the CPU kernels needs them compiled: `tests/cpu` fails where they could be and are not."""
     if parameter(request, "backend") == "cpu":
-        from fastattn.backends import cpu_library
+        from fastattn.backends.cpu import library as cpu_library
 
         if problem := cpu_library.problem():
             pytest.skip(f"the CPU library is {problem}")

@@ -1,5 +1,5 @@
 // The C interface: no PyTorch, no Python, nothing but pointers and 8-byte numbers, so that Python packs a call into bytes.
-// `fastattn/backends/cpu.py` is its other side: it lists the fields of each struct in this order.
+// `fastattn/backends/cpu` is its other side: it lists the fields of each struct in this order.
 #pragma once
 
 #include <cstdint>

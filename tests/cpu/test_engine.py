@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fastattn import BlockMask, attention, attention_varlen, attention_with_kvcache
-from fastattn.backends import cpu, cpu_library
+from fastattn.backends import cpu
+from fastattn.backends.cpu import library as cpu_library
 from fastattn.spec import Operands, Options
 from fastattn.testing import check_attention
 from tests.support.attention_cases import BFLOAT, DOUBLE, DTYPE_NAMES, HALF, INF, SINGLE, make_qkv

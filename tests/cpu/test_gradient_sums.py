@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastattn import BlockMask, attention
-from fastattn.backends import cpu_library
+from fastattn.backends.cpu import library as cpu_library
 from fastattn.testing import check_attention
 
 pytestmark = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"{cpu_library.problem()}")

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.backends import cpu, cpu_library
+from fastattn.backends import cpu
+from fastattn.backends.cpu import library as cpu_library
 from fastattn.spec import Operands, Options
 
 ROOT = Path(__file__).resolve().parents[2]

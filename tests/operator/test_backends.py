@@ -212,7 +212,7 @@ def test_explain_as_a_table():
         assert part in head
     assert [row.split()[0] for row in rows] == ["triton", "cuda", "cpu", "torch", "reference"]
     assert "could serve it, not preferred here" in rows[0]
-    assert "<- chosen: eager PyTorch in blocks of queries, memory O(block x Lk)" in rows[3]
+    assert "<- chosen: eager PyTorch in blocks of queries, memory O(block x Lk)" in rows[4]
 
 
 def test_explain_computes_nothing():

@@ -147,7 +147,7 @@ ARROWS = {
     "__init__": {
         *("backends", "backends.reference", "block_mask", "flops", "functional", "inference", "integrations", "nn")
     },
-    "__main__": {"", "backends", "spec"},
+    "__main__": {"", "backends", "backends.cpu", "spec"},
     "_check": set(),
     "examples": {"", "functional", "inference", "integrations", "nn"},
     "integrations": {"backends", "block_mask", "functional", "integrations", "nn", "ops", "spec"},
@@ -158,7 +158,7 @@ ARROWS = {
     "flops": {"ops"},
     "ops": {"backends", "ops", "spec"},
     "backends": {f"backends.{name}" for name in ROOMS_OF_BACKENDS} | {"backends", "spec"},
-    "backends.cpu": {"spec"},
+    "backends.cpu": {"backends.cpu", "spec"},
     "backends.cuda": {"spec"},
     "backends.reference": {"backends.reference", "block_mask", "spec"},
     "backends.torch_sdpa": {"spec"},

@@ -309,7 +309,7 @@ class TestCpuLibrary:
         pip_install(python, wheel, cwd=tmp_path)
         code = """
             import torch, fastattn
-            from fastattn.backends import cpu_library
+            from fastattn.backends.cpu import library as cpu_library
             assert cpu_library.problem() is None, cpu_library.problem()
             q, cache = torch.randn(1, 2, 1, 16), torch.randn(1, 8, 2, 16)
             call = fastattn.attention_with_kvcache

@@ -9,7 +9,7 @@ import struct
 import torch
 from torch import Tensor
 
-from fastattn.backends import cpu_library
+from fastattn.backends.cpu import library
 from fastattn.spec import AttentionSpec, CacheSpec, Gradients, Operands, Options
 
 STATISTICS_UNIT = math.log2(math.e)
@@ -44,9 +44,9 @@ def _reasons(q: Tensor, v_dim: int) -> list[str]:
         return [f"runs on CPUs, the tensors are on {q.device.type!r}"]
     reasons = []
     if torch.compiler.is_compiling():  # which cannot load it: the call itself then says what is wrong with it
-        if not cpu_library.PRESENT:
-            reasons.append(cpu_library.MISSING)
-    elif problem := cpu_library.problem():
+        if not library.PRESENT:
+            reasons.append(library.MISSING)
+    elif problem := library.problem():
         reasons.append(problem)
     if q.shape[3] > _WIDEST or v_dim > _WIDEST:
         reasons.append(f"head dims up to {_WIDEST}, got D = {q.shape[3]}, Dv = {v_dim}")
@@ -63,9 +63,8 @@ def forward(
     """
     attention = _pack_attention(out, lse, statistics, q, k, v, options)
     packed, _kept = _pack_operands(operands, q, k)
-    library = cpu_library.load()
-    if status := library.fastattn_cpu_forward(attention, packed):
-        cpu_library.check(status)
+    if status := library.load().fastattn_cpu_forward(attention, packed):
+        library.check(status)
 
 
 def backward(
@@ -87,9 +86,8 @@ def backward(
         gradients.dq.data_ptr(), *gradients.dq.stride(), gradients.dk.data_ptr(), *gradients.dk.stride(),
         gradients.dv.data_ptr(), *gradients.dv.stride(), *map(_address, fill),
     )  # fmt: skip
-    library = cpu_library.load()
-    if status := library.fastattn_cpu_backward(attention, packed, arguments):
-        cpu_library.check(status)
+    if status := library.load().fastattn_cpu_backward(attention, packed, arguments):
+        library.check(status)
     for gradient, computed in zip(learned, fill, strict=True):
         if gradient is not None and computed is not None and computed is not gradient:
             gradient.copy_(computed)
@@ -107,9 +105,8 @@ def kv_cache_append(
         v_cache.data_ptr(), *v_cache.stride(), lens.data_ptr(), *_table(table), k.element_size(),
         batch, kv_heads, new_len, head_dim, v.shape[3], *pages,
     )  # fmt: skip
-    library = cpu_library.load()
-    if status := library.fastattn_cpu_append(arguments):
-        cpu_library.check(status)
+    if status := library.load().fastattn_cpu_append(arguments):
+        library.check(status)
 
 
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
@@ -133,9 +130,8 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
         batch, q_heads, kv_heads, q_len, head_dim, v_dim, *pages, spec.added, _side(spec.left), _side(spec.right),
         spec.scale, spec.softcap or 0.0,
     )  # fmt: skip
-    library = cpu_library.load()
-    if status := library.fastattn_cpu_decode(arguments):
-        cpu_library.check(status)
+    if status := library.load().fastattn_cpu_decode(arguments):
+        library.check(status)
     return None
 
 
@@ -172,9 +168,9 @@ def _cached(cache: Tensor, block_table: Tensor | None, entries: slice, length: i
 
 
 def _team() -> tuple[int, int]:
-    if cpu_library.forked():
+    if library.forked():
         return 1, 0
-    return torch.get_num_threads(), cpu_library.parallel_address()
+    return torch.get_num_threads(), library.parallel_address()
 
 
 def _side(side: int | None) -> int:

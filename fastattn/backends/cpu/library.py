@@ -1,4 +1,4 @@
-"""The CPU library: found, checked, loaded. `csrc/cpu/interface.h` is its other side, `cpu.py` calls it.
+"""The CPU library: found, checked, loaded. `csrc/cpu/interface.h` is its other side, `fastattn.backends.cpu` calls it.
 
 Only the standard library is imported here: `setup.py` takes `source_digest` from this file where PyTorch is missing.
 """
@@ -14,11 +14,12 @@ from pathlib import Path
 ABI = 1
 BUILD = "make ext-cpu, or install again where a C++ compiler is found"
 
-_LIBRARY = Path(__file__).parents[1] / "libfastattn_cpu.so"  # nowhere else: no search path, no variable
+_PACKAGE = Path(__file__).resolve().parents[2]
+_LIBRARY = _PACKAGE / "libfastattn_cpu.so"  # nowhere else: no search path, no variable
 PRESENT = _LIBRARY.is_file()
 """A constant, because a trace cannot look for files."""
 MISSING = f"not compiled: {BUILD}"
-_SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"  # in a checkout
+_SOURCES = _PACKAGE.parent / "csrc" / "cpu"  # in a checkout
 _BAD_ARGUMENT = 1
 
 
