@@ -1,8 +1,15 @@
 """Checks of settings: each raises an error that names the setting, what was expected and what came."""
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def integer(name: str, value: object, least: int = 1) -> None:
@@ -44,3 +51,22 @@ def tokens(name: str, value: object) -> None:
     assert isinstance(value, Tensor)
     if value.is_floating_point() or value.is_complex() or value.dtype.itemsize < 4:
         raise TypeError(f"{name}.dtype: expected int32 or int64, got {value.dtype}")
+
+
+def keywords(**cures: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Of a function: an unknown keyword that other packages use raises an error that says what it is called here."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        names = frozenset(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs:
+                if name not in names:
+                    cure = f"; here it is {cures[name]}" if name in cures else ""
+                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{cure}")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fastattn.nn as fnn
 from fastattn.nn.attention import adopt, unblock_fast_path
@@ -37,7 +39,8 @@ class ConversionReport:
 
     Attributes:
         converted: modules that changed their class.
-        skipped: attention and Transformer modules that kept theirs, each with the reason.
+        skipped: attention and Transformer modules that kept theirs, each with the reason; and modules of other
+            classes whose code calls `torch.nn.functional.scaled_dot_product_attention`.
         untouched: number of all other modules.
     """
 
@@ -62,6 +65,8 @@ def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
     optimizer made before still trains it, modules used twice stay shared, and `model` itself may be one of them.
     Subclasses of torch.nn's classes are skipped, since their code may not survive the change; modules inside them are
     converted. Run it before wrappers that change classes themselves (FSDP2's `fully_shard`, parametrizations).
+    `torch.fx.symbolic_trace` records a converted layer as one call, as it does torch.nn's. `torch.jit.script` refuses
+    them: script the model after `revert`, or use `torch.export`.
 
     Args:
         model: any module.
@@ -79,7 +84,10 @@ def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
     converted, skipped, untouched = [], [], 0
     for name, module in model.named_modules():
         if not isinstance(module, tuple(_PAIRS)):
-            untouched += 1
+            if _calls_sdpa(type(module)):
+                skipped.append(ModuleRecord(name, _qualified_name(type(module)), _SDPA))
+            else:
+                untouched += 1
             continue
         kind, reason = _qualified_name(type(module)), _why_not(module)
         if reason is None and filter_fn is not None and not filter_fn(module, name):
@@ -125,6 +133,11 @@ def revert(model: nn.Module) -> ConversionReport:
 def _why_not(module: nn.Module) -> str | None:
     """Why `convert` must leave this module alone, or None."""
     cls = type(module)
+    if parametrize.is_parametrized(module) and cls.__mro__[1] in _PAIRS:
+        return (
+            "it is parametrised, which made a class of its own: convert the model first, then parametrise it; or call "
+            "torch.nn.utils.parametrize.remove_parametrizations before"
+        )
     if isinstance(module, tuple(_PAIRS.values())):
         return "already fastattn's"
     if cls not in _PAIRS:
@@ -133,6 +146,29 @@ def _why_not(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     return None
+
+
+_SDPA = (
+    "it calls torch.nn.functional.scaled_dot_product_attention itself: fastattn.activate() puts fastattn behind that "
+    "function, or call fastattn.scaled_dot_product_attention in its place"
+)
+
+
+def _calls_sdpa(cls: type) -> bool:
+    """Whether a method of the class, or of a base outside of torch, names that function."""
+    functions = [
+        function
+        for base in cls.__mro__
+        if not base.__module__.startswith(("torch.", "fastattn.")) and base is not object
+        for function in vars(base).values()
+    ]
+    return any(_names(getattr(f, "__code__", None), "scaled_dot_product_attention") for f in functions)
+
+
+def _names(code: CodeType | None, name: str) -> bool:
+    if code is None:
+        return False
+    return name in code.co_names or any(_names(c, name) for c in code.co_consts if isinstance(c, CodeType))
 
 
 def _check_model(model: nn.Module, caller: str) -> None:

@@ -5,7 +5,7 @@ Dimensions in comments: N batch, L query length, S key length, E embedding, H he
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastattn.functional import attention
 from fastattn.nn.cache import KVCache
+from fastattn.nn.tracing import fx_leaf, refuse_torchscript
 
 __all__ = ["MultiheadAttention"]
 
@@ -50,6 +51,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
         block_fast_path(self)
 
+    @fx_leaf
     def forward(
         self,
         query: Tensor,
@@ -137,6 +139,9 @@ class MultiheadAttention(nn.MultiheadAttention):
                 weights = weights.squeeze(0)
         return out, weights
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_torchscript(self)
+
     def step(self, x: Tensor, cache: KVCache, layer: int = 0) -> Tensor:
         """Causal self-attention of new elements, which `cache` keeps, to all that it holds; without gradient.
 
@@ -157,14 +162,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Keys and values of (N, S, E) with `batch_first`, else (S, N, E), for `step_cross`: (N, H, S, D) each."""
         if self.bias_k is not None or self.add_zero_attn or self.in_proj_weight is None:
             raise ValueError("MultiheadAttention.keys_values: expected no add_bias_kv, add_zero_attn, kdim and vdim")
-        E, b = self.embed_dim, self.in_proj_bias
+        E, b = self.embed_dim, self._in_proj_bias()
         k, v = F.linear(memory, self.in_proj_weight[E:], None if b is None else b[E:]).chunk(2, dim=-1)
         return self._split_heads(k), self._split_heads(v)
 
     def step_cross(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Cross-attention to what `keys_values` made. mask: boolean, broadcastable to (N, H, L, S), True takes part."""
-        E, b = self.embed_dim, self.in_proj_bias
+        E, b = self.embed_dim, self._in_proj_bias()
         q = F.linear(x, self.in_proj_weight[:E], None if b is None else b[:E])
+        k, v = k.to(q.dtype), v.to(q.dtype)  # they may have been made outside of autocast
         return self._merge_heads(attention(self._split_heads(q), k, v, mask=mask))
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -180,7 +186,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three input projections, in as few matrix products as the identity of the inputs allows."""
         E = self.embed_dim
-        w, b = self.in_proj_weight, self.in_proj_bias
+        w, b = self.in_proj_weight, self._in_proj_bias()
         if w is None:  # kdim or vdim differ from embed_dim
             b_q, b_k, b_v = (None, None, None) if b is None else b.chunk(3)
             return F._in_projection(  # pyright: ignore[reportAttributeAccessIssue]
@@ -198,6 +204,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         w_k, w_v = w_kv.chunk(2)
         b_k, b_v = (None, None) if b_kv is None else b_kv.chunk(2)
         return q, F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+
+    def _in_proj_bias(self) -> Tensor | None:
+        """The bias in the dtype of the weights: a checkpoint may hold it in another, which a matrix product refuses."""
+        b = self.in_proj_bias
+        if b is None:
+            return None
+        weight = self.in_proj_weight if self.in_proj_weight is not None else self.q_proj_weight
+        return b if b.dtype == weight.dtype else b.to(weight.dtype)
 
     def _check_embeddings(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> None:
         """Refuse embedding sizes that do not fit, with torch.nn's texts (which print shapes sequence first)."""
@@ -222,6 +236,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         if x.layout != torch.strided or not self.batch_first:
             raise TypeError(_NO_NESTED)
         lengths = [row.shape[0] for row in x.unbind()]
+        if not any(lengths):  # nothing to attend: neither padding nor a projection has a meaning
+            return torch.nested.as_nested_tensor([self.out_proj(row) for row in x.unbind()])
         padded = x.to_padded_tensor(0.0)  # (N, L, E)
         position = torch.arange(padded.shape[1], device=x.device)
         padding = position >= torch.tensor(lengths, device=x.device)[:, None]  # (N, L)
@@ -328,13 +344,15 @@ def _attention_with_weights(
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, H, L, S)
     if mask is not None:
         additive = _additive(mask, scores.dtype)
-        bias = additive if bias is None else bias.to(scores.dtype) + additive
+        bias = additive if bias is None else bias + additive
     if bias is None:
         weights = scores.softmax(dim=-1)
     else:
+        # In float32 at least: a half has no room for the smallest float32, which many masks hold in place of -inf.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores + bias.to(scores.dtype)
         # A row with nothing allowed would be NaN, and its gradient too: give it finite scores, then zero weights.
-        nothing = (bias == float("-inf")).all(dim=-1, keepdim=True)
-        scores += bias.to(scores.dtype).masked_fill(nothing, 0.0)
-        weights = scores.softmax(dim=-1).masked_fill(nothing, 0.0)
+        nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)
+        weights = scores.masked_fill(nothing, 0.0).softmax(dim=-1).masked_fill(nothing, 0.0).to(v.dtype)
     weights = F.dropout(weights, dropout_p)
     return weights @ v, weights

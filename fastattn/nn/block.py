@@ -114,7 +114,7 @@ class Attention(nn.Module):
         options: dict[str, Any] = {"softcap": self.softcap, "sinks": self.sinks}
         if self.cross:
             if cache is not None and cache.memory is not None:
-                k, v = cache.memory[self.layer]  # (N, K, S, D)
+                k, v = (t.to(q.dtype) for t in cache.memory[self.layer])  # (N, K, S, D), made outside of autocast perhaps
                 out = attention(q.transpose(1, 2), k, v, mask=mask, **options).transpose(1, 2)
                 return self.out_proj(out.flatten(-2))
             if memory is None:
@@ -128,7 +128,7 @@ class Attention(nn.Module):
                 options["alibi_slopes"] = self.alibi.slopes(self.num_heads, x.device) if slopes is None else slopes
             if self.rope is not None:
                 if rotary is None:
-                    rotary = self.rope.tables(positions(x, cu_seqlens, cache), self.head_dim)
+                    rotary = self.rope.tables(positions(x, cu_seqlens, cache), self.head_dim, x.dtype)
                 both = rotate(torch.cat([q, k], dim=-2), rotary)  # in one go: a decode step is made of small operations
                 q, k = both.split((self.num_heads, self.num_kv_heads), dim=-2)
 

@@ -7,6 +7,8 @@ entry or more, by which a cache that is full raises before anything is written.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +43,10 @@ class KVCache:
     """
 
     chunk: int | None = None
+    provisional: bool = False
+    """Nobody chose the dtype or the device: the first keys do, while the cache is empty."""
 
+    @torch.inference_mode(False)  # an inference tensor could not be written to outside
     def __init__(
         self,
         num_layers: int,
@@ -88,6 +93,16 @@ class KVCache:
                 f"cache: expected room for {new} more tokens, got {self.length} of {self.capacity} places in use"
             )
 
+    def settle(self, device: torch.device) -> None:
+        """Move an empty cache whose device nobody chose to `device`; the models call it before each step."""
+        if not self.provisional or self.length or self.lens.device == device:
+            return
+        with torch.inference_mode(False):
+            self.lens = torch.zeros_like(self.lens, device=device)
+            self.k, self.v = ([torch.empty_like(x, device=device) for x in buffers] for buffers in (self.k, self.v))
+            if self.block_table is not None:
+                self.block_table = self.block_table.to(device)
+
     def positions(self, new: int) -> Tensor:
         """Where the next `new` tokens of each entry stand: (batch, new)."""
         return self.lens[:, None] + torch.arange(new, device=self.lens.device, dtype=self.lens.dtype)
@@ -97,9 +112,18 @@ class KVCache:
 
         `lens` stays as it is, since all layers of a step append at one place: `advance` moves it.
         """
-        lens = self.lens if self.length else 0  # a prompt is told as such
+        if self.provisional and not self.length and (k.dtype, k.device) != _kind_of(self.k[layer]):
+            with torch.inference_mode(False):  # the layers compute in another dtype than that of their parameters
+                self.k[layer], self.v[layer] = (
+                    torch.empty_like(x, dtype=k.dtype, device=k.device) for x in (self.k[layer], self.v[layer])
+                )
+        lens: int | Tensor = 0 if not self.length else self.lens  # a prompt is told as such
+        table = self.block_table
+        if self.lens.device != k.device:  # layers on several devices
+            lens = lens if isinstance(lens, int) else lens.to(k.device)
+            table = None if table is None else table.to(k.device)
         return attention_with_kvcache(
-            q, self.k[layer], self.v[layer], k, v, cache_lens=lens, block_table=self.block_table, **options
+            q, self.k[layer], self.v[layer], k, v, cache_lens=lens, block_table=table, **options
         )
 
     def advance(self, new: int, lengths: Tensor | None = None) -> None:
@@ -115,6 +139,7 @@ class KVCache:
         self.lens.clamp_(max=length)
         self.length = min(self.length, length)
 
+    @torch.inference_mode(False)
     def select(self, index: Tensor) -> None:
         """Entry b becomes a copy of what entry index[b] was; index (batch,), or of any length for another batch.
 
@@ -142,6 +167,7 @@ class DynamicCache(KVCache):
         self.capacity = max(needed, 2 * self.capacity)
         self.k, self.v = ([self._grown(x) for x in buffers] for buffers in (self.k, self.v))
 
+    @torch.inference_mode(False)
     def _grown(self, x: Tensor) -> Tensor:
         larger = x.new_empty(x.shape[0], self.capacity, *x.shape[2:])
         larger[:, : x.shape[1]] = x
@@ -183,9 +209,14 @@ class SlidingWindowCache(KVCache):
         self.chunk = chunk
         self._pages = -(-(window + chunk - 1) // page_size) + 1  # as many as `window + chunk` positions can touch
         super().__init__(num_layers, batch, capacity, num_kv_heads, head_dim, device=device, dtype=dtype)
-        table = torch.arange(-(-self.capacity // page_size), dtype=torch.int32, device=self.lens.device) % self._pages
-        first = torch.arange(self.batch, dtype=torch.int32, device=self.lens.device) * self._pages
-        self.block_table = first[:, None] + table
+        with torch.inference_mode(False):
+            self.block_table = self._table(self.batch)
+
+    def _table(self, batch: int) -> Tensor:
+        """Which page of the cache each page of a text has, for every entry: int32 (batch, pages of a text)."""
+        options: dict[str, Any] = {"dtype": torch.int32, "device": self.lens.device}
+        table = torch.arange(-(-self.capacity // self.page_size), **options) % self._pages
+        return torch.arange(batch, **options)[:, None] * self._pages + table
 
     def _rows(self, batch: int) -> tuple[int, int]:
         return batch * self._pages, self.page_size
@@ -204,14 +235,14 @@ class SlidingWindowCache(KVCache):
     def crop(self, length: int) -> None:
         raise ValueError("cache: a sliding window has forgotten what it would need to go back")
 
+    @torch.inference_mode(False)
     def select(self, index: Tensor) -> None:
         _check_index(index, self.batch)
         pages = (index[:, None] * self._pages + torch.arange(self._pages, device=index.device)).flatten()
         self.k, self.v = ([_selected(x, pages) for x in buffers] for buffers in (self.k, self.v))
         self._select_lengths(index)
         if self.block_table is not None and index.shape[0] != self.block_table.shape[0]:
-            first = torch.arange(index.shape[0], dtype=torch.int32, device=index.device) * self._pages
-            self.block_table = first[:, None] + self.block_table[:1]
+            self.block_table = self._table(index.shape[0])
 
 
 class PagedCache(KVCache):
@@ -247,9 +278,10 @@ class PagedCache(KVCache):
             check.integer(name, value)
         self.page_size, self._num_pages = page_size, num_pages
         super().__init__(num_layers, batch, capacity, num_kv_heads, head_dim, device=device, dtype=dtype)
-        self.block_table = torch.zeros(
-            self.batch, -(-self.capacity // page_size), dtype=torch.int32, device=self.lens.device
-        )
+        with torch.inference_mode(False):
+            self.block_table = torch.zeros(
+                self.batch, -(-self.capacity // page_size), dtype=torch.int32, device=self.lens.device
+            )
         self._owned: list[list[int]] = [[] for _ in range(self.batch)]
         self._free = list(range(self.k[0].shape[0]))[::-1]
         self._room = 0  # tokens for which every entry has a place already, at least
@@ -289,10 +321,9 @@ class PagedCache(KVCache):
 
     def _write_table(self) -> None:
         assert self.block_table is not None
-        table = torch.zeros(self.block_table.shape, dtype=torch.int32)
-        for row, own in zip(table, self._owned, strict=True):
-            row[: len(own)] = torch.tensor(own, dtype=torch.int32)
-        self.block_table.copy_(table)
+        width = self.block_table.shape[1]
+        rows = [own + [0] * (width - len(own)) for own in self._owned]
+        self.block_table.copy_(torch.tensor(rows, dtype=torch.int32, device="cpu"))
 
     def advance(self, new: int, lengths: Tensor | None = None) -> None:
         super().advance(new, lengths)
@@ -313,6 +344,7 @@ class PagedCache(KVCache):
             del own[kept:]
         self._room = 0
 
+    @torch.inference_mode(False)
     def select(self, index: Tensor) -> None:
         _check_index(index, self.batch)
         sources, lens = index.tolist(), self.lens.tolist()
@@ -358,3 +390,53 @@ def _check_index(index: Tensor, batch: int) -> None:
         raise ValueError(f"index.shape: expected (batch,), got {tuple(index.shape)}")
     if index.device.type == "cpu" and not bool(((index >= 0) & (index < batch)).all()):
         raise ValueError(f"index: expected entries from 0 to {batch - 1}, got {index.tolist()}")
+
+
+def allocate(
+    kind: Callable[..., KVCache],
+    sizes: tuple[int, int, int, int, int],
+    *,
+    like: Tensor,
+    window: int | None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> KVCache:
+    """A cache of this kind, which may be a class or `functools.partial` of one.
+
+    Args:
+        sizes: num_layers, batch, capacity, num_kv_heads, head_dim.
+        like: a parameter: its dtype and device hold until the first keys are there, unless someone chose them.
+        window: for a `SlidingWindowCache` that has none of its own.
+        dtype, options: arguments of `kind`, before those of a partial.
+    """
+    given: dict[str, Any] = {}
+    cls: Any = kind
+    while isinstance(cls, functools.partial):
+        cls, given = cls.func, cls.keywords | given
+    if dtype is not None:
+        options["dtype"] = dtype
+    given = given | options
+    if isinstance(cls, type) and issubclass(cls, SlidingWindowCache) and given.get("window") is None:
+        if window is None:
+            raise ValueError("window: expected one, since the model has none, for a SlidingWindowCache, got None")
+        options["window"] = window
+    chosen = given.get("dtype") is not None
+    if not chosen:
+        options["dtype"] = like.dtype if like.is_floating_point() else None
+    if given.get("device") is None:
+        options["device"] = like.device if like.device.type != "meta" else None
+    cache = kind(*sizes, **options)
+    cache.provisional = not chosen
+    return cache
+
+
+def escaped(x: Tensor) -> Tensor:
+    """x, or a copy that works outside `torch.inference_mode` too."""
+    if not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
+
+
+def _kind_of(x: Tensor) -> tuple[torch.dtype, torch.device]:
+    return x.dtype, x.device

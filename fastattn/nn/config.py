@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+from typing_extensions import Self
 
 from fastattn import _check as check
-from fastattn.nn.position import ALiBi, Learned, RoPE, Sinusoidal
+from fastattn.nn.position import ALiBi, Learned, LinearScaling, Llama3Scaling, RoPE, Sinusoidal, YarnScaling
 
 __all__ = ["CausalLMConfig", "EncoderDecoderConfig", "TransformerConfig"]
 
@@ -15,8 +18,28 @@ _ROPE = RoPE()
 PLAIN = ("relu", "gelu", "gelu_tanh", "silu")
 
 
+class _Data:
+    """A description that can be written as JSON and read back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as numbers, strings, lists and dicts; each dict names its class under "kind"."""
+        return _as_data(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The description that `to_dict` wrote.
+
+        Raises:
+            TypeError, ValueError: naming what is of another class, unknown or out of range.
+        """
+        value = _from_data(data, cls.__name__)
+        if type(value) is not cls:
+            raise TypeError(f"data: expected the kind {cls.__name__}, got {type(value).__name__}")
+        return value
+
+
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
+class TransformerConfig(_Data):
     """One stack of blocks. The defaults are today's: pre-norm, RMSNorm, SwiGLU, RoPE, no biases.
 
     `TransformerConfig(norm="layer", norm_first=False, activation="relu", bias=True, position=Sinusoidal())` is
@@ -147,7 +170,7 @@ class CausalLMConfig(TransformerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderDecoderConfig:
+class EncoderDecoderConfig(_Data):
     """A sequence-to-sequence model: two stacks of one d_model, and
 
     Args:
@@ -188,3 +211,34 @@ def check_window(window: object) -> None:
     for side in window:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
             raise TypeError(f"window: expected integers or None, got {window!r}")
+
+
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (
+        TransformerConfig, CausalLMConfig, EncoderDecoderConfig, RoPE, ALiBi, Learned, Sinusoidal, LinearScaling,
+        Llama3Scaling, YarnScaling,
+    )
+}  # fmt: skip
+
+
+def _as_data(value: Any) -> Any:
+    if is_dataclass(value):
+        settings = {field.name: _as_data(getattr(value, field.name)) for field in fields(value)}
+        return {"kind": type(value).__name__, **settings}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _from_data(value: Any, where: str) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, Mapping):
+        return value
+    kind = _KINDS.get(value.get("kind", ""))
+    if kind is None:
+        raise ValueError(f"{where}: expected a kind among {', '.join(_KINDS)}, got {value.get('kind')!r}")
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(value.keys() - {"kind", *known})
+    if unknown:
+        raise ValueError(f"{where}: expected settings among {', '.join(known)}, got {', '.join(unknown)}")
+    return kind(**{name: _from_data(value[name], f"{where}.{name}") for name in known if name in value})

@@ -5,21 +5,37 @@ Dimensions in comments: N batch, L length, S source length, E d_model, V vocabul
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastattn import _check as check
 from fastattn.nn.block import Block, make_norm, positions
-from fastattn.nn.cache import KVCache, SlidingWindowCache
+from fastattn.nn.cache import KVCache, allocate, escaped
 from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig
 from fastattn.nn.position import Learned, PositionalEncoding, RoPE, Sinusoidal
+from fastattn.nn.pretrained import Pretrained
 
 __all__ = ["CausalLM", "Decoder", "Encoder", "EncoderDecoder"]
+
+
+_keywords = check.keywords(
+    attention_mask="lengths: padding stands at the end",
+    decoder_input_ids="target",
+    input_ids="tokens, or source of an EncoderDecoder",
+    is_causal="decided by the class: Encoder or Decoder",
+    key_padding_mask="lengths, or mask with True where an element takes part",
+    memory_key_padding_mask="memory_lengths, or memory_mask with True where an element takes part",
+    past_key_values="cache",
+    src_key_padding_mask="lengths, or mask with True where an element takes part",
+    use_cache="cache, from make_cache",
+)
 
 
 class _Stack(nn.Module):
@@ -64,12 +80,12 @@ class _Stack(nn.Module):
         rope = self.config.position if isinstance(self.config.position, RoPE) else None
         rotary = None
         if rope is not None:
-            rotary = rope.tables(positions(x, cu_seqlens, cache), self.config.dim_per_head)
+            rotary = rope.tables(positions(x, cu_seqlens, cache), self.config.dim_per_head, x.dtype)
         elif self.position is not None:
             length = x.shape[-2] + (0 if cache is None else cache.length)
             if cu_seqlens is None and length > (most := self.position.table.shape[0]):
                 raise ValueError(f"x: expected at most max_len == {most} positions, got {length}")
-            x = x + self.position.at(positions(x, cu_seqlens, cache)).to(x.dtype)
+            x = x + self.position.at(positions(x, cu_seqlens, cache), x)
         x = self.dropout(x)
         for block in self.blocks:
             inputs_of_block = dict(inputs, rotary=rotary, cu_seqlens=cu_seqlens, cache=cache)
@@ -86,6 +102,7 @@ class Encoder(_Stack):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
 
+    @_keywords
     def forward(
         self,
         x: Tensor,
@@ -118,6 +135,7 @@ class Decoder(_Stack):
         super().__init__(config, cross)
         self.cross = cross
 
+    @_keywords
     def forward(
         self,
         x: Tensor,
@@ -158,6 +176,7 @@ class Decoder(_Stack):
                 raise ValueError("cu_seqlens: expected None with a cache, got a Tensor")
             if self.training and self.config.dropout > 0:
                 raise RuntimeError("cache: expected evaluation mode, since a cache has no dropout: call eval() first")
+            cache.settle(x.device)
             cache.reserve(x.shape[1])
             keep = cache.memory_mask if remembered else keep
         out = self._run(
@@ -186,39 +205,36 @@ class Decoder(_Stack):
         Args:
             batch: batch entries.
             capacity: tokens per entry.
-            kind, options: `KVCache`, `DynamicCache`, `SlidingWindowCache` or `PagedCache`, and its own arguments. The
-                `window` of a `SlidingWindowCache` is the model's unless given.
+            kind, options: `KVCache`, `DynamicCache`, `SlidingWindowCache` or `PagedCache`, a subclass, or
+                `functools.partial` of one, and its own arguments. The `window` of a `SlidingWindowCache` is the model's
+                unless given.
             memory, memory_lengths, memory_mask: as in `forward`; keys and values of `memory` are computed here, once.
-            dtype: of keys and values. None: what the layers compute in, under autocast too.
+            dtype: of keys and values. None: that of the first keys, which is what the layers compute in, also under
+                autocast and with quantised or wrapped layers. The first keys decide about the device too.
         """
-        weight = next(self.parameters())
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(weight.device.type)
-            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
         config = self.config
-        if kind is SlidingWindowCache and config.window is not None and config.window[0] is not None:
-            options.setdefault("window", config.window[0])
-        if kind is SlidingWindowCache and "window" not in options:
-            raise ValueError("window: expected one, since the model has none, for a SlidingWindowCache, got None")
-        cache = kind(
-            config.num_layers, batch, capacity, config.kv_heads, config.dim_per_head, device=weight.device,
-            dtype=dtype, **options,
+        cache = allocate(
+            kind, (config.num_layers, batch, capacity, config.kv_heads, config.dim_per_head),
+            like=next(self.parameters()), window=None if config.window is None else config.window[0], dtype=dtype,
+            **options,
         )  # fmt: skip
         if self.cross:
             if memory is None:
                 raise ValueError("memory: expected a Tensor for a decoder with cross-attention, got None")
             pairs = [block.cross_attn.keys_values(memory) for block in self.blocks]  # pyright: ignore
-            cache.memory = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in pairs]
-            cache.memory_mask = padding_mask(memory, memory_lengths, memory_mask, None, "memory_")
+            cache.memory = [(escaped(k.transpose(1, 2)), escaped(v.transpose(1, 2))) for k, v in pairs]
+            keep = padding_mask(memory, memory_lengths, memory_mask, None, "memory_")
+            cache.memory_mask = None if keep is None else escaped(keep)
         return cache
 
 
-class CausalLM(nn.Module):
+class CausalLM(Pretrained):
     """A decoder-only language model, in the manner of GPT and Llama.
 
-    `F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())` is its training loss, and
-    `fastattn.generate(model, prompt, max_new_tokens)` its use.
+    `model(tokens, labels=tokens)` is its training loss, and `fastattn.generate(model, prompt, max_new_tokens)` its use.
     """
+
+    config_class = CausalLMConfig
 
     def __init__(self, config: CausalLMConfig) -> None:
         check.instance("config", config, CausalLMConfig)
@@ -228,19 +244,41 @@ class CausalLM(nn.Module):
         self.decoder = Decoder(config)
         self.head = _head(self.embedding, config.vocab_size, config.init_std, config.tie_embeddings)
 
+    def _output_embedding(self) -> nn.Embedding:
+        return self.embedding
+
+    @_keywords
     def forward(
         self,
         tokens: Tensor,
         *,
+        labels: Tensor | None = None,
         lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
+        last: bool = False,
     ) -> Tensor:
-        """Logits of what comes after each token: (N, L) integer -> (N, L, V); packed (total,) -> (total, V).
+        """Logits of what comes after each token, or with `labels` the loss.
 
-        The arguments are those of `Decoder.forward`.
+        Args:
+            tokens: (N, L) integer; packed (total,) with `cu_seqlens`.
+            labels: integer of the shape of `tokens`, and in step with them, so that `tokens` themselves will do; -100
+                leaves an element out, padding for example.
+            lengths, cu_seqlens, cache: as in `Decoder.forward`.
+            last: logits after the last element of each row alone, before padding; not with packed input.
+
+        Returns:
+            (N, L, V), with `last` (N, 1, V); packed (total, V). With `labels` the mean cross-entropy, in nats, of every
+            element given those before it in its sequence: one number, in float32 at least.
         """
-        return self.head(self.hidden(tokens, lengths=lengths, cu_seqlens=cu_seqlens, cache=cache))
+        h = self.hidden(tokens, lengths=lengths, cu_seqlens=cu_seqlens, cache=cache)
+        if labels is not None:
+            if cache is not None or last:
+                raise ValueError("labels: expected None with a cache and with last, got a Tensor")
+            return next_token_loss(self.head(h), tokens, labels, cu_seqlens)
+        if last and cu_seqlens is not None:
+            raise ValueError("last: expected False with cu_seqlens, got True")
+        return self.head(last_elements(h, lengths) if last else h)
 
     def hidden(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """What `head` makes logits of: (N, L) -> (N, L, E). The arguments are those of `forward`."""
@@ -258,19 +296,21 @@ class CausalLM(nn.Module):
         Returns:
             (N, V).
         """
-        return self.head(prefill(self.hidden, tokens, cache, lengths))
+        return prefill(self, tokens, cache, lengths)
 
     def make_cache(self, batch: int, capacity: int, kind: Callable[..., KVCache] = KVCache, **options: Any) -> KVCache:
         """An empty cache; the arguments are those of `Decoder.make_cache`."""
         return self.decoder.make_cache(batch, capacity, kind, **options)
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Pretrained):
     """A sequence-to-sequence model (Vaswani et al. 2017, figure 1): source tokens in, target tokens out.
 
     Trained by teacher forcing: `F.cross_entropy(model(source, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten())`.
     `fastattn.generate(model, source, max_new_tokens, start=bos)` is its use.
     """
+
+    config_class = EncoderDecoderConfig
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         check.instance("config", config, EncoderDecoderConfig)
@@ -286,33 +326,51 @@ class EncoderDecoder(nn.Module):
         self.decoder = Decoder(config.decoder, cross=True)
         self.head = _head(self.target_embedding, target_vocab_size, init_std, config.tie_embeddings)
 
+    def _output_embedding(self) -> nn.Embedding:
+        return self.target_embedding
+
+    @_keywords
     def forward(
         self,
-        source: Tensor,
+        source: Tensor | None,
         target: Tensor,
         *,
         source_lengths: Tensor | None = None,
         source_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cu_seqlens_source: Tensor | None = None,
+        lengths: Tensor | None = None,
+        cache: KVCache | None = None,
+        last: bool = False,
     ) -> Tensor:
         """Logits of what comes after each target token.
 
         Args:
-            source: (N, S) integer; or packed (total_source,) with `cu_seqlens_source`.
+            source: (N, S) integer; or packed (total_source,) with `cu_seqlens_source`; None with a `cache`.
             target: (N, L) integer, padded at the end if at all; or packed (total,) with `cu_seqlens`.
             source_lengths: integer (N,): source tokens from there on are padding.
             source_mask: boolean (N, S), True takes part, where padding stands elsewhere.
             cu_seqlens, cu_seqlens_source: int32 (sequences + 1,), where each packed sequence starts.
+            lengths, cache: as in `Decoder.forward`; the cache has what the encoder made.
+            last: logits after the last element of each row alone, before padding; not with packed input.
 
         Returns:
-            (N, L, V), or (total, V).
+            (N, L, V), with `last` (N, 1, V); or (total, V).
         """
+        if last and cu_seqlens is not None:
+            raise ValueError("last: expected False with cu_seqlens, got True")
+        if (source is None) != (cache is not None):
+            got = "None without a cache" if source is None else "a Tensor with a cache, which has what it needs of it"
+            raise ValueError(f"source: expected a Tensor or a cache, got {got}")
+        if source is None:
+            h = self.hidden(target, lengths=lengths, cache=cache)
+            return self.head(last_elements(h, lengths) if last else h)
         memory = self.encode(source, lengths=source_lengths, mask=source_mask, cu_seqlens=cu_seqlens_source)
-        return self.decode(
-            target, memory, memory_lengths=source_lengths, memory_mask=source_mask, cu_seqlens=cu_seqlens,
-            cu_seqlens_k=cu_seqlens_source,
+        h = self.hidden(
+            target, memory=memory, memory_lengths=source_lengths, memory_mask=source_mask, cu_seqlens=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_source, lengths=lengths,
         )  # fmt: skip
+        return self.head(last_elements(h, None) if last else h)
 
     def encode(self, source: Tensor, **inputs: Any) -> Tensor:
         """(N, S) -> (N, S, E). The arguments are those of `Encoder.forward`."""
@@ -328,32 +386,47 @@ class EncoderDecoder(nn.Module):
 
     def prefill(self, target: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
         """As `CausalLM.prefill`, for target tokens and a cache that has the memory."""
-        return self.head(prefill(self.hidden, target, cache, lengths))
+        return prefill(functools.partial(self, None), target, cache, lengths)
 
     def make_cache(self, batch: int, capacity: int, kind: Callable[..., KVCache] = KVCache, **options: Any) -> KVCache:
         """An empty cache with keys and values of a `memory`; the arguments are those of `Decoder.make_cache`."""
         return self.decoder.make_cache(batch, capacity, kind, **options)
 
 
-def prefill(hidden: Any, tokens: Tensor, cache: KVCache, lengths: Tensor | None) -> Tensor:
-    """Pass a prompt (N, L) through `hidden` by chunks of what the cache takes: the last real element, (N, E)."""
+def prefill(model: Callable[..., Tensor], tokens: Tensor, cache: KVCache, lengths: Tensor | None) -> Tensor:
+    """Pass a prompt (N, L) through `model` by chunks of what the cache takes: logits after the last token, (N, V)."""
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(
             f"tokens.shape: expected (batch, length) with a length of 1 or more, got {tuple(tokens.shape)}"
         )
     step = tokens.shape[1] if cache.chunk is None else cache.chunk
-    last: Tensor | None = None
+    result: Tensor | None = None
     for start in range(0, tokens.shape[1], step):
         chunk = tokens[:, start : start + step]
-        if lengths is None:
-            last = hidden(chunk, cache=cache)[:, -1]
-            continue
-        kept = (lengths - start).clamp(0, chunk.shape[1])
-        h = hidden(chunk, cache=cache, lengths=kept)
-        ends = h[torch.arange(h.shape[0], device=h.device), (kept - 1).clamp(min=0)]
-        last = ends if last is None else torch.where((kept > 0)[:, None], ends, last)
-    assert last is not None
-    return last
+        kept = None if lengths is None else (lengths - start).clamp(0, chunk.shape[1])
+        logits = model(chunk, cache=cache, lengths=kept, last=True)[:, 0]
+        result = logits if result is None or kept is None else torch.where((kept > 0)[:, None], logits, result)
+    assert result is not None
+    return result
+
+
+def last_elements(h: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last element of each row of h (N, L, E) before its padding: (N, 1, E)."""
+    if lengths is None:
+        return h[:, -1:]
+    return h[torch.arange(h.shape[0], device=h.device), (lengths - 1).clamp(min=0)][:, None]
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Mean cross-entropy of labels (N, L), or packed (total,), by the logits one element before."""
+    check.tokens("labels", labels)
+    if labels.shape != tokens.shape:
+        raise ValueError(f"labels.shape: expected tokens.shape == {tuple(tokens.shape)}, got {tuple(labels.shape)}")
+    if cu_seqlens is not None:  # nothing says what a sequence begins with
+        labels = labels.index_fill(0, cu_seqlens[:-1].long().clamp(max=labels.shape[0] - 1), -100)
+    logits, labels = logits[..., :-1, :], labels[..., 1:]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=-100)
 
 
 def padding_mask(
@@ -401,7 +474,15 @@ def _embedding(vocab_size: int, d_model: int, init_std: float) -> nn.Embedding:
 
 def _embed(name: str, embedding: nn.Embedding, tokens: Tensor, scale: bool) -> Tensor:
     check.tokens(name, tokens)
-    x = embedding(tokens)
+    if torch.compiler.is_compiling():
+        x = embedding(tokens)
+    else:
+        try:
+            x = embedding(tokens)
+        except IndexError as error:  # on the CPU; elsewhere nothing is known before the device has computed
+            size, found = embedding.num_embeddings, sorted(tokens.unique().tolist())
+            wrong = next(token for token in found if not 0 <= token < size)
+            raise ValueError(f"{name}: expected tokens from 0 to {size - 1}, got {wrong}") from error
     return x * math.sqrt(embedding.embedding_dim) if scale else x
 
 

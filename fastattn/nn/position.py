@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,8 @@ class PositionalEncoding(nn.Module):
         max_len: number of positions; a longer input is an error.
         dropout: probability of zeroing an entry of the sum.
         kind: "sinusoidal": sin and cos at wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017, section 3.5);
-            fixed, and not in the state dict. "learned": a parameter `table` (max_len, d_model), which starts
+            fixed, computed and not stored: it is not in the state dict, a module made on the meta device needs no
+            other care, and values are exact in the dtype of the input, whatever `to()` was called with. "learned": a parameter `table` (max_len, d_model), which starts
             as N(0, 0.02) (as in Devlin et al. 2018, BERT).
         batch_first: sequence dimension of a 3-D input, as in the layers.
     """
@@ -95,26 +96,40 @@ class PositionalEncoding(nn.Module):
         if kind == "learned":
             self.table = nn.Parameter(table)
         else:
-            self.register_buffer("table", table, persistent=False)
+            self.register_buffer("table", _sinusoids(table), persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill the table. Call it after `to_empty()` on a module that was made on the meta device."""
+        """Fill a learned table. Call it after `to_empty()` on a module that was made on the meta device."""
         if self.kind == "learned":
             nn.init.normal_(self.table, std=0.02)
-            return
-        max_len, d_model = self.table.shape
-        options = {"device": self.table.device, "dtype": torch.float64}  # float32 angles are off by 1e-4 at 5000
-        position = torch.arange(max_len, **options)
-        frequency = 10000.0 ** (-torch.arange(0, d_model, 2, **options) / d_model)
-        angle = position[:, None] * frequency  # (max_len, ceil(d_model / 2))
-        self.table[:, 0::2] = angle.sin().to(self.table.dtype)
-        self.table[:, 1::2] = angle[:, : d_model // 2].cos().to(self.table.dtype)
 
-    def at(self, positions: Tensor) -> Tensor:
-        """The encoding of each of `positions` (...), integer: (..., d_model)."""
-        return self.table[positions]
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.kind == "learned":
+            return super()._apply(fn, recurse)
+        # to(), cuda(), to_empty(), ... would move the table, and round or lose its values: it is computed anew.
+        table = self._buffers.pop("table")
+        super()._apply(fn, recurse)
+        assert table is not None
+        probe = fn(torch.empty((), device="cpu" if table.is_meta else table.device, dtype=table.dtype))
+        self._buffers["table"] = _sinusoids(table.to(probe.dtype), probe.device)
+        return self
+
+    def _exact_table(self, like: Tensor) -> Tensor:
+        """The table where `like` is, in a dtype that holds the values in like's exactly."""
+        table = self.table
+        if self.kind == "learned":
+            return table
+        if table.device != like.device or torch.promote_types(table.dtype, like.dtype) != table.dtype:
+            table = _sinusoids(table.to(like.dtype), like.device)
+            if not torch.compiler.is_compiling():
+                self.table = table
+        return table
+
+    def at(self, positions: Tensor, like: Tensor) -> Tensor:
+        """The encoding of each of `positions` (...), integer, to add to `like`: (..., d_model), of like's dtype."""
+        return self._exact_table(like)[positions].to(like.dtype)
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
         """Add the encoding of positions offset, offset + 1, ...; returns a tensor of x's shape and dtype.
@@ -130,7 +145,7 @@ class PositionalEncoding(nn.Module):
         L = x.shape[seq_dim]
         if offset < 0 or offset + L > max_len:
             raise ValueError(f"expected 0 <= offset and offset + length <= max_len == {max_len}, got {offset} + {L}")
-        encoding = self.table[offset : offset + L].to(x.dtype)  # (L, d_model)
+        encoding = self._exact_table(x)[offset : offset + L].to(x.dtype)  # (L, d_model)
         if x.dim() == 3 and not self.batch_first:
             encoding = encoding.unsqueeze(1)  # (L, 1, d_model)
         return self.dropout(x + encoding)
@@ -138,6 +153,21 @@ class PositionalEncoding(nn.Module):
     def extra_repr(self) -> str:
         max_len, d_model = self.table.shape
         return f"{d_model}, max_len={max_len}, kind={self.kind!r}, batch_first={self.batch_first}"
+
+
+@torch.no_grad()
+def _sinusoids(like: Tensor, device: torch.device | None = None) -> Tensor:
+    """The sinusoidal table of the shape and device of `like`, in its dtype, but float32 at least."""
+    device = like.device if device is None else device
+    max_len, d_model = like.shape
+    table = torch.empty(max_len, d_model, device=device, dtype=torch.promote_types(like.dtype, torch.float32))
+    options: dict[str, Any] = {"device": device, "dtype": torch.float64}  # float32 angles are off by 1e-4 at 5000
+    position = torch.arange(max_len, **options)
+    frequency = 10000.0 ** (-torch.arange(0, d_model, 2, **options) / d_model)
+    angle = position[:, None] * frequency  # (max_len, ceil(d_model / 2))
+    table[:, 0::2] = angle.sin()
+    table[:, 1::2] = angle[:, : d_model // 2].cos()
+    return table
 
 
 @dataclass(frozen=True)
@@ -268,7 +298,7 @@ class YarnScaling:
             return half * math.log(self.original_max_len / (2 * math.pi * turns)) / math.log(theta)
 
         first, last = max(math.floor(index(self.fast)), 0), min(math.ceil(index(self.slow)), 2 * half - 1)
-        ramp = (torch.arange(half, device=frequency.device) - first) / max(last - first, 1e-3)
+        ramp = (torch.arange(half, device=frequency.device, dtype=frequency.dtype) - first) / max(last - first, 1e-3)
         stretch = ramp.clamp(0, 1)
         return frequency * (1 - stretch + stretch / self.factor)
 
@@ -291,11 +321,17 @@ class RoPE:
         check.number("theta", self.theta, "(1, inf)")
         check.instance("scaling", self.scaling, LinearScaling, Llama3Scaling, YarnScaling, type(None))
 
-    def tables(self, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        """cos and sin for `rotate`: positions (...) integer -> two of (..., head_dim / 2) in float32."""
+    def tables(
+        self, positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin for `rotate`: positions (...) integer -> two of (..., head_dim / 2).
+
+        They are float32, or float64 where `dtype`, that of what is rotated, is.
+        """
         if head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for RoPE, got {head_dim}")
-        exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+        dtype = torch.promote_types(dtype, torch.float32)
+        exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
         frequency = 1.0 / self.theta**exponent
         magnitude = 1.0
         if self.scaling is not None:

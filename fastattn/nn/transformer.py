@@ -12,14 +12,15 @@ What torch.nn has not: `make_cache` and `step`, which decode a sequence element 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.nn.attention import MultiheadAttention, adopt, check_mask_dtype
-from fastattn.nn.cache import KVCache
+from fastattn.nn.cache import KVCache, allocate, escaped
+from fastattn.nn.tracing import fx_leaf, refuse_torchscript
 
 __all__ = [
     "Transformer",
@@ -59,6 +60,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         )  # fmt: skip
         adopt(self.self_attn)
 
+    @fx_leaf
     def forward(
         self,
         src: Tensor,
@@ -82,6 +84,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return x + self._ff_block(self.norm2(x))
         x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
         return self.norm2(x + self._ff_block(x))
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_torchscript(self)
 
     def step(self, src: Tensor, cache: KVCache, layer: int = 0) -> Tensor:
         """`forward` with a causal mask for the elements that follow those in `cache`; see `TransformerEncoder.step`."""
@@ -123,6 +128,11 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         adopt(self.self_attn)
         adopt(self.multihead_attn)
 
+    forward = fx_leaf(nn.TransformerDecoderLayer.forward)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_torchscript(self)
+
     def step(self, tgt: Tensor, cache: KVCache, layer: int = 0) -> Tensor:
         """`forward` with a causal mask for the elements that follow those in `cache`; see `TransformerDecoder.step`."""
         assert cache.memory is not None
@@ -156,6 +166,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
 
+    @fx_leaf
     def forward(
         self,
         src: Tensor,
@@ -179,10 +190,14 @@ class TransformerEncoder(nn.TransformerEncoder):
             x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
         return x if self.norm is None else self.norm(x)
 
-    def make_cache(self, batch: int, capacity: int, kind: type[KVCache] = KVCache, **options: Any) -> KVCache:
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_torchscript(self)
+
+    def make_cache(self, batch: int, capacity: int, kind: Callable[..., KVCache] = KVCache, **options: Any) -> KVCache:
         """An empty cache for `step`: `capacity` elements of `batch` sequences.
 
-        kind: `KVCache`, `DynamicCache` or `PagedCache`; `options` are its own arguments and `dtype`.
+        kind: `KVCache`, `DynamicCache` or `PagedCache`, a subclass, or `functools.partial` of one; `options` are its
+            own arguments and `dtype`. None: the dtype of the first keys.
         """
         return _make_cache(self.layers, TransformerEncoderLayer, batch, capacity, kind, options)
 
@@ -203,6 +218,7 @@ class TransformerEncoder(nn.TransformerEncoder):
 class TransformerDecoder(nn.TransformerDecoder):
     """Drop-in replacement for `torch.nn.TransformerDecoder`: a stack of copies of `decoder_layer`."""
 
+    @fx_leaf
     def forward(
         self,
         tgt: Tensor,
@@ -241,12 +257,15 @@ class TransformerDecoder(nn.TransformerDecoder):
             )
         return x if self.norm is None else self.norm(x)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_torchscript(self)
+
     @torch.no_grad()
     def make_cache(
         self,
         memory: Tensor,
         capacity: int,
-        kind: type[KVCache] = KVCache,
+        kind: Callable[..., KVCache] = KVCache,
         *,
         memory_key_padding_mask: Tensor | None = None,
         **options: Any,
@@ -256,7 +275,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         Args:
             memory: the encoder's output: (N, S, E) with `batch_first`, else (S, N, E).
             capacity: target elements per sequence.
-            kind, options: `KVCache`, `DynamicCache` or `PagedCache`, and its own arguments and `dtype`.
+            kind, options: as in `TransformerEncoder.make_cache`.
             memory_key_padding_mask: boolean (N, S), True = padding.
         """
         if memory.dim() != 3:
@@ -271,8 +290,9 @@ class TransformerDecoder(nn.TransformerDecoder):
                 raise ValueError(
                     f"memory_key_padding_mask.shape: expected {(N, S)}, got {tuple(memory_key_padding_mask.shape)}"
                 )
-            cache.memory_mask = ~memory_key_padding_mask
-        cache.memory = [layer.multihead_attn.keys_values(memory) for layer in self.layers]  # pyright: ignore
+            cache.memory_mask = escaped(~memory_key_padding_mask)
+        pairs = [layer.multihead_attn.keys_values(memory) for layer in self.layers]  # pyright: ignore
+        cache.memory = [(escaped(k), escaped(v)) for k, v in pairs]
         return cache
 
     def step(self, tgt: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
@@ -334,6 +354,11 @@ class Transformer(nn.Transformer):
             d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
         )
 
+    forward = fx_leaf(nn.Transformer.forward)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_torchscript(self)
+
 
 def _is_causal(mask: Tensor | None, hint: bool | None, x: Tensor, layers: nn.ModuleList) -> bool:
     """The hint if there is one, else whether `mask` equals the causal mask for the sequence `x`."""
@@ -351,7 +376,7 @@ def _is_causal(mask: Tensor | None, hint: bool | None, x: Tensor, layers: nn.Mod
 
 
 def _make_cache(
-    layers: nn.ModuleList, kind_of_layer: type[nn.Module], batch: int, capacity: int, kind: type[KVCache],
+    layers: nn.ModuleList, kind_of_layer: type[nn.Module], batch: int, capacity: int, kind: Callable[..., KVCache],
     options: dict[str, Any],
 ) -> KVCache:  # fmt: skip
     for i, layer in enumerate(layers):
@@ -366,8 +391,8 @@ def _make_cache(
     attn = layers[0].self_attn
     assert isinstance(attn, MultiheadAttention)
     weight = attn.out_proj.weight
-    options = {"dtype": weight.dtype} | options
-    return kind(len(layers), batch, capacity, attn.num_heads, attn.head_dim, device=weight.device, **options)
+    sizes = (len(layers), batch, capacity, attn.num_heads, attn.head_dim)
+    return allocate(kind, sizes, like=weight, window=None, **options)
 
 
 def _step(stack: TransformerEncoder | TransformerDecoder, x: Tensor, cache: KVCache, lengths: Tensor | None) -> Tensor:
@@ -378,6 +403,7 @@ def _step(stack: TransformerEncoder | TransformerDecoder, x: Tensor, cache: KVCa
     if x.dim() != 3:
         raise ValueError(f"step: expected 3 dimensions, got shape {tuple(x.shape)}")
     length = x.shape[1 if first.self_attn.batch_first else 0]
+    cache.settle(x.device)
     cache.reserve(length)
     for i, layer in enumerate(stack.layers):
         x = layer.step(x, cache, i)  # pyright: ignore[reportCallIssue]

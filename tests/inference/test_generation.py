@@ -12,7 +12,7 @@ import torch
 
 import fastattn
 from fastattn import BeamSearch, Sampling, generate, stream
-from fastattn.inference.generate import draw, penalise, truncate
+from fastattn.inference.sampling import draw, penalise, truncate
 from fastattn.nn import (
     ALiBi,
     CausalLM,
@@ -168,7 +168,7 @@ def test_one_stop_token_and_no_work_after_the_last_row_has_ended(model, prompt):
     model.register_forward_hook(lambda *_: calls.append(1))
     result = generate(model, prompt[:1], NEW, stop=int(full[0, 3]))
     assert result.tolist() == cut(full, [int(full[0, 3])])
-    assert len(calls) == result.lengths[0] - 1  # the prompt's pass is not a call of forward, the last token is not read
+    assert len(calls) == result.lengths[0]  # the prompt is one call, the last token is not read
 
 
 # Sampling: what is left of the distribution
@@ -316,7 +316,7 @@ def test_stream_computes_a_token_when_it_is_asked_for(model, prompt):
     model.register_forward_hook(lambda *_: calls.append(model.training))
     tokens = stream(model, prompt, NEW)
     next(tokens), next(tokens), next(tokens)
-    assert calls == [False, False] and all(module.training for module in model.modules())
+    assert calls == [False] * 3 and all(module.training for module in model.modules())
 
 
 def test_stream_checks_its_arguments_at_once(model, prompt):
@@ -335,7 +335,7 @@ def test_training_flags_are_restored_and_dropout_is_off(prompt):
     flags = [module.training for module in model.modules()]
     assert torch.equal(generate(model, prompt, NEW).tokens, expected)
     assert [module.training for module in model.modules()] == flags
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=f"tokens: expected tokens from 0 to {VOCAB - 1}, got"):
         generate(model, prompt + VOCAB, NEW)
     assert [module.training for module in model.modules()] == flags
 
@@ -348,7 +348,7 @@ def test_no_graph_is_kept(model, prompt):
     model.register_forward_hook(lambda *_: grad_enabled.append(torch.is_grad_enabled()))
     for _ in stream(model, prompt, 3):
         assert torch.is_grad_enabled()
-    assert grad_enabled == [False, False]
+    assert grad_enabled == [False] * 3
 
 
 def test_the_cache_has_exactly_the_room_needed(model, prompt, monkeypatch):
@@ -578,11 +578,18 @@ def test_logits_processors_of_transformers(name, penalty, llama):
 MODEL, SEQ2SEQ = "language model", "encoder-decoder"
 BAD = [
     (MODEL, {"model": torch.nn.Linear(2, 2)}, TypeError, "model: expected a CausalLM or an EncoderDecoder, got Linear"),
-    (MODEL, {"prompt": torch.zeros(5, dtype=torch.int64)}, ValueError, "prompt.shape: expected (N, L), both positive"),
+    (MODEL, {"prompt": torch.zeros(2, 1, 3, dtype=torch.int64)}, ValueError, "prompt.shape: expected (N, L), both pos"),
     (MODEL, {"prompt": torch.zeros(2, 0, dtype=torch.int64)}, ValueError, "got (2, 0)"),
     (MODEL, {"prompt": torch.zeros(2, 5)}, TypeError, "prompt.dtype: expected int32 or int64, got torch.float32"),
     (MODEL, {"prompt": []}, TypeError, "sequence of at least one Tensor"),
-    (MODEL, {"prompt": [[1, 2]]}, TypeError, "prompt: expected a Tensor (N, L) or a sequence"),
+    (MODEL, {"prompt": [[1, 2.0]]}, TypeError, "prompt: expected a Tensor (N, L), or a sequence"),
+    (MODEL, {"prompt": "text"}, TypeError, "list of integers, got str"),
+    (MODEL, {"beams": BeamSearch(2, length_penalty=500.0)}, ValueError, "length_penalty: expected at most 49.8"),
+    (MODEL, {"do_sample": True}, TypeError, "'do_sample'; here it is sampling=Sampling()"),
+    (MODEL, {"temperature": 0.7}, TypeError, "'temperature'; here it is sampling=Sampling(temperature=...)"),
+    (MODEL, {"eos_token_id": 1}, TypeError, "'eos_token_id'; here it is stop"),
+    (MODEL, {"num_beams": 4}, TypeError, "'num_beams'; here it is beams=BeamSearch(num_beams=...)"),
+    (MODEL, {"nonsense": 4}, TypeError, "generate() got an unexpected keyword argument 'nonsense'"),
     (MODEL, {"prompt": [torch.zeros(1, 2, dtype=torch.int64)]}, ValueError, "expected tensors (L,), got shapes"),
     (MODEL, {"prompt": [torch.tensor([1]), torch.tensor([], dtype=torch.int64)]}, ValueError, "got lengths [1, 0]"),
     (MODEL, {"prompt": [torch.tensor([1.0])]}, TypeError, "prompt.dtype"),

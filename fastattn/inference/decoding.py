@@ -1,0 +1,79 @@
+"""What every search shares: the checked call, what it returns, and the check of the model's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn.nn import KVCache
+
+__all__ = ["Decoding", "Generated", "NonFinite"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: int64 (N, T), the new tokens, a stop token included; after it padding. T is the largest of `lengths`.
+        lengths: int64 (N,), new tokens of each row.
+        scores: float32 (N,), log-probability of each row's tokens: by the model, whatever the sampling; of beam search
+            divided by length ** length_penalty.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    scores: Tensor
+
+    def tolist(self) -> list[list[int]]:
+        """The tokens of each row without padding."""
+        rows = zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
+        return [row[:length] for row, length in rows]
+
+
+@dataclass
+class Decoding:
+    """A checked call: the model as two functions, and what they start from."""
+
+    prefill: Callable[..., Tensor]
+    """(tokens (N, L), cache, lengths) -> logits (N, V) after them."""
+    step: Callable[..., Tensor]
+    """(tokens (N, 1), cache=, lengths=) -> logits (N, 1, V)."""
+    make_cache: Callable[[], KVCache]
+    target: Tensor
+    lengths: Tensor | None
+    max_new_tokens: int
+    vocab_size: int
+    stop: Tensor | None
+    keeps_cache: bool
+    """The cache is the caller's: rows that have ended must not grow in it."""
+
+
+class NonFinite:
+    """Finds rows whose logits have no next token: NaN, +inf, or all -inf.
+
+    On the CPU a step raises at once. Elsewhere that would make the host wait for the device: the search raises when it
+    ends.
+    """
+
+    def __init__(self) -> None:
+        self._bad: Tensor | None = None
+
+    def __call__(self, bad: Tensor) -> None:
+        """Note the rows (N,) whose logits have a log-sum-exp that is not finite, and that have not ended."""
+        self._bad = bad if self._bad is None else self._bad | bad
+        if bad.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Raise if a row was bad.
+
+        Raises:
+            ValueError: naming the rows.
+        """
+        if self._bad is not None and bool(self._bad.any()):
+            rows = self._bad.nonzero().flatten().tolist()
+            raise ValueError(f"model: expected finite logits, got NaN or infinity in row {', '.join(map(str, rows))}")

@@ -1,0 +1,45 @@
+"""What torch.fx and TorchScript see of the layers that stand in for torch.nn's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar, cast
+
+from torch import nn
+from torch.fx import Proxy
+
+__all__ = ["fx_leaf", "refuse_torchscript"]
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def fx_leaf(forward: Forward) -> Forward:
+    """A `forward` that `torch.fx.symbolic_trace` records as one call of the module.
+
+    torch.fx does so for every module of torch.nn, by the name of its package, and traces into all others; the checks of
+    a layer cannot be traced.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, Proxy):
+            return first.tracer.create_proxy("call_module", _path(first.tracer, self), args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return cast(Forward, wrapped)
+
+
+def _path(tracer: Any, module: nn.Module) -> str:
+    if not hasattr(tracer, "path_of_module"):
+        raise RuntimeError(f"{type(module).__name__}: expected a torch.fx.Tracer, got {type(tracer).__name__}")
+    return tracer.path_of_module(module)
+
+
+def refuse_torchscript(module: nn.Module) -> NoReturn:
+    """Raise what `torch.jit.script` of a layer means."""
+    raise RuntimeError(
+        f"fastattn.nn.{type(module).__name__} cannot be compiled by torch.jit.script: "
+        "use torch.export or torch.compile, or fastattn.revert(model) first"
+    )
