@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fastattn import _check as check
 from fastattn.inference.decoding import Decoding, Generated, NonFinite

@@ -79,8 +79,8 @@ def generate(
             if you like. Row b's random numbers depend on the seed, b and `max_new_tokens`, not on the other rows.
         beams: beam search, in place of sampling.
         cache: a kind of cache, made as large as needed: `KVCache`, `DynamicCache`, `PagedCache`, `SlidingWindowCache`,
-            a subclass, or `functools.partial` of one with its options. Or a `CausalLM`'s cache, which the prompt continues: it then
-            holds all tokens but the last of each row, with which the next prompt should begin.
+            a subclass, or `functools.partial` of one with its options. Or a `CausalLM`'s cache, which the prompt
+            continues: it then holds all tokens but the last of each row, with which the next prompt should begin.
 
     Returns:
         `Generated`: tokens, their number per row, and scores.
@@ -204,13 +204,11 @@ def _prepare(
             memory = {"memory": encode(prompt, lengths=lengths), "memory_lengths": lengths}
         return origin.make_cache(prompt.shape[0], needed, cache, **memory)
 
-    return Decoding(
-        origin.prefill, step, make_cache, target, target_lengths, max_new_tokens, vocab_size, stops, given
-    )
+    return Decoding(origin.prefill, step, make_cache, target, target_lengths, max_new_tokens, vocab_size, stops, given)
 
 
 def _input_device(model: CausalLM | EncoderDecoder, prompt: object) -> torch.device:
-    """Where tokens go: to the embedding, unless its weights are offloaded or sharded, which is for the caller to say."""
+    """Where tokens go: to the embedding; where its weights are offloaded or sharded, the prompt's device decides."""
     weight = (model.embedding if isinstance(model, CausalLM) else model.target_embedding).weight
     somewhere = weight.is_meta or type(weight.data) is not Tensor
     if somewhere and isinstance(prompt, Tensor):
@@ -256,9 +254,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _check_prompt(
-    prompt: Prompt, lengths: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
+def _check_prompt(prompt: Prompt, lengths: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Tokens (N, L) and, where prompts differ in length, lengths (N,)."""
     if isinstance(prompt, Tensor) and prompt.ndim == 1 and lengths is None:
         prompt = prompt[None]

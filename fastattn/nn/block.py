@@ -114,7 +114,7 @@ class Attention(nn.Module):
         options: dict[str, Any] = {"softcap": self.softcap, "sinks": self.sinks}
         if self.cross:
             if cache is not None and cache.memory is not None:
-                k, v = (t.to(q.dtype) for t in cache.memory[self.layer])  # (N, K, S, D), made outside of autocast perhaps
+                k, v = (t.to(q.dtype) for t in cache.memory[self.layer])  # (N, K, S, D)
                 out = attention(q.transpose(1, 2), k, v, mask=mask, **options).transpose(1, 2)
                 return self.out_proj(out.flatten(-2))
             if memory is None:

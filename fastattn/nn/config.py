@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastattn import _check as check
 from fastattn.nn.position import ALiBi, Learned, LinearScaling, Llama3Scaling, RoPE, Sinusoidal, YarnScaling
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["CausalLMConfig", "EncoderDecoderConfig", "TransformerConfig"]
 

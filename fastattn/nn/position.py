@@ -67,8 +67,8 @@ class PositionalEncoding(nn.Module):
         dropout: probability of zeroing an entry of the sum.
         kind: "sinusoidal": sin and cos at wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017, section 3.5);
             fixed, computed and not stored: it is not in the state dict, a module made on the meta device needs no
-            other care, and values are exact in the dtype of the input, whatever `to()` was called with. "learned": a parameter `table` (max_len, d_model), which starts
-            as N(0, 0.02) (as in Devlin et al. 2018, BERT).
+            other care, and values are exact in the dtype of the input, whatever `to()` was called with. "learned": a
+            parameter `table` (max_len, d_model), which starts as N(0, 0.02) (as in Devlin et al. 2018, BERT).
         batch_first: sequence dimension of a 3-D input, as in the layers.
     """
 
@@ -321,9 +321,7 @@ class RoPE:
         check.number("theta", self.theta, "(1, inf)")
         check.instance("scaling", self.scaling, LinearScaling, Llama3Scaling, YarnScaling, type(None))
 
-    def tables(
-        self, positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
+    def tables(self, positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """cos and sin for `rotate`: positions (...) integer -> two of (..., head_dim / 2).
 
         They are float32, or float64 where `dtype`, that of what is rotated, is.

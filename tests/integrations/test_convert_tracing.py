@@ -78,7 +78,7 @@ def test_symbolic_trace_takes_a_converted_layer_as_a_leaf():
 def test_torchscript_is_refused_with_the_cure(name):
     model = nn.Sequential(getattr(Around(), name))
     fastattn.convert(model)
-    with pytest.raises(RuntimeError, match="cannot be compiled by torch.jit.script: use torch.export"):
+    with pytest.raises(RuntimeError, match=r"cannot be compiled by torch\.jit\.script: use torch\.export"):
         torch.jit.script(model)
     for stack in (fnn.TransformerEncoder, fnn.TransformerDecoder):
         assert "__prepare_scriptable__" in vars(stack)

@@ -80,14 +80,14 @@ def test_a_model_survives_its_folder(config, tmp_path):
 
 
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected config.json in it"):
+    with pytest.raises(FileNotFoundError, match=r"expected config\.json in it"):
         fnn.CausalLM.from_pretrained(tmp_path)
     make(CONFIGS[0]).save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="EncoderDecoderConfig, got CausalLMConfig"):
         fnn.EncoderDecoder.from_pretrained(tmp_path)
     other = fnn.CausalLMConfig(**SIZES | {"num_layers": 1}, vocab_size=12, position=None)
     (tmp_path / "config.json").write_text(json.dumps(other.to_dict()))
-    with pytest.raises(ValueError, match="also decoder.blocks.1.*embedding.weight of shape"):
+    with pytest.raises(ValueError, match=r"also decoder\.blocks\.1.*embedding\.weight of shape"):
         fnn.CausalLM.from_pretrained(tmp_path)
 
 
