@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fastattn import _check as check
 from fastattn.nn.position import ALiBi, Learned, LinearScaling, Llama3Scaling, RoPE, Sinusoidal, YarnScaling
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 __all__ = ["CausalLMConfig", "EncoderDecoderConfig", "TransformerConfig"]
+
+Config = TypeVar("Config", bound="_Data")
 
 GATED = ("swiglu", "geglu")
 _ROPE = RoPE()
@@ -27,7 +26,7 @@ class _Data:
         return _as_data(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
         """The description that `to_dict` wrote.
 
         Raises:

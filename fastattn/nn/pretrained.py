@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 __all__ = ["Pretrained"]
+
+Model = TypeVar("Model", bound="Pretrained")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -43,8 +42,12 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> Self:
+        cls: type[Model],
+        folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Model:
         """The model that `save_pretrained` wrote, in evaluation mode.
 
         Args:
