@@ -397,7 +397,7 @@ def allocate(
     sizes: tuple[int, int, int, int, int],
     *,
     like: Tensor,
-    window: int | None,
+    model_window: int | None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> KVCache:
@@ -406,7 +406,7 @@ def allocate(
     Args:
         sizes: num_layers, batch, capacity, num_kv_heads, head_dim.
         like: a parameter: its dtype and device hold until the first keys are there, unless someone chose them.
-        window: for a `SlidingWindowCache` that has none of its own.
+        model_window: the left side of the model's window, for a `SlidingWindowCache` that has none of its own.
         dtype, options: arguments of `kind`, before those of a partial.
     """
     given: dict[str, Any] = {}
@@ -417,12 +417,15 @@ def allocate(
         options["dtype"] = dtype
     given = given | options
     if isinstance(cls, type) and issubclass(cls, SlidingWindowCache) and given.get("window") is None:
-        if window is None:
+        if model_window is None:
             raise ValueError("window: expected one, since the model has none, for a SlidingWindowCache, got None")
-        options["window"] = window
+        options["window"] = model_window
     chosen = given.get("dtype") is not None
     if not chosen:
-        options["dtype"] = like.dtype if like.is_floating_point() else None
+        device = like.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        guess = torch.get_autocast_dtype(device) if autocast else like.dtype
+        options["dtype"] = guess if guess.is_floating_point else None
     if given.get("device") is None:
         options["device"] = like.device if like.device.type != "meta" else None
     cache = kind(*sizes, **options)

@@ -215,7 +215,7 @@ class Decoder(_Stack):
         config = self.config
         cache = allocate(
             kind, (config.num_layers, batch, capacity, config.kv_heads, config.dim_per_head),
-            like=next(self.parameters()), window=None if config.window is None else config.window[0], dtype=dtype,
+            like=next(self.parameters()), model_window=None if config.window is None else config.window[0], dtype=dtype,
             **options,
         )  # fmt: skip
         if self.cross:

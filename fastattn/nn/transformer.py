@@ -392,7 +392,7 @@ def _make_cache(
     assert isinstance(attn, MultiheadAttention)
     weight = attn.out_proj.weight
     sizes = (len(layers), batch, capacity, attn.num_heads, attn.head_dim)
-    return allocate(kind, sizes, like=weight, window=None, **options)
+    return allocate(kind, sizes, like=weight, model_window=None, **options)
 
 
 def _step(stack: TransformerEncoder | TransformerDecoder, x: Tensor, cache: KVCache, lengths: Tensor | None) -> Tensor:
