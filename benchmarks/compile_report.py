@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import inspect
 import io
 import itertools
 import json
@@ -35,7 +34,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastattn.kernels import backward, config, decode, forward, launch, primitives
+from fastattn.kernels import append, backward, config, decode, forward, launch
+from fastattn.spec import CacheSpec, Gradients, Operands, Options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -168,16 +168,16 @@ def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> N
         table = empty(batch, length // feature.page, dtype=torch.int32)
     lens = empty(batch, dtype=torch.int32)
     if kernel == "append":
-        decode.kv_cache_append(*caches, *(empty(batch, kv_heads, 1, dim) for _ in "kv"), lens, table)
+        append.kv_cache_append(*caches, *(empty(batch, kv_heads, 1, dim) for _ in "kv"), lens, table)
         return
     q = empty(batch, heads, feature.queries, dim)
-    decode.attention_kvcache(
-        torch.empty_like(q), empty(q.shape[:3], dtype=torch.float32), q, *caches, lens, table,
-        empty(1, heads, dtype=torch.float32) if feature.alibi else None,
-        empty(heads, dtype=torch.float32) if feature.sinks else None, added=1, length=None,
-        left=256 if feature.window else None, right=0 if feature.causal else None,
-        scale=dim**-0.5, softcap=30.0 if feature.softcap else None, num_splits=4 if kernel == "combine" else 1,
+    spec = CacheSpec(
+        q, *caches, None, None, empty(1, heads, dtype=torch.float32) if feature.alibi else None,
+        empty(heads, dtype=torch.float32) if feature.sinks else None, lens, table, added=1, length=None,
+        left=256 if feature.window else None, right=0 if feature.causal else None, scale=dim**-0.5,
+        softcap=30.0 if feature.softcap else None, num_splits=4 if kernel == "combine" else 1, return_lse=True,
     )  # fmt: skip
+    decode.attention_kvcache(torch.empty_like(q), empty(q.shape[:3], dtype=torch.float32), spec)
 
 
 def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
@@ -188,47 +188,41 @@ def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
     empty = functools.partial(torch.empty, device="meta", dtype=feature.dtype)
     batch, heads, kv_heads, length = 2, 4, 2, 1001
     dim -= 5 if feature.odd_dim else 0
-    given: dict[str, Any] = {
-        "q": empty(batch, heads, length, dim),
-        "k": empty(batch, kv_heads, length, dim),
-        "v": empty(batch, kv_heads, length, dim),
-        "out": empty(batch, heads, length, dim),
-        "lse": empty(batch, heads, length, dtype=torch.float32),
-        "q_offset": 0,
-        "scale": dim**-0.5,
-        "dropout_p": 0.1 if feature.dropout else 0.0,
-    }
+    entries = 1 if feature.packed else batch
+    q, out = (empty(entries, heads, length, dim) for _ in range(2))
+    k, v = (empty(entries, kv_heads, length, dim) for _ in range(2))
+    statistics = empty(2, entries, heads, length, dtype=torch.float32)
+    given: dict[str, Any] = {}
     if feature.packed:
-        given |= {name: given[name][:1] for name in ("q", "k", "v", "out", "lse")} | {"q_offset": None}
         given |= {name: empty(batch + 1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
     if feature.block_mask:
         index = functools.partial(torch.empty, device="meta", dtype=torch.int32)
-        lines, entries, table = index(1, 1, 8, 3), index(64, 2), index(1, 1, 8, 8)
-        given["block_mask"] = [lines, entries, lines, entries, table, index(66, 128, 128).to(torch.uint8)]
-    if feature.causal:
-        given["right"] = 0
-    if feature.window:
-        given["left"] = 256
+        lines, cells, table = index(1, 1, 8, 3), index(64, 2), index(1, 1, 8, 8)
+        given["block_mask"] = [lines, cells, lines, cells, table, index(66, 128, 128).to(torch.uint8)]
     if feature.mask:
         given["mask"] = empty(batch, 1, length if feature.mask == "full" else 1, length, dtype=torch.bool)
     if feature.bias:
         given["bias"] = empty(1, heads, length, length)
     if feature.alibi:
         given["alibi_slopes"] = empty(1, heads, dtype=torch.float32)
-    if feature.softcap:
-        given["softcap"] = 30.0
     if feature.sinks:
         given["sinks"] = empty(heads, dtype=torch.float32)
     if feature.q_offset_tensor:
         given["q_offset_tensor"] = empty(batch, dtype=torch.int64)
     if feature.dropout:
         given["seed"] = empty(1, dtype=torch.int64)
-    function = forward.attention_forward if kernel == "forward" else backward.attention_backward
-    if kernel != "forward":
-        wanted = {"dq": "q", "dk": "k", "dv": "v", "dout": "out", "dlse": "lse", "dbias": "bias",
-                  "dslopes": "alibi_slopes", "dsinks": "sinks"}  # fmt: skip
-        given |= {name: torch.empty_like(given[of]) for name, of in wanted.items() if of in given}
-    function(**{name: given.get(name) for name in inspect.signature(function).parameters})
+    operands = Operands(**given)
+    options = Options(
+        left=256 if feature.window else None, right=0 if feature.causal else None,
+        q_offset=None if feature.packed else 0, scale=dim**-0.5, softcap=30.0 if feature.softcap else None,
+        dropout_p=0.1 if feature.dropout else 0.0,
+    )  # fmt: skip
+    if kernel == "forward":
+        forward.attention_forward(out, statistics[0], statistics, q, k, v, operands, options)
+        return
+    learned = (operands.bias, operands.alibi_slopes, operands.sinks)
+    gradients = Gradients(*(None if x is None else torch.empty_like(x) for x in (q, k, v, *learned)))
+    backward.attention_backward(gradients, out, statistics[0], q, k, v, out, statistics, operands, options)
 
 
 def compile_case(case: Case) -> Result:
@@ -348,7 +342,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="compile this many at a time (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
-    if primitives.INTERPRETED.value:
+    if launch.INTERPRETED.value:
         sys.exit("expected TRITON_INTERPRET to be unset: interpreted kernels are not compiled")
     features = list(FEATURES) if "all" in args.features else args.features
     results = compile_all(all_cases(args.arch, args.kernel, args.dims, features), args.jobs)

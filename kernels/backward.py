@@ -1,458 +1,254 @@
-"""Backward attention: probabilities are recomputed from lse, never stored (FlashAttention-2, Dao, 2023).
+"""Backward attention: probabilities are recomputed from the softmax statistics, never stored (FlashAttention-2, Dao).
 
-With ``P = exp(S - lse)``, ``dP = dO V^T`` and ``delta = rowsum(dO * O) - dlse``:
-``dS = P * (dP - delta)``, ``dV = P^T dO``, ``dK = scale * dS^T Q``, ``dQ = scale * dS K``, ``dbias = dS``.
-Each output element has one writer that adds in a fixed order, so repeats are bit-equal.
+README.md has the formulas. Each output element has one writer that adds in a fixed order, so repeats are bit-equal.
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.spec.operands import Gradients, Operands, Options
+
 from . import config, launch
-from .primitives import (
-    LOG2E,
-    SPARSE_BLOCK,
-    cast,
-    dot,
-    dropout_keep,
-    dropout_row_keys,
-    exponent_scale,
-    finish_scores,
-    head_offset,
+from .bias_gradient import bias_gradient
+from .dropout import dropout_row_keys
+from .gradients import delta_kernel, probability_gradients, tile_ds
+from .ranges import (
     key_range,
-    load_tile,
     locate,
-    pool_tile,
     query_offset,
     query_range,
+    row_count,
     rows_of,
-    sparse_entry,
     sparse_line,
+    sparse_pool_tile,
+    sparse_position,
     sparse_range,
-    store_tile,
-    stride,
     tile_position,
-    visible_keys,
-    wide_stride,
 )
+from .scores import base_2, finish_scores, from_natural, load_statistics, nearest_key
+from .tiles import cast, dot, head_rows, load_tile, store_tile
 
-RUNTIME = (
-    "q_strides", "k_strides", "v_strides", "dout_strides", "dq_strides", "dk_strides", "dv_strides",
-    "mask_strides", "bias_strides", "out_strides",
-    "dbias_h", "dbias_m", "dbias_n", "sequences", "sparse_batch", "sparse_head", "table_batch", "table_head",
-    "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right",
-)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def delta_kernel(
-    out_ptr, dout_ptr, dlse_ptr, delta_ptr, out_strides, dout_strides, q_heads, q_len,
-    UNIT: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """delta = rowsum(dO * O) - dlse, so that a gradient through lse costs nothing further."""
-    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
-    tiles = tl.cdiv(q_len, BLOCK_M)
-    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = batch_head // q_heads, batch_head % q_heads
-    out_ptr += batch * stride(out_strides[0], UNIT) + head * stride(out_strides[1], UNIT)
-    dout_ptr += batch * stride(dout_strides[0], UNIT) + head * stride(dout_strides[1], UNIT)
-    row = tl.program_id(0) % tiles * BLOCK_M
-    rows = row + tl.arange(0, BLOCK_M)
-    out = load_tile(out_ptr, row, stride(out_strides[2], UNIT), q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-    dout = load_tile(dout_ptr, row, stride(dout_strides[2], UNIT), q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + batch_head * q_len + rows, mask=rows < q_len, other=0.0)
-    tl.store(delta_ptr + batch_head * q_len + rows, delta, mask=rows < q_len)
-
-
-@triton.jit
-def _load_row_statistics(lse_ptr, delta_ptr, rows, q_len):
-    """lse in base 2 and delta. Rows that attend to nothing, or lie outside, get lse = +inf: probability 0."""
-    lse = tl.load(lse_ptr + rows, mask=rows < q_len, other=float("inf"))
-    delta = tl.load(delta_ptr + rows, mask=rows < q_len, other=0.0)
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
-
-
-@triton.jit
-def _probability_gradients(s, scale, dp, lse, delta, k0, k1, cols, dropout_p, keep_scale, DROPOUT: tl.constexpr):
-    """(p after dropout, dS) of a tile, in whichever orientation the arguments broadcast to."""
-    p = tl.math.exp2(s * scale - lse)
-    p_dropped = p
-    if DROPOUT:
-        keep = dropout_keep(k0, k1, cols, dropout_p)
-        p_dropped = tl.where(keep, p * keep_scale, 0.0)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    return p_dropped, p * (dp - delta)
+RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right")
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
-    lines_ptr, entries_ptr, pool_ptr, sparse_batch, sparse_head,
-    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, mask_strides, bias_strides,
-    sequences, q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
-    MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    q, k, v, dout, statistics_ptr, delta_ptr, dk, dv, terms, dropout, packed, sparse, q_offset_ptr,
+    sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key head, against the queries of every head that shares it."""
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
-    READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
-    SPARSE: tl.constexpr = lines_ptr is not None
-    BORDERS: tl.constexpr = SPARSE and (left is not None or right is not None)
-    DROPOUT: tl.constexpr = seed_ptr is not None
-    tile, _, batch, kv_head = locate(tl.program_id(0), cu_k_ptr, sequences, q_heads // group, kv_len, BLOCK_N)
+    READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
+    SPARSE: tl.constexpr = sparse.lines is not None
+    CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None)
+    tile, _, batch, kv_head = locate(tl.program_id(0), packed.k, sequences, q_heads // group, kv_len, BLOCK_N)
     col = tile * BLOCK_N
-    entry, k_first, kv_len = rows_of(cu_k_ptr, batch, kv_len)
-    _, q_first, q_rows = rows_of(cu_q_ptr, batch, q_len)
-    if cu_k_ptr is not None:
+    entry, k_first, kv_len = rows_of(packed.k, batch, kv_len)
+    _, q_first, q_rows = rows_of(packed.q, batch, q_len)
+    if packed.k is not None:
         if col >= kv_len:
             return
-    k_ptr += head_offset(k_strides, entry, kv_head, k_first, UNIT)
-    v_ptr += head_offset(v_strides, entry, kv_head, k_first, UNIT)
-    dk_ptr += head_offset(dk_strides, entry, kv_head, k_first, UNIT)
-    dv_ptr += head_offset(dv_strides, entry, kv_head, k_first, UNIT)
+    k_ptr, k_stride = head_rows(k, entry, kv_head, k_first, UNIT)
+    v_ptr, v_stride = head_rows(v, entry, kv_head, k_first, UNIT)
+    plane = row_count(packed, sequences, q_heads, q_len)
 
     cols = (col + tl.arange(0, BLOCK_N))[:, None]
-    k = load_tile(k_ptr, col, stride(k_strides[2], UNIT), kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
-    v = load_tile(v_ptr, col, stride(v_strides[2], UNIT), kv_len, True, V_DIM, BLOCK_N, BLOCK_DV)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    k_tile = load_tile(k_ptr, col, k_stride, kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
+    v_tile = load_tile(v_ptr, col, v_stride, kv_len, True, V_DIM, BLOCK_N, BLOCK_DV)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     offset = query_offset(q_offset, q_offset_ptr, batch, q_rows, kv_len)
-    start, first, resume, edges, inner_start, inners = query_range(
+    start, edges_left, right_start, edges, inner_start, inners = query_range(
         col, offset, left, right, q_rows, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
     for head in tl.range(kv_head * group, (kv_head + 1) * group):
-        statistics = (entry * q_heads + head) * q_len + q_first
-        q_head = q_ptr + head_offset(q_strides, entry, head, q_first, UNIT)
-        dout_head = dout_ptr + head_offset(dout_strides, entry, head, q_first, UNIT)
-        mask_head, bias_head, slope = mask_ptr, bias_ptr, slopes_ptr
-        if mask_ptr is not None:
-            mask_head += batch * wide_stride(mask_strides[0]) + head * wide_stride(mask_strides[1])
-        if bias_ptr is not None:
-            bias_head += batch * wide_stride(bias_strides[0]) + head * wide_stride(bias_strides[1])
-        if slopes_ptr is not None:
-            slope = tl.load(slopes_ptr + batch * q_heads + head)
-        exponent = exponent_scale(scale * LOG2E, softcap, slope, bias_head)
+        first_row = (entry * q_heads + head) * q_len + q_first
+        q_ptr, q_stride = head_rows(q, entry, head, q_first, UNIT)
+        dout_ptr, dout_stride = head_rows(dout, entry, head, q_first, UNIT)
+        slope = terms.slopes
+        if terms.slopes is not None:
+            slope = tl.load(terms.slopes + batch * q_heads + head)
         if SPARSE:
-            line = sparse_line(batch, head, col, sparse_batch, sparse_head)
-            start, edges, inner_start, inners = sparse_range(lines_ptr, line, BLOCK_M)
+            start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, col), BLOCK_M)
         for EDGE in tl.static_range(2):
             for number in tl.range(0, edges if EDGE else inners):
-                tile_ptr = None
+                pool_tile = None
                 if SPARSE:
-                    row, entry_ptr = sparse_entry(number, start, inner_start, entries_ptr, EDGE == 1, BLOCK_M)
+                    row = sparse_position(number, start if EDGE else inner_start, sparse, BLOCK_M)
                     if EDGE:
-                        tile_ptr = pool_tile(pool_ptr, tl.load(entry_ptr + 1))
+                        pool_tile = sparse_pool_tile(number, start, sparse, BLOCK_M)
                 else:
-                    row = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_M)
+                    row = tile_position(number, start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_M)
                 rows = row + tl.arange(0, BLOCK_M)
                 k0, k1 = rows, rows
-                if DROPOUT:
-                    k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
-                lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_rows)
-                q = load_tile(q_head, row, stride(q_strides[2], UNIT), q_rows, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
+                if dropout.seed is not None:
+                    k0, k1 = dropout_row_keys(tl.load(dropout.seed), batch, head, rows)
+                row_max, log_sum = load_statistics(statistics_ptr + first_row, plane, rows, q_rows)
+                delta = tl.load(delta_ptr + first_row + rows, mask=rows < q_rows, other=0.0)
+                q_tile = load_tile(q_ptr, row, q_stride, q_rows, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
                 s, cap_gradient = finish_scores(
-                    dot(k, tl.trans(q), None, PRECISION), rows[None, :], cols, q_rows, kv_len, offset, left, right,
-                    scale * LOG2E, softcap, slope, mask_head, mask_strides, bias_head, bias_strides, tile_ptr,
-                    EDGE == 1 or BORDERS, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
+                    dot(k_tile, tl.trans(q_tile), None, PRECISION), rows[None, :], cols, q_rows, kv_len, offset, left,
+                    right, terms, slope, batch, head, pool_tile, EDGE == 1 or CHECK_FULL_TILES,
                 )  # fmt: skip
-                dout = load_tile(
-                    dout_head, row, stride(dout_strides[2], UNIT), q_rows, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV
-                )
-                dp = dot(v, tl.trans(dout), None, PRECISION)
-                p, ds = _probability_gradients(
-                    s, exponent, dp, lse[None, :], delta[None, :], k0[None, :], k1[None, :], cols,
-                    dropout_p, keep_scale, DROPOUT,
+                dout_tile = load_tile(dout_ptr, row, dout_stride, q_rows, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV)
+                p, ds = probability_gradients(
+                    s, dot(v_tile, tl.trans(dout_tile), None, PRECISION), row_max[None, :], log_sum[None, :],
+                    delta[None, :], k0[None, :], k1[None, :], cols, terms, dropout,
                 )  # fmt: skip
-                dv = dot(cast(p, dout.dtype), dout, dv, PRECISION)
-                dk = dot(cast(ds * cap_gradient, q.dtype), q, dk, PRECISION)
-    store_tile(dk_ptr, dk * scale, col, stride(dk_strides[2], UNIT), kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_tile(dv_ptr, dv, col, stride(dv_strides[2], UNIT), kv_len, V_DIM, BLOCK_N, BLOCK_DV)
-
-
-@triton.jit
-def _tile_ds(
-    q, dout, lse, delta, rows, col, k_ptr, v_ptr, k_stride, v_stride, k0, k1, mask_ptr, bias_ptr, mask_strides,
-    bias_strides, tile_ptr, slope, q_len, kv_len, offset, left, right, scale, softcap, dropout_p, keep_scale,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EDGE: tl.constexpr, CHECK: tl.constexpr, MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr,
-    BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(dS, d capped / d uncapped, K) of one tile of queries by keys."""
-    cols = (col + tl.arange(0, BLOCK_N))[None, :]
-    k = load_tile(k_ptr, col, k_stride, kv_len, EDGE, HEAD_DIM, BLOCK_N, BLOCK_D)
-    s, cap_gradient = finish_scores(
-        dot(q, tl.trans(k), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right, scale * LOG2E,
-        softcap, slope, mask_ptr, mask_strides, bias_ptr, bias_strides, tile_ptr,
-        CHECK, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT,
-    )  # fmt: skip
-    v = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
-    dp = dot(dout, tl.trans(v), None, PRECISION)
-    _, ds = _probability_gradients(
-        s, exponent_scale(scale * LOG2E, softcap, slope, bias_ptr), dp, lse[:, None], delta[:, None],
-        k0[:, None], k1[:, None], cols, dropout_p, keep_scale, DROPOUT,
-    )  # fmt: skip
-    return ds, cap_gradient, k
+                dv_acc = dot(cast(p, dout_tile.dtype), dout_tile, dv_acc, PRECISION)
+                dk_acc = dot(cast(ds * cap_gradient, q_tile.dtype), q_tile, dk_acc, PRECISION)
+    dk_ptr, dk_stride = head_rows(dk, entry, kv_head, k_first, UNIT)
+    dv_ptr, dv_stride = head_rows(dv, entry, kv_head, k_first, UNIT)
+    store_tile(dk_ptr, dk_acc * terms.scale, col, dk_stride, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_tile(dv_ptr, dv_acc, col, dv_stride, kv_len, V_DIM, BLOCK_N, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dslopes_ptr,
-    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
-    lines_ptr, entries_ptr, pool_ptr, sparse_batch, sparse_head,
-    q_strides, k_strides, v_strides, dout_strides, dq_strides, mask_strides, bias_strides,
-    sequences, q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
-    MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    q, k, v, dout, statistics_ptr, delta_ptr, dq, dslopes_ptr, dsinks_ptr, terms, dropout, packed, sparse, q_offset_ptr,
+    sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all the keys they see.
 
-    With ``dslopes_ptr`` also this tile's share of the gradient of the head's ALiBi slope.
+    With ``dslopes_ptr`` also this tile's share of the gradient of the head's ALiBi slope, with ``dsinks_ptr`` of its
+    sink.
     """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
-    READS_SCORES: tl.constexpr = mask_ptr is not None or bias_ptr is not None
-    SPARSE: tl.constexpr = lines_ptr is not None
-    BORDERS: tl.constexpr = SPARSE and (left is not None or right is not None)
-    DROPOUT: tl.constexpr = seed_ptr is not None
-    tile, tiles, batch, head = locate(tl.program_id(0), cu_q_ptr, sequences, q_heads, q_len, BLOCK_M)
-    if right is not None and cu_q_ptr is None:
+    READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
+    SPARSE: tl.constexpr = sparse.lines is not None
+    CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None)
+    tile, tiles, batch, head = locate(tl.program_id(0), packed.q, sequences, q_heads, q_len, BLOCK_M)
+    if right is not None and packed.q is None:
         tile = tiles - 1 - tile
     row = tile * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
-    entry, q_first, q_rows = rows_of(cu_q_ptr, batch, q_len)
-    _, k_first, kv_len = rows_of(cu_k_ptr, batch, kv_len)
-    if cu_q_ptr is not None:
+    entry, q_first, q_rows = rows_of(packed.q, batch, q_len)
+    _, k_first, kv_len = rows_of(packed.k, batch, kv_len)
+    if packed.q is not None:
         if row >= q_rows:
             return
-    q_ptr += head_offset(q_strides, entry, head, q_first, UNIT)
-    k_ptr += head_offset(k_strides, entry, head // group, k_first, UNIT)
-    v_ptr += head_offset(v_strides, entry, head // group, k_first, UNIT)
-    dout_ptr += head_offset(dout_strides, entry, head, q_first, UNIT)
-    dq_ptr += head_offset(dq_strides, entry, head, q_first, UNIT)
-    statistics = (entry * q_heads + head) * q_len + q_first
+    q_ptr, q_stride = head_rows(q, entry, head, q_first, UNIT)
+    k_ptr, k_stride = head_rows(k, entry, head // group, k_first, UNIT)
+    v_ptr, v_stride = head_rows(v, entry, head // group, k_first, UNIT)
+    dout_ptr, dout_stride = head_rows(dout, entry, head, q_first, UNIT)
+    plane = row_count(packed, sequences, q_heads, q_len)
+    first_row = (entry * q_heads + head) * q_len + q_first
     q_len = q_rows
-    slope = slopes_ptr
-    if mask_ptr is not None:
-        mask_ptr += batch * wide_stride(mask_strides[0]) + head * wide_stride(mask_strides[1])
-    if bias_ptr is not None:
-        bias_ptr += batch * wide_stride(bias_strides[0]) + head * wide_stride(bias_strides[1])
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + batch * q_heads + head)
+    slope = terms.slopes
+    if terms.slopes is not None:
+        slope = tl.load(terms.slopes + batch * q_heads + head)
 
     k0, k1 = rows, rows
-    if DROPOUT:
-        k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
+    if dropout.seed is not None:
+        k0, k1 = dropout_row_keys(tl.load(dropout.seed), batch, head, rows)
     offset = query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len)
-    start, first, resume, edges, inner_start, inners = key_range(
+    start, edges_left, right_start, edges, inner_start, inners = key_range(
         row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
     if SPARSE:
-        line = sparse_line(batch, head, row, sparse_batch, sparse_head)
-        start, edges, inner_start, inners = sparse_range(lines_ptr, line, BLOCK_N)
-    q = load_tile(q_ptr, row, stride(q_strides[2], UNIT), q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
-    dout = load_tile(dout_ptr, row, stride(dout_strides[2], UNIT), q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-    lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_len)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, row), BLOCK_N)
+    q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
+    dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+    row_max, log_sum = load_statistics(statistics_ptr + first_row, plane, rows, q_len)
+    delta = tl.load(delta_ptr + first_row + rows, mask=rows < q_len, other=0.0)
+    dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
     for EDGE in tl.static_range(2):
         for number in tl.range(0, edges if EDGE else inners):
-            tile_ptr = None
+            pool_tile = None
             if SPARSE:
-                col, entry_ptr = sparse_entry(number, start, inner_start, entries_ptr, EDGE == 1, BLOCK_N)
+                col = sparse_position(number, start if EDGE else inner_start, sparse, BLOCK_N)
                 if EDGE:
-                    tile_ptr = pool_tile(pool_ptr, tl.load(entry_ptr + 1))
+                    pool_tile = sparse_pool_tile(number, start, sparse, BLOCK_N)
             else:
-                col = tile_position(number, start, first, resume, inner_start, EDGE == 1, BLOCK_N)
-            ds, cap_gradient, k = _tile_ds(
-                q, dout, lse, delta, rows, col, k_ptr, v_ptr, stride(k_strides[2], UNIT), stride(v_strides[2], UNIT),
-                k0, k1, mask_ptr, bias_ptr, mask_strides, bias_strides, tile_ptr, slope, q_len, kv_len,
-                offset, left, right, scale, softcap, dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
-                EDGE == 1, EDGE == 1 or BORDERS, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
+                col = tile_position(number, start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_N)
+            ds, cap_gradient, k_tile = tile_ds(
+                q_tile, dout_tile, row_max, log_sum, delta, rows, col, k_ptr, k_stride, v_ptr, v_stride, k0, k1,
+                pool_tile, slope, batch, head, q_len, kv_len, offset, left, right, terms, dropout,
+                EDGE == 1, EDGE == 1 or CHECK_FULL_TILES, PRECISION, HEAD_DIM, V_DIM, BLOCK_N,
             )  # fmt: skip
             if dslopes_ptr is not None:
                 distance = tl.abs(rows[:, None] + offset - (col + tl.arange(0, BLOCK_N))[None, :])
                 dslope -= tl.sum(ds * distance.to(tl.float32), 1)
-            dq = dot(cast(ds * cap_gradient, k.dtype), k, dq, PRECISION)
-    store_tile(dq_ptr, dq * scale, row, stride(dq_strides[2], UNIT), q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+            dq_acc = dot(cast(ds * cap_gradient, k_tile.dtype), k_tile, dq_acc, PRECISION)
+    dq_ptr, dq_stride = head_rows(dq, entry, head, q_first, UNIT)
+    store_tile(dq_ptr, dq_acc * terms.scale, row, dq_stride, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
     if dslopes_ptr is not None:
         tl.store(dslopes_ptr + tl.program_id(0), tl.sum(dslope, 0))
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def dbias_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,
-    mask_ptr, bias_ptr, slopes_ptr, q_offset_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
-    table_ptr, pool_ptr, table_batch, table_head,
-    q_strides, k_strides, v_strides, dout_strides, mask_strides, bias_strides,
-    dbias_h, dbias_m, dbias_n,
-    sequences, q_heads, group, q_len, kv_len, q_offset, left, right, scale, softcap, dropout_p, keep_scale,
-    MASK_BY_ROW: tl.constexpr, MASK_UNIT: tl.constexpr, BIAS_BY_ROW: tl.constexpr, BIAS_UNIT: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUM_BATCH: tl.constexpr, SUM_HEAD: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLS: tl.constexpr,
-):  # fmt: skip
-    """One program: one tile of the bias gradient, summed over every dimension that the bias broadcasts along."""
-    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
-    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
-    DROPOUT: tl.constexpr = seed_ptr is not None
-    col_tiles = tl.cdiv(dbias_n, BLOCK_N)
-    row_tiles = tl.cdiv(dbias_m, BLOCK_M)
-    own_col = tl.program_id(0) % col_tiles * BLOCK_N
-    own_row = tl.program_id(0) // col_tiles % row_tiles * BLOCK_M
-    own_head = tl.program_id(0) // (col_tiles * row_tiles) % dbias_h
-    own_batch = tl.program_id(0) // (col_tiles * row_tiles) // dbias_h
-    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for b in tl.range(0 if SUM_BATCH else own_batch, sequences if SUM_BATCH else own_batch + 1):
-        offset = query_offset(q_offset, q_offset_ptr, b, q_len, kv_len)
-        for h in tl.range(0 if SUM_HEAD else own_head, q_heads if SUM_HEAD else own_head + 1):
-            batch, head = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
-            k_head = k_ptr + batch * stride(k_strides[0], UNIT) + head // group * stride(k_strides[1], UNIT)
-            v_head = v_ptr + batch * stride(v_strides[0], UNIT) + head // group * stride(v_strides[1], UNIT)
-            q_head = q_ptr + batch * stride(q_strides[0], UNIT) + head * stride(q_strides[1], UNIT)
-            dout_head = dout_ptr + batch * stride(dout_strides[0], UNIT) + head * stride(dout_strides[1], UNIT)
-            bias_head = bias_ptr + batch * wide_stride(bias_strides[0]) + head * wide_stride(bias_strides[1])
-            mask_head, slope = mask_ptr, slopes_ptr
-            if mask_ptr is not None:
-                mask_head += batch * wide_stride(mask_strides[0]) + head * wide_stride(mask_strides[1])
-            if slopes_ptr is not None:
-                slope = tl.load(slopes_ptr + batch * q_heads + head)
-            statistics = (batch * q_heads + head) * q_len
-            for row in tl.range(0 if SUM_ROWS else own_row, q_len if SUM_ROWS else own_row + 1, BLOCK_M):
-                rows = row + tl.arange(0, BLOCK_M)
-                k0, k1 = rows, rows
-                if DROPOUT:
-                    k0, k1 = dropout_row_keys(tl.load(seed_ptr), batch, head, rows)
-                q = load_tile(q_head, row, stride(q_strides[2], UNIT), q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
-                dout = load_tile(dout_head, row, stride(dout_strides[2], UNIT), q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-                lse, delta = _load_row_statistics(lse_ptr + statistics, delta_ptr + statistics, rows, q_len)
-                first, last = visible_keys(row, offset, left, right, kv_len, BLOCK_M)
-                if SUM_COLS:
-                    first = first // BLOCK_N * BLOCK_N
-                else:  # the own tile, if these rows see it
-                    last = tl.where(own_col + BLOCK_N > first, tl.minimum(last, own_col + 1), 0)
-                    first = own_col
-                for col in tl.range(first, last, BLOCK_N):
-                    tile_ptr = None
-                    if table_ptr is not None:
-                        line = sparse_line(batch, head, row, table_batch, table_head)
-                        place = sparse_line(line, 0, col, tl.cdiv(kv_len, SPARSE_BLOCK), 0)
-                        tile_ptr = pool_tile(pool_ptr, tl.load(table_ptr + place))
-                    ds, _, _ = _tile_ds(
-                        q, dout, lse, delta, rows, col, k_head, v_head,
-                        stride(k_strides[2], UNIT), stride(v_strides[2], UNIT), k0, k1, mask_head, bias_head,
-                        mask_strides, bias_strides, tile_ptr, slope, q_len, kv_len, offset, left, right,
-                        scale, softcap, dropout_p, keep_scale, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV,
-                        True, True, MASK_BY_ROW, MASK_UNIT, BIAS_BY_ROW, BIAS_UNIT, DROPOUT, PRECISION,
-                    )  # fmt: skip
-                    dbias += ds
-    if SUM_ROWS:
-        dbias = tl.broadcast_to(tl.sum(dbias, 0)[None, :], [BLOCK_M, BLOCK_N])
-    if SUM_COLS:
-        dbias = tl.broadcast_to(tl.sum(dbias, 1)[:, None], [BLOCK_M, BLOCK_N])
-    rows = own_row + tl.arange(0, BLOCK_M)[:, None]
-    cols = own_col + tl.arange(0, BLOCK_N)[None, :]
-    line = (own_batch.to(tl.int64) * dbias_h + own_head) * dbias_m + rows
-    inside = (rows < dbias_m) & (cols < dbias_n)
-    tl.store(dbias_ptr + line * dbias_n + cols, cast(dbias, dbias_ptr.dtype.element_ty), mask=inside)
+    if dsinks_ptr is not None:  # a score whose value vector is 0: dP = 0 there
+        sink = from_natural(tl.load(terms.sinks + head), terms)
+        if slope is not None:
+            sink += slope * nearest_key(rows, offset, kv_len).to(tl.float32)
+        p = tl.math.exp2(base_2(sink - row_max, terms) - log_sum)
+        tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(tl.where(rows < q_len, p * delta, 0.0), 0))
 
 
 def attention_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None, dslopes: Tensor | None, dsinks: Tensor | None,
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
-    q_offset_tensor: Tensor | None, seed: Tensor | None, cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None, block_mask: Sequence[Tensor] | None = None, *,
-    left: int | None, right: int | None, q_offset: int | None, scale: float, softcap: float | None, dropout_p: float,
+    gradients: Gradients, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    statistics: Tensor, operands: Operands, options: Options,
 ) -> None:  # fmt: skip
-    """Launch the backward kernels, which fill the gradients; other arguments as in `attention_forward`.
+    """Launch the backward kernels, which fill the gradients that are not None; other arguments as `attention_forward`.
 
-    ``dbias``, ``dslopes`` and ``dsinks`` are contiguous, of the shapes of ``bias``, ``alibi_slopes`` and ``sinks``, or
-    None where they are not wanted; ``dout`` (B, Hq, Lq, Dv) has any strides; ``dlse`` (B, Hq, Lq) may be None.
+    ``dbias``, ``dalibi_slopes`` and ``dsinks`` are contiguous, of the shapes of ``bias``, ``alibi_slopes`` and
+    ``sinks``; ``dout`` (B, Hq, Lq, Dv) has any strides; ``dlse`` (B, Hq, Lq) may be None.
     """
-    batch, q_heads, q_len, head_dim = q.shape
-    kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
-    q, k, v, dout = (launch.unit_last(t) for t in (q, k, v, dout))
-    negative = scale < 0.0
-    q, scale = launch.positive_scale(q, scale)
-    delta = torch.empty_like(lse)
-    shape = (batch, q_heads, q_len, kv_len)
-    sequences = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    mask_op, bias_op = launch.score_operand(mask, shape), launch.score_operand(bias, shape)
-    unit = launch.stride_unit(q, k, v, out, dout, dq, dk, dv)
-    q_st, k_st, v_st, dout_st = (launch.strides(t, unit) for t in (q, k, v, dout))
-    inputs = (q, k, v, dout, lse, delta)
-    score_operands = (
-        mask_op.tensor, bias_op.tensor, launch.slopes(alibi_slopes, sequences), q_offset_tensor, seed,
-        cu_seqlens_q, cu_seqlens_k,
-    )  # fmt: skip
-    score_strides = (mask_op.strides, bias_op.strides)
-    sizes = (
-        sequences, q_heads, q_heads // kv_heads, q_len, kv_len, q_offset, left, right, scale, softcap,
-        dropout_p, launch.keep_scale(dropout_p),
-    )  # fmt: skip
-    flags = (
-        mask_op.by_row, mask_op.unit_cols, bias_op.by_row, bias_op.unit_cols, unit,
-        launch.dot_precision(q.dtype), head_dim, v_dim,
-    )  # fmt: skip
-    arch = launch.architecture(q.device)
-
-    def configure(kernel: config.Kernel) -> config.LaunchConfig:
-        return config.lookup(kernel, arch, max(head_dim, v_dim), q.element_size(), indirect=bool(block_mask))
-
+    dq, dk, dv, dbias, dslopes, dsinks = gradients
+    call = launch.Call(q, k, v, operands, options)
+    dout = launch.unit_last(dout)
+    unit = launch.stride_unit(call.q, call.k, call.v, out, dout, dq, dk, dv)
+    delta = torch.empty_like(statistics[0])
+    dout_rows = launch.rows(dout, unit)
+    inputs = (*(launch.rows(x, unit) for x in (call.q, call.k, call.v)), dout_rows, statistics, delta)
+    groups = (call.terms, call.dropout, call.packed)
+    flat = (operands.q_offset_tensor, *call.sizes, unit, *call.constants)
     with launch.on_device(q):
-        cfg = configure("delta")
-        if programs := triton.cdiv(q_len, cfg.block_m) * batch * q_heads:
+        cfg = call.configure("delta")
+        if programs := triton.cdiv(call.q_len, cfg.block_m) * call.batch * call.q_heads:
             delta_kernel[(programs,)](
-                out, dout, None if dlse is None else dlse.contiguous(), delta,
-                launch.strides(out, unit), dout_st, q_heads, q_len, unit, v_dim, cfg.block_m, **cfg.options(),
+                launch.rows(out, unit), dout_rows, None if dlse is None else dlse.contiguous(), delta, call.q_heads,
+                call.q_len, unit, call.v.shape[3], cfg.block_m, **cfg.options(),
             )  # fmt: skip
-        cfg = configure("dkdv")
-        if programs := launch.tiles(kv_len, cfg.block_n, cu_seqlens_k) * batch * kv_heads:
+        cfg = call.configure("dkdv")
+        if programs := launch.tiles(call.kv_len, cfg.block_n, operands.cu_seqlens_k) * call.batch * call.kv_heads:
             dkdv_kernel[(programs,)](
-                *inputs, dk, dv, *score_operands, *launch.sparse_operand(block_mask, by_key=True),
-                q_st, k_st, v_st, dout_st, launch.strides(dk, unit), launch.strides(dv, unit), *score_strides,
-                *sizes, *flags, cfg.block_m, cfg.block_n, **cfg.options(),
+                *inputs, launch.rows(dk, unit), launch.rows(dv, unit), *groups,
+                launch.sparse(operands.block_mask, by_key=True), *flat, cfg.block_m, cfg.block_n, **cfg.options(),
             )  # fmt: skip
-        cfg = configure("dq")
-        tiles = launch.tiles(q_len, cfg.block_m, cu_seqlens_q)
-        dslope_tiles = None if dslopes is None else lse.new_zeros((batch, q_heads, tiles))
-        if programs := tiles * batch * q_heads:
+        cfg = call.configure("dq")
+        tiles = launch.tiles(call.q_len, cfg.block_m, operands.cu_seqlens_q)
+        shares = (call.batch, call.q_heads, tiles)  # of the tiles, of a slope or a sink
+        dslope_tiles = None if dslopes is None else delta.new_zeros(shares)
+        dsink_tiles = None if dsinks is None else delta.new_zeros(shares)
+        if programs := tiles * call.batch * call.q_heads:
             dq_kernel[(programs,)](
-                *inputs, dq, dslope_tiles, *score_operands, *launch.sparse_operand(block_mask),
-                q_st, k_st, v_st, dout_st, launch.strides(dq, unit), *score_strides,
-                *sizes, *flags, cfg.block_m, cfg.block_n, **cfg.options(),
+                *inputs, launch.rows(dq, unit), dslope_tiles, dsink_tiles, *groups,
+                launch.sparse(operands.block_mask), *flat, cfg.block_m, cfg.block_n, **cfg.options(),
             )  # fmt: skip
-        if negative:
-            dq.neg_()
-        cfg = configure("dbias")
-        lines, table = launch.sparse_operand(block_mask), block_mask[4] if block_mask else None
-        b, h, m, n = (0, 0, 0, 0) if dbias is None else dbias.shape
-        if programs := triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n) * b * h:
-            dbias_kernel[(programs,)](
-                *inputs, dbias, *score_operands, table, lines.pool, lines.batch_stride, lines.head_stride,
-                q_st, k_st, v_st, dout_st, *score_strides,
-                h, m, n, *sizes, *flags, cfg.block_m, cfg.block_n, b == 1, h == 1, m == 1, n == 1,
-                **cfg.options(),
-            )  # fmt: skip
+        if call.sign != 1.0:
+            dq.mul_(call.sign)
+        if dbias is not None:
+            bias_gradient(dbias, inputs, call, operands, unit)
     if dslopes is not None and dslope_tiles is not None:
-        if cu_seqlens_q is None or dslopes.shape[0] == 1:
-            dslopes.copy_(dslope_tiles.sum(-1).sum_to_size(dslopes.shape))
-        else:  # the slots of each sequence, see `primitives.locate`
-            first = cu_seqlens_q // config.lookup("dq", arch, max(head_dim, v_dim), q.element_size()).block_m
-            first = first + torch.arange(sequences + 1, device=first.device)
-            dslopes.copy_(torch.segment_reduce(dslope_tiles[0].mT.contiguous(), "sum", offsets=first, unsafe=True))
-    if dsinks is not None and sinks is not None:  # a score whose value vector is 0: dP = 0 there
-        weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(
-            lse == -torch.inf, 0.0
-        )  # rows of no sequence
-        dsinks.copy_((weight * -delta).sum((0, 2)))
+        _sum_slopes(dslopes, dslope_tiles, operands.cu_seqlens_q, cfg)
+    if dsinks is not None and dsink_tiles is not None:
+        dsinks.copy_(dsink_tiles.sum((0, 2)))
+
+
+def _sum_slopes(
+    dslopes: Tensor, tiles: Tensor, cu_seqlens_q: Tensor | None, cfg: config.LaunchConfig
+) -> None:
+    """Add up the shares (batch, heads, tiles) of the dq kernel's tiles in the gradient of the ALiBi slopes."""
+    if cu_seqlens_q is None or dslopes.shape[0] == 1:
+        dslopes.copy_(tiles.sum(-1).sum_to_size(dslopes.shape))
+        return
+    first = cu_seqlens_q // cfg.block_m  # the slots of each sequence, see `ranges.locate`
+    first = first + torch.arange(len(cu_seqlens_q), device=first.device)
+    dslopes.copy_(torch.segment_reduce(tiles[0].mT.contiguous(), "sum", offsets=first, unsafe=True))

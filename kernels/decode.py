@@ -1,4 +1,4 @@
-"""Attention over a KV cache, contiguous or paged: split-KV (flash-decoding, Dao et al., 2023), and the append to it.
+"""Attention over a KV cache, contiguous or paged: split-KV (flash-decoding, Dao et al., 2023).
 
 A decode step has few queries and many keys. So the query heads that share a key head are rows of one tile, and the keys
 are divided among several programs, whose partial results a second kernel merges.
@@ -8,29 +8,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.spec.cache import CacheSpec
+from fastattn.spec.operands import Operands
+
 from . import config, launch
-from .primitives import (
-    LN2,
-    LOG2E,
-    cast,
-    dot,
-    exponent_scale,
+from .append import cache_rows, cache_unit, cached_rows, columns, pages_of
+from .operands import Partial
+from .ranges import tile_position, tile_ranges
+from .scores import (
+    base_2,
     finish_scores,
+    finish_softmax,
+    from_natural,
+    merge_sink,
+    natural,
+    nearest_key,
     online_softmax,
-    stride,
-    tile_position,
-    tile_ranges,
+    store_statistics,
 )
+from .tiles import cast, decode_stride, dot
 
 RUNTIME = (
-    "q_strides", "k_strides", "v_strides", "out_strides", "table_stride", "kv_heads", "group", "q_len", "added",
-    "capacity", "pages", "splits", "total", "left", "right",
+    "table_stride", "kv_heads", "group", "q_len", "added", "capacity", "pages", "splits", "left", "right",
 )  # fmt: skip
-COMBINE_RUNTIME = ("out_strides", "q_heads", "q_len", "total", "splits")
-APPEND_RUNTIME = (
-    "k_cache_strides", "v_cache_strides", "k_strides", "v_strides", "table_stride", "kv_heads", "new_len", "capacity",
-    "pages",
-)  # fmt: skip
+COMBINE_RUNTIME = ("q_heads", "q_len", "total", "splits")
 
 
 @triton.jit
@@ -60,23 +61,13 @@ def locate_keys(table_ptr, batch, col, start, end, pages, CHECK: tl.constexpr, P
 
 
 @triton.jit
-def columns(strides, UNIT: tl.constexpr, UNIT_COLS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Offsets of the elements of one cache row."""
-    cols = tl.arange(0, BLOCK_C)
-    if UNIT_COLS:
-        return cols
-    else:
-        return cols.to(tl.int64) * stride(strides[3], UNIT)
-
-
-@triton.jit
 def load_keys(
-    ptr, page, slot, strides, col, start, end, CHECK: tl.constexpr, N_COLS: tl.constexpr, UNIT: tl.constexpr,
-    UNIT_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    cache, kv_head, page, slot, col, start, end, CHECK: tl.constexpr, N_COLS: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Rows ``col .. col + BLOCK_R`` of one head of the cache; with ``CHECK`` zero outside ``start .. end``."""
-    rows = page * stride(strides[0], UNIT) + slot * stride(strides[1], UNIT)
-    ptrs = ptr + (rows[:, None] + columns(strides, UNIT, UNIT_COLS, BLOCK_C)[None, :])
+    rows = cached_rows(cache, page, slot, UNIT) + kv_head * decode_stride(cache.strides[2], UNIT)
+    ptrs = cache.ptr + (rows[:, None] + columns(cache, UNIT, BLOCK_C)[None, :])
     keys = (col + tl.arange(0, BLOCK_R))[:, None]
     inside = tl.arange(0, BLOCK_C)[None, :] < N_COLS
     if CHECK and N_COLS != BLOCK_C:
@@ -89,18 +80,24 @@ def load_keys(
         return tl.load(ptrs)
 
 
+@triton.jit
+def head_row_offsets(x, batch, heads, rows, UNIT: tl.constexpr):
+    """Where rows (batch, heads[i], rows[i]) of an `operands.Rows` begin, in elements."""
+    offset = batch * decode_stride(x.strides[0], UNIT) + heads * decode_stride(x.strides[1], UNIT)
+    return offset + rows.to(tl.int64) * decode_stride(x.strides[2], UNIT)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lens_ptr, table_ptr, slopes_ptr, sinks_ptr,
-    q_strides, k_strides, v_strides, out_strides, table_stride,
-    kv_heads, group, q_len, added, capacity, pages, splits, total, left, right, qk_scale, softcap,
-    DIRECT: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, UNIT_COLS: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, out, lse_ptr, partial, lens_ptr, table_ptr, terms,
+    table_stride, kv_heads, group, q_len, added, capacity, pages, splits, left, right,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of one key head against one split of the keys they see.
 
-    Row r is query head r % group of the key head's group, at query position r // group. With ``DIRECT`` the result is
-    final; otherwise normalised accumulators (splits, total, V_DIM) and their lse in base 2 (splits, total) are stored.
+    Row r is query head r % group of the key head's group, at query position r // group. The result is final, or one of
+    ``splits`` partial ones where ``partial`` is not None.
     """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
@@ -111,16 +108,70 @@ def decode_kernel(
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, inside = packed // group, packed < q_len * group
     heads = kv_head * group + packed % group
-    q_ptr += batch * stride(q_strides[0], UNIT)
-    k_ptr += kv_head * stride(k_strides[2], UNIT)
-    v_ptr += kv_head * stride(v_strides[2], UNIT)
     if PAGE != 0:
         table_ptr += batch * table_stride
-    slope = slopes_ptr
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + batch * kv_heads * group + heads)[:, None]
+    slope = terms.slopes
+    if terms.slopes is not None:
+        slope = tl.load(terms.slopes + batch * kv_heads * group + heads)[:, None]
 
     kv_len = cached_length(lens_ptr, batch, added, capacity)
+    offset = kv_len - q_len
+    start, edges_left, right_start, edges, inner_start, inners, own_start, end = split_range(
+        tile, split, splits, group, q_len, kv_len, left, right, BLOCK_M, BLOCK_N
+    )
+    q_cols, v_cols = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    q_offsets = head_row_offsets(q, batch, heads, rows, UNIT)
+    q_tile = tl.load(q.ptr + (q_offsets[:, None] + q_cols), mask=inside[:, None] & (q_cols < HEAD_DIM), other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for EDGE in tl.static_range(2):
+        for number in tl.range(0, edges if EDGE else inners):
+            col = tile_position(number, own_start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_N)
+            cols = (col + tl.arange(0, BLOCK_N))[None, :]
+            page, slot = locate_keys(table_ptr, batch, col, start, end, pages, EDGE == 1, PAGE, BLOCK_N)
+            k_tile = load_keys(
+                k, kv_head, page, slot, col, start, end, EDGE == 1, HEAD_DIM, UNIT, BLOCK_N, BLOCK_D
+            )  # fmt: skip
+            s, _ = finish_scores(
+                dot(q_tile, tl.trans(k_tile), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right,
+                terms, slope, batch, kv_head, None, EDGE == 1,
+            )  # fmt: skip
+            p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, terms, EDGE == 1)
+            v_tile = load_keys(v, kv_head, page, slot, col, start, end, EDGE == 1, V_DIM, UNIT, BLOCK_N, BLOCK_DV)
+            acc = dot(cast(p, v_tile.dtype), v_tile, acc, PRECISION)
+
+    if terms.slopes is not None:  # what `finish_scores` has added to every score of the row
+        slope = tl.load(terms.slopes + batch * kv_heads * group + heads)
+        row_max -= slope * nearest_key(rows, offset, kv_len).to(tl.float32)
+    if terms.sinks is not None:
+        sink = from_natural(tl.load(terms.sinks + heads), terms)
+        acc, row_max, row_sum = merge_sink(sink, acc, row_max, row_sum, terms)
+    row_max, row_sum, empty = finish_softmax(row_max, row_sum)
+    acc = acc / row_sum[:, None]
+    index = (batch * kv_heads * group + heads) * q_len + rows
+    stored = inside[:, None] & (v_cols < V_DIM)
+    if partial.out is None:
+        offsets = head_row_offsets(out, batch, heads, rows, UNIT)
+        tl.store(out.ptr + (offsets[:, None] + v_cols), cast(acc, out.ptr.dtype.element_ty), mask=stored)
+        lse = natural(row_max, terms) + tl.log(row_sum)
+        tl.store(lse_ptr + index, tl.where(empty, float("-inf"), lse), mask=inside)
+    else:
+        total = (tl.num_programs(0) // (tiles * splits)).to(tl.int64) * group * q_len
+        index += tl.cast(split, tl.int64) * total
+        tl.store(partial.out + (index[:, None] * V_DIM + v_cols), acc, mask=stored)
+        row_max = tl.where(empty, float("-inf"), row_max)
+        store_statistics(partial.statistics, total * splits, index, row_max, row_sum, inside)
+
+
+@triton.jit
+def split_range(
+    tile, split, splits, group, q_len, kv_len, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """The keys of one split, as (start, the last five of `tile_ranges`, its start, end).
+
+    ``start .. end`` are the keys that the tile may read.
+    """
     offset = kv_len - q_len
     first_row = tile * BLOCK_M // group
     last_row = tl.minimum(tile * BLOCK_M + BLOCK_M, q_len * group) - 1
@@ -136,77 +187,32 @@ def decode_kernel(
     share = tl.cdiv(tl.cdiv(tl.maximum(end - aligned, 0), BLOCK_N), splits) * BLOCK_N
     own_start = aligned + split * share
     own_end = tl.minimum(own_start + share, end)
-    own_start, first, resume, edges, inner_start, inners = tile_ranges(
+    own_start, edges_left, right_start, edges, inner_start, inners = tile_ranges(
         own_start, inner_start, tl.minimum(inner_end, own_end), own_end, False, False, BLOCK_N
     )
-
-    scale = exponent_scale(qk_scale, softcap, slope, None)
-    q_cols, v_cols = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
-    q_rows = heads * stride(q_strides[1], UNIT) + rows.to(tl.int64) * stride(q_strides[2], UNIT)
-    q = tl.load(q_ptr + (q_rows[:, None] + q_cols), mask=inside[:, None] & (q_cols < HEAD_DIM), other=0.0)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for EDGE in tl.static_range(2):
-        for number in tl.range(0, edges if EDGE else inners):
-            col = tile_position(number, own_start, first, resume, inner_start, EDGE == 1, BLOCK_N)
-            cols = (col + tl.arange(0, BLOCK_N))[None, :]
-            page, slot = locate_keys(table_ptr, batch, col, start, end, pages, EDGE == 1, PAGE, BLOCK_N)
-            k = load_keys(
-                k_ptr, page, slot, k_strides, col, start, end, EDGE == 1, HEAD_DIM, UNIT, UNIT_COLS, BLOCK_N, BLOCK_D
-            )
-            s, _ = finish_scores(
-                dot(q, tl.trans(k), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right,
-                qk_scale, softcap, slope, None, None, None, None, None, EDGE == 1, False, True, False, True,
-            )  # fmt: skip
-            p, acc, row_max, row_sum = online_softmax(s, scale, acc, row_max, row_sum, EDGE == 1)
-            v = load_keys(
-                v_ptr, page, slot, v_strides, col, start, end, EDGE == 1, V_DIM, UNIT, UNIT_COLS, BLOCK_N, BLOCK_DV
-            )
-            acc = dot(cast(p, v.dtype), v, acc, PRECISION)
-
-    if DIRECT and sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + heads) * LOG2E
-        pivot = tl.maximum(row_max, sink)
-        alpha = tl.math.exp2(row_max - pivot)
-        row_sum = row_sum * alpha + tl.math.exp2(sink - pivot)
-        acc = acc * alpha[:, None]
-        row_max = pivot
-    empty = row_sum == 0.0  # nothing visible: output 0, lse -inf
-    row_sum = tl.where(empty, 1.0, row_sum)
-    acc = acc / row_sum[:, None]
-    index = (batch * kv_heads * group + heads) * q_len + rows
-    stored = inside[:, None] & (v_cols < V_DIM)
-    if DIRECT:
-        lse = tl.where(empty, float("-inf"), row_max * LN2 + tl.log(row_sum))
-        out_ptr += batch * stride(out_strides[0], UNIT)
-        out_rows = heads * stride(out_strides[1], UNIT) + rows.to(tl.int64) * stride(out_strides[2], UNIT)
-        tl.store(out_ptr + (out_rows[:, None] + v_cols), cast(acc, out_ptr.dtype.element_ty), mask=stored)
-    else:
-        lse = tl.where(empty, float("-inf"), row_max + tl.math.log2(row_sum))
-        index += tl.cast(split, tl.int64) * total
-        tl.store(out_ptr + (index[:, None] * V_DIM + v_cols), acc, mask=stored)
-    tl.store(lse_ptr + index, lse, mask=inside)
+    return start, edges_left, right_start, edges, inner_start, inners, own_start, end
 
 
 @triton.jit(do_not_specialize=COMBINE_RUNTIME)
 def combine_kernel(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, sinks_ptr, out_strides, q_heads, q_len, total, splits,
-    UNIT: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    partial, out, lse_ptr, terms, q_heads, q_len, total, splits, UNIT: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: one row of the result from its partial results, BLOCK_N splits at a time."""
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     index = tl.program_id(0).to(tl.int64)
     row, batch_head = index % q_len, index // q_len
     batch, head = batch_head // q_heads, batch_head % q_heads
+    log_sums = partial.statistics + tl.cast(total, tl.int64) * splits
     cols = tl.arange(0, BLOCK_DV)
     largest = tl.full([], float("-inf"), tl.float32)
     for first in tl.range(0, splits, BLOCK_N):
         split = first + tl.arange(0, BLOCK_N)
         at = split.to(tl.int64) * total + index
-        largest = tl.maximum(largest, tl.max(tl.load(partial_lse_ptr + at, mask=split < splits, other=float("-inf"))))
-    if sinks_ptr is not None:  # one more score, whose value vector is 0
-        sink = tl.load(sinks_ptr + head) * LOG2E
+        maxima = tl.load(partial.statistics + at, mask=split < splits, other=float("-inf"))
+        largest = tl.maximum(largest, tl.max(maxima))
+    if terms.sinks is not None:  # one more score, whose value vector is 0
+        sink = from_natural(tl.load(terms.sinks + head), terms)
         largest = tl.maximum(largest, sink)
     pivot = tl.where(largest == float("-inf"), 0.0, largest)
     acc = tl.zeros([BLOCK_DV], tl.float32)
@@ -214,89 +220,20 @@ def combine_kernel(
     for first in tl.range(0, splits, BLOCK_N):
         split = first + tl.arange(0, BLOCK_N)
         at = split.to(tl.int64) * total + index
-        weight = tl.math.exp2(tl.load(partial_lse_ptr + at, mask=split < splits, other=float("-inf")) - pivot)
+        maxima = tl.load(partial.statistics + at, mask=split < splits, other=float("-inf"))
+        log_sum = tl.load(log_sums + at, mask=split < splits, other=0.0)
+        weight = tl.math.exp2(base_2(maxima - pivot, terms) + log_sum)
         inside = (split < splits)[:, None] & (cols < V_DIM)[None, :]
-        part = tl.load(partial_ptr + (at[:, None] * V_DIM + cols[None, :]), mask=inside, other=0.0)
+        part = tl.load(partial.out + (at[:, None] * V_DIM + cols[None, :]), mask=inside, other=0.0)
         acc += tl.sum(part * weight[:, None], 0)
         weights += tl.sum(weight)
-    if sinks_ptr is not None:
-        weights += tl.math.exp2(sink - pivot)
+    if terms.sinks is not None:
+        weights += tl.math.exp2(base_2(sink - pivot, terms))
     empty = weights == 0.0
     weights = tl.where(empty, 1.0, weights)
-    out_ptr += batch * stride(out_strides[0], UNIT) + head * stride(out_strides[1], UNIT)
-    out_ptr += row * stride(out_strides[2], UNIT)
-    tl.store(out_ptr + cols, cast(acc / weights, out_ptr.dtype.element_ty), mask=cols < V_DIM)
-    tl.store(lse_ptr + index, tl.where(empty, float("-inf"), pivot * LN2 + tl.log(weights)))
-
-
-@triton.jit
-def copy_rows(
-    cache_ptr, ptr, cache_strides, strides, batch, head, row, page, slot, inside,
-    N_COLS: tl.constexpr, UNIT: tl.constexpr, UNIT_COLS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Copy rows (head, row) of a batch entry to (page, slot, head) of the cache, bit by bit."""
-    cols = tl.arange(0, BLOCK_C)[None, :]
-    mask = inside[:, None] & (cols < N_COLS)
-    rows = batch * stride(strides[0], UNIT) + head * stride(strides[1], UNIT)
-    rows += row.to(tl.int64) * stride(strides[2], UNIT)
-    cached = page * stride(cache_strides[0], UNIT) + slot * stride(cache_strides[1], UNIT)
-    cached += head * stride(cache_strides[2], UNIT)
-    tile = tl.load(ptr + (rows[:, None] + cols), mask=mask)
-    tl.store(cache_ptr + (cached[:, None] + columns(cache_strides, UNIT, UNIT_COLS, BLOCK_C)[None, :]), tile, mask=mask)
-
-
-@triton.jit(do_not_specialize=APPEND_RUNTIME)
-def append_kernel(
-    k_cache_ptr, v_cache_ptr, k_ptr, v_ptr, lens_ptr, table_ptr,
-    k_cache_strides, v_cache_strides, k_strides, v_strides, table_stride, kv_heads, new_len, capacity, pages,
-    PAGE: tl.constexpr, UNIT: tl.constexpr, UNIT_COLS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_M new rows of one batch entry, heads of one position side by side, as the cache has them.
-
-    A row whose position or page does not exist is written nowhere: cut to a valid place, it would destroy another row.
-    """
-    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
-    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
-    tiles = tl.cdiv(new_len * kv_heads, BLOCK_M)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    packed = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, head = packed // kv_heads, (packed % kv_heads).to(tl.int64)
-    position = tl.load(lens_ptr + batch).to(tl.int64) + row
-    inside = (row < new_len) & (position >= 0) & (position < capacity)
-    page, slot = batch, position
-    if PAGE != 0:
-        entry = table_ptr + batch * table_stride + position // PAGE
-        page, slot = tl.load(entry, mask=inside, other=-1).to(tl.int64), position % PAGE
-        inside = inside & (page >= 0) & (page < pages)
-    copy_rows(
-        k_cache_ptr, k_ptr, k_cache_strides, k_strides, batch, head, row, page, slot, inside, HEAD_DIM, UNIT, UNIT_COLS,
-        BLOCK_D,
-    )  # fmt: skip
-    copy_rows(
-        v_cache_ptr, v_ptr, v_cache_strides, v_strides, batch, head, row, page, slot, inside, V_DIM, UNIT, UNIT_COLS,
-        BLOCK_DV,
-    )  # fmt: skip
-
-
-def _cache_layout(k_cache: Tensor, v_cache: Tensor, *others: Tensor) -> tuple[bool, int]:
-    """(adjacent elements in every cache row, unit of all strides). A cache is too large to copy where they are not."""
-    unit_cols = all(t.stride(3) == 1 or t.shape[3] == 1 for t in (k_cache, v_cache))
-    return unit_cols, launch.stride_unit(k_cache, v_cache, *others) if unit_cols else 1
-
-
-def _cache_strides(cache: Tensor, unit: int) -> tuple[int, int, int, int]:
-    """Page, row and head strides as `launch.strides` codes them, and that of the columns, used where it is not 1."""
-    return *launch.strides(cache, unit), 16 * cache.stride(3)
-
-
-def _pages(cache: Tensor, block_table: Tensor | None) -> tuple[Tensor | None, int, int, int]:
-    """(table with adjacent entries, its row stride, page size or 0, positions per batch entry)."""
-    if block_table is None:
-        return None, 0, 0, cache.shape[1]
-    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    # Without a page nothing can be read: no position exists then.
-    return table, table.stride(0), cache.shape[1], table.shape[1] * cache.shape[1] if cache.shape[0] else 0
+    out_ptr = out.ptr + head_row_offsets(out, batch, head, row, UNIT)
+    tl.store(out_ptr + cols, cast(acc / weights, out.ptr.dtype.element_ty), mask=cols < V_DIM)
+    tl.store(lse_ptr + index, tl.where(empty, float("-inf"), natural(pivot, terms) + tl.log(weights)))
 
 
 def choose_splits(programs: int, keys: int, block_n: int, multiprocessors: int, split_programs: int) -> int:
@@ -308,50 +245,18 @@ def choose_splits(programs: int, keys: int, block_n: int, multiprocessors: int, 
     return max(1, min(split_programs * multiprocessors // max(programs, 1), keys // (4 * block_n), 128))
 
 
-def kv_cache_append(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
-) -> None:
-    """Write ``k`` (B, Hk, L, D) and ``v`` (B, Hk, L, Dv) into the caches, from position ``lens[b]`` on.
-
-    Caches (B, Lmax, Hk, D) and (B, Lmax, Hk, Dv), or (pages, page_size, Hk, D) and (pages, page_size, Hk, Dv) with
-    ``block_table`` int32 (B, max_pages); ``lens`` int32 or int64 (B,). Rows that have no place in the cache are left
-    out.
-    """
-    batch, kv_heads, new_len, head_dim = k.shape
-    k, v = launch.unit_last(k), launch.unit_last(v)
-    unit_cols, unit = _cache_layout(k_cache, v_cache, k, v)
-    table, table_stride, page, capacity = _pages(k_cache, block_table)
-    cfg = config.lookup("append", launch.architecture(k.device), max(head_dim, v.shape[3]), k.element_size())
-    programs = triton.cdiv(new_len * kv_heads, cfg.block_m) * batch
-    if programs == 0:
-        return
-    with launch.on_device(k):
-        append_kernel[(programs,)](
-            k_cache, v_cache, k, v, lens.contiguous(), table,
-            _cache_strides(k_cache, unit), _cache_strides(v_cache, unit), launch.strides(k, unit),
-            launch.strides(v, unit), table_stride, kv_heads, new_len, capacity, k_cache.shape[0],
-            page, unit, unit_cols, head_dim, v.shape[3], cfg.block_m, **cfg.options(),
-        )  # fmt: skip
-
-
-def attention_kvcache(
-    out: Tensor, lse: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, lens: Tensor, block_table: Tensor | None,
-    alibi_slopes: Tensor | None, sinks: Tensor | None, *, added: int, length: int | None, left: int | None,
-    right: int | None, scale: float, softcap: float | None, num_splits: int | None,
-) -> None:  # fmt: skip
+def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """Launch the decode kernel, and the combine kernel if there are splits; they fill ``out`` and ``lse``.
 
-    ``out`` (B, Hq, Lq, Dv) and ``lse`` (B, Hq, Lq), float32, contiguous; ``q`` (B, Hq, Lq, D); caches and block table
-    as in `kv_cache_append`. Batch entry b has ``lens[b] + added`` keys, and its last query stands at the last of them;
-    ``length``, the same number where the host knows it, is not used. Scratch memory: num_splits * (Dv + 1) float32 per
-    row of the result, if there is more than one split.
+    ``out`` (B, Hq, Lq, Dv) and ``lse`` (B, Hq, Lq), float32, contiguous. The entries that `spec` adds are in the caches
+    already. Scratch memory: num_splits * (Dv + 2) float32 per row of the result, if there is more than one split.
     """
-    batch, q_heads, q_len, head_dim = q.shape
+    k_cache, v_cache, left, right = spec.k_cache, spec.v_cache, spec.left, spec.right
+    batch, q_heads, q_len, head_dim = spec.q.shape
     kv_heads, v_dim = k_cache.shape[2], v_cache.shape[3]
-    q = launch.unit_last(q)
-    q, scale = launch.positive_scale(q, scale)
-    unit_cols, unit = _cache_layout(k_cache, v_cache, q, out)
-    table, table_stride, page, capacity = _pages(k_cache, block_table)
+    q, scale, _ = launch.positive_scale(launch.unit_last(spec.q), spec.scale)
+    unit = cache_unit(k_cache, v_cache, q, out)
+    table, table_stride, page, capacity = pages_of(k_cache, spec.block_table)
     group, total = q_heads // kv_heads, batch * q_heads * q_len
     architecture, widest = launch.architecture(q.device), max(head_dim, v_dim)
     cfg = config.lookup(
@@ -360,27 +265,26 @@ def attention_kvcache(
     programs = triton.cdiv(group * q_len, cfg.block_m) * batch * kv_heads
     if programs == 0:
         return
-    splits = num_splits
+    splits = spec.num_splits
     if splits is None:
         keys = capacity if left is None or right is None else min(capacity, max(left + right + q_len, 0))
         splits = choose_splits(programs, keys, cfg.block_n, launch.multiprocessors(q.device), cfg.split_programs)
-    target, target_lse = out, lse
+    partial = Partial(None, None)
     if splits > 1:
-        target = lse.new_empty((splits, total, v_dim))
-        target_lse = lse.new_empty((splits, total))
-    head_sinks, out_strides = launch.float32(sinks), launch.strides(out, unit)
+        partial = Partial(lse.new_empty((splits, total, v_dim)), lse.new_empty((2, splits, total)))
+    operands = Operands(alibi_slopes=spec.alibi_slopes, sinks=spec.sinks)
+    terms = launch.terms(operands, scale, spec.softcap, batch, (batch, q_heads, q_len, capacity))
+    out_rows = launch.rows(out, unit)
     with launch.on_device(q):
         decode_kernel[(programs * splits,)](
-            q, k_cache, v_cache, target, target_lse, lens.contiguous(), table,
-            launch.slopes(alibi_slopes, batch), head_sinks if splits == 1 else None,
-            launch.strides(q, unit), _cache_strides(k_cache, unit), _cache_strides(v_cache, unit), out_strides,
-            table_stride, kv_heads, group, q_len, added, capacity, k_cache.shape[0], splits, total, left, right,
-            scale * LOG2E.value, softcap, splits == 1, page, unit, unit_cols, launch.dot_precision(q.dtype),
-            head_dim, v_dim, cfg.block_m, cfg.block_n, **cfg.options(),
+            launch.rows(q, unit), cache_rows(k_cache, unit), cache_rows(v_cache, unit), out_rows, lse, partial,
+            spec.lens.contiguous(), table, terms if splits == 1 else terms._replace(sinks=None), table_stride, kv_heads,
+            group, q_len, spec.added, capacity, k_cache.shape[0], splits, left, right, page, unit,
+            launch.dot_precision(q.dtype), head_dim, v_dim, cfg.block_m, cfg.block_n, **cfg.options(),
         )  # fmt: skip
         if splits > 1:
             cfg = config.lookup("combine", architecture, widest, q.element_size())
             combine_kernel[(total,)](
-                target, target_lse, out, lse, head_sinks, out_strides, q_heads, q_len, total, splits,
-                unit, v_dim, cfg.block_n, **cfg.options(),
+                partial, out_rows, lse, terms, q_heads, q_len, total, splits, unit, v_dim, cfg.block_n,
+                **cfg.options(),
             )  # fmt: skip

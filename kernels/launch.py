@@ -1,14 +1,21 @@
-"""Host-side helpers shared by the launchers: strides, flags derived from arguments, device facts."""
+"""Host-side helpers shared by the launchers: operands as kernels take them, strides, device facts."""
 
 import contextlib
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .primitives import INTERPRETED
+from fastattn.spec.operands import Operands, Options
+
+from . import config
+from .operands import Dropout, Packed, Rows, Scores, Sparse, Table, Terms
+from .scores import LOG2E
+from .tiles import INTERPRETED
+
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 @functools.cache
@@ -56,63 +63,64 @@ def stride_unit(*tensors: Tensor) -> int:
     return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:-1]) else 1
 
 
-def strides(tensor: Tensor, unit: int) -> tuple[int, int, int]:
-    """Batch, head and row strides in units, times 16.
+def encode(size: int) -> int:
+    """An integer for a group. Why it is encoded, and how: README.md."""
+    return 16 * size
 
-    Triton compiles anew where an integer in a tuple becomes, or ceases to be, 1 or a multiple of 16, whatever
-    `do_not_specialize` says. Sixteen times a stride is always a multiple and never 1.
-    """
+
+def encode_strides(tensor: Tensor, unit: int) -> tuple[int, int, int]:
+    """Batch, head and row strides, in units, for a group; see README.md."""
     b, h, m, _ = (16 * (s // unit) for s in tensor.stride())
     return b, h, m
 
 
-class ScoreOperand(NamedTuple):
-    """A mask or bias as kernels take it: pointer, strides (0 where it broadcasts) in their coded form, two flags."""
-
-    tensor: Tensor | None
-    strides: tuple[int, int, int, int]
-    by_row: bool
-    unit_cols: bool
+def encode_wide(stride: int) -> int:
+    """A stride of a mask or bias for a group; see README.md."""
+    return 16 * (stride + (1 << 40))
 
 
-def score_operand(tensor: Tensor | None, shape: tuple[int, int, int, int]) -> ScoreOperand:
-    """Broadcast ``tensor`` (4-D) to ``shape`` without a copy. bool is read as bytes.
+def rows(tensor: Tensor, unit: int) -> Rows:
+    """The rows of a (B, H, L, D) tensor whose last dimension is adjacent."""
+    return Rows(tensor, encode_strides(tensor, unit))
 
-    The strides of an Lq x Lk matrix outgrow 32 bits at ordinary lengths, and with its width an integer's type changes
-    and kernels compile anew. So all are passed above 2^32, on top of what `strides` says.
-    """
+
+def scores(tensor: Tensor | None, shape: tuple[int, int, int, int]) -> Scores:
+    """A mask or bias, 4-D, broadcast to ``shape`` without a copy. bool is read as bytes."""
     if tensor is None:
-        return ScoreOperand(None, (0, 0, 0, 0), False, True)
-    by_row = tensor.shape[2] != 1
-    unit_cols = tensor.shape[3] != 1 and tensor.stride(3) == 1
+        return Scores(None, None)
+    one_row = tensor.shape[2] == 1
+    adjacent = tensor.shape[3] != 1 and tensor.stride(3) == 1
     if tensor.dtype == torch.bool:
         tensor = tensor.view(torch.uint8)
-    b, h, m, n = (16 * (s + (1 << 40)) for s in tensor.expand(shape).stride())
-    return ScoreOperand(tensor, (b, h, m, n), by_row, unit_cols)
+    b, h, m, n = (encode_wide(s) for s in tensor.expand(shape).stride())
+    return Scores(tensor, (b, h, None if one_row else m, None if adjacent else n))
 
 
-class SparseOperand(NamedTuple):
-    """A block mask as kernels take it: lines, their entries, and how many lines a batch entry and a head are apart."""
-
-    offsets: Tensor | None
-    entries: Tensor | None
-    pool: Tensor | None
-    batch_stride: int
-    head_stride: int
-
-
-def sparse_operand(block_mask: Sequence[Tensor] | None, by_key: bool = False) -> SparseOperand:
-    """By query or by key, from the tensors of `fastattn.block_mask.BlockTensors`."""
+def sparse(block_mask: Sequence[Tensor], by_key: bool = False) -> Sparse:
+    """A block mask by query or by key, from the tensors of `fastattn.block_mask.BlockTensors`."""
     if not block_mask:
-        return SparseOperand(None, None, None, 0, 0)
-    query_offsets, query_entries, key_offsets, key_entries, _, pool = block_mask
-    offsets, entries = (key_offsets, key_entries) if by_key else (query_offsets, query_entries)
-    batches, heads, lines, _ = offsets.shape
-    return SparseOperand(offsets, entries, pool, heads * lines if batches > 1 else 0, lines if heads > 1 else 0)
+        return Sparse(None, None, None, None, None)
+    query_lines, query_entries, key_lines, key_entries, _, pool = block_mask
+    lines, entries = (key_lines, key_entries) if by_key else (query_lines, query_entries)
+    return Sparse(lines, entries, pool, *_line_strides(lines))
+
+
+def sparse_table(block_mask: Sequence[Tensor]) -> Table:
+    """A block mask as a table over query and key blocks."""
+    if not block_mask:
+        return Table(None, None, None, None)
+    query_lines, _, _, _, table, pool = block_mask
+    return Table(table, pool, *_line_strides(query_lines))
+
+
+def _line_strides(lines: Tensor) -> tuple[int, int]:
+    """How many lines two batch entries and two heads are apart, encoded."""
+    batches, heads, count, _ = lines.shape
+    return encode(heads * count if batches > 1 else 0), encode(count if heads > 1 else 0)
 
 
 def tiles(length: int, block: int, cu_seqlens: Tensor | None) -> int:
-    """Tiles per head and batch entry: for packed sequences the slots of `primitives.locate`, from the shapes alone."""
+    """Tiles per head and batch entry: for packed sequences the slots of `ranges.locate`, from the shapes alone."""
     return -(-length // block) if cu_seqlens is None else length // block + cu_seqlens.shape[0] - 1
 
 
@@ -121,14 +129,54 @@ def keep_scale(dropout_p: float) -> float:
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
 
 
-def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """(q, scale) with the same products and a positive scale, which the running maximum of the softmax needs.
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """(q, scale, sign): the same scores from a positive scale, which the running maximum of the softmax needs.
 
-    A scale of 0 becomes a denormal-free tiny one, since 0 * -inf is not -inf.
+    The gradient of the given q is ``sign`` times that of the returned one. A scale of 0 moves into q, since 0 * -inf
+    is not -inf; so does one that float32 arithmetic takes for 0.
     """
-    if scale < 0.0:
-        q, scale = -q, -scale
-    return q, max(scale, 1e-30)
+    if abs(scale) < SMALLEST_NORMAL:
+        return q * 0.0, 1.0, 0.0
+    return (-q, -scale, -1.0) if scale < 0.0 else (q, scale, 1.0)
+
+
+def terms(
+    operands: Operands, scale: float, softcap: float | None, sequences: int, shape: tuple[int, int, int, int]
+) -> Terms:
+    """The score terms of a call with scores of ``shape``; ``scale`` is positive."""
+    return Terms(
+        scores(operands.mask, shape), scores(operands.bias, shape), slopes(operands.alibi_slopes, sequences),
+        float32(operands.sinks), scale, softcap, LOG2E.value * (scale if softcap is None else softcap),
+    )  # fmt: skip
+
+
+class Call:
+    """What the launchers of the forward and the backward pass derive from the same arguments."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options) -> None:
+        self.batch, self.q_heads, self.q_len, head_dim = q.shape
+        self.kv_heads, self.kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
+        self.q, self.scale, self.sign = positive_scale(unit_last(q), options.scale)
+        self.k, self.v = unit_last(k), unit_last(v)
+        cu_seqlens_q = operands.cu_seqlens_q
+        self.sequences = self.batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        shape = (self.batch, self.q_heads, self.q_len, self.kv_len)
+        self.terms = terms(operands, self.scale, options.softcap, self.sequences, shape)
+        self.dropout = Dropout(None, None, None)
+        if operands.seed is not None:
+            self.dropout = Dropout(operands.seed, options.dropout_p, keep_scale(options.dropout_p))
+        self.packed = Packed(cu_seqlens_q, operands.cu_seqlens_k)
+        self.sizes = (
+            self.sequences, self.q_heads, self.q_heads // self.kv_heads, self.q_len, self.kv_len, options.q_offset,
+            options.left, options.right,
+        )  # fmt: skip
+        self.constants = (dot_precision(q.dtype), head_dim, v_dim)
+        self._facts = (architecture(q.device), max(head_dim, v_dim), q.element_size())
+        self._indirect = bool(operands.block_mask)
+
+    def configure(self, kernel: config.Kernel, **facts: Any) -> config.LaunchConfig:
+        """The launch config of one of the call's kernels."""
+        return config.lookup(kernel, *self._facts, indirect=self._indirect, **facts)
 
 
 def slopes(alibi_slopes: Tensor | None, batch: int) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import cpu, cuda, reference, torch_sdpa, triton
-from fastattn.spec import AttentionSpec, CacheSpec
+from fastattn.spec import AttentionSpec, CacheSpec, Operands
 
 _MODULES: dict[str, ModuleType] = {
     "triton": triton,
@@ -32,12 +32,13 @@ def module(backend: str) -> ModuleType:
     return _MODULES[backend]
 
 
-def statistics_of(lse: Tensor, backend: str) -> Tensor:
+def statistics_of(lse: Tensor, operands: Operands, backend: str) -> Tensor:
     """Softmax statistics for a backward pass, where of the forward pass only its lse (B, Hq, Lq) is known.
 
     They are as exact as a float32 lse can be: not where scores are very large.
     """
-    maximum = lse.masked_fill(lse == -torch.inf, 0.0) * getattr(module(backend), "STATISTICS_UNIT", 1.0)
+    unit = getattr(module(backend), "statistics_unit", None)
+    maximum = lse.masked_fill(lse == -torch.inf, 0.0) * (1.0 if unit is None else unit(operands))
     return torch.stack((maximum, torch.zeros_like(maximum)))
 
 

@@ -25,9 +25,7 @@ def forward(
 ) -> None:
     from fastattn.kernels.forward import attention_forward
 
-    attention_forward(out, lse, q, k, v, *operands, **options._asdict())
-    statistics[0].copy_(lse)
-    statistics[1].zero_()
+    attention_forward(out, lse, statistics, q, k, v, operands, options)
 
 
 def backward(
@@ -36,13 +34,13 @@ def backward(
 ) -> None:  # fmt: skip
     from fastattn.kernels.backward import attention_backward
 
-    attention_backward(*gradients, dout, dlse, q, k, v, out, statistics[0], *operands, **options._asdict())
+    attention_backward(gradients, dout, dlse, q, k, v, out, statistics, operands, options)
 
 
 def kv_cache_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
 ) -> None:
-    from fastattn.kernels.decode import kv_cache_append
+    from fastattn.kernels.append import kv_cache_append
 
     kv_cache_append(k_cache, v_cache, k, v, lens, block_table)
 
@@ -50,11 +48,12 @@ def kv_cache_append(
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     from fastattn.kernels.decode import attention_kvcache
 
-    attention_kvcache(
-        out, lse, spec.q, spec.k_cache, spec.v_cache, spec.lens, spec.block_table, spec.alibi_slopes, spec.sinks,
-        added=spec.added, length=spec.length, left=spec.left, right=spec.right, scale=spec.scale, softcap=spec.softcap,
-        num_splits=spec.num_splits,
-    )  # fmt: skip
+    attention_kvcache(out, lse, spec)
+
+
+def statistics_unit(operands: Operands) -> float:
+    """The unit of the maximum in `statistics`, in natural logarithms: see `fastattn.kernels.scores`."""
+    return 1.4426950408889634 if operands.bias is None and operands.alibi_slopes is None else 1.0
 
 
 def _reasons(q: Tensor, v_dim: int) -> list[str]:

@@ -71,11 +71,11 @@ class _Flash:
         self, spec: AttentionSpec, dout: Tensor, out: Tensor, lse: Tensor, seed: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         backend = backends.choose(spec, self.backend)
-        statistics = backends.statistics_of(lse, backend)
+        operands = spec.operands(seed)
+        statistics = backends.statistics_of(lse, operands, backend)
         call = ops.Backward(
-            dout, None, spec.q, spec.k, spec.v, out, statistics, spec.operands(seed), spec.options, backend,
-            [False] * 3,
-        )  # fmt: skip
+            dout, None, spec.q, spec.k, spec.v, out, statistics, operands, spec.options, backend, [False] * 3
+        )
         dq, dk, dv, *_ = torch.ops.fastattn.attention_backward(*ops.flatten(call))
         return dq, dk, dv
 

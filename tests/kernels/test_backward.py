@@ -216,7 +216,7 @@ def test_checkpointing_draws_the_same_dropout(device, backend):
 
 
 def test_saved_tensors_do_not_include_the_scores(device, backend):
-    """Memory for backward is linear in the lengths: inputs, out and lse."""
+    """Memory for backward is linear in the lengths: inputs, out and statistics."""
     saved = []
     leaves = leaves_for(device, lengths=(200, 300), heads=(1, 1), dims=(8, 8))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
 from fastattn import attention_with_kvcache, reference
+from fastattn.spec import CacheSpec
 from fastattn.testing import assert_parity, check_kvcache
 from tests.support.attention_cases import BFLOAT, DOUBLE, DTYPE_NAMES, HALF, SINGLE
 
@@ -284,10 +285,11 @@ def test_the_kernel_reads_nothing_outside_the_cache(page, num_splits, device):
 
     def call(table, lens):
         out, lse = torch.empty(3, 2, 1, 16, device=device), torch.empty(3, 2, 1, device=device)
-        decode.attention_kvcache(
-            out, lse, q, k, v, lens, table, None, None, added=1, length=None, left=None, right=0, scale=0.25,
-            softcap=None, num_splits=num_splits,
+        spec = CacheSpec(
+            q, k, v, None, None, None, None, lens, table, added=1, length=None, left=None, right=0, scale=0.25,
+            softcap=None, num_splits=num_splits, return_lse=True,
         )  # fmt: skip
+        decode.attention_kvcache(out, lse, spec)
         return out, lse
 
     out, lse = call(table, lens)
@@ -302,7 +304,7 @@ def test_the_kernel_reads_nothing_outside_the_cache(page, num_splits, device):
 @pytest.mark.parametrize("page", [0, 16])
 def test_nothing_is_written_outside_the_cache(page, backend, device):
     if backend == "triton":
-        append = pytest.importorskip("fastattn.kernels.decode").kv_cache_append
+        append = pytest.importorskip("fastattn.kernels.append").kv_cache_append
     else:
         append = reference.kv_cache_append
     shape = (4, page, 2, 16) if page else (3, 48, 2, 16)
@@ -450,7 +452,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from fastattn.kernels import decode, launch
+from fastattn.kernels import append, decode, launch
+from fastattn.spec import CacheSpec
 
 backend, keys = make_backend(GPUTarget("cuda", 90, 32)), {}
 
@@ -468,9 +471,10 @@ def run(batch, heads, length, page, splits, q_len):
     k, v = (empty(batch * 7 + 1, page, heads, 64) if page else empty(batch, length, heads, 64) for _ in "kv")
     q, lens = empty(batch, 4 * heads, q_len, 64), empty(batch, dtype=torch.int64)
     new = empty(batch, heads, q_len, 64)
-    decode.kv_cache_append(k, v, new, new, lens, table)
-    decode.attention_kvcache(q, empty(*q.shape[:3], dtype=torch.float32), q, k, v, lens, table, None, None, added=q_len,
-                             length=None, left=None, right=0, scale=0.1, softcap=None, num_splits=splits)
+    append.kv_cache_append(k, v, new, new, lens, table)
+    spec = CacheSpec(q, k, v, None, None, None, None, lens, table, added=q_len, length=None, left=None, right=0,
+                     scale=0.1, softcap=None, num_splits=splits, return_lse=True)
+    decode.attention_kvcache(q, empty(*q.shape[:3], dtype=torch.float32), spec)
 
 with mock.patch.object(JITFunction, "__getitem__", launcher), \\
         mock.patch.object(launch, "architecture", lambda device: "sm_90"), \\

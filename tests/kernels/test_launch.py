@@ -143,13 +143,14 @@ def test_the_stride_unit_does_not_follow_from_the_length(length):
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (1, 3, 1, 7), (2, 1, 5, 1)], ids=str)
 def test_masks_and_biases_are_never_copied(make, shape):
     x = make("cpu", shape)
-    operand = launch.score_operand(x, (2, 3, 5, 7))
-    assert operand.tensor.data_ptr() == x.data_ptr() and operand.tensor.shape == shape
-    assert operand.by_row == (shape[2] != 1) and operand.unit_cols == (shape[3] != 1)
+    operand = launch.scores(x, (2, 3, 5, 7))
+    assert operand.ptr.data_ptr() == x.data_ptr() and operand.ptr.shape == shape
+    assert (operand.strides[2] is None) == (shape[2] == 1), "one row for all queries"
+    assert (operand.strides[3] is None) == (shape[3] != 1), "adjacent columns"
 
 
 def test_without_a_mask_there_is_no_operand():
-    assert launch.score_operand(None, (2, 3, 5, 7)).tensor is None
+    assert launch.scores(None, (2, 3, 5, 7)).ptr is None
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5, 0.9])
@@ -204,6 +205,15 @@ def test_one_launch_forward_and_three_backward(monkeypatch):
     assert [name for name, *_ in launches.caught[1:]] == ["delta_kernel", "dkdv_kernel", "dq_kernel"]
 
 
+def tensors_in(arguments):
+    """The tensors of all groups."""
+    for x in arguments:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, tuple):
+            yield from tensors_in(x)
+
+
 def test_inputs_reach_the_kernel_without_a_copy(monkeypatch):
     """Transposed, sliced and expanded tensors with a last stride of 1."""
     launches = Launches(monkeypatch)
@@ -212,7 +222,7 @@ def test_inputs_reach_the_kernel_without_a_copy(monkeypatch):
     mask, bias = make_mask("cpu", (1, 1, 1, 100)), make_bias("cpu", (2, 65, 1)).expand(2, 65, 100)
     attention(q, k, v, mask=mask, bias=bias, backend="triton")
     ((_, _, args),) = launches.caught
-    pointers = {x.data_ptr() for x in args if isinstance(x, torch.Tensor)}
+    pointers = {x.data_ptr() for x in tensors_in(args)}
     assert {x.data_ptr() for x in (q, k, v, mask, bias)} <= pointers
 
 

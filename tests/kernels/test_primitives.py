@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fastattn import attention, reference
-from fastattn.kernels import config, primitives
+from fastattn.kernels import config, ranges, scores, tiles
 from fastattn.testing import assert_parity
 from tests.support.attention_cases import BFLOAT, DTYPE_NAMES, HALF, KERNEL_DTYPES, SINGLE, shape_id
 
@@ -26,14 +26,14 @@ from tests.support.attention_cases import BFLOAT, DTYPE_NAMES, HALF, KERNEL_DTYP
 def _cast_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + index, mask=index < n)
-    tl.store(out_ptr + index, primitives.cast(x, out_ptr.dtype.element_ty), mask=index < n)
+    tl.store(out_ptr + index, tiles.cast(x, out_ptr.dtype.element_ty), mask=index < n)
 
 
 @triton.jit
 def _tanh_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + index, mask=index < n, other=0.0)
-    tl.store(out_ptr + index, primitives.tanh(x), mask=index < n)
+    tl.store(out_ptr + index, scores.tanh(x), mask=index < n)
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _dot_kernel(a_ptr, b_ptr, out_ptr, ROWS: tl.constexpr, COLS: tl.constexpr, D
     rows, cols, depth = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, DEPTH)
     a = tl.load(a_ptr + rows[:, None] * DEPTH + depth[None, :])
     b = tl.load(b_ptr + depth[:, None] * COLS + cols[None, :])
-    tl.store(out_ptr + rows[:, None] * COLS + cols[None, :], primitives.dot(a, b, None, "ieee"))
+    tl.store(out_ptr + rows[:, None] * COLS + cols[None, :], tiles.dot(a, b, None, "ieee"))
 
 
 @triton.jit
@@ -56,9 +56,9 @@ def _ranges_kernel(
     right = tl.load(case + 3) if RIGHT else None
     q_len, kv_len = tl.load(case + 4), tl.load(case + 5)
     if BY_KEYS:
-        a, b, c, d, e, f = primitives.query_range(position, offset, left, right, q_len, kv_len, READS, BLOCK_M, BLOCK_N)
+        a, b, c, d, e, f = ranges.query_range(position, offset, left, right, q_len, kv_len, READS, BLOCK_M, BLOCK_N)
     else:
-        a, b, c, d, e, f = primitives.key_range(position, offset, left, right, q_len, kv_len, READS, BLOCK_M, BLOCK_N)
+        a, b, c, d, e, f = ranges.key_range(position, offset, left, right, q_len, kv_len, READS, BLOCK_M, BLOCK_N)
     out = out_ptr + tl.program_id(0) * 6
     tl.store(out, a)
     tl.store(out + 1, b)
@@ -79,7 +79,7 @@ def test_cast_rounds_to_nearest_even(device, dtype):
     """As PyTorch does: random values, ties between two neighbours, subnormals, the ends of the range."""
     info = torch.finfo(dtype)
     steps = torch.arange(-300, 300, dtype=torch.float64)
-    if dtype == BFLOAT and primitives.INTERPRETED.value:
+    if dtype == BFLOAT and tiles.INTERPRETED.value:
         smallest = 300 * info.smallest_normal  # the interpreter itself shifts subnormal bfloat16 wrongly
     else:
         smallest = info.smallest_normal
@@ -148,11 +148,12 @@ def test_tile_ranges(device, by_keys, has_left, has_right, reads):
     out = torch.empty(len(cases), 6, dtype=torch.int32, device=device)
     _ranges_kernel[(len(cases),)](table, out, by_keys, has_left, has_right, reads, BLOCK_M, BLOCK_N)
     own_block, block = (BLOCK_N, BLOCK_M) if by_keys else (BLOCK_M, BLOCK_N)
-    for case, (start, first, resume, edges, inner_start, inners) in zip(cases, out.tolist(), strict=True):
+    for case, (start, edges_left, right_start, edges, inner_start, inners) in zip(cases, out.tolist(), strict=True):
         position, offset, left, right, q_len, kv_len = case
         left, right = left if has_left else None, right if has_right else None
         length, own_length = (q_len, kv_len) if by_keys else (kv_len, q_len)
-        edge_tiles = [start + n * block if n < first else resume + (n - first) * block for n in range(edges)]
+        right_tiles = [right_start + n * block for n in range(edges - edges_left)]
+        edge_tiles = [start + n * block for n in range(edges_left)] + right_tiles
         inner_tiles = [inner_start + n * block for n in range(inners)]
         tiles = edge_tiles + inner_tiles
         assert edges >= 0 and inners >= 0 and len(set(tiles)) == len(tiles), case

@@ -150,6 +150,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from fastattn.kernels import backward, forward, launch
+from fastattn.spec import Gradients, Operands, Options
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 keys = {}
@@ -167,13 +168,13 @@ def run(length, kv_length, dim, heads_last, batch=2, heads=4, mask=False, bias=F
             return torch.empty(batch, length, heads, dim, device="meta", dtype=torch.bfloat16).transpose(1, 2)
         return torch.empty(batch, heads, length, dim, device="meta", dtype=torch.bfloat16)
     q, k, v = empty(heads, length), empty(heads // 2, kv_length), empty(heads // 2, kv_length)
-    lse = torch.empty(batch, heads, length, device="meta")
+    statistics = torch.empty(2, batch, heads, length, device="meta")
     m = torch.empty(batch, 1, 1, kv_length, dtype=torch.bool, device="meta") if mask else None
     b = torch.empty(1, heads, length, kv_length, device="meta") if bias else None
-    options = dict(left=None, right=0, q_offset=kv_length - length, scale=0.1, softcap=None, dropout_p=0.0)
-    forward.attention_forward(q, lse, q, k, v, m, b, None, None, None, None, **options)
-    gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), b, None, None)
-    backward.attention_backward(*gradients, q, None, q, k, v, q, lse, m, b, None, None, None, None, **options)
+    call = Operands(mask=m, bias=b), Options(right=0, q_offset=kv_length - length, scale=0.1)
+    forward.attention_forward(q, statistics[0], statistics, q, k, v, *call)
+    gradients = Gradients(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), b)
+    backward.attention_backward(gradients, q, None, q, k, v, q, statistics, *call)
 
 LENGTHS = ((1, 1), (2, 16), (16, 17), (64, 64), (77, 1000), (128, 4096), (1000, 77), (65536, 131072))
 with mock.patch.object(JITFunction, "__getitem__", launcher), \\

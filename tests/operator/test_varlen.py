@@ -158,7 +158,7 @@ def test_repeats_are_bit_equal(device, backend):
 
 @pytest.mark.parametrize("block", [16, 32, 128])
 def test_every_tile_has_a_slot(block):
-    """The slots of `primitives.locate`: as many as are launched, in order, never fewer than a sequence has tiles."""
+    """The slots of `ranges.locate`: as many as are launched, in order, never fewer than a sequence has tiles."""
     generator = torch.Generator().manual_seed(0)
     for sequences in (1, 2, 7, 64):
         lengths = torch.randint(0, 4 * block, (sequences,), generator=generator).tolist()

@@ -1,0 +1,116 @@
+"""KV caches, contiguous or paged: their layout, and the append to them."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config, launch
+from .operands import Rows
+from .tiles import decode_stride, head_rows
+
+RUNTIME = ("table_stride", "kv_heads", "new_len", "capacity", "pages")
+
+
+@triton.jit
+def columns(cache, UNIT: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets of the elements of one row of a cache, an `operands.Rows`."""
+    cols = tl.arange(0, BLOCK_C)
+    if cache.strides[3] is None:
+        return cols
+    else:
+        return cols.to(tl.int64) * decode_stride(cache.strides[3], UNIT)
+
+
+@triton.jit
+def cached_rows(cache, page, slot, UNIT: tl.constexpr):
+    """Where rows (page, slot) of head 0 begin, in elements; 64-bit indices."""
+    return page * decode_stride(cache.strides[0], UNIT) + slot * decode_stride(cache.strides[1], UNIT)
+
+
+@triton.jit
+def copy_rows(
+    cache, x, batch, head, row, page, slot, inside, N_COLS: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Copy rows (head, row) of a batch entry of ``x`` to (page, slot, head) of the cache, bit by bit."""
+    cols = tl.arange(0, BLOCK_C)[None, :]
+    mask = inside[:, None] & (cols < N_COLS)
+    ptr, row_stride = head_rows(x, batch, head, 0, UNIT)
+    tile = tl.load((ptr + row.to(tl.int64) * row_stride)[:, None] + cols, mask=mask)
+    cached = cached_rows(cache, page, slot, UNIT) + head * decode_stride(cache.strides[2], UNIT)
+    tl.store(cache.ptr + (cached[:, None] + columns(cache, UNIT, BLOCK_C)[None, :]), tile, mask=mask)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def append_kernel(
+    k_cache, v_cache, k, v, lens_ptr, table_ptr, table_stride, kv_heads, new_len, capacity, pages,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M new rows of one batch entry, heads of one position side by side, as the cache has them.
+
+    A row whose position or page does not exist is written nowhere: cut to a valid place, it would destroy another row.
+    """
+    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
+    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
+    tiles = tl.cdiv(new_len * kv_heads, BLOCK_M)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    packed = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, head = packed // kv_heads, (packed % kv_heads).to(tl.int64)
+    position = tl.load(lens_ptr + batch).to(tl.int64) + row
+    inside = (row < new_len) & (position >= 0) & (position < capacity)
+    page, slot = batch, position
+    if PAGE != 0:
+        entry = table_ptr + batch * table_stride + position // PAGE
+        page, slot = tl.load(entry, mask=inside, other=-1).to(tl.int64), position % PAGE
+        inside = inside & (page >= 0) & (page < pages)
+    copy_rows(k_cache, k, batch, head, row, page, slot, inside, HEAD_DIM, UNIT, BLOCK_D)
+    copy_rows(v_cache, v, batch, head, row, page, slot, inside, V_DIM, UNIT, BLOCK_DV)
+
+
+def cache_unit(k_cache: Tensor, v_cache: Tensor, *others: Tensor) -> int:
+    """The unit of all strides. A cache whose rows are not adjacent elements is too large to copy: its unit is 1."""
+    adjacent = all(_adjacent(cache) for cache in (k_cache, v_cache))
+    return launch.stride_unit(k_cache, v_cache, *others) if adjacent else 1
+
+
+def cache_rows(cache: Tensor, unit: int) -> Rows:
+    """A cache (page, slot, head, D) for a kernel."""
+    columns = None if _adjacent(cache) else launch.encode(cache.stride(3))
+    return Rows(cache, (*launch.encode_strides(cache, unit), columns))
+
+
+def _adjacent(cache: Tensor) -> bool:
+    return cache.stride(3) == 1 or cache.shape[3] == 1
+
+
+def pages_of(cache: Tensor, block_table: Tensor | None) -> tuple[Tensor | None, int, int, int]:
+    """(table with adjacent entries, its row stride, page size or 0, positions per batch entry)."""
+    if block_table is None:
+        return None, 0, 0, cache.shape[1]
+    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    # Without a page nothing can be read: no position exists then.
+    return table, table.stride(0), cache.shape[1], table.shape[1] * cache.shape[1] if cache.shape[0] else 0
+
+
+def kv_cache_append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
+) -> None:
+    """Write ``k`` (B, Hk, L, D) and ``v`` (B, Hk, L, Dv) into the caches, from position ``lens[b]`` on.
+
+    Caches (B, Lmax, Hk, D) and (B, Lmax, Hk, Dv), or (pages, page_size, Hk, D) and (pages, page_size, Hk, Dv) with
+    ``block_table`` int32 (B, max_pages); ``lens`` int32 or int64 (B,). Rows that have no place in the cache are left
+    out.
+    """
+    batch, kv_heads, new_len, head_dim = k.shape
+    k, v = launch.unit_last(k), launch.unit_last(v)
+    unit = cache_unit(k_cache, v_cache, k, v)
+    table, table_stride, page, capacity = pages_of(k_cache, block_table)
+    cfg = config.lookup("append", launch.architecture(k.device), max(head_dim, v.shape[3]), k.element_size())
+    programs = triton.cdiv(new_len * kv_heads, cfg.block_m) * batch
+    if programs == 0:
+        return
+    with launch.on_device(k):
+        append_kernel[(programs,)](
+            cache_rows(k_cache, unit), cache_rows(v_cache, unit), launch.rows(k, unit), launch.rows(v, unit),
+            lens.contiguous(), table, table_stride, kv_heads, new_len, capacity, k_cache.shape[0],
+            page, unit, head_dim, v.shape[3], cfg.block_m, **cfg.options(),
+        )  # fmt: skip

@@ -1,0 +1,24 @@
+"""Dropout bits: they depend on the seed, batch entry, head, query and key alone, so tile sizes do not matter."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dropout_row_keys(seed, batch, head, rows):
+    """Two 32-bit keys per query row from Philox-4x32-7 (Salmon et al., 2011), the strong half of the dropout bits."""
+    zero = (rows * 0).to(tl.uint32)
+    heads, batches = zero + tl.cast(head, tl.uint32), zero + tl.cast(batch, tl.uint32)
+    k0, k1, _, _ = tl.philox(seed, rows.to(tl.uint32), heads, batches, zero, n_rounds=7)
+    return k0, k1
+
+
+@triton.jit
+def dropout_keep(k0, k1, cols, dropout_p):
+    """Which weights of a tile stay: a keyed full-avalanche mix of the key index."""
+    x = (cols.to(tl.uint32) * 0x9E3779B1) ^ k0
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15) ^ k1) * 0x846CA68B
+    x = x ^ (x >> 16)
+    uniform = (x >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+    return uniform >= dropout_p

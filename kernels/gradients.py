@@ -1,0 +1,63 @@
+"""What the backward kernels share: delta, and dS of one tile."""
+
+import triton
+import triton.language as tl
+
+from .dropout import dropout_keep
+from .scores import exponent, finish_scores
+from .tiles import dot, head_rows, load_tile
+
+
+@triton.jit(do_not_specialize=("q_heads", "q_len"))
+def delta_kernel(
+    out, dout, dlse_ptr, delta_ptr, q_heads, q_len, UNIT: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """delta = rowsum(dO * O) - dlse, so that a gradient through lse costs nothing further."""
+    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    out_ptr, out_stride = head_rows(out, batch_head // q_heads, batch_head % q_heads, 0, UNIT)
+    dout_ptr, dout_stride = head_rows(dout, batch_head // q_heads, batch_head % q_heads, 0, UNIT)
+    row = tl.program_id(0) % tiles * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
+    out_tile = load_tile(out_ptr, row, out_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+    dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+    delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + batch_head * q_len + rows, mask=rows < q_len, other=0.0)
+    tl.store(delta_ptr + batch_head * q_len + rows, delta, mask=rows < q_len)
+
+
+@triton.jit
+def probability_gradients(s, dp, row_max, log_sum, delta, k0, k1, cols, terms, dropout):
+    """(p after dropout, dS) of a tile, in whichever orientation the arguments broadcast to."""
+    p = tl.math.exp2(exponent(s, row_max, terms) - log_sum)
+    p_dropped = p
+    if dropout.seed is not None:
+        keep = dropout_keep(k0, k1, cols, dropout.p)
+        p_dropped = tl.where(keep, p * dropout.keep_scale, 0.0)
+        dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
+    return p_dropped, p * (dp - delta)
+
+
+@triton.jit
+def tile_ds(
+    q_tile, dout_tile, row_max, log_sum, delta, rows, col, k_ptr, k_stride, v_ptr, v_stride, k0, k1, pool_tile, slope,
+    batch, head, q_len, kv_len, offset, left, right, terms, dropout, EDGE: tl.constexpr, CHECK: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(dS, d capped / d uncapped, K) of one tile of queries by keys."""
+    BLOCK_D: tl.constexpr = q_tile.shape[1]
+    BLOCK_DV: tl.constexpr = dout_tile.shape[1]
+    cols = (col + tl.arange(0, BLOCK_N))[None, :]
+    k_tile = load_tile(k_ptr, col, k_stride, kv_len, EDGE, HEAD_DIM, BLOCK_N, BLOCK_D)
+    s, cap_gradient = finish_scores(
+        dot(q_tile, tl.trans(k_tile), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right, terms,
+        slope, batch, head, pool_tile, CHECK,
+    )  # fmt: skip
+    v_tile = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
+    _, ds = probability_gradients(
+        s, dot(dout_tile, tl.trans(v_tile), None, PRECISION), row_max[:, None], log_sum[:, None], delta[:, None],
+        k0[:, None], k1[:, None], cols, terms, dropout,
+    )  # fmt: skip
+    return ds, cap_gradient, k_tile

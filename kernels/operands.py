@@ -1,0 +1,99 @@
+"""The named groups in which kernels take their arguments.
+
+An absent operand is None: that is a compile-time fact, at any depth. Integers inside a group are encoded, see "Encoded
+strides" in README.md; lengths and sizes are plain arguments instead. Hand groups down as they are: Triton cannot
+rebuild one that holds None inside a kernel.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Rows(NamedTuple):
+    """Rows of every batch entry and head: q, k, v, out and gradients; or the rows of a KV cache."""
+
+    ptr: Any
+    strides: Any
+    """(batch, head, row) from `launch.encode_strides`; of a cache (page, slot, head, column or None if adjacent)"""
+
+
+class Scores(NamedTuple):
+    """A mask or a bias, broadcast to (batch, head, query, key) by strides of 0."""
+
+    ptr: Any
+    """None without one. Ask this and not the group: Triton 3.6.0 cannot compare a tuple that holds None."""
+    strides: Any
+    """from `launch.encode_wide`; None for queries: one row for all of them; None for keys: adjacent elements"""
+
+
+class Terms(NamedTuple):
+    """What becomes of the products of queries and keys before the softmax."""
+
+    mask: Any
+    """`Scores`; 0 forbids"""
+    bias: Any
+    """`Scores`"""
+    slopes: Any
+    """float32 (batch, q_heads) or None"""
+    sinks: Any
+    """float32 (q_heads,) or None"""
+    scale: Any
+    """positive"""
+    softcap: Any
+    to_base_2: Any
+    """log2(e) times softcap, or else scale: what `finish_scores` leaves to the exponential where it adds no term"""
+
+
+class Dropout(NamedTuple):
+    seed: Any
+    """one int64 element, or None without dropout"""
+    p: Any
+    keep_scale: Any
+    """what kept probabilities are multiplied by"""
+
+
+class Packed(NamedTuple):
+    """Where packed sequences begin, int (sequences + 1,), or None."""
+
+    q: Any
+    k: Any
+
+
+class Sparse(NamedTuple):
+    """The lines of a block mask, by query or by key: see `fastattn.block_mask.BlockTensors`."""
+
+    lines: Any
+    """None without a block mask"""
+    entries: Any
+    pool: Any
+    batch_stride: Any
+    """how many lines two batch entries are apart, encoded"""
+    head_stride: Any
+
+
+class Table(NamedTuple):
+    """A block mask as a table: the tile of the pool at each (batch, head, query block, key block)."""
+
+    ptr: Any
+    """None without a block mask"""
+    pool: Any
+    batch_stride: Any
+    head_stride: Any
+
+
+class BiasGradient(NamedTuple):
+    """The contiguous gradient of a bias: sizes, encoded, and None along dimensions that are summed over."""
+
+    ptr: Any
+    batches: Any
+    heads: Any
+    rows: Any
+    cols: Any
+
+
+class Partial(NamedTuple):
+    """Results of one split of the keys: None where the keys are not divided."""
+
+    out: Any
+    """float32 (splits, rows, Dv), normalised"""
+    statistics: Any
+    """float32 (2, splits, rows): maximum and log2 of the sum, as in the forward kernel"""

@@ -1,0 +1,157 @@
+"""From the products of queries and keys to probabilities: score terms, the running softmax, its statistics.
+
+The running maximum has one of two units. Where a bias or ALiBi is added, it is that of the scores, so that no finite
+bias overflows; otherwise scores stay as they are, and one fused multiply-add takes them to base 2.
+"""
+
+import triton
+import triton.language as tl
+
+from .ranges import SPARSE_BLOCK
+from .tiles import decode_wide
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_scores(x, batch, head, rows, cols, n_rows, n_cols, CHECK: tl.constexpr):
+    """A tile of an `operands.Scores` at one head; a single row of it where that broadcasts over the queries."""
+    cols64 = cols.to(tl.int64)
+    ptrs = x.ptr + (batch * decode_wide(x.strides[0]) + head * decode_wide(x.strides[1]))
+    ptrs += cols64 if x.strides[3] is None else cols64 * decode_wide(x.strides[3])
+    inside = cols < n_cols
+    if x.strides[2] is not None:
+        ptrs += rows.to(tl.int64) * decode_wide(x.strides[2])
+        inside = inside & (rows < n_rows)
+    if CHECK:
+        return tl.load(ptrs, mask=inside, other=0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 accuracy from one exponential; a series near 0, where 1 - 2 / (e^2x + 1) cancels."""
+    square = x * x
+    near = x * (1.0 - square * (0.3333333333 - square * (0.1333333333 - square * 0.0539682540)))
+    far = 1.0 - 2.0 / (tl.math.exp2(x * (2.0 * LOG2E)) + 1.0)
+    return tl.where(square < 0.01, near, far)
+
+
+@triton.jit
+def nearest_key(rows, offset, kv_len):
+    """How far the nearest of all keys is from each query: ALiBi counts from there, so that no large term cancels."""
+    position = rows + offset
+    return tl.maximum(tl.maximum(position - (kv_len - 1), -position), 0)
+
+
+@triton.jit
+def finish_scores(
+    s, rows, cols, q_len, kv_len, offset, left, right, terms, slope, batch, head, pool_tile, EDGE: tl.constexpr
+):  # fmt: skip
+    """(scores, d capped / d uncapped) of one tile from the products ``s = Q K^T``; -inf where not allowed.
+
+    ``rows`` and ``cols`` come in any orientation that broadcasts to the tile. Where no term is added, the scores still
+    lack a factor, which `exponent` applies at no cost. ``EDGE`` tiles touch the border of what is visible or the end of
+    a sequence; only they pay for index comparisons. ``pool_tile`` points to the tile of a block mask that these
+    indices lie in, or is None.
+    """
+    ADDED: tl.constexpr = terms.bias.ptr is not None or slope is not None
+    cap_gradient = 1.0
+    if terms.softcap is not None:
+        t = tanh(s * (terms.scale / terms.softcap))
+        cap_gradient = 1.0 - t * t
+        s = t * terms.softcap if ADDED else t
+    elif ADDED:
+        s = s * terms.scale
+    if terms.bias.ptr is not None:
+        s += load_scores(terms.bias, batch, head, rows, cols, q_len, kv_len, EDGE).to(tl.float32)
+    if slope is not None:
+        distance = tl.abs(rows + offset - cols) - nearest_key(rows, offset, kv_len)
+        s -= slope * distance.to(tl.float32)
+    if terms.mask.ptr is not None:
+        keep = load_scores(terms.mask, batch, head, rows, cols, q_len, kv_len, EDGE)
+        s = tl.where(keep != 0, s, float("-inf"))
+    if pool_tile is not None:
+        keep = tl.load(pool_tile + (rows % SPARSE_BLOCK * SPARSE_BLOCK + cols % SPARSE_BLOCK))
+        s = tl.where(keep != 0, s, float("-inf"))
+    if EDGE:
+        s = tl.where(cols < kv_len, s, float("-inf"))
+        if right is not None:
+            s = tl.where(cols <= rows + offset + right, s, float("-inf"))
+        if left is not None:
+            s = tl.where(cols >= rows + offset - left, s, float("-inf"))
+    return s, cap_gradient
+
+
+@triton.jit
+def natural(x, terms):
+    """A natural logarithm, from one in the unit of the running maximum."""
+    return x * LN2 if terms.bias.ptr is None and terms.slopes is None else x
+
+
+@triton.jit
+def from_natural(x, terms):
+    """The inverse of `natural`."""
+    return x * LOG2E if terms.bias.ptr is None and terms.slopes is None else x
+
+
+@triton.jit
+def base_2(x, terms):
+    """A logarithm to base 2, from one in the unit of the running maximum."""
+    return x if terms.bias.ptr is None and terms.slopes is None else x * LOG2E
+
+
+@triton.jit
+def exponent(s, row_max, terms):
+    """log2(exp(score - maximum)), for scores from `finish_scores`. Each case is exact before its last rounding."""
+    return s * terms.to_base_2 - row_max if terms.bias.ptr is None and terms.slopes is None else (s - row_max) * LOG2E
+
+
+@triton.jit
+def online_softmax(s, acc, row_max, row_sum, terms, MAY_BE_EMPTY: tl.constexpr):
+    """Merge a score tile into the running softmax; returns (p, acc, row_max, row_sum), p unnormalised.
+
+    With ``MAY_BE_EMPTY`` a row may have seen only -inf so far; its maximum then stands at 0 to avoid inf - inf.
+    """
+    tile_max = tl.max(s, 1)
+    tile_max = tile_max * terms.to_base_2 if terms.bias.ptr is None and terms.slopes is None else tile_max
+    new_max = tl.maximum(row_max, tile_max)
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MAY_BE_EMPTY else new_max
+    p = tl.math.exp2(exponent(s, pivot[:, None], terms))
+    alpha = tl.math.exp2(base_2(row_max - pivot, terms))
+    return p, acc * alpha[:, None], new_max, row_sum * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def merge_sink(sink, acc, row_max, row_sum, terms):
+    """`online_softmax` for one more score, ``sink`` in the maximum's unit, whose value vector is 0."""
+    new_max = tl.maximum(row_max, sink)
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    alpha = tl.math.exp2(base_2(row_max - pivot, terms))
+    return acc * alpha[:, None], new_max, row_sum * alpha + tl.math.exp2(base_2(sink - pivot, terms))
+
+
+@triton.jit
+def finish_softmax(row_max, row_sum):
+    """(maximum, sum, whether nothing was allowed): 0 and 1 there, so that the output is 0 and no logarithm infinite."""
+    empty = row_sum == 0.0
+    return tl.where(empty, 0.0, row_max), tl.where(empty, 1.0, row_sum), empty
+
+
+@triton.jit
+def store_statistics(ptr, plane, rows, row_max, row_sum, inside):
+    """What the backward pass needs to make the same probabilities: the maximum, and apart from it log2 of the sum.
+
+    Their sum would lose the smaller one: a rounding error of lse multiplies the whole row.
+    """
+    tl.store(ptr + rows, row_max, mask=inside)
+    tl.store(ptr + plane + rows, tl.math.log2(row_sum), mask=inside)
+
+
+@triton.jit
+def load_statistics(ptr, plane, rows, q_len):
+    """(maximum, log2 of the sum); rows outside get a maximum of +inf: probability 0."""
+    row_max = tl.load(ptr + rows, mask=rows < q_len, other=float("inf"))
+    return row_max, tl.load(ptr + plane + rows, mask=rows < q_len, other=0.0)

@@ -1,0 +1,83 @@
+"""Tiles: strides, loads, stores, casts and products."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# Whether kernels run in Triton's interpreter. Fixed at import, exactly as `triton.jit` itself decides it.
+INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """``x.to(dtype)``, rounding to nearest even everywhere: the interpreter truncates float32 to bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in float32; ``acc`` may be None. The interpreter cannot multiply bfloat16, so it gets float32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def decode_stride(encoded, UNIT: tl.constexpr):
+    """A stride in elements from what `launch.encode_strides` gives."""
+    return encoded // 16 * UNIT
+
+
+@triton.jit
+def decode_wide(encoded):
+    """A stride of a mask or bias from what `launch.encode_wide` gives."""
+    return encoded // 16 - (1 << 40)
+
+
+@triton.jit
+def decode_size(encoded):
+    """A size or a stride in elements from what `launch.encode` gives."""
+    return encoded // 16
+
+
+@triton.jit
+def head_rows(x, entry, head, row, UNIT: tl.constexpr):
+    """(pointer to ``row`` of one head of one batch entry, row stride) of an `operands.Rows`; 64-bit indices."""
+    row_stride = decode_stride(x.strides[2], UNIT)
+    offset = entry * decode_stride(x.strides[0], UNIT) + head * decode_stride(x.strides[1], UNIT) + row * row_stride
+    return x.ptr + offset, row_stride
+
+
+@triton.jit
+def load_tile(
+    ptr, row, row_stride, n_rows, CHECK_ROWS: tl.constexpr, N_COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Rows ``row .. row + BLOCK_R`` of a matrix with ``N_COLS`` columns, zero outside it. Offsets are 64-bit."""
+    rows = tl.arange(0, BLOCK_R)[:, None]
+    cols = tl.arange(0, BLOCK_C)[None, :]
+    ptrs = ptr + tl.cast(row, tl.int64) * row_stride + (rows.to(tl.int64) * row_stride + cols)
+    if CHECK_ROWS and N_COLS != BLOCK_C:
+        return tl.load(ptrs, mask=(row + rows < n_rows) & (cols < N_COLS), other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(ptrs, mask=row + rows < n_rows, other=0.0)
+    elif N_COLS != BLOCK_C:
+        return tl.load(ptrs, mask=cols < N_COLS, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(
+    ptr, tile, row, row_stride, n_rows, N_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Store the part of ``tile`` that lies inside the matrix, in the pointer's dtype."""
+    rows = tl.arange(0, BLOCK_R)[:, None]
+    cols = tl.arange(0, BLOCK_C)[None, :]
+    ptrs = ptr + tl.cast(row, tl.int64) * row_stride + (rows.to(tl.int64) * row_stride + cols)
+    tl.store(ptrs, cast(tile, ptr.dtype.element_ty), mask=(row + rows < n_rows) & (cols < N_COLS))
