@@ -88,8 +88,9 @@ def dkdv_kernel(
                 k0, k1 = rows, rows
                 if dropout.seed is not None:
                     k0, k1 = dropout_row_keys(tl.load(dropout.seed), batch, head, rows)
-                row_max, log_sum = load_statistics(statistics_ptr + first_row, plane, rows, q_rows)
-                delta = tl.load(delta_ptr + first_row + rows, mask=rows < q_rows, other=0.0)
+                row_max, log_sum, delta = load_statistics(
+                    statistics_ptr + first_row, delta_ptr + first_row, plane, rows, q_rows, EDGE == 1
+                )
                 q_tile = load_tile(q_ptr, row, q_stride, q_rows, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
                 s, cap_gradient = finish_scores(
                     dot(k_tile, tl.trans(q_tile), None, PRECISION), rows[None, :], cols, q_rows, kv_len, offset, left,
@@ -157,8 +158,9 @@ def dq_kernel(
         start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, row), BLOCK_N)
     q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-    row_max, log_sum = load_statistics(statistics_ptr + first_row, plane, rows, q_len)
-    delta = tl.load(delta_ptr + first_row + rows, mask=rows < q_len, other=0.0)
+    row_max, log_sum, delta = load_statistics(
+        statistics_ptr + first_row, delta_ptr + first_row, plane, rows, q_len, True
+    )
     dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
     for EDGE in tl.static_range(2):

@@ -62,8 +62,9 @@ def dbias_kernel(
                     k0, k1 = dropout_row_keys(tl.load(dropout.seed), batch, head, rows)
                 q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
                 dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-                row_max, log_sum = load_statistics(statistics_ptr + first_row, plane, rows, q_len)
-                delta = tl.load(delta_ptr + first_row + rows, mask=rows < q_len, other=0.0)
+                row_max, log_sum, delta = load_statistics(
+                    statistics_ptr + first_row, delta_ptr + first_row, plane, rows, q_len, True
+                )
                 first, last = visible_keys(row, offset, left, right, kv_len, BLOCK_M)
                 if dbias.cols is None:
                     first = first // BLOCK_N * BLOCK_N

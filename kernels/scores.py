@@ -151,7 +151,13 @@ def store_statistics(ptr, plane, rows, row_max, row_sum, inside):
 
 
 @triton.jit
-def load_statistics(ptr, plane, rows, q_len):
-    """(maximum, log2 of the sum); rows outside get a maximum of +inf: probability 0."""
-    row_max = tl.load(ptr + rows, mask=rows < q_len, other=float("inf"))
-    return row_max, tl.load(ptr + plane + rows, mask=rows < q_len, other=0.0)
+def load_statistics(ptr, delta_ptr, plane, rows, q_len, CHECK: tl.constexpr):
+    """(maximum, log2 of the sum, delta); with ``CHECK`` rows outside get a maximum of +inf: probability 0."""
+    if CHECK:
+        inside = rows < q_len
+        row_max = tl.load(ptr + rows, mask=inside, other=float("inf"))
+        log_sum = tl.load(ptr + plane + rows, mask=inside, other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+        return row_max, log_sum, delta
+    else:
+        return tl.load(ptr + rows), tl.load(ptr + plane + rows), tl.load(delta_ptr + rows)
