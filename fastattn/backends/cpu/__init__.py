@@ -12,9 +12,6 @@ from torch import Tensor
 from fastattn.backends.cpu import library
 from fastattn.spec import AttentionSpec, CacheSpec, Gradients, Operands, Options
 
-STATISTICS_UNIT = math.log2(math.e)
-"""The statistics are in base 2."""
-
 _OPEN = -(1 << 63)
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _WIDEST = 1 << 16
@@ -29,6 +26,11 @@ _ABSENT = (0,) * 5
 
 # A prompt goes to the kernel with taller tiles, whose keys it packs first: from this many query rows of a key head on.
 _TALL = 32
+
+
+def statistics_unit(operands: Operands) -> float:
+    """The statistics are in base 2, whatever the operands."""
+    return math.log2(math.e)
 
 
 def reasons(spec: AttentionSpec) -> list[str]:
