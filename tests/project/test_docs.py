@@ -26,6 +26,8 @@ def test_code(page, monkeypatch):
     if page.stem == "huggingface":
         pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
         monkeypatch.setitem(sys.modules, "kernels", None)  # transformers looks for a package of that name
+    if page.stem == "checkpoints":
+        pytest.importorskip("safetensors", reason="safetensors is not installed: pip install 'fastattn[checkpoints]'")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as a reader's environment is
     names = {}
     for block in code_blocks.blocks(page):
@@ -36,7 +38,7 @@ def test_pages_about_functions_have_code():
     stems = {page.stem for page in WITH_CODE}
     assert stems >= {
         "index", "getting-started", "operator", "backends", "masks", "packed", "kv-cache", "layers", "huggingface",
-        "numerics", "limits", "migration", "choose-a-mask", "faq", "lora", "tutorial",
+        "numerics", "limits", "migration", "choose-a-mask", "faq", "lora", "tutorial", "checkpoints",
     }  # fmt: skip
 
 
