@@ -162,7 +162,7 @@ def check_layers(device):
 def check_explain(device):
     q, k, v = make_qkv("cpu")
     why = fastattn.explain(q, k, v, softcap=5.0)
-    assert why.backend == "reference" and why.reasons["torch"] == ["it has no softcap"]
+    assert why.backend in ("cpu", "reference") and why.reasons["torch"] == ["it has no softcap"]
 
 
 def fused_past_nan(q, k, v, unseen: slice, **options):
