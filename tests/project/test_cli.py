@@ -166,7 +166,7 @@ def test_explain_a_cache(capsys):
     assert backends["torch"] == "it needs one length for all batch entries, known on the host"
     backends, lines = explained(f"{arguments} --cache-len 100", capsys)
     assert "length 101" in lines[0]
-    assert backends["torch"] in ("<- chosen", "could serve it, not preferred here")  # the latter where "cpu" is compiled
+    assert backends["torch"] in ("<- chosen", "could serve it, not preferred here")  # with "cpu" compiled
     backends, lines = explained("--q 2,8,1,64 --cache 64,16,2,64 --pages 4 --device cuda:a100", capsys)
     assert "block_table (2, 4)" in lines[1] and backends["triton"] == "<- chosen"
 
