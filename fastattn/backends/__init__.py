@@ -24,7 +24,7 @@ BACKENDS = tuple(_MODULES)
 
 # Order of preference. On CPU, Triton only ever interprets: never a default. "cuda" counts only where it is `unasked`.
 _PREFERENCE = {"cuda": ("cuda", "triton", "torch", "reference")}
-_PREFERENCE_ELSEWHERE = ("torch", "reference")
+_PREFERENCE_ELSEWHERE = ("cpu", "torch", "reference")
 
 
 def module(backend: str) -> ModuleType:
