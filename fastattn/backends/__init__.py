@@ -24,7 +24,10 @@ BACKENDS = tuple(_MODULES)
 
 # Order of preference. On CPU, Triton only ever interprets: never a default. "cuda" counts only where it is `unasked`.
 _PREFERENCE = {"cuda": ("cuda", "triton", "torch", "reference")}
-_PREFERENCE_ELSEWHERE = ("cpu", "torch", "reference")
+_PREFERENCE_ELSEWHERE = ("torch", "cpu", "reference")  # "cpu" refuses what is not on a CPU
+_PREFERENCE_FUSED = ("cpu", "torch", "reference")
+# Scores from which on "cpu" goes before "torch": below, a call costs more than it computes, and PyTorch's costs less.
+_LARGE = 1 << 16
 
 
 def module(backend: str) -> ModuleType:
@@ -69,12 +72,32 @@ def choose(spec: AttentionSpec | CacheSpec, backend: str | None = None) -> str:
         ValueError: the backend asked for does not exist or cannot serve ``spec``, with every reason.
     """
     if backend is None:
-        for name in _PREFERENCE.get(spec.q.device.type, _PREFERENCE_ELSEWHERE):
+        for name in _preference(spec):
             if (name != "cuda" or _cuda_unasked(spec)) and not _reasons(name, spec):
                 return name
     elif reasons := reasons_against(backend, spec):
         raise ValueError(f"backend {backend!r} cannot serve this call: {'; '.join(reasons)}")
     return backend or "reference"
+
+
+def _preference(spec: AttentionSpec | CacheSpec) -> tuple[str, ...]:
+    """The order of preference.
+
+    On a CPU the fused kernels come first where they gain, and for every bias: PyTorch's gradients lose their precision
+    where a float mask holds very low numbers. A trace keeps PyTorch's kernel otherwise, so that plain models export
+    without an operator of ours.
+    """
+    device = spec.q.device.type
+    if device != "cpu":
+        return _PREFERENCE.get(device, _PREFERENCE_ELSEWHERE)
+    large = not torch.compiler.is_compiling() and _scores(spec) >= _LARGE
+    biased = isinstance(spec, AttentionSpec) and spec.bias is not None
+    return _PREFERENCE_FUSED if large or biased else _PREFERENCE_ELSEWHERE
+
+
+def _scores(spec: AttentionSpec | CacheSpec) -> int:
+    batch, heads, length, _ = spec.q.shape
+    return batch * heads * length * (spec.capacity if isinstance(spec, CacheSpec) else spec.k.shape[2])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,30 @@ def without_cpu_library(monkeypatch):
 def test_the_default_on_cpu(name):
     if problem := library.problem():
         pytest.skip(f"the CPU library is {problem}")
-    assert explain(*make_qkv("cpu", (7, 9)), **options_for()[name]).backend == "cpu"
+    chosen = explain(*make_qkv("cpu", (7, 9)), **options_for()[name]).backend
+    assert chosen == ("cpu" if name in NOT_TORCH or "bias" in name else "torch")
+
+
+class Plain(torch.nn.Module):
+    def forward(self, x):
+        return attention(x, x, x, causal=True, q_offset=0)
+
+
+def test_large_calls_go_to_the_fused_kernels():
+    """PyTorch's function costs less to call; what is computed decides from 2^16 scores on, though not in a trace."""
+    if problem := library.problem():
+        pytest.skip(f"the CPU library is {problem}")
+    small, large = (torch.randn(1, 4, length, 16) for length in (127, 128))
+    assert explain(small, small, small).backend == "torch"
+    assert explain(large, large, large, causal=True).backend == "cpu"
+    exported = torch.export.export(Plain(), (large,))
+    assert "fastattn" not in str(exported.graph)
+
+
+def test_a_very_low_float_mask_leaves_gradients_as_they_are():
+    """As the definition gives them: PyTorch's kernel alone gives dv eight times as large here."""
+    q, k, v = make_qkv("cpu", (16, 16), dtype=SINGLE)
+    check_attention(q, k, v, bias=torch.full((1, 1, 1, 16), torch.finfo(SINGLE).min), lse_gradient=False)
 
 
 @pytest.mark.parametrize("name", options_for())
