@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastattn import BlockMask, explain
+from fastattn.backends.cpu import library as cpu_library
 from fastattn.block_mask import BLOCK
 from fastattn.testing import check_attention
 from tests.support.attention_cases import DTYPE_NAMES, INF, LAYOUTS, relayout
@@ -188,6 +189,13 @@ def test_triton_packed_or_with_a_block_mask(device, case):
     check(case, device, "triton")
 
 
+@pytest.mark.skipif(cpu_library.problem() is not None, reason=f"{cpu_library.problem()}")
+@examples(60)
+@given(case=cases(["fp16", "bf16", "fp32", "fp64"]))
+def test_cpu(case):
+    check(case, "cpu", "cpu")
+
+
 @examples(60)
 @given(case=cases(["fp16", "bf16", "fp32", "fp64"]))
 def test_reference(case):
@@ -216,5 +224,5 @@ def test_whatever_is_chosen(case):
     (q, k, v), options = arguments(case, "cpu")
     if not case.packed:  # `explain` describes calls of `attention`
         chosen = explain(q, k, v, return_lse=case.lse, **options).backend
-        assert chosen in ("torch", "reference")
+        assert chosen in ("cpu", "torch", "reference")
     check_attention(q, k, v, seed=case.seed, lse_gradient=case.lse, **options)
