@@ -36,6 +36,7 @@ void append_as(const FastattnAppend& a) {
       const int64_t position = first + row;
       if (position < 0) continue;
       if (position >= a.capacity || a.pages == 0) break;
+      if (!has_page(a, b, position)) continue;  // cut to a page that exists, it would destroy another row
       const Place place = locate(a, b, position);
       copy_heads<Element>(a, a.k_cache, a.k, a.head_dim, b, row, place);
       copy_heads<Element>(a, a.v_cache, a.v, a.v_dim, b, row, place);

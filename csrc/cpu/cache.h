@@ -26,5 +26,13 @@ inline Place locate(const Cache& c, int64_t b, int64_t position) {
   return {page < 0 ? 0 : page < c.pages ? page : c.pages - 1, position % c.page_size};
 }
 
+// Whether the block table gives a position a page that exists.
+template <class Cache>
+inline bool has_page(const Cache& c, int64_t b, int64_t position) {
+  if (c.page_size == 0) return true;
+  const int64_t page = c.block_table[b * c.table_stride + position / c.page_size];
+  return page >= 0 && page < c.pages;
+}
+
 }  // namespace
 }  // namespace fastattn::cpu
