@@ -74,7 +74,7 @@ def load(model: nn.Module | str | os.PathLike[str], **options: Any) -> CausalLM:
     config = family.translate(source.config)
     ours = build(lambda: CausalLM(config), family.links, source.state_dict())
     if config.tie_embeddings:
-        if not torch.equal(ours.head.weight, ours.embedding.weight):
+        if not torch.equal(source.get_output_embeddings().weight, source.get_input_embeddings().weight):
             raise ValueError("lm_head.weight: expected the embedding, as tie_word_embeddings says; got another tensor")
         ours.head.weight = ours.embedding.weight
     return ours.train(source.training)

@@ -267,7 +267,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if not number and (isinstance(scale, Tensor) or not hasattr(scale, "__float__")):
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")  # a tensor would lose its gradient
     scale = float(head_dim**-0.5 if scale is None else scale)
-    if not math.isfinite(scale):
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     return scale
 

@@ -196,7 +196,7 @@ def test_mask_of_the_caller(kind):
     mask = (scores > -1.0) | torch.eye(LENGTH, dtype=torch.bool)  # eager adds a mask; its float equal goes there
     added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     ours, eager = (logits("llama", "fastattn", inputs | {"attention_mask": m}) for m in (mask, added))
-    assert_parity(ours, eager.double(), eager, "bool mask", intermediate=eager.abs().max())
+    torch.testing.assert_close(ours, eager)
 
 
 def test_decoder_as_an_encoder():

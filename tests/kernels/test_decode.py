@@ -356,7 +356,11 @@ NEW, TABLE = torch.zeros(2, 2, 1, 16), torch.tensor([[0, 1], [2, 4]], dtype=torc
         ({"cache_lens": torch.zeros(3).int()}, ValueError, r"cache_lens.shape: expected \(B,\) == \(2,\), got \(3,\)"),
         ({"cache_lens": -1}, ValueError, "cache_lens: expected 0 to 32 .* got -1 for batch entry 0"),
         ({"cache_lens": 33}, ValueError, "cache_lens: expected 0 to 32 .* got 33"),
-        ({"cache_lens": torch.tensor([3, 32]), "k": NEW, "v": NEW}, ValueError, "0 to 31 .* got 32 for batch entry 1"),
+        (
+            {"cache_lens": torch.tensor([3, 32]), "k": NEW, "v": NEW, "v_cache": CACHE.clone()},
+            ValueError,
+            "0 to 31 .* got 32 for batch entry 1",
+        ),
         ({"block_table": TABLE.long(), **dict.fromkeys(("k_cache", "v_cache"), PAGED)}, TypeError, "expected int32"),
         ({"block_table": TABLE[:1], **dict.fromkeys(("k_cache", "v_cache"), PAGED)}, ValueError, "block_table.shape"),
         ({"block_table": TABLE + 1, **dict.fromkeys(("k_cache", "v_cache"), PAGED)}, ValueError, r"got 5 at \[1, 1\]"),

@@ -172,7 +172,7 @@ def test_explain_names_it():
 
 GOOD = torch.ones(Q_LEN, KV_LEN, dtype=torch.bool)
 BAD_CALLS = {
-    "dense": (GOOD, TypeError, "block_mask: expected a BlockMask or None, got Tensor; a dense mask goes to mask="),
+    "dense": (GOOD, TypeError, "block_mask: expected a fastattn.BlockMask or None, got Tensor; a dense mask goes"),
     "lengths": (BlockMask.from_mask(GOOD.mT), ValueError, r"block_mask.shape: .*got \(1, 1, 290, 150\)"),
     "heads": (BlockMask.from_mask(GOOD.expand(3, -1, -1)), ValueError, r"\(2, 2, 150, 290\), got \(1, 3, 150, 290\)"),
     "device": (BlockMask.from_mask(GOOD).to("meta"), ValueError, "block_mask.device: expected cpu, got meta"),

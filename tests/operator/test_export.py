@@ -25,7 +25,7 @@ class Call(nn.Module):
 
 
 def check(module, make, dynamic, strict=False):
-    """The program exported for the first of `LENGTHS` computes what eager code does for all, to the bit."""
+    """The program exported for the first of `LENGTHS` computes what eager code does for all, within rounding."""
     program = export(module, make(*LENGTHS[0]), dynamic_shapes=dynamic, strict=strict).module()
     for sizes in LENGTHS:
         args = make(*sizes)
@@ -35,7 +35,9 @@ def check(module, make, dynamic, strict=False):
             inputs = torch.utils._pytree.tree_map(torch.clone, args)
             results.append(torch.utils._pytree.tree_leaves((run(*inputs), inputs)))  # a cache is written to
         for ours, expected in zip(*results, strict=True):
-            assert ours is None or torch.equal(ours, expected)
+            assert (ours is None) == (expected is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, expected)
 
 
 def qkv(batch, q_len, kv_len, kv_heads=2):
@@ -80,7 +82,7 @@ def test_a_backend_chosen_when_exported_serves_every_length():
     program = export(Call(call), make(*LENGTHS[2]), dynamic_shapes=((*QKV, {0: ANY, 3: ANY}),)).module()
     for sizes in LENGTHS:
         args = make(*sizes)
-        assert torch.equal(program(*args), call(*args, backend="reference"))
+        torch.testing.assert_close(program(*args), call(*args, backend="reference"))
 
 
 def test_mask_and_bias():

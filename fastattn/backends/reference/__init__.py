@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastattn.backends.reference import definition
 from fastattn.backends.reference.blockwise import backward, forward
-from fastattn.backends.reference.dropout import dropout_keep
+from fastattn.backends.reference.dropout import DROPOUT_ROUNDS, dropout_keep
 from fastattn.backends.reference.kvcache import attention_kvcache, kv_cache_append
 from fastattn.backends.reference.second_order import double_backward
 from fastattn.spec.attention import AttentionSpec
@@ -16,6 +16,7 @@ from fastattn.spec.cache import CacheSpec
 from fastattn.spec.operands import Operands, Options
 
 __all__ = [
+    "DROPOUT_ROUNDS",
     "attention",
     "attention_kvcache",
     "backward",
