@@ -47,8 +47,8 @@ demo-charlm: $(VENV)/.stamp-examples  ## install and run the character language 
 	@echo "Characters: two models, about three minutes on one core."
 	$(BIN)/python -m examples.charlm --steps 1000
 
-lint: $(VENV)/.stamp-dev  ## ruff
-	$(BIN)/ruff check .
+lint: $(VENV)/.stamp-dev  ## ruff: rules and layout
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 types: $(VENV)/.stamp-dev  ## pyright over fastattn and kernels
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -244,9 +244,7 @@ def attention_backward(
         dsinks.copy_(dsink_tiles.sum((0, 2)))
 
 
-def _sum_slopes(
-    dslopes: Tensor, tiles: Tensor, cu_seqlens_q: Tensor | None, cfg: config.LaunchConfig
-) -> None:
+def _sum_slopes(dslopes: Tensor, tiles: Tensor, cu_seqlens_q: Tensor | None, cfg: config.LaunchConfig) -> None:
     """Add up the shares (batch, heads, tiles) of the dq kernel's tiles in the gradient of the ALiBi slopes."""
     if cu_seqlens_q is None or dslopes.shape[0] == 1:
         dslopes.copy_(tiles.sum(-1).sum_to_size(dslopes.shape))

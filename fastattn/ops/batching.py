@@ -114,9 +114,7 @@ def legacy_rule(kind: Any, operator: Any) -> _Run:
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
         is_batched = [isinstance(x, Tensor) and _is_batched(x) for x in args]
-        plain = tuple(
-            _remove_batch_dim(x, level, 1, 0) if own else x for x, own in zip(args, is_batched, strict=True)
-        )
+        plain = tuple(_remove_batch_dim(x, level, 1, 0) if own else x for x, own in zip(args, is_batched, strict=True))
         size = next(x.shape[0] for x, own in zip(plain, is_batched, strict=True) if own)
         in_dims = tuple(
             [None] * len(x) if isinstance(x, list) and x and isinstance(x[0], Tensor) else 0 if own else None

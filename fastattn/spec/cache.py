@@ -203,7 +203,6 @@ def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v:
                 f"{name}_cache: expected every element in a place of its own, got strides {cache.stride()}"
             )
 
-
     if _same_memory(k_cache, v_cache):
         raise ValueError("v_cache: expected memory of its own where k and v are appended, got that of k_cache")
 

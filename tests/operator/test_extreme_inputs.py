@@ -75,9 +75,7 @@ def test_alibi_far_away(backend):
     only_where_it_runs(backend)
     q, k, v = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
     slopes = torch.tensor([0.5, 0.03])
-    far, near = (
-        with_gradients(backend, q, k, v, alibi_slopes=slopes, q_offset=offset) for offset in (10**6, 40)
-    )
+    far, near = (with_gradients(backend, q, k, v, alibi_slopes=slopes, q_offset=offset) for offset in (10**6, 40))
     for index in (0, 2, 3, 4):
         torch.testing.assert_close(far[index], near[index], rtol=1e-4, atol=1e-5)
 
