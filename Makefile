@@ -57,7 +57,7 @@ docs: $(VENV)/.stamp-docs  ## the documentation site, into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 compile-report: $(VENV)/.stamp-test $(TRITONS)  ## compile every kernel for every target, no GPU needed
-	$(BIN)/python -m benchmarks.compile_report
+	$(BIN)/python -m benchmarks.tools.compile_report
 
 ext-cpu: $(CPU_LIBRARY)  ## compile csrc/cpu with a C++ compiler, in place; an install does so by itself
 
@@ -67,17 +67,17 @@ wheel: $(VENV)/.stamp-test  ## a wheel with the CPU library into dist/, for ever
 ext: fastattn/libfastattn_cuda.so  ## compile csrc/ with nvcc, in place; the operator works without it
 
 bench-overhead: $(VENV)/.stamp-test  ## what a call costs over PyTorch's own function on a tiny input
-	$(BIN)/python -m benchmarks.bench_overhead
+	$(BIN)/python -m benchmarks overhead
 
 # On a GPU machine: from the bare checkout with its own Python, nothing is installed. Results go to OUT, if that is set.
 gpu-check:  ## on a GPU: parity of every feature, races, determinism, sanitizer, within MINUTES
-	$(PYTHON) -m benchmarks.gpu_check --minutes $(MINUTES)
+	$(PYTHON) -m benchmarks.tools.gpu_check --minutes $(MINUTES)
 
 gpu-bench:  ## on a GPU: every benchmark against every peer, within MINUTES
 	$(PYTHON) -m benchmarks all --minutes $(MINUTES)
 
 gpu-tune:  ## on a GPU: search launch configurations, within MINUTES
-	$(PYTHON) -m benchmarks.gpu_tune --minutes $(MINUTES)
+	$(PYTHON) -m benchmarks.tools.gpu_tune --minutes $(MINUTES)
 
 clean:  ## remove the environment, caches and build output
 	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks fastattn/*.so

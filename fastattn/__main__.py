@@ -275,7 +275,7 @@ def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
 def run_bench(args: argparse.Namespace) -> int:
     """List the benchmarks of the checkout that this package is imported from."""
     root = PACKAGE.parent
-    scripts = sorted(root.glob("benchmarks/bench_*.py"))
+    scripts = sorted(root.glob("benchmarks/suites/[!_]*.py"))
     if not scripts:
         print("The benchmarks come with the source repository, not with the installed package.")
         print("In the root of a checkout `python -m fastattn bench` lists them.")
@@ -283,7 +283,7 @@ def run_bench(args: argparse.Namespace) -> int:
     print(f"In {root}:")
     for script in scripts:
         summary = (ast.get_docstring(ast.parse(script.read_text())) or "").partition("\n")[0]
-        print(f"  python -m benchmarks.{script.stem}\n      {summary}")
+        print(f"  python -m benchmarks {script.stem}\n      {summary}")
     return 0
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastattn
-from benchmarks import gpu_check, parity, provenance, results, status
-from benchmarks.device import CudaDevice, DryRun
+from benchmarks.harness import parity, provenance, results
+from benchmarks.harness.device import CudaDevice, DryRun
+from benchmarks.tools import gpu_check, status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -238,10 +239,11 @@ def test_device_tests_are_selected_and_recorded(tmp_path):
     )
     script = (
         "import sys, pytest\nfrom pathlib import Path\n"
-        "from benchmarks import gpu_check, device\n"
+        "from benchmarks.harness import device\n"
+        "from benchmarks.tools import gpu_check\n"
         "checks = gpu_check.Checks(device.DryRun(), Path('out'), 1e9, {})\n"
         "recorder = gpu_check.Recorder(checks)\n"
-        "pytest.main(['test_some.py', '-q', '-p', 'benchmarks.only_device', '-p', 'no:cacheprovider'],"
+        "pytest.main(['test_some.py', '-q', '-p', 'benchmarks.harness.only_device', '-p', 'no:cacheprovider'],"
         " plugins=[recorder])\nrecorder.store()\nprint(dict(checks.tally))\n"
     )
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
-from benchmarks import gpu_tune, provenance, results
-from benchmarks.device import DryRun
+from benchmarks.harness import provenance, results
+from benchmarks.harness.device import DryRun
+from benchmarks.tools import gpu_tune
 from fastattn.kernels.config import LaunchConfig
 
 
@@ -110,7 +111,7 @@ def test_float16_searches_start_from_bfloat16(tmp_path):
 
 def test_resource_facts_are_stored(tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    from benchmarks import compile_report
+    from benchmarks.tools import compile_report
 
     def compile_case(case):
         return compile_report.Result(**dataclasses.asdict(case), registers=168, spills=4)

@@ -16,12 +16,12 @@ OTHER_TRITONS = {
 
 
 def report(tmp_path, *arguments, python_path=()):
-    """Rows of `python -m benchmarks.compile_report`, in a process where kernels are compiled and not interpreted."""
+    """Rows of `python -m benchmarks.tools.compile_report`, where kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([*python_path, str(ROOT), *filter(None, sys.path)])
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     path = tmp_path / "report.json"
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--json", str(path), "--jobs", "1", *arguments]
+    command = [sys.executable, "-m", "benchmarks.tools.compile_report", "--json", str(path), "--jobs", "1", *arguments]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert path.exists(), result.stdout + result.stderr
     rows = json.loads(path.read_text())

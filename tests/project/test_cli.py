@@ -188,8 +188,8 @@ def test_explain_refuses_what_does_not_go_together(arguments, message, capsys):
 
 def test_bench_lists_the_benchmarks_of_a_checkout(capsys):
     assert main(["bench"]) == 0
-    listed = set(re.findall(r"python -m benchmarks\.(\w+)", capsys.readouterr().out))
-    assert listed == {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    listed = set(re.findall(r"python -m benchmarks (\w+)", capsys.readouterr().out))
+    assert listed == {path.stem for path in (ROOT / "benchmarks" / "suites").glob("[!_]*.py")}
 
 
 def test_bench_outside_a_checkout(capsys, monkeypatch, tmp_path):

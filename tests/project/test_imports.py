@@ -247,3 +247,15 @@ def test_kernels_import_each_other_relatively(path):
     for name, node in imports(path):
         if part_of(name) == "kernels":
             assert isinstance(node, ast.ImportFrom) and node.level == 1
+
+
+# harness <- suites <- tools, and __main__ on top. The runner names suites by string, so that it needs none of them.
+ROOMS_OF_BENCHMARKS = {"harness": {"harness"}, "suites": {"harness", "suites"}, "tools": {"harness", "suites", "tools"}}
+
+
+@pytest.mark.parametrize("room", ROOMS_OF_BENCHMARKS)
+def test_rooms_of_the_benchmarks(room):
+    for path in (ROOT / "benchmarks" / room).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks."):
+                assert node.module.split(".")[1] in ROOMS_OF_BENCHMARKS[room], f"{path} imports {node.module}"

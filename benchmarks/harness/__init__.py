@@ -1,0 +1,1 @@
+"""What measures: devices, peers, problems, parity, results, and the runner of the suites."""

@@ -1,0 +1,82 @@
+"""What a figure was measured on and with: stored in every row, so that an old number shows as one."""
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from .device import Device, processor
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("kernels", "csrc")
+COMMIT_VARIABLE = "FASTATTN_COMMIT"
+FIELDS = (
+    "gpu", "driver", "torch", "triton", "cuda", "python", "cpu", "threads", "commit", "dirty", "digest", "date",
+)  # fmt: skip
+
+
+def provenance(device: Device) -> dict[str, str]:
+    """One value per name in FIELDS, "unknown" where it cannot be found out."""
+    commit, dirty = revision()
+    values = (
+        device.name, driver() if device.torch_device == "cuda" else "none", torch.__version__, version("triton"),
+        torch.version.cuda or "none", platform.python_version(), processor(), str(torch.get_num_threads()),
+        commit, dirty, digest(), datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )  # fmt: skip
+    return dict(zip(FIELDS, values, strict=True))
+
+
+def digest(root: Path = ROOT) -> str:
+    """Of the sources of every kernel, names and contents: changes with any of them."""
+    hasher = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h"):
+                hasher.update(path.relative_to(root).as_posix().encode() + b"\0")
+                hasher.update(path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return hasher.hexdigest()[:12]
+
+
+def revision(root: Path = ROOT) -> tuple[str, str]:
+    """(commit, dirty). Without a .git folder from the variable FASTATTN_COMMIT, as ``git describe --always --dirty``
+    writes it. Results and what is generated from them do not make a tree dirty.
+    """
+    if (root / ".git").exists():
+        commit = git(root, "rev-parse", "--short=12", "HEAD")
+        changes = git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md")
+        if commit:
+            return commit, "yes" if changes else "no"
+    given = os.environ.get(COMMIT_VARIABLE, "")
+    if given:
+        return given.removesuffix("-dirty"), "yes" if given.endswith("-dirty") else "no"
+    return "unknown", "unknown"
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Output of a git command, empty where it fails or there is no git."""
+    return command("git", "-C", str(root), *arguments)
+
+
+@functools.cache
+def driver() -> str:
+    return command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or "unknown"
+
+
+def command(*words: str) -> str:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

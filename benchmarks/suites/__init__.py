@@ -1,0 +1,1 @@
+"""One file per question; each has ``cells()`` and the ``DEVICES`` that can run them."""

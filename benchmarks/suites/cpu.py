@@ -1,0 +1,98 @@
+"""The CPU path against PyTorch's: full and causal attention, every feature per allowed pair, and layers.
+
+Plain attention is measured on one and on two threads; the peers take turns within a cell.
+`python -m benchmarks.tools.cpu_ratios` prints the ratios of the rows.
+"""
+
+import functools
+import itertools
+
+import torch
+
+from benchmarks.harness.attention import measure
+from benchmarks.harness.peers import OWN
+from benchmarks.harness.problems import Problem
+from benchmarks.harness.runner import Bench, Cell
+
+from .layers import measure_layer
+
+DEVICES = ("cpu",)
+LENGTHS = (128, 512, 1024, 2048, 4096)
+HEAD_DIMS = (64, 128)
+THREADS = (1, 2)
+MODES = ("forward", "backward")
+SDPA = "sdpa"
+ANY_PEER = (OWN, SDPA, "flex", "sdpa-math")
+
+SIZES: dict[str, object] = {"batch": 1, "q_heads": 8, "kv_heads": 8, "head_dim": 64, "dtype": "fp32"}
+PLAIN: dict[str, dict[str, object]] = {"full": {}, "causal": {"causal": True}}
+
+# Of the features: their rates are held against that of "causal". Packed documents are far shorter than a tile.
+FEATURE_LENGTH = 1024
+FEATURES: dict[str, dict[str, object]] = {
+    "window 256": {"window": 256, "causal": True},
+    "softcap 30": {"softcap": 30.0, "causal": True},
+    "ALiBi": {"alibi": True, "causal": True},
+    "sinks": {"sinks": True, "causal": True},
+    "GQA 8/2": {"kv_heads": 2, "causal": True},
+    "mask": {"mask": "random", "causal": True},
+    "bias": {"bias": "constant", "causal": True},
+    "bias with gradient": {"bias": "learned", "causal": True},
+    "dropout 0.1": {"dropout_p": 0.1, "causal": True},
+    "packed documents": {"pattern": "documents", "packed": True, "causal": True},
+    "block mask": {"pattern": "causal"},
+    "bf16": {"dtype": "bf16", "causal": True},
+    "fp16": {"dtype": "fp16", "causal": True},
+}
+
+# Case -> what it changes in a Problem of these sizes.
+CASES = PLAIN | FEATURES
+
+
+def cells() -> list[Cell]:
+    """Most important first: plain attention, features, long sequences, layers."""
+    found = []
+    for length, head_dim, threads in itertools.product(LENGTHS, HEAD_DIMS, THREADS):
+        for (case, changes), mode in itertools.product(PLAIN.items(), MODES):
+            problem = Problem(**(SIZES | {"length": length, "head_dim": head_dim} | changes))
+            priority = 3 if length > 2048 else 1
+            found.append(attention_cell(case, problem, mode, threads, (OWN, SDPA), priority))
+    for (case, changes), mode in itertools.product(FEATURES.items(), MODES):
+        problem = Problem(**(SIZES | {"length": FEATURE_LENGTH} | changes))
+        found.append(attention_cell(case, problem, mode, 1, ANY_PEER, 2))
+    for length, mode, padded in itertools.product((64, 256, 1024), ("train", "eval"), (True, False)):
+        run = functools.partial(
+            measure_layer, suite="cpu", kind="MultiheadAttention", length=length, mode=mode, padded=padded,
+            providers=("fastattn", "torch"), dtype="fp32", tokens=1024, width=256,
+        )  # fmt: skip
+        found.append(Cell("cpu", f"MultiheadAttention L={length} {mode}{', padded' if padded else ''}", run, 2))
+    return found
+
+
+def attention_cell(
+    case: str, problem: Problem, mode: str, threads: int, providers: tuple[str, ...], priority: int
+) -> Cell:  # fmt: skip
+    run = functools.partial(
+        measure_threads, case=case, problem=problem, mode=mode, threads=threads, providers=providers
+    )
+    label = f"{case} L={problem.length} D={problem.head_dim} {mode}, {counted(threads)}"
+    return Cell("cpu", label, run, priority)
+
+
+def counted(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def measure_threads(
+    bench: Bench, case: str, problem: Problem, mode: str, threads: int, providers: tuple[str, ...]
+) -> None:  # fmt: skip
+    """`measure` on this many threads, which become part of the case."""
+    before, stamp, ceiling = torch.get_num_threads(), bench.stamp, bench.matmul_tflops
+    torch.set_num_threads(threads)
+    bench.stamp = stamp | {"threads": str(threads)}
+    bench.matmul_tflops = {}  # measured on another number of threads
+    try:
+        measure(bench, "cpu", f"{case}, {counted(threads)}", problem, mode, providers)
+    finally:
+        torch.set_num_threads(before)
+        bench.stamp, bench.matmul_tflops = stamp, ceiling

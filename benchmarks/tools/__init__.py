@@ -1,0 +1,1 @@
+"""Commands of their own: ``python -m benchmarks.tools.NAME``."""

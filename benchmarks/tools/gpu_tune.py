@@ -1,0 +1,450 @@
+"""Search launch configurations on this GPU: what `kernels/config.py` should say, with the figure beside each.
+
+    python -m benchmarks.tools.gpu_tune --minutes 8                 on a GPU: measure, print the table
+    python -m benchmarks.tools.gpu_tune --resources sm_90           without one: registers and spills of every candidate
+    python -m benchmarks.tools.gpu_tune --table FOLDER/tune.csv     print the table of an earlier run
+
+The space is `config.search_space`. Candidates that are known to spill are left out where the resource facts are of
+these kernels, and come last where they are of older ones. The most promising come first: the present choice, then
+those whose products are not serialised, large tiles before small ones. The best few of each group are measured again
+against each other and held to the parity rule. Nothing is written to `kernels/config.py`: its tables are per head dim,
+so the compromise between causal and not is its reader's.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import faulthandler
+import functools
+import itertools
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import fastattn
+from benchmarks.harness import parity, results, runner, summary
+from benchmarks.harness.device import Call, Compiling, Device, DryRun, choose
+from benchmarks.harness.flops import attention_flops
+from benchmarks.harness.peers import first_line
+from benchmarks.harness.problems import Problem, fit, make_inputs
+from benchmarks.harness.provenance import digest, provenance
+from benchmarks.suites import decode
+from fastattn.functional import Backend
+from fastattn.kernels import config
+from fastattn.kernels.config import LaunchConfig
+
+KERNELS: tuple[config.Kernel, ...] = ("forward", "dkdv", "dq", "decode")
+TOKENS, HIDDEN, LENGTH = 16384, 2048, 4096
+STEPS = ((8, 8192), (1, 32768))
+"""Batches and cached keys of the decode steps that are timed together, at 32 query heads on 8 key heads."""
+FINALISTS = 3
+CHUNK = 6
+"""Candidates that take turns with one another and with the present choice."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One search. Time is that of the forward pass, of the whole backward pass with one of its kernels varied, or of
+    decode steps over contiguous caches.
+    """
+
+    kernel: config.Kernel
+    dtype: str
+    head_dim: int
+    causal: bool
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.dtype} D={self.head_dim} {'causal' if self.causal else 'full'}"
+
+    @property
+    def mode(self) -> str:
+        return self.kernel if self.kernel in ("forward", "decode") else "backward"
+
+    def flops(self) -> float:
+        if self.kernel != "decode":
+            return self.problem().flops(self.mode)
+        return sum(attention_flops(batch, 32, 1, length, self.head_dim) for batch, length in STEPS)
+
+    def problem(self, length: int = LENGTH) -> Problem:
+        heads = HIDDEN // self.head_dim
+        return Problem(max(1, TOKENS // length), heads, heads, length, self.head_dim, self.dtype, self.causal)
+
+    def key(self, candidate: LaunchConfig) -> dict[str, str]:
+        return {
+            "kernel": self.kernel, "dtype": self.dtype, "head_dim": str(self.head_dim),
+            "causal": results.text(self.causal), "block_m": str(candidate.block_m), "block_n": str(candidate.block_n),
+            "num_warps": str(candidate.num_warps), "num_stages": str(candidate.num_stages),
+            "split_programs": str(candidate.split_programs),
+        }  # fmt: skip
+
+
+def groups() -> list[Group]:
+    """Most important first: bfloat16, the common head dims, causal."""
+    found = [
+        Group(kernel, dtype, head_dim, causal)
+        for dtype, head_dim, kernel, causal in itertools.product(
+            ("bf16", "fp16"), (128, 64, 256), KERNELS, (True, False)
+        )
+        if causal or kernel != "decode"  # one query sees all keys
+    ]
+    return sorted(found, key=lambda group: (group.dtype != "bf16", group.head_dim == 256))
+
+
+def config_of(row: results.Row) -> LaunchConfig:
+    names = ("block_m", "block_n", "num_warps", "num_stages", "split_programs")
+    return LaunchConfig(**{name: int(row[name]) for name in names if row[name]})
+
+
+def architecture(device: Device) -> str:
+    if device.torch_device != "cuda":
+        return "sm_90"
+    from fastattn.kernels import launch
+
+    return launch.architecture(torch.device("cuda"))
+
+
+def candidates(group: Group, arch: str, facts: dict[tuple[str, ...], results.Row]) -> list[LaunchConfig]:
+    """The present choice, then the space, most promising first."""
+    present = config.lookup(group.kernel, arch, group.head_dim, 2)
+
+    def facts_of(candidate: LaunchConfig) -> results.Row:
+        return facts.get(tuple(group.key(candidate).values()), {})
+
+    def spills(candidate: LaunchConfig) -> bool:
+        known = facts_of(candidate)
+        return bool(known.get("error")) or int(known.get("spills") or 0) > 0
+
+    def unpromising(candidate: LaunchConfig) -> tuple[bool, bool, int, int]:
+        serialised = facts_of(candidate).get("serialised") == "yes"
+        tile = candidate.block_m * candidate.block_n
+        return spills(candidate), serialised, -tile, abs(candidate.num_stages - present.num_stages)
+
+    current = digest()
+    space = [candidate for candidate in config.search_space(group.kernel, group.head_dim) if candidate != present]
+    known_to_fit = [c for c in space if not (spills(c) and facts_of(c).get("digest") == current)]
+    return [present, *sorted(known_to_fit, key=unpromising)]
+
+
+def load_facts(arch: str) -> dict[tuple[str, ...], results.Row]:
+    rows = results.read(results.HERE / f"resources-{arch}.csv")
+    return {tuple(row[name] for name in results.TUNE_KEY): row for row in rows}
+
+
+@contextlib.contextmanager
+def only(kernel: config.Kernel, candidate: LaunchConfig) -> Iterator[None]:
+    """Launch one kernel with the candidate and the others as configured."""
+    usual = config.lookup
+
+    def lookup(name: config.Kernel, *arguments: Any, **options: Any) -> LaunchConfig:
+        return candidate if name == kernel else usual(name, *arguments, **options)
+
+    with mock.patch.object(config, "lookup", lookup):
+        yield
+
+
+def decode_steps(group: Group, device: Device, backend: Backend | None, short: bool) -> Callable[[], None]:
+    """One step of each of STEPS, or two short ones."""
+    runs = []
+    for batch, length in STEPS:
+        step = decode.Step(batch, 32, 8, length, 0, group.head_dim, group.dtype)
+        if short:
+            step = dataclasses.replace(step, batch=min(batch, 2), length=512)
+        if isinstance(device, DryRun):
+            step = decode.Step(2, 4, 2, 64, 0, 16, "fp32")
+        x = decode.make_inputs(step, device.torch_device)
+        runs.append(
+            functools.partial(
+                fastattn.attention_with_kvcache, x.q, x.k_cache, x.v_cache, cache_lens=x.lens, backend=backend
+            )
+        )
+
+    def run() -> None:
+        for step in runs:
+            step()
+
+    return run
+
+
+def runnable(group: Group, device: Device, short: bool = False) -> Callable[[], None]:
+    """One pass of the group's direction, on the Triton backend where it can run; ``short``: on little data."""
+    triton = device.torch_device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    backend = "triton" if triton else None
+    if group.kernel == "decode":
+        return decode_steps(group, device, backend, short)
+    problem = Problem(1, 2, 2, 256, group.head_dim, group.dtype, group.causal) if short else group.problem()
+    problem = fit(problem, device)
+    x = make_inputs(problem, device, 0, grad=group.mode == "backward")
+    if group.mode == "forward":
+
+        def forward() -> None:
+            with torch.no_grad():
+                fastattn.attention(x.q, x.k, x.v, causal=group.causal, q_offset=0, backend=backend)
+
+        return forward
+
+    out = fastattn.attention(x.q, x.k, x.v, causal=group.causal, q_offset=0, backend=backend)
+    return lambda: torch.autograd.grad(out, x.leaves, x.dout, retain_graph=True) and None
+
+
+@dataclass
+class Tuner:
+    device: Device
+    output: Path
+    deadline: float
+    seconds: float
+    stamp: dict[str, str]
+
+    @property
+    def left(self) -> float:
+        return self.deadline - self.device.clock()
+
+    def record(
+        self, group: Group, candidate: LaunchConfig, stage: str, times: tuple[float, float, float] | None = None,
+        note: str = "",
+    ) -> None:  # fmt: skip
+        row = group.key(candidate) | {"stage": stage, "note": note} | self.stamp
+        if times:
+            row |= {name: results.text(ms) for name, ms in zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True)}
+            row["tflops"] = results.text(group.flops() / times[1] * 1e-9)
+        results.upsert(self.output / self.device.folder / "tune.csv", [row])
+
+    def shortlist(self, group: Group, pool: Sequence[LaunchConfig]) -> Sequence[LaunchConfig]:
+        """For float16 the present choice and the best few of the same search in bfloat16, where there was one."""
+        twin = Group(group.kernel, "bf16", group.head_dim, group.causal).key(pool[0])
+        same = ("kernel", "dtype", "head_dim", "causal")
+        rows = [
+            row for row in results.read(self.output / self.device.folder / "tune.csv")
+            if row["p50_ms"] and all(row[name] == twin[name] for name in same)
+        ]  # fmt: skip
+        if group.dtype == "bf16" or not rows:
+            return pool
+        best = sorted(rows, key=lambda row: float(row["p50_ms"]))[:CHUNK]
+        return [pool[0], *(c for c in map(config_of, best) if c != pool[0])]
+
+    def search(self, group: Group, pool: Sequence[LaunchConfig]) -> None:
+        """Measure the pool in chunks, then the best again, and mark the winner."""
+        run = runnable(group, self.device)
+        present = pool[0]
+        medians: dict[LaunchConfig, float] = {}
+        for start in range(1, max(2, len(pool)), CHUNK):
+            if self.left <= 0:
+                return
+            medians |= self.measure(group, [present, *pool[start : start + CHUNK]], run, "search")
+        finalists = sorted(medians, key=medians.__getitem__)[:FINALISTS]
+        if present in medians and present not in finalists:
+            finalists.append(present)
+        finals = self.measure(group, finalists, run, "final", 4 * self.seconds)
+        for candidate in sorted(finals, key=finals.__getitem__):
+            error = self.parity_error(group, candidate)
+            if error is None:
+                self.mark(group, candidate, "winner", "parity green")
+                return
+            self.mark(group, candidate, "wrong", error)
+
+    def mark(self, group: Group, candidate: LaunchConfig, stage: str, note: str) -> None:
+        path = self.output / self.device.folder / "tune.csv"
+        key = group.key(candidate)
+        rows = [row for row in results.read(path) if all(row[name] == value for name, value in key.items())]
+        results.upsert(path, [row | {"stage": stage, "note": note} for row in rows])
+
+    def measure(
+        self, group: Group, pool: Sequence[LaunchConfig], run: Callable[[], None], stage: str,
+        seconds: float | None = None,
+    ) -> dict[LaunchConfig, float]:  # fmt: skip
+        """Medians of those that run; a row for each."""
+        calls: dict[str, Call] = {}
+        for candidate in pool:
+            call = self.call_of(group, candidate, run)
+            try:
+                call(0)
+                calls[repr(candidate)] = call
+            except Exception as error:  # does not compile, or asks for more than the GPU has
+                runner.raise_if_lost(error)
+                self.record(group, candidate, stage, note=f"cannot: {first_line(error)}")
+        timings = self.device.time(calls, seconds or self.seconds)
+        medians = {}
+        for candidate in pool:
+            if timing := timings.get(repr(candidate)):
+                medians[candidate] = timing.p50
+                self.record(group, candidate, stage, (timing.p20, timing.p50, timing.p80))
+        return medians
+
+    def call_of(self, group: Group, candidate: LaunchConfig, run: Callable[[], None]) -> Call:
+        def call(repeat: int) -> None:
+            with only(group.kernel, candidate):
+                run()
+
+        return call
+
+    def parity_error(self, group: Group, candidate: LaunchConfig) -> str | None:
+        feature = "cache" if group.kernel == "decode" else "causal" if group.causal else "plain"
+        case = parity.ParityCase(feature, group.dtype, group.head_dim)
+        with only(group.kernel, candidate):
+            return next((parity.describe(error) for _, error in parity.failures(self.device, [case])), None)
+
+
+def table(rows: Sequence[results.Row]) -> str:
+    """Per kernel and head dim the best compromise, as a line for `kernels/config.py`, and each search's winner.
+
+    The compromise has the least geometric mean of time over the best time, over causal and not and the dtypes that
+    were searched.
+    """
+    lines = []
+    searches: dict[tuple[str, int], dict[tuple[str, str], dict[LaunchConfig, results.Row]]] = {}
+    for row in rows:
+        if row["p50_ms"] and row["stage"] != "wrong":
+            search = searches.setdefault((row["kernel"], int(row["head_dim"])), {})
+            search.setdefault((row["dtype"], row["causal"]), {})[config_of(row)] = row
+    for (kernel, head_dim), by_group in sorted(searches.items()):
+        shared = set.intersection(*(set(found) for found in by_group.values()))
+        if not shared:
+            continue
+
+        def cost(candidate: LaunchConfig, by_group: dict = by_group) -> float:
+            return summary.geometric_mean(
+                [
+                    float(found[candidate]["p50_ms"]) / min(float(row["p50_ms"]) for row in found.values())
+                    for found in by_group.values()
+                ]
+            )
+
+        best = min(shared, key=cost)
+        rates = ", ".join(
+            f"{dtype} {'causal' if causal == 'yes' else 'full'} {float(found[best]['tflops']):.0f}"
+            for (dtype, causal), found in sorted(by_group.items())
+        )
+        numbers, behind = (best.block_m, best.block_n, best.num_warps, best.num_stages), 100 * (cost(best) - 1)
+        numbers += (best.split_programs,) if kernel == "decode" else ()
+        lines.append(f"{kernel}: {head_dim}: {numbers},  # TFLOP/s: {rates}; {behind:.1f} % off the best")
+    for row in rows:
+        if row["stage"] == "winner":
+            group = Group(row["kernel"], row["dtype"], int(row["head_dim"]), row["causal"] == "yes")
+            lines.append(
+                f"  {group}: {row['block_m']}x{row['block_n']} w{row['num_warps']} s{row['num_stages']}, "
+                f"{row['split_programs']} programs, "
+                * (row["kernel"] == "decode")
+                + f"{float(row['p50_ms']):.3f} ms, {float(row['tflops']):.0f} TFLOP/s"
+            )
+    return "\n".join(lines) or "nothing measured"
+
+
+# Resource facts, without a GPU
+
+
+def resource_row(arch: str, group: Group, candidate: LaunchConfig) -> results.Row:
+    """Compile one candidate ahead of time and read what it needs."""
+    import triton
+
+    from . import compile_report
+
+    feature = "causal" if group.causal else "plain"
+    with only(group.kernel, candidate):
+        found = compile_report.compile_case(compile_report.Case(arch, group.kernel, group.head_dim, feature))
+    return group.key(candidate) | {
+        "registers": str(found.registers), "spills": str(found.spills), "shared": str(found.shared),
+        "serialised": results.text(found.serialised), "error": found.error, "triton": triton.__version__,
+        "digest": digest(),
+    }  # fmt: skip
+
+
+def write_resources(arch: str, jobs: int, path: Path, match: str) -> None:
+    """Resource facts of every candidate in bfloat16, as a file that the search reads."""
+    tasks = [
+        (group, candidate) for group in groups() if group.dtype == "bf16" and match in str(group)
+        for candidate in candidates(group, arch, {})
+    ]  # fmt: skip
+    done = {tuple(row[name] for name in results.TUNE_KEY): row["digest"] for row in results.read(path)}
+    tasks = [(g, c) for g, c in tasks if done.get(tuple(g.key(c).values())) != digest()]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        futures = [pool.submit(resource_row, arch, group, candidate) for group, candidate in tasks]
+        for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            results.upsert(path, [future.result()])
+            print(f"\r{number} of {len(tasks)}", end="", file=sys.stderr, flush=True)
+    print(f"\n{path}")
+
+
+def compile_share(spec: str, match: str) -> None:
+    """Be one of the processes that compile candidates, by launching them once on little data."""
+    device: Device = Compiling() if torch.cuda.is_available() else DryRun()
+    arch = architecture(device)
+    facts = load_facts(arch)
+    tasks = [
+        (group, candidate) for group in groups() if match in str(group) for candidate in candidates(group, arch, facts)
+    ]
+    for index in runner.share(spec, tasks):
+        group, candidate = tasks[index]
+        with contextlib.suppress(Exception), only(group.kernel, candidate):
+            runnable(group, device, short=True)()
+        device.free()
+
+
+def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--seconds", type=float, default=0.03, help="for which each candidate is repeated at first")
+    parser.add_argument("--output", help="folder for results; without it $OUT, else benchmarks/results")
+    parser.add_argument("--match", default="", help="only searches with this in their name, as 'forward bf16 D=128'")
+    parser.add_argument("--compile-jobs", type=int, help="processes that compile ahead; default: three in four cores")
+    parser.add_argument("--dry-run", action="store_true", help="few candidates, made-up figures: tests every path")
+    parser.add_argument("--list", action="store_true", help="print the searches and how many candidates each has")
+    parser.add_argument("--resources", metavar="ARCH", help="compile every candidate for ARCH instead, without a GPU")
+    parser.add_argument("--table", type=Path, metavar="CSV", help="print the table of an earlier run instead")
+    parser.add_argument("--compile-share", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.table:
+        print(table(results.read(args.table)))
+        return 0
+    if args.resources:
+        path = results.output_folder(args.output) / f"resources-{args.resources}.csv"
+        write_resources(args.resources, args.compile_jobs or 1, path, args.match)
+        return 0
+    if args.compile_share:
+        compile_share(args.compile_share, args.match)
+        return 0
+    device = device or choose(args.dry_run)
+    arch = architecture(device)
+    facts = load_facts(arch)
+    chosen = [(group, candidates(group, arch, facts)) for group in groups() if args.match in str(group)]
+    if args.list:
+        for group, pool in chosen:
+            print(f"{group}: {len(pool)} candidates")
+        return 0
+    if isinstance(device, DryRun):
+        chosen = [(group, pool[:3]) for group, pool in chosen if group.dtype == "bf16" and group.head_dim == 64]
+    elif device.torch_device != "cuda":
+        print("needs a CUDA device; --dry-run tests the paths without one")
+        return 2
+    deadline = device.clock() + args.minutes * 60 - runner.RESERVE
+    if device.torch_device == "cuda":
+        faulthandler.dump_traceback_later(args.minutes * 60 + 60, exit=True)
+        jobs = (os.cpu_count() or 1) * 3 // 4 if args.compile_jobs is None else args.compile_jobs
+        if jobs:
+            words = ["benchmarks.tools.gpu_tune", "--match", args.match]
+            print(f"compiled ahead in {runner.run_shares(words, jobs, args.minutes * 60 * 0.4):.0f} s")
+    tuner = Tuner(device, runner.output(args, device), deadline, args.seconds, provenance(device))
+    progress = runner.Progress(len(chosen), device.clock, deadline)
+    for group, pool in chosen:
+        if tuner.left <= 0:
+            break
+        progress.show(str(group))
+        tuner.search(group, tuner.shortlist(group, pool))
+        progress.done += 1
+        device.free()
+    progress.close()
+    faulthandler.cancel_dump_traceback_later()
+    path = tuner.output / device.folder / "tune.csv"
+    print(f"{progress.done} of {len(chosen)} searches\n{table(results.read(path))}\nrows in {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

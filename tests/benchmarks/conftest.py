@@ -1,0 +1,24 @@
+"""One dry run of every suite, for the tests of what is made from its rows."""
+
+import contextlib
+
+import pytest
+
+from benchmarks.harness import parity
+from tests.support.benchmark_runs import dry_run
+
+
+@pytest.fixture(scope="session")
+def dry(tmp_path_factory):
+    """A folder with rows of every suite."""
+    folder = tmp_path_factory.mktemp("dry")
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(parity, "gate", lambda device: [])  # once is enough: test_red_parity_records_nothing
+        for suite, match in (
+            ("forward", "L=1024"), ("backward", "L=1024"), ("features", "L=1024"), ("features", "L=16384"),
+            ("layers", "L=1024"), ("layers", "training step"), ("memory", "L=1024"), ("memory", "L=2048"),
+            ("overhead", ""), ("cpu", "L=128"), ("decode", "L=1024"), ("generation", "64 tokens"),
+        ):  # fmt: skip
+            dry_run(folder, suite, "--match", match)
+    return folder / "dry-run"

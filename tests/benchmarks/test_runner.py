@@ -1,0 +1,169 @@
+"""Runs without a GPU: budgets, the parity gate, failures, compiling ahead."""
+
+import dataclasses
+import faulthandler
+import shutil
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from benchmarks.harness import attention, parity, provenance, results, runner
+from benchmarks.harness.device import Device, DryRun
+from benchmarks.harness.runner import Bench, Cell
+from benchmarks.tools import gpu_check, gpu_tune
+from tests.support.benchmark_runs import SMALL, dry_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_budget_keeps_the_most_important_cells(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(parity, "gate", lambda device: [])
+    minutes = (runner.RESERVE + 5.5) / 60  # the matrix products take two seconds of it, each cell one
+    rows = dry_run(tmp_path, "forward", "--minutes", str(minutes), dev=DryRun(step=1.0))
+    own = [r for r in rows if r["provider"] == "fastattn"]
+    assert len(own) == 4
+    assert all(
+        (r["dtype"], r["q_len"], r["head_dim"]) in (("bf16", "4096", "128"), ("bf16", "4096", "64")) for r in own
+    )
+    assert "4 of 90 cells measured" in capsys.readouterr().out
+
+
+def test_red_parity_records_nothing(tmp_path, capsys, monkeypatch):
+    right = fastattn.attention
+    monkeypatch.setattr("fastattn.testing.attention", lambda *a, **o: tuple(1.01 * t for t in right(*a, **o)))
+    assert runner.main(["forward", "--dry-run", "--output", str(tmp_path)]) == 1
+    assert not list(tmp_path.rglob("*.csv"))
+    out = capsys.readouterr().out
+    assert "parity red: plain, fp32, head dim 64: AssertionError: out:" in out and "nothing is recorded" in out
+
+
+def test_a_failing_cell_costs_only_itself_and_a_lost_device_ends_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(parity, "gate", lambda device: [])
+
+    def fail(text):
+        def run(bench):
+            raise RuntimeError(text)
+
+        return run
+
+    def good(bench):
+        bench.record("forward", {"case": "good", "provider": "fastattn", "mode": "forward", "dtype": "fp32"})
+
+    def run(*cells):
+        monkeypatch.setattr(runner, "cells_of", lambda suites, device: list(cells))
+        return runner.main(["forward", "--dry-run", "--output", str(tmp_path)])
+
+    assert run(Cell("forward", "a", fail("a bug")), Cell("forward", "b", good)) == 0
+    assert "forward a: RuntimeError: a bug" in capsys.readouterr().out
+    assert "good" in {r["case"] for r in results.read(tmp_path / "dry-run" / "forward.csv")}
+    lost = fail("CUDA error: an illegal memory access was encountered")
+    assert run(Cell("forward", "a", lost), Cell("forward", "b", fail("never reached"))) == 1
+    out = capsys.readouterr().out
+    assert "stopped: CUDA error: an illegal memory access" in out and "never reached" not in out
+
+
+def test_what_cannot_run_is_a_row_with_the_reason(tmp_path):
+    bench = Bench(DryRun(), tmp_path, stamp=provenance.provenance(DryRun()))
+    attention.measure(bench, "features", "dropout", dataclasses.replace(SMALL, dropout_p=0.1), "forward", ["flex"])
+    (cannot,) = results.read(tmp_path / "dry-run" / "features.csv")
+    assert cannot["note"] == "cannot: no dropout" and cannot["p50_ms"] == ""
+    bench.refused("features", {"provider": "a"}, torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to"))
+    assert results.read(tmp_path / "dry-run" / "features.csv")[-1]["note"] == "cannot: out of memory"
+
+
+def test_options_of_a_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(parity, "gate", lambda device: [])
+    assert runner.main(["forward", "--list", "--match", "D=64"]) == 0  # without a GPU: nothing to list
+    assert capsys.readouterr().out == ""
+    assert runner.main(["forward", "--list", "--match", "D=64", "--dry-run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 30
+    if not torch.cuda.is_available():
+        assert runner.main(["forward"]) == 0
+        assert "nothing to measure on 'cpu'" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        runner.main(["no-such-suite"])
+    monkeypatch.setenv("OUT", str(tmp_path))
+    match = ["--match", "bf16 D=64 L=512 full", "--providers", "fastattn", "--note", "shared machine"]
+    assert runner.main(["forward", *match, "--dry-run"]) == 0
+    rows = results.read(tmp_path / "dry-run" / "forward.csv")
+    assert {r["provider"] for r in rows} == {"fastattn", "torch"}
+    assert rows[-1]["note"] == "backend torch; shared machine"
+
+
+class PretendedGpu(DryRun):
+    """What `main` takes for a GPU; nothing may be put on it."""
+
+    torch_device = "cuda"
+
+
+@pytest.mark.parametrize("module", [runner, gpu_check, gpu_tune])
+def test_a_gpu_run_compiles_ahead_and_guards_against_hangs(module, tmp_path, monkeypatch, capsys):
+    shares, guards = [], []
+    monkeypatch.setattr(runner, "run_shares", lambda words, jobs, limit: shares.append((words, jobs, limit)) or 1.0)
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: guards.append(seconds))
+    monkeypatch.setattr(parity, "gate", lambda device: [])
+    monkeypatch.setattr(parity, "matrix", list)
+    monkeypatch.setattr(Bench, "measure_matmul", lambda self, suite: None)
+    cell = Cell("forward", "a", lambda bench: bench.record("forward", {"case": "a", "provider": "fastattn"}))
+    monkeypatch.setattr(runner, "cells_of", lambda suites, device: [cell])
+    monkeypatch.setattr(gpu_tune, "groups", list)
+    monkeypatch.setattr(gpu_tune, "architecture", lambda device: "sm_90")
+    arguments = ["--minutes", "6", "--output", str(tmp_path), "--compile-jobs", "3"]
+    arguments += ["--steps", "parity"] if module is gpu_check else []
+    assert module.main(arguments, device=PretendedGpu()) == 0
+    ((words, jobs, limit),) = shares
+    assert words[0].startswith("benchmarks") and jobs == 3 and 60 < limit < 180
+    assert guards == [420.0] and "compiled ahead in 1 s" in capsys.readouterr().out
+
+
+def test_a_dry_run_never_writes_among_real_results(monkeypatch):
+    monkeypatch.delenv("OUT", raising=False)
+    arguments = types.SimpleNamespace(output=None)
+    assert not runner.output(arguments, DryRun()).is_relative_to(results.HERE)
+    assert runner.output(arguments, Device()) == results.HERE
+
+
+def test_compiling_ahead_deals_every_task_once(monkeypatch):
+    tasks = list(range(10))
+    dealt = [index for i in range(3) for index in runner.share(f"{i}/3", tasks)]
+    assert sorted(dealt) == tasks and runner.share("0/3", tasks)[0] == 0
+    ran = []
+    monkeypatch.setattr(parity, "gate", lambda device: [])
+    cells = [Cell("forward", str(i), lambda bench, i=i: ran.append(i), compiles=key) for i, key in enumerate("aab")]
+    cells += [Cell("forward", "fails", lambda bench: 1 / 0, compiles="c"), Cell("forward", "none", ran.append)]
+    monkeypatch.setattr(runner, "cells_of", lambda suites, device: cells)
+    assert runner.main(["forward", "--compile-share", "0/1"]) == 0
+    assert ran == [0, 2]
+
+
+def test_compiling_processes_are_ended_at_the_limit(monkeypatch):
+    started = time.monotonic()
+    runner.run_shares(["benchmarks", "overhead"], jobs=2, limit=0.2)
+    assert time.monotonic() - started < 10
+
+
+def test_module_runs():
+    command = [sys.executable, "-m", "benchmarks", "overhead", "--list"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "2 overhead  sdpa\n" in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    "target, module",
+    [
+        ("gpu-check", "benchmarks.tools.gpu_check"),
+        ("gpu-bench", "benchmarks all"),
+        ("gpu-tune", "benchmarks.tools.gpu_tune"),
+    ],
+)
+def test_make_targets_need_no_environment(target, module):
+    command = ["make", "--dry-run", "--no-print-directory", target, "MINUTES=3"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == f"python3 -m {module} --minutes 3\n"

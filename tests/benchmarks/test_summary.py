@@ -1,0 +1,59 @@
+"""Ratios, targets and charts of rows."""
+
+import pytest
+
+from benchmarks.harness import results, runner, summary
+from benchmarks.tools import plot
+from tests.support.benchmark_runs import row
+
+
+def test_ratios_and_means():
+    rows = [
+        row(p50="2"), row("sdpa-flash", "3"), row("sdpa-cudnn", "1"),
+        row(p50="2", q_len="512"), row("sdpa-flash", "12", q_len="512"), row("sdpa-cudnn", "", q_len="512"),
+    ]  # fmt: skip
+    short, long = summary.cells(rows)
+    assert (short.length, short.best_peer(), short.ratio()) == (512, ("sdpa-flash", 12.0), 6.0)
+    assert (long.best_peer(), long.ratio(), long.ratio("sdpa-flash")) == (("sdpa-cudnn", 1.0), 0.5, 1.5)
+    means = summary.mean_ratios(rows)
+    assert means["sdpa-flash"] == (pytest.approx(3.0), 2) and means["sdpa-cudnn"] == (pytest.approx(0.5), 1)
+    assert means["best peer"] == (pytest.approx(3.0**0.5), 2)
+    assert summary.table(rows) == [
+        ["", "L=512", "L=4096"],
+        ["D=128, full, bf16, forward", "250 (6.00x)", "250 (0.50x)"],
+    ]
+
+
+def test_targets():
+    suites = {name: [] for name in ("forward", "backward", "features", "layers")}
+    assert {line[2] for line in summary.targets_table(suites)[1:]} == {"not measured yet"}
+    suites["forward"] = [row(p50="1"), row("sdpa-flash", "1.3"), row("sdpa-cudnn", "0.7")]
+    suites["features"] = [row(case="a"), row("flex", "2", case="a"), row(case="b"), row("flex", "1.4", case="b")]
+    base = {"case": "MultiheadAttention, padded", "mode": "eval"}
+    suites["layers"] = [row(**base), row("torch", "1.6", **base), row("torch-compile", "0.5", **base)]
+    met = {line[0]: line[2:] for line in summary.targets_table(suites)[1:]}
+    assert [met[target.text] for target in summary.TARGETS] == [
+        ["1.30x", "yes"], ["0.70x", "no"], ["not measured yet", ""],
+        ["1.40x", "no"], ["1.60x", "yes"], ["1.60x", "yes"],
+    ]  # fmt: skip
+
+
+def test_short_summary_fits_the_tail_of_an_output(dry):
+    rows = [r | {"suite": path.stem} for path in dry.glob("*.csv") for r in results.read(path)]
+    text = summary.short(rows)
+    for suite in runner.SUITES:
+        assert f"{suite}, " in text
+    assert "added p50" in text
+
+
+def test_charts_are_drawn(dry, tmp_path):
+    pytest.importorskip("matplotlib")
+    made = {path.name: path for path in plot.draw_all(dry, tmp_path)}
+    assert {"forward-bf16.png", "backward-bf16.png", "features.png", "memory.png", "layers.png", "cpu.png"} <= set(made)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made.values())
+    assert "decode-bf16.png" not in made  # only where there are data
+
+
+def test_tables_of_a_folder(dry):
+    text = plot.tables(dry)
+    assert "## forward" in text and "| against | geometric mean | cells |" in text
