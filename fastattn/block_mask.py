@@ -41,6 +41,23 @@ class BlockMask:
         self.shape = shape
         self.tensors = tensors
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a file or another process, whose indices are not trusted: kernels follow them without a look."""
+        self.__dict__.update(state)
+        tensors = self.tensors
+        bounds = (
+            (tensors.query_offsets, len(tensors.query_entries)),
+            (tensors.key_offsets, len(tensors.key_entries)),
+            (tensors.query_entries[:, 0], tensors.table.shape[3] - 1),
+            (tensors.key_entries[:, 0], tensors.table.shape[2] - 1),
+            *((tiles, len(tensors.pool) - 1) for tiles in (tensors.query_entries[:, 1], tensors.key_entries[:, 1])),
+            (tensors.table, len(tensors.pool) - 1),
+        )
+        if any(index.numel() and (index.min() < 0 or index.max() > last) for index, last in bounds):
+            raise ValueError(
+                "BlockMask: expected indices of its own tiles in the stored mask, got others: a damaged file"
+            )
+
     @classmethod
     def from_mask(cls, mask: Tensor) -> "BlockMask":
         """From a dense mask, bool, (Lq, Lk), (H or 1, Lq, Lk) or (B or 1, H or 1, Lq, Lk).
@@ -242,3 +259,7 @@ def check_block_mask(block_mask: Any, full: tuple[int, int, int, int], device: t
     if block_mask.device != device:
         raise ValueError(f"block_mask.device: expected {device}, got {block_mask.device}")
     return block_mask
+
+
+# Tensors and sizes alone: `torch.load(weights_only=True)`, the default, may read them.
+torch.serialization.add_safe_globals([BlockMask, BlockTensors])

@@ -1,5 +1,8 @@
 """BlockMask: what it stores is the mask it was made from, and attention under it is attention under that mask."""
 
+import io
+import pickle
+
 import pytest
 import torch
 
@@ -209,3 +212,20 @@ BAD_MASKS = {
 def test_bad_masks(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+def test_stored_and_loaded():
+    stored = BlockMask.from_documents(torch.arange(300) // 70, causal=True)
+    file = io.BytesIO()
+    torch.save(stored, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert torch.equal(loaded.to_dense(), stored.to_dense())
+    assert torch.equal(pickle.loads(pickle.dumps(stored)).to_dense(), stored.to_dense())
+
+
+def test_a_damaged_file_is_refused():
+    stored = BlockMask.from_mask(GOOD)
+    stored.tensors.query_entries[0, 1] = 1000
+    with pytest.raises(ValueError, match="damaged file"):
+        pickle.loads(pickle.dumps(stored))
