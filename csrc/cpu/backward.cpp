@@ -5,6 +5,8 @@
 //
 // One task has one key head of one batch entry: it computes the scores once, and all sums are its own. Where there are few
 // heads the keys are divided into pieces, as the sizes alone say, whose shares of dQ are added up in a fixed order.
+#include <cstring>
+
 #include "softmax.h"
 #include "turns.h"
 #include "variant.h"
@@ -36,6 +38,13 @@ struct Results {
 
 // Whether rows or keys share elements of dbias: a head then adds up its own before they join the others.
 inline bool reduces_dbias(const FastattnOperands& o) { return o.bias_size[2] == 1 || o.bias_size[3] == 1; }
+
+// Whether every element of dbias belongs to one pair of one head, whose tile can write it without a look at what is there.
+// Tiles that a block mask leaves out are not visited.
+inline bool owns_dbias(const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g) {
+  return g.dbias != nullptr && o.table == nullptr && o.bias_size[0] == a.batch && o.bias_size[1] == a.q_heads &&
+         o.bias_size[2] == a.q_len && o.bias_size[3] == a.kv_len;
+}
 
 // How a task divides its memory.
 template <class T>
@@ -90,7 +99,7 @@ class Backward {
            const Turns& turns)
       : problem_(problem), a_(problem.a), o_(problem.o), g_(g), results_(results), task_(task), turns_(turns),
         entry_(problem.entry(task.entry)), keep_scale_(problem.keep_scale()),
-        threshold_(dropout_threshold(problem.a.dropout_p)) {
+        threshold_(dropout_threshold(problem.a.dropout_p)), owns_dbias_(owns_dbias(a_, o_, g)) {
     const int64_t blocks = (entry_.kv_len + kKeys - 1) / kKeys;
     keys_ = {blocks * task.piece / results.pieces * kKeys, blocks * (task.piece + 1) / results.pieces * kKeys};
   }
@@ -103,8 +112,9 @@ class Backward {
     Memory<T> memory(a_, entry_.q_len, keys, data);
     memory_ = &memory;
     pack_keys();
-    fill(memory.dk, keys * memory.q_width, T(0));
-    fill(memory.dv, keys * memory.v_width, T(0));
+    const int64_t used = least(keys, entry_.kv_len - keys_.begin);
+    fill(memory.dk, used * memory.q_width, T(0));
+    fill(memory.dv, used * memory.v_width, T(0));
     for (member_ = 0; member_ < problem_.group(); member_++) query_head(task_.kv_head * problem_.group() + member_);
     write_keys();
     return true;
@@ -119,7 +129,6 @@ class Backward {
       const int64_t count = least(kKeys, entry_.kv_len - key), place = key - keys_.begin;
       T* rows = memory_->key_rows + place * memory_->q_width;
       keys_poisoned_ |= k.read(key, count, rows, memory_->q_width);
-      fill(rows + count * memory_->q_width, (kKeys - count) * memory_->q_width, T(0));
       pack_panels(rows, count, a_.head_dim, memory_->q_width, memory_->key_panels + place * a_.head_dim);
       keys_poisoned_ |= v.read(key, count, memory_->rows, memory_->v_width);
       pack_panels(memory_->rows, count, a_.v_dim, memory_->v_width, memory_->value_panels + place * a_.v_dim);
@@ -143,7 +152,7 @@ class Backward {
     pack_queries();
     fill(memory_->dq, entry_.q_len * memory_->q_width, T(0));
     dslope_ = 0.0;
-    const bool dbias_apart = g_.dbias != nullptr && reduces_dbias(o_);
+    const bool dbias_apart = g_.dbias != nullptr && !owns_dbias_ && reduces_dbias(o_);
     if (dbias_apart) fill(memory_->dbias, o_.bias_size[2] * o_.bias_size[3], T(0));
     dbias_ = dbias_apart ? memory_->dbias : dbias_of_head();
     for (int64_t key = keys_.begin; key < keys_.end; key += kKeys) key_block(scores, key);
@@ -207,7 +216,7 @@ class Backward {
       return;
     }
     // Partial tiles come before full ones: turns are for all rows at once.
-    const bool shared = g_.dbias != nullptr && !reduces_dbias(o_);
+    const bool shared = g_.dbias != nullptr && !owns_dbias_ && !reduces_dbias(o_);
     if (shared) turns_.wait(position(awaited(), entry_.q_len - 1, key));
     const int64_t lines = (a_.kv_len + kKeys - 1) / kKeys;
     const int64_t line = ((o_.block_batch > 1 ? entry_.batch : 0) * o_.block_heads +
@@ -233,17 +242,21 @@ class Backward {
       const Range own = within(visible[r], key);
       if (!own.empty()) seen = {least(seen.begin, own.begin), most(seen.end, own.end)};
     }
-    if (seen.empty()) return;
-    const int begin = int(seen.begin / kTileColumns<T> * kTileColumns<T>);
-    const int end = int(round_up(seen.end, kTileColumns<T>));
-    const bool shared = g_.dbias != nullptr && !reduces_dbias(o_) && o_.table == nullptr;
+    if (seen.empty()) {
+      if (owns_dbias_) {
+        for (int64_t r = 0; r < count; r++) clear_dbias(row + r, key, 0, kKeys);
+      }
+      return;
+    }
+    const int begin = int(seen.begin / kTileColumns<T> * kTileColumns<T>), end = int(round_up(seen.end, kLanes<T>));
+    const bool shared = g_.dbias != nullptr && !owns_dbias_ && !reduces_dbias(o_) && o_.table == nullptr;
     if (shared) turns_.wait(position(awaited(), row, key));
     for (int64_t r = 0; r < count; r += kTileRows) {
       const int rows = int(least(kTileRows, count - r));
       row_group(scores, row, r, rows, key, block, visible, begin, end);
     }
     if (shared) turns_.pass(position(member_, row, key));
-    add_to_keys(row, count, key, visible, begin, end);
+    add_to_keys(row, count, key, visible, begin, int(seen.end));
   }
 
   static Range within(Range visible, int64_t key) {
@@ -261,23 +274,25 @@ class Backward {
     }
     T *p = memory_->p + at * kPitch<T>, *ds = memory_->ds + at * kPitch<T>;
     const int first = seen.empty() ? end : int(seen.begin / kTileColumns<T> * kTileColumns<T>);
-    const int last = seen.empty() ? end : int(round_up(seen.end, kTileColumns<T>));
+    const int last = seen.empty() ? end : int(round_up(seen.end, kLanes<T>));
     for (int r = 0; r < rows; r++) {
       for (T* x : {p + r * kPitch<T>, ds + r * kPitch<T>}) {
         fill(x + begin, first - begin, T(0));
         fill(x + last, end - last, T(0));
       }
+      if (owns_dbias_) {
+        clear_dbias(row + at + r, key, 0, seen.empty() ? 0 : first);
+        clear_dbias(row + at + r, key, seen.empty() ? 0 : last, kKeys);
+      }
     }
     if (seen.empty()) return;
     const int64_t place = key - keys_.begin;
-    for (int r = 0; r < rows; r++) {
-      scores.prefetch(row + at + r, key, first, last);
-      if (g_.dbias != nullptr && o_.bias_size[3] > 1) prefetch_line(dbias_row(row + at + r) + key, first, last);
-    }
+    prefetch_ahead<0>(scores, row + at, key);
     product<T, Layout::kRows>(
         rows, memory_->q + (row + at) * memory_->q_width, memory_->q_width,
         memory_->key_panels + (place + first) * a_.head_dim, kTileColumns<T> * a_.head_dim, kTileColumns<T>, p + first,
         kPitch<T>, last - first, a_.head_dim, false);
+    prefetch_ahead<1>(scores, row + at, key);
     product<T, Layout::kRows>(
         rows, memory_->dout + (row + at) * memory_->v_width, memory_->v_width,
         memory_->value_panels + (place + first) * a_.v_dim, kTileColumns<T> * a_.v_dim, kTileColumns<T>, ds + first,
@@ -286,15 +301,30 @@ class Backward {
       finish_row(scores, row + at + r, key, visible[at + r], block, first, last, p + r * kPitch<T>,
                  ds + r * kPitch<T>);
     }
+    prefetch_ahead<2>(scores, row + at, key);
     const T* keys = memory_->key_rows + (place + first) * memory_->q_width;
     T* dq = memory_->dq + (row + at) * memory_->q_width;
     if (keys_poisoned_) {
       careful_product<T, Layout::kRows>(
-          rows, ds + first, kPitch<T>, keys, memory_->q_width, dq, memory_->q_width, memory_->q_width, last - first);
+          rows, ds + first, kPitch<T>, keys, memory_->q_width, dq, memory_->q_width, memory_->q_width,
+          seen.end - first);
     } else {
       product<T, Layout::kRows>(
           rows, ds + first, kPitch<T>, keys, kTileColumns<T>, memory_->q_width, dq, memory_->q_width, memory_->q_width,
-          last - first, true);
+          seen.end - first, true);
+    }
+  }
+
+  // A third of what the next rows after those at `row` will read, as in forward.cpp.
+  template <int third>
+  void prefetch_ahead(const Scores<T>& scores, int64_t row, int64_t key) const {
+    if (!scores.may_forbid()) return;
+    const int64_t next = row + kTileRows;
+    for (int64_t r = next + kTileRows * third / 3; r < least(next + kTileRows * (third + 1) / 3, entry_.q_len); r++) {
+      scores.prefetch(r, key);
+      if (g_.dbias != nullptr && o_.bias_size[3] > 1) {
+        prefetch_line(dbias_row(r) + key, 0, least(kKeys, entry_.kv_len - key));
+      }
     }
   }
 
@@ -323,7 +353,11 @@ class Backward {
       }
     }
     if (keys_poisoned_ || queries_poisoned_) forget_forbidden(scores, row, key, visible, block, first, last, p, ds, cap);
-    if (g_.dbias != nullptr) add_dbias(row, key, within(visible, key), ds);
+    if (owns_dbias_) {
+      store_dbias(row, key, first, last, ds);
+    } else if (g_.dbias != nullptr) {
+      add_dbias(row, key, within(visible, key), ds);
+    }
     if (results_.dslopes != nullptr) add_dslope(scores, row, key, within(visible, key), ds);
     if (cap != nullptr) {
       for (int i = first; i < last; i += kLanes<T>) store(ds + i, load(ds + i) * load(cap + i));
@@ -371,6 +405,17 @@ class Backward {
       for (int64_t i = seen.begin; i < seen.end; i++) sum += ds[i];
       *to += sum;
     }
+  }
+
+  // Of the only tile that has these elements: at places `first .. last`, as far as there are keys.
+  void store_dbias(int64_t row, int64_t key, int64_t first, int64_t last, const T* ds) {
+    last = least(last, entry_.kv_len - key);
+    if (first < last) std::memcpy(dbias_row(row) + key + first, ds + first, size_t(last - first) * sizeof(T));
+  }
+
+  void clear_dbias(int64_t row, int64_t key, int64_t first, int64_t last) {
+    last = least(last, entry_.kv_len - key);
+    fill(dbias_row(row) + key + first, last - first, T(0));
   }
 
   // Adds what the head has added up to what it shares with others.
@@ -430,6 +475,7 @@ class Backward {
   Entry entry_;
   T keep_scale_;
   uint32_t threshold_;
+  bool owns_dbias_;
   Range keys_;
   Memory<T>* memory_ = nullptr;
   int64_t member_ = 0, head_ = 0;
@@ -501,7 +547,8 @@ bool backward_as(
   if (g.dsinks != nullptr) results.dsinks = learned.as<T>() + all_heads * pieces;
   fill(learned.as<T>(), all_heads * (pieces + 1), T(0));
   if (g.dbias != nullptr) {
-    fill(static_cast<T*>(g.dbias), o.bias_size[0] * o.bias_size[1] * o.bias_size[2] * o.bias_size[3], T(0));
+    const int64_t* size = o.bias_size;
+    if (!owns_dbias(a, o, g)) fill(static_cast<T*>(g.dbias), size[0] * size[1] * size[2] * size[3], T(0));
     fill(turns.as<int64_t>(), tasks, int64_t(-1));
     if (shares_dbias(a, o, g)) results.turns = turns.as<int64_t>();
   }

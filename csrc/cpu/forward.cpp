@@ -73,9 +73,7 @@ class Forward {
       const int64_t count = least(kKeys, entry_.kv_len - key), place = key - keys.begin;
       k.read(key, count, memory_->rows, memory_->q_width);
       pack_panels(memory_->rows, count, a_.head_dim, memory_->q_width, memory_->panels + place * a_.head_dim);
-      T* values = memory_->values + place * memory_->v_width;
-      poisoned_ |= v.read(key, count, values, memory_->v_width);
-      for (int64_t i = count * memory_->v_width; i < kKeys * memory_->v_width; i++) values[i] = T(0);
+      poisoned_ |= v.read(key, count, memory_->values + place * memory_->v_width, memory_->v_width);
     }
   }
 
@@ -95,7 +93,7 @@ class Forward {
     for_key_blocks(problem_, entry_, head, row, all, [&](int64_t key, const uint8_t* block) {
       for (int64_t i = 0; i < count; i += kTileRows) {
         const int rows = int(least(kTileRows, count - i));
-        key_block(scores, row + i, rows, key, block, visible + i, states, keys + i, i);
+        key_block(scores, row + i, rows, key, block, visible + i, states, keys + i, i, count);
       }
     });
     finish(scores, head, row, count, states);
@@ -104,7 +102,7 @@ class Forward {
   // `rows` rows, from place `at` in the tile on, against one block of keys.
   void key_block(
       const Scores<T>& scores, int64_t row, int rows, int64_t key, const uint8_t* block, const Range* visible,
-      RowStates<T>& states, const RowKeys* keys, int64_t at) {
+      RowStates<T>& states, const RowKeys* keys, int64_t at, int64_t count) {
     Range seen{kKeys, 0};
     for (int r = 0; r < rows; r++) {
       const Range own = common({visible[r].begin - key, visible[r].end - key}, {0, kKeys});
@@ -112,15 +110,16 @@ class Forward {
     }
     if (seen.empty()) return;
     const int begin = int(seen.begin / kTileColumns<T> * kTileColumns<T>);
-    const int end = int(round_up(seen.end, kTileColumns<T>));
+    const int last = int(seen.end), end = int(round_up(last, kLanes<T>));  // whole vectors of scores, but no value too many
     const int64_t place = key - first_key_;
     T* s = memory_->scores;
-    for (int r = 0; r < rows; r++) scores.prefetch(row + r, key, begin, end);
+    prefetch_ahead<0>(scores, row - at, at, count, key);
     product<T, Layout::kRows>(
         rows, memory_->q + at * memory_->q_width, memory_->q_width, memory_->panels + (place + begin) * a_.head_dim,
         kTileColumns<T> * a_.head_dim, kTileColumns<T>, s + begin, kKeys, end - begin, a_.head_dim, false);
     T* out = memory_->out + at * memory_->v_width;
     for (int r = 0; r < rows; r++) scores.finish_scores(s + r * kKeys, row + r, key, begin, end, visible[r], block, nullptr);
+    prefetch_ahead<1>(scores, row - at, at, count, key);
     T alpha[kTileRows + kLanes<T>];
     online_softmax(s, rows, begin, end, scores.exponent_scale(), states, at, alpha);
     for (int r = 0; r < rows; r++) {
@@ -131,14 +130,30 @@ class Forward {
     if (problem_.o.seed != nullptr) {
       for (int r = 0; r < rows; r++) drop(s + r * kKeys, key, begin, end, keys[r]);
     }
+    prefetch_ahead<2>(scores, row - at, at, count, key);
     const T* values = memory_->values + (place + begin) * memory_->v_width;
     if (poisoned_) {
       careful_product<T, Layout::kRows>(
-          rows, s + begin, kKeys, values, memory_->v_width, out, memory_->v_width, memory_->v_width, end - begin);
+          rows, s + begin, kKeys, values, memory_->v_width, out, memory_->v_width, memory_->v_width, last - begin);
     } else {
       product<T, Layout::kRows>(
           rows, s + begin, kKeys, values, kTileColumns<T>, memory_->v_width, out, memory_->v_width, memory_->v_width,
-          end - begin, true);
+          last - begin, true);
+    }
+  }
+
+  // A third of what the next rows of the tile of queries at `tile` will read, or its first rows from the next block: in
+  // thirds, since more lines than a processor waits for at once would hold up the loads of a product.
+  template <int third>
+  void prefetch_ahead(const Scores<T>& scores, int64_t tile, int64_t at, int64_t count, int64_t key) const {
+    if (!scores.may_forbid()) return;
+    for (int64_t r = at + kTileRows * third / 3; r < at + kTileRows * (third + 1) / 3; r++) {
+      const int64_t next = r + kTileRows;
+      if (next < count) {
+        scores.prefetch(tile + next, key);
+      } else if (next - count < kTileRows) {
+        scores.prefetch(tile + next - count, key + kKeys);
+      }
     }
   }
 

@@ -134,7 +134,7 @@ template <class T, int size>
 }
 
 // Panels of kTileColumns keys, (panel, width, kTileColumns): the transposed rows as the B of a product. `rows` holds
-// `count` packed rows; keys after them are 0.
+// `count` packed rows; keys after them, up to a whole vector, are 0.
 template <class T>
 void pack_panels(const T* rows, int64_t count, int64_t width, int64_t padded, T* to) {
   constexpr int lanes = kLanes<T>;
@@ -149,10 +149,6 @@ void pack_panels(const T* rows, int64_t count, int64_t width, int64_t padded, T*
       const int64_t columns = width - column < lanes ? width - column : lanes;
       for (int64_t i = 0; i < columns; i++) store(target + (column + i) * kTileColumns<T>, square[i]);
     }
-  }
-  if (count % kTileColumns<T> != 0 && count % kTileColumns<T> <= lanes) {  // the second half of the last panel
-    T* target = to + count / kTileColumns<T> * kTileColumns<T> * width + lanes;
-    for (int64_t i = 0; i < width; i++) store(target + i * kTileColumns<T>, Vec<T>{});
   }
 }
 

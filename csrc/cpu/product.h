@@ -15,6 +15,15 @@ constexpr int kTileColumns = 2 * kLanes<T>;
 
 enum class Layout { kRows, kColumns };  // of A: the steps of a row side by side, or the rows of a step
 
+// A place of its own in a register: compilers otherwise keep the distances of all rows, more than there are registers,
+// and fetch them in each step.
+template <class T>
+[[gnu::always_inline]] inline void keep_in_register(T& x) {
+#if defined(__GNUC__)
+  asm("" : "+r"(x));
+#endif
+}
+
 template <class T, Layout layout, int rows, int vectors>
 [[gnu::always_inline]] inline void product_tile(
     const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t steps, bool add) {
@@ -26,16 +35,29 @@ template <class T, Layout layout, int rows, int vectors>
       sums[r][n] = add ? load(c + r * c_stride + n * kLanes<T>) : Vec<T>{};
     }
   }
+  // Rows in fours from a pointer each: an address adds a register, or twice a register.
+  constexpr int fours = (rows + 3) / 4;
+  int64_t a_thrice = 3 * a_stride;
+  keep_in_register(a_thrice);
+  const T* weights[fours];
+#pragma GCC unroll 4
+  for (int i = 0; i < fours; i++) {
+    weights[i] = a + (layout == Layout::kRows ? 4 * i * a_stride : 0);
+    keep_in_register(weights[i]);
+  }
   for (int64_t step = 0; step < steps; step++, b += b_stride) {
     Vec<T> row[vectors];
 #pragma GCC unroll 2
     for (int n = 0; n < vectors; n++) row[n] = load(b + n * kLanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
-      const T weight = layout == Layout::kRows ? a[r * a_stride + step] : a[step * a_stride + r];
+      const int64_t away = r % 4 == 3 ? a_thrice : r % 4 * a_stride;
+      const T weight = layout == Layout::kRows ? weights[r / 4][away] : weights[0][r];
 #pragma GCC unroll 2
       for (int n = 0; n < vectors; n++) sums[r][n] += weight * row[n];
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < (layout == Layout::kRows ? fours : 1); i++) weights[i] += layout == Layout::kRows ? 1 : a_stride;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; r++) {

@@ -112,13 +112,14 @@ class Scores {
     for (int i = high; i < end; i++) s[i] = -kInfinity<T>;
   }
 
-  // Starts loading what `finish_scores` will read: rows of a bias or a mask are too far apart for the processor to foresee.
-  void prefetch(int64_t row, int64_t column, int begin, int end) const {
+  // Starts loading what `finish_scores` will read of a block of keys, if there are such keys: rows of a bias or a mask are too far apart for the processor to foresee.
+  void prefetch(int64_t row, int64_t column) const {
+    const int64_t end = least(kKeys, entry_.kv_len - column);
     if (o_.bias.data != nullptr && o_.bias.stride[3] == 1) {
-      prefetch_line(static_cast<const char*>(o_.bias.data) + (bias_row(row) + column) * bias_bytes_, begin * bias_bytes_,
+      prefetch_line(static_cast<const char*>(o_.bias.data) + (bias_row(row) + column) * bias_bytes_, 0,
                     end * bias_bytes_);
     }
-    if (o_.mask.data != nullptr && o_.mask.stride[3] == 1) prefetch_line(mask_row(row) + column, begin, end);
+    if (o_.mask.data != nullptr && o_.mask.stride[3] == 1) prefetch_line(mask_row(row) + column, 0, end);
   }
 
   // |position of the row - key|.
