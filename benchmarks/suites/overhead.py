@@ -43,8 +43,12 @@ def host_calls(device: str) -> dict[str, dict[str, Callable[[], object]]]:
         "sdpa, boolean mask": {
             "fastattn": lambda: own(*plain, attn_mask=mask), "sdpa": lambda: torch_sdpa(*plain, attn_mask=mask),
         },
-        "attention": {"fastattn": lambda: attention(*plain)},
-        "attention, boolean mask": {"fastattn": lambda: attention(*plain, mask=mask)},
+        "attention": {"fastattn": lambda: attention(*plain), "sdpa": lambda: torch_sdpa(*plain)},
+        "attention, gradients recorded": {"fastattn": lambda: attention(*grad), "sdpa": lambda: torch_sdpa(*grad)},
+        "attention, boolean mask": {
+            "fastattn": lambda: attention(*plain, mask=mask), "sdpa": lambda: torch_sdpa(*plain, attn_mask=mask),
+        },
+        "attention, window": {"fastattn": lambda: attention(*plain, window=(4, 0))},
         "attention, lse": {"fastattn": lambda: attention(*plain, return_lse=True)},
         "attention, reference backend": {"fastattn": lambda: attention(*plain, backend="reference")},
         "explain": {"fastattn": lambda: fastattn.explain(*plain)},

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from fastattn import backends
 from fastattn.ops import batching
+from fastattn.ops.direct import nothing_to_dispatch
 from fastattn.ops.schema import (
     LIBRARY,
     Backward,
@@ -59,10 +60,13 @@ def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]
         with without_autocast(spec.q.device):
             return run(spec), None
     seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
-    call = flatten(Forward(spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backend))
+    call = Forward(spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backend)
+    if backend == "cpu" and nothing_to_dispatch((*call[:3], *call.operands, *call.operands.block_mask)):
+        out, lse, _ = _run(call)
+        return out, lse
     # torch.compile and the dispatcher's modes see the operator; torch.func sees a Function, which it can transform.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    out, lse, _ = (_Attention.apply if transformed else FORWARD)(*call)
+    out, lse, _ = (_Attention.apply if transformed else FORWARD)(*flatten(call))
     return out, lse
 
 
@@ -70,7 +74,10 @@ def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = unflatten(Forward, args)
+    return _run(unflatten(Forward, args))
+
+
+def _run(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, statistics = forward_results(call.q, call.v)
     if call.operands.cu_seqlens_q is not None:  # rows after the last sequence belong to none: nobody else writes them
         out.zero_()

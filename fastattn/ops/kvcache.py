@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.ops.autograd import attention, below_autograd, without_autocast
+from fastattn.ops.direct import nothing_to_dispatch
 from fastattn.ops.schema import LIBRARY, CacheCall, arguments, cache_results, define, flatten, unflatten
 from fastattn.spec import AttentionSpec, CacheSpec, known
 
@@ -38,6 +39,8 @@ def attention_kvcache(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor | N
     if backend == "torch" and not torch.compiler.is_compiling():
         with without_autocast(spec.q.device):
             return backends.module("torch").attention_cached(spec), None
+    if backend == "cpu" and nothing_to_dispatch(spec):
+        return _attend(spec, backend)
     return KVCACHE(*flatten(CacheCall(spec, backend)))
 
 
@@ -56,9 +59,19 @@ def _prompt(spec: CacheSpec, k: Tensor, v: Tensor) -> AttentionSpec:
 
 def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str) -> None:
     """Write new entries into the caches, in place; the torch backend has the reference's way of doing so."""
+    arguments = (spec.k_cache, spec.v_cache, k.detach(), v.detach(), spec.lens, spec.block_table)
+    if backend == "cpu" and nothing_to_dispatch(arguments):
+        _append(*arguments, backend)
+        _count_change(spec.k_cache, spec.v_cache)
+        return
     append = _append if backend == "torch" and not torch.compiler.is_compiling() else APPEND
-    name = "reference" if backend == "torch" else backend
-    append(spec.k_cache, spec.v_cache, k.detach(), v.detach(), spec.lens, spec.block_table, name)
+    append(*arguments, "reference" if backend == "torch" else backend)
+
+
+def _count_change(*changed: Tensor) -> None:
+    """Let autograd know that tensors have changed, for whoever saved them; inference tensors nobody can save."""
+    if not any(x.is_inference() for x in changed):
+        torch.autograd.graph.increment_version(changed)
 
 
 def _append(
@@ -75,7 +88,10 @@ def _append_in_place(keys: torch.DispatchKeySet, k_cache: Tensor, v_cache: Tenso
 
 
 def _kvcache(*args: Any) -> tuple[Tensor, Tensor]:
-    spec, backend = unflatten(CacheCall, args)
+    return _attend(*unflatten(CacheCall, args))
+
+
+def _attend(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor]:
     out, lse = cache_results(spec, backend)
     with without_autocast(spec.q.device):
         if backend == "torch":
