@@ -1,37 +1,36 @@
 """``attn_implementation="fastattn"`` for the models of Hugging Face transformers, 5.23 and later.
 
 Two functions are registered, because one is not enough: a model gives attention no mask at all, padding and windows
-included, unless a mask function of the same name is known. What they agree on:
+included, unless a mask function of the same name is known. What they agree on is what transformers' eager code means:
 
-- A mask is the whole truth. It already holds causality, the sliding window, padding and packing.
-- No mask means what it means in transformers' own ``"sdpa"``, by which models are written: nothing is forbidden if the
-  layer is not causal or there is one query; else query i sees keys 0 .. i. `mask` leaves the mask out only where that
-  is exactly what it would have said.
+- A mask is the whole truth. It holds causality, the sliding window, padding and packing, and `mask` never leaves out
+  one that forbids something.
+- No mask forbids nothing. What a layer calls itself (``module.is_causal``) decides nothing: models that were not
+  written for such an interface leave it out, or say the wrong thing. A caller's own ``is_causal=True`` counts.
 """
 
-import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from fastattn.functional import attention
+from fastattn.integrations.huggingface_eager import attention_with_weights, weights_are_collected
+from fastattn.integrations.huggingface_mask import PatternMask, hands_masks_on, pattern_mask
 
 NAME = "fastattn"
 
 # Arguments that models hand through to attention and that say nothing about the result, beside "output_...".
+# fmt: off
 _NOT_FOR_ATTENTION = frozenset(
-    {"cache_position", "deterministic", "num_items_in_batch", "position_ids", "return_dict", "seq_idx", "use_cache"}
+    {
+        "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "position_ids",
+        "return_dict", "seq_idx", "use_cache",
+    }
 )
-_HINTS = {
-    "cache": "paged caches are not supported",
-    "cu_seq_lens_q": "pack sequences by position_ids",
-    "cu_seq_lens_k": "pack sequences by position_ids",
-    "max_length_q": "pack sequences by position_ids",
-    "max_length_k": "pack sequences by position_ids",
-}
-_WEIGHTS = "output_attentions: expected False, a fused kernel has no weights to return; got True"
+# fmt: on
+_HINTS = {"cache": "paged caches are not supported"}
 
 _replaced: dict[Any, Callable[..., Any] | None] = {}
 
@@ -48,22 +47,35 @@ def register() -> None:
     for interface, function in _interfaces():
         present = interface._global_mapping.get(NAME)
         if present is not function:
-            _replaced[interface] = present
+            _replaced[interface] = None if present is _unregistered else present
             interface.register(NAME, function)
 
 
 def unregister() -> None:
-    """Undo `register`: whatever had the name before has it again. What others registered since then stays."""
+    """Undo `register`: whatever had the name before has it again. What others registered since then stays.
+
+    Where nothing had it, a model that still asks for "fastattn" fails with an error that says so.
+    """
     if not _replaced:
         return
     for interface, function in _interfaces():
         before = _replaced.pop(interface, None)
         if interface._global_mapping.get(NAME) is not function:
             continue
-        if before is None:
-            del interface._global_mapping[NAME]  # transformers has no function for this
-        else:
+        if before is not None:
             interface.register(NAME, before)
+        elif function is attention_forward:
+            interface.register(NAME, _unregistered)
+        else:
+            del interface._global_mapping[NAME]  # transformers has no function for this
+
+
+def _unregistered(*args: Any, **kwargs: Any) -> NoReturn:
+    """Attention of the models that still ask for "fastattn"."""
+    raise RuntimeError(
+        "attn_implementation: expected one that is registered, got 'fastattn' after unregister(); call "
+        "fastattn.integrations.huggingface.register() again or model.set_attn_implementation('sdpa')"
+    )
 
 
 def _require_transformers() -> None:
@@ -90,40 +102,65 @@ def mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of one kind of layer, as transformers asks for it, or None where `attention_forward` can imply it.
+    """The mask of one kind of layer, as transformers asks for it.
 
     Args:
         batch_size, q_length, kv_length: B, Lq, Lk.
         q_offset, kv_offset: absolute positions of query 0 and of key 0; a static cache gives a tensor.
-        allow_is_causal_skip, allow_is_bidirectional_skip: whether the pattern is so plain that None may stand for it.
-        kwargs: the pattern and the padding, for ``transformers.masking_utils.sdpa_mask``.
+        mask_function: the pattern; default causal.
+        attention_mask: bool (B, seen), False where there is padding.
+        allow_is_causal_skip: not needed: a causal mask costs nothing.
+        allow_is_bidirectional_skip: whether to return None where nothing is forbidden.
+        use_vmap: the pattern is a function of single indices.
+        device: of the mask.
+        kwargs: ``config`` of the model, ``dtype``, and what else ``transformers.masking_utils.sdpa_mask`` takes.
 
     Returns:
-        bool (B, 1, Lq, Lk), True takes part; or None.
+        (B, 1, Lq, Lk), True takes part: a `PatternMask`, or a dense bool mask where the pattern takes single indices or
+        the call is traced. For models that do not declare that they hand masks on, the float mask of their eager code.
+        None: nothing is forbidden.
     """
-    from transformers.masking_utils import sdpa_mask
+    from transformers import masking_utils
+    from transformers.utils.import_utils import is_tracing
 
-    tracing = isinstance(q_offset, Tensor) and torch.compiler.is_compiling()  # then sdpa_mask makes the mask anyway
-    if allow_is_causal_skip and not tracing:
-        # sdpa_mask relies on its callers here: one query in a static cache must not see the slots still to be filled.
-        behind = q_offset - kv_offset
-        allow_is_causal_skip = bool(behind == 0 if q_length > 1 else behind >= kv_length - 1)
-    if not getattr(kwargs.get("config"), "is_causal", True):
-        allow_is_bidirectional_skip = False  # a decoder used as an encoder: its layers still call themselves causal
-    return sdpa_mask(
+    config = kwargs.get("config")
+    declared = config is None or hands_masks_on(config)
+    function: Any = masking_utils.causal_mask_function if mask_function is None else mask_function
+    dense = use_vmap or is_tracing(q_offset if isinstance(q_offset, Tensor) else attention_mask)
+    if declared and not dense:
+        found = pattern_mask(
+            batch_size, q_length, kv_length, int(q_offset), kv_offset, function, attention_mask, device
+        )
+        return None if allow_is_bidirectional_skip and _forbids_nothing(attention_mask, kwargs, kv_length) else found
+    make: Any = masking_utils.sdpa_mask if declared else masking_utils.eager_mask
+    return make(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,  # pyright: ignore[reportArgumentType] (its hint forgets tensors)
+        q_offset=q_offset,
         kv_offset=kv_offset,
-        allow_is_causal_skip=allow_is_causal_skip,
+        mask_function=function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        use_vmap=use_vmap,
+        device=device,
         **kwargs,
     )
+
+
+def _forbids_nothing(padding: Tensor | None, pattern: dict[str, Any], kv_length: int) -> bool:
+    """Of a pattern to both sides: there is no padding, and no window shorter than the keys."""
+    local = pattern.get("local_size")
+    return (local is None or kv_length < local) and (padding is None or bool(padding.all()))
 
 
 def attention_forward(
@@ -139,28 +176,35 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention as the layers of transformers call it, on `fastattn.attention`.
 
     Args:
-        module: the layer; its ``training`` switches dropout, its ``is_causal`` counts where the argument is None.
+        module: the layer; its ``training`` switches dropout.
         query: (B, Hq, Lq, D).
         key: (B, Hk, Lk, D), Hq a multiple of Hk. Not repeated.
         value: (B, Hk, Lk, Dv).
-        attention_mask: 4-D, broadcastable to (B, Hq, Lq, Lk): bool (True takes part) or float (added). None
-            forbids nothing if the layer is not causal or there is one query; else query i sees keys 0 .. i.
+        attention_mask: 4-D, broadcastable to (B, Hq, Lq, Lk): bool (True takes part) or float (added). None forbids
+            nothing, unless ``is_causal`` is True and there is more than one query.
         dropout: of the weights; 0 unless the layer is training.
         scaling: default ``1 / sqrt(D)``.
-        is_causal: only counts without a mask.
+        is_causal: query i sees keys 0 .. i. Only counts without a mask.
         sliding_window: a query sees itself and the ``sliding_window - 1`` keys before it. Only counts without a mask.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         s_aux: (Hq,) sinks, one more logit per head.
         position_bias: float, broadcastable to (B, Hq, Lq, Lk), added to the scores.
+        cu_seq_lens_q: integer (sequences + 1,): where packed sequences begin, and the end. Queries see the keys of
+            their own sequence, as far as the mask allows. B is 1.
+        cu_seq_lens_k: likewise for the keys; None means the same.
+        output_attentions: also return the weights, which are computed in full for this.
         kwargs: what else the model passes on.
 
     Returns:
-        (B, Lq, Hq, Dv), and None in place of the weights.
+        (B, Lq, Hq, Dv), and the weights (B, Hq, Lq, Lk) where they are asked for, otherwise None.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; also for an argument that is not
@@ -173,70 +217,89 @@ def attention_forward(
         )
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, shared by the batch
-    allowed, bias = None, position_bias
-    causal, window, q_offset = False, None, 0
     if attention_mask is None:
-        if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
-        causal, window, q_offset = _implied(query.shape[2], key.shape[2], bool(is_causal), sliding_window)
+        options = _implied(query.shape[2], key.shape[2], bool(is_causal), sliding_window)
     else:
-        if attention_mask.ndim != 4:
-            raise ValueError(
-                "attention_mask.shape: expected 4 dimensions, broadcastable to (B, Hq, Lq, Lk), "
-                f"got {tuple(attention_mask.shape)}"
-            )
-        if attention_mask.dtype == torch.bool:
-            allowed = attention_mask
-        elif not attention_mask.is_floating_point():
-            raise TypeError(
-                f"attention_mask.dtype: expected bool (True takes part) or a floating-point dtype, "
-                f"got {attention_mask.dtype}"
-            )
-        else:
-            bias = attention_mask if bias is None else bias + attention_mask
-    out = attention(
-        query, key, value, causal=causal, window=window, q_offset=q_offset, mask=allowed, bias=bias, softcap=softcap,
-        sinks=s_aux, scale=scaling, dropout_p=dropout if module.training else 0.0,
-    )  # fmt: skip
-    return out.transpose(1, 2).contiguous(), None
+        options = _given(attention_mask)
+    if cu_seq_lens_q is not None:
+        mask = _stated(options, query, key) if attention_mask is None else attention_mask
+        options = _given(_within(mask, cu_seq_lens_q, cu_seq_lens_k, query, key))
+    if position_bias is not None:
+        options["bias"] = position_bias + options["bias"] if "bias" in options else position_bias
+    options |= {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout if module.training else 0.0}
+    weights = None
+    if output_attentions or weights_are_collected():
+        out, weights = attention_with_weights(query, key, value, options)
+    else:
+        out = attention(query, key, value, **options)
+    return out.transpose(1, 2).contiguous(), weights
 
 
-def _implied(
-    q_len: int, kv_len: int, is_causal: bool, sliding_window: int | None
-) -> tuple[bool, tuple[int, int] | None, int]:
-    """What no mask means: ``causal``, ``window`` and ``q_offset`` of `fastattn.attention`."""
-    q_offset = 0 if q_len > 1 else kv_len - 1  # one query is the newest
-    if sliding_window is None:
-        return is_causal and q_len > 1, None, q_offset
+def _given(attention_mask: Tensor) -> dict[str, Any]:
+    """What a mask means, as arguments of `fastattn.attention`."""
+    if isinstance(attention_mask, PatternMask):
+        return dict(attention_mask.operands())
+    if attention_mask.ndim != 4:
+        raise ValueError(
+            "attention_mask.shape: expected 4 dimensions, broadcastable to (B, Hq, Lq, Lk), "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    if attention_mask.dtype == torch.bool:
+        return {"mask": attention_mask}
+    if attention_mask.is_floating_point():
+        return {"bias": attention_mask}
+    raise TypeError(
+        f"attention_mask.dtype: expected bool (True takes part) or a floating-point dtype, got {attention_mask.dtype}"
+    )
+
+
+def _implied(q_len: int, kv_len: int, is_causal: bool, sliding_window: int | None) -> dict[str, Any]:
+    """What no mask means, as arguments of `fastattn.attention`."""
     if is_causal:
-        return q_len > 1, (sliding_window - 1, 0), q_offset
-    if max(q_len, kv_len) > sliding_window:  # models differ in what a window means to both sides: the mask says it
+        window = None if sliding_window is None else (sliding_window - 1, 0)
+        return {"causal": True, "window": window, "q_offset": 0 if q_len > 1 else kv_len - 1}  # one query is the newest
+    if sliding_window is not None and max(q_len, kv_len) > sliding_window:
+        # models differ in what a window means to both sides: the mask says it
         raise ValueError(
             f"attention_mask: expected a mask where sliding_window == {sliding_window} is shorter than the sequence "
-            "and the layer is not causal, got None"
+            "and nothing says is_causal=True, got None"
         )
-    return False, None, q_offset
+    return {}
+
+
+def _stated(options: dict[str, Any], query: Tensor, key: Tensor) -> PatternMask:
+    """What `_implied` says, as a mask."""
+    from transformers import masking_utils as own
+
+    pattern: Any = own.causal_mask_function if options else own.bidirectional_mask_function
+    if options.get("window") is not None:
+        pattern = own.sliding_window_causal_mask_function(options["window"][0] + 1)
+    sizes = (query.shape[0], query.shape[2], key.shape[2], options.get("q_offset", 0))
+    return pattern_mask(*sizes, 0, pattern, None, query.device)
+
+
+def _within(mask: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """The mask that also forbids what crosses from one packed sequence to another."""
+    if query.shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q: expected a batch of 1, all sequences in one row, got {query.shape[0]}")
+    ends = (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
+    documents = [
+        torch.searchsorted(end.to(x.device, torch.int64), torch.arange(x.shape[2], device=x.device), right=True)
+        for end, x in zip(ends, (query, key), strict=True)
+    ]
+    if isinstance(mask, PatternMask):
+        return mask.within(documents[0], documents[1], ends)
+    same = documents[0][:, None] == documents[1]
+    return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -torch.inf)
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
     """Raise for what cannot be honoured, rather than ignore it."""
     for name, given in kwargs.items():
-        if given is None or given is False or name in _NOT_FOR_ATTENTION:
+        if given is None or given is False or name in _NOT_FOR_ATTENTION or name.startswith("output_"):
             continue
-        if name == "output_attentions":
-            raise ValueError(_WEIGHTS)
-        if not name.startswith("output_"):
-            hint = _HINTS.get(name, "attn_implementation='fastattn' does not know this argument")
-            raise ValueError(f"{name}: expected None, {hint}; got {_short(given)}")
-    if not torch.compiler.is_compiling() and _weights_are_collected():
-        raise ValueError(_WEIGHTS)
-
-
-def _weights_are_collected() -> bool:
-    """Whether ``output_attentions=True`` was asked of a model that does not tell its attention layers."""
-    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
-    collected = None if collector is None else collector.get()
-    return any(name.endswith("attentions") for name in collected or ())
+        hint = _HINTS.get(name, "attn_implementation='fastattn' does not know this argument")
+        raise ValueError(f"{name}: expected None, {hint}; got {_short(given)}")
 
 
 def _short(given: Any) -> str:

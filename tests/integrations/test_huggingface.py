@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ sys.modules.setdefault("kernels", None)
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
 
 import fastattn  # noqa: E402
-from fastattn.integrations import huggingface  # noqa: E402
+from fastattn.integrations import huggingface, huggingface_eager  # noqa: E402
+from fastattn.integrations.huggingface_mask import PatternMask  # noqa: E402
 from fastattn.testing import assert_parity  # noqa: E402
 from tests.support.layer_checks import InDouble  # noqa: E402
 
@@ -277,17 +279,28 @@ def test_a_wrong_integration_is_noticed(name, argument, padding):
 
 
 def test_window_without_a_mask():
-    """Called as a layer calls it, without a mask: the window still holds, for a prompt and for one new token."""
+    """Called with is_causal=True and no mask: the window still holds, for a prompt and for one new token."""
     q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 5)
-    layer = torch.nn.Identity()  # has no is_causal: causal, as in transformers
-    out, weights = huggingface.attention_forward(layer, q, k, v, None, sliding_window=3)
-    expected = fastattn.attention(q, k, v, window=(2, 0))
-    assert weights is None and out.shape == (1, 9, 4, 5) and torch.equal(out, expected.transpose(1, 2))
-    out, _ = huggingface.attention_forward(layer, q[:, :, -1:], k, v, None, sliding_window=3)
+    layer, options = torch.nn.Identity(), {"is_causal": True, "sliding_window": 3}
+    out, weights = huggingface.attention_forward(layer, q, k, v, None, **options)
+    expected = fastattn.attention(q, k, v, causal=True, window=(2, 0))
+    assert weights is None and out.shape == (1, 9, 4, 5)
+    assert torch.equal(out, expected.transpose(1, 2))
+    out, _ = huggingface.attention_forward(layer, q[:, :, -1:], k, v, None, **options)
     last = fastattn.attention(q[:, :, -1:], k[:, :, -3:], v[:, :, -3:]).transpose(1, 2)
     assert_parity(out, last.double(), last)
     with pytest.raises(ValueError, match=r"attention_mask: expected a mask where sliding_window == 3.* got None"):
-        huggingface.attention_forward(layer, q, k, v, None, is_causal=False, sliding_window=3)
+        huggingface.attention_forward(layer, q, k, v, None, sliding_window=3)
+
+
+def test_what_a_layer_calls_itself_decides_nothing():
+    """Without a mask and without a word of the caller nothing is forbidden, as in eager code."""
+    q, layer = torch.randn(2, 2, 6, 8), torch.nn.Identity()
+    expected = fastattn.attention(q, q, q).transpose(1, 2)
+    for layer.is_causal in (True, False):
+        assert torch.equal(huggingface.attention_forward(layer, q, q, q, None)[0], expected)
+    causal = fastattn.attention(q, q, q, causal=True).transpose(1, 2)
+    assert torch.equal(huggingface.attention_forward(layer, q, q, q, None, is_causal=True)[0], causal)
 
 
 def test_dropout_only_while_training():
@@ -297,7 +310,7 @@ def test_dropout_only_while_training():
     torch.manual_seed(3)
     trained, _ = huggingface.attention_forward(layer.train(), q, q, q, None, dropout=0.5)
     torch.manual_seed(3)
-    expected = fastattn.attention(q, q, q, causal=True, dropout_p=0.5).transpose(1, 2)
+    expected = fastattn.attention(q, q, q, dropout_p=0.5).transpose(1, 2)
     assert torch.equal(plain, evaluated) and torch.equal(trained, expected) and not torch.equal(plain, trained)
 
 
@@ -307,23 +320,109 @@ def test_learned_queries_are_shared_by_the_batch():
     assert torch.equal(out, fastattn.attention(q.expand(4, -1, -1, -1), k, k).transpose(1, 2))
 
 
-def test_mask_is_left_out_only_where_none_says_the_same():
-    causal = functools.partial(huggingface.mask, batch_size=1)
-    assert causal(q_length=6, kv_length=6) is None
-    assert causal(q_length=6, kv_length=9) is None  # an empty static cache: keys 0 .. i
-    assert causal(q_length=1, kv_length=9, q_offset=8) is None  # the newest token
-    empty = causal(q_length=1, kv_length=9, q_offset=0)  # the first token of a static cache
-    assert empty.sum() == 1 and empty[0, 0, 0, 0]
-    assert causal(q_length=2, kv_length=9, q_offset=7).sum() == 8 + 9
-    assert causal(q_length=4, kv_length=4, q_offset=3, kv_offset=2).sum() == 2 + 3 + 4 + 4
-    padding = torch.tensor([[False, True, True]])
-    assert causal(q_length=3, kv_length=3, attention_mask=padding).sum() == 0 + 1 + 2
+def described(**changes):
+    """The mask of a causal layer with 200 tokens, by what transformers says about it."""
+    own = transformers.masking_utils
+    window, packed = changes.pop("window", None), changes.pop("packed", None)
+    pattern = own.causal_mask_function if window is None else own.sliding_window_causal_mask_function(window)
+    if packed is not None:
+        pattern = own.packed_sequence_compatibility_function(pattern, packed, own.find_packed_sequence_indices(packed))
+    call = {"batch_size": 2, "q_length": 200, "kv_length": 200, "mask_function": pattern} | changes
+    return huggingface.mask(**call), own.sdpa_mask(**call, allow_is_causal_skip=False)
+
+
+PACKED = torch.cat([torch.arange(50), torch.arange(150)]).expand(2, -1)
+PADDED = torch.arange(200) >= torch.tensor([[0], [60]])
+PATTERNS = {
+    "causal": ({}, {"causal", "q_offset"}),
+    "window": ({"window": 9}, {"causal", "q_offset", "window"}),
+    "behind a cache": ({"q_length": 150, "q_offset": 50, "window": 9}, {"causal", "q_offset", "window"}),
+    "sliding cache": ({"q_offset": 30, "kv_offset": 20, "kv_length": 210}, {"causal", "q_offset"}),
+    "static cache": ({"q_offset": torch.tensor(4), "kv_length": 260}, {"causal", "q_offset"}),
+    "one query": ({"q_length": 1, "q_offset": torch.tensor(4)}, {"causal", "q_offset"}),
+    "no padding": ({"attention_mask": torch.ones(2, 200, dtype=torch.bool)}, {"causal", "q_offset"}),
+    "left padding": ({"attention_mask": PADDED}, {"block_mask"}),
+    "right padding": ({"attention_mask": PADDED.flip(1), "window": 9}, {"block_mask"}),
+    "padding of a step": ({"q_length": 1, "q_offset": 199, "attention_mask": PADDED}, {"mask"}),
+    "padding shorter than a cache": ({"kv_length": 260, "attention_mask": PADDED}, {"block_mask"}),
+    "packed": ({"packed": PACKED}, {"block_mask"}),
+    "packed with a window": ({"packed": PACKED, "window": 9}, {"block_mask"}),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_mask_says_what_transformers_own_says(name):
+    """In arguments of the operator, and as a matrix for whoever computes with it."""
+    changes, arguments = PATTERNS[name]
+    mask, expected = described(**changes)
+    assert isinstance(mask, PatternMask) and mask.shape == expected.shape and mask.dtype == torch.bool
+    operands = mask.operands()
+    assert set(operands) == arguments and torch.equal(mask & True, expected)
+    q, k = torch.randn(2, 1, expected.shape[2], 8).double(), torch.randn(2, 1, expected.shape[3], 8).double()
+    layer = torch.nn.Identity()
+    ours, plain = (huggingface.attention_forward(layer, q, k, k, m)[0] for m in (mask, expected))
+    torch.testing.assert_close(ours, plain)
+    if "block_mask" in operands:
+        assert mask.operands()["block_mask"] is mask[:, :, :, :].operands()["block_mask"]  # shared by the layers
+
+
+def test_mask_of_both_sides():
+    """Nothing is left out but what forbids nothing."""
+    both = functools.partial(
+        described, mask_function=transformers.masking_utils.bidirectional_mask_function,
+        allow_is_bidirectional_skip=True,
+    )  # fmt: skip
+    assert both()[0] is None and both(attention_mask=torch.ones(2, 200, dtype=torch.bool))[0] is None
+    mask, expected = both(attention_mask=PADDED)
+    assert torch.equal(mask.dense(), expected)
+
+
+def test_no_tile_is_visited_that_is_not_needed():
+    """Left padding and packing: at most 1.15 times the tiles that hold something."""
+    padding = torch.arange(1024) >= torch.tensor([[0], [700]])
+    packed = torch.cat([torch.arange(400), torch.arange(624)]).expand(2, -1)
+    for changes in ({"attention_mask": padding}, {"packed": packed, "window": 60}):
+        mask, expected = described(q_length=1024, kv_length=1024, **changes)
+        tiles = expected.view(2, 8, 128, 8, 128).any(4).any(2)
+        visited = 1 - mask.operands()["block_mask"].sparsity
+        assert visited <= 1.15 * tiles.double().mean().item() < 0.5
+
+
+def test_mask_added_to_scores_is_an_error():
+    mask, _ = described()
+    with pytest.raises(ValueError, match="expected a layer that calls transformers' attention interface"):
+        torch.zeros(2, 1, 200, 200) + mask
+
+
+def test_models_that_declare_nothing_get_their_eager_mask():
+    config = transformers.GitConfig(num_hidden_layers=1)
+    mask = huggingface.mask(2, 4, 4, config=config, dtype=torch.float64)
+    assert mask.dtype == torch.float64 and mask.min() == torch.finfo(torch.float64).min
+    assert isinstance(huggingface.mask(2, 4, 4, config=transformers.LlamaConfig()), PatternMask)
+
+
+def test_packed_sequences_by_their_ends():
+    """`cu_seq_lens_q` counts, whatever the mask says beside it."""
+    q, layer = torch.randn(1, 2, 200, 8), torch.nn.Identity()
+    ends = torch.tensor([0, 50, 200], dtype=torch.int32)
+    documents = (torch.arange(200) >= 50).long()
+    same, causal = documents[:, None] == documents, torch.ones(200, 200, dtype=torch.bool).tril()
+    mask = huggingface.mask(1, 200, 200)
+    added = torch.zeros(1, 1, 200, 200).masked_fill(~causal, -torch.inf)
+    for given, options, allowed in (
+        (None, {}, same), (None, {"is_causal": True}, same & causal), (mask, {}, same & causal),
+        (mask.dense(), {}, same & causal), (added, {"cu_seq_lens_k": ends}, same & causal),
+    ):  # fmt: skip
+        out, _ = huggingface.attention_forward(layer, q, q, q, given, cu_seq_lens_q=ends, max_length_q=150, **options)
+        expected = fastattn.attention(q, q, q, mask=allowed).transpose(1, 2)
+        exact = fastattn.attention(*[q.double()] * 3, mask=allowed).transpose(1, 2)
+        assert_parity(out, exact, expected)
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected a batch of 1"):
+        huggingface.attention_forward(layer, *[torch.cat([q, q])] * 3, None, cu_seq_lens_q=ends)
 
 
 REFUSED = [
-    ({"output_attentions": True}, ValueError, "output_attentions: expected False.* got True"),
     ({"cache": object()}, ValueError, "cache: expected None, paged caches are not supported; got object"),
-    ({"cu_seq_lens_q": torch.zeros(3)}, ValueError, r"cu_seq_lens_q: expected None.* a tensor of shape \(3,\)"),
     ({"indices": torch.zeros(1)}, ValueError, "indices: expected None.* does not know this argument"),
     ({"attention_mask": torch.ones(2, 6)}, ValueError, r"attention_mask.shape: expected 4 dim.* got \(2, 6\)"),
     (
@@ -343,11 +442,37 @@ def test_what_cannot_be_honoured_is_an_error(options, error, text):
         huggingface.attention_forward(torch.nn.Identity(), q, q, q, **{"attention_mask": None, **options})
 
 
+@pytest.mark.parametrize("padding", ["none", "right"])
 @pytest.mark.parametrize("name", MODELS)
-def test_models_asked_for_weights_say_no(name):
-    """Also those that do not tell their attention layers."""
-    with pytest.raises(ValueError, match="output_attentions"):
-        logits(name, "fastattn", batch(name, "none")[0], output_attentions=True)
+def test_weights_where_they_are_asked_for(name, padding):
+    """Those of the eager code, also from models that do not tell their attention layers; then fused again."""
+    inputs, valid = batch(name, padding)
+    options = {"output_attentions": True, "use_cache": False}
+    results = []
+    for implementation in ("eager", "fastattn"):
+        model = copy.deepcopy(model_with(name, implementation)).double()
+        wide = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+        with InDouble(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append(model(**wide, **options))
+    eager, ours = results
+    torch.testing.assert_close(ours.logits[valid], eager.logits[valid])
+    names = [key for key in eager if key.endswith("attentions")]
+    assert names
+    rows = valid[:, None, :, None] if name not in ENCODER_DECODERS else torch.ones(1, dtype=torch.bool)
+    for key in names:
+        for mine, theirs in zip(ours[key], eager[key], strict=True):
+            torch.testing.assert_close(mine * rows, theirs * rows)
+
+
+def test_weights_are_warned_about_once():
+    huggingface_eager._warn.cache_clear()
+    inputs = batch("llama", "none")[0]
+    with pytest.warns(UserWarning, match="output_attentions=True: .* computes the weights in full"):
+        logits("llama", "fastattn", inputs, output_attentions=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits("llama", "fastattn", inputs, output_attentions=True)
 
 
 def test_what_says_nothing_about_attention_is_accepted():
@@ -372,11 +497,16 @@ def test_register_twice_and_unregister():
     model = model_with("llama", "eager")
     huggingface.unregister()
     before = entries()
-    assert all("fastattn" not in known for known in before)
+    assert "fastattn" not in before[1]
     huggingface.unregister()
     assert entries() == before
-    with pytest.raises((KeyError, ValueError), match="fastattn"):
-        model.set_attn_implementation("fastattn")
+    model.set_attn_implementation("fastattn")
+    with pytest.raises(RuntimeError, match=r"got 'fastattn' after unregister\(\); call .*register\(\) again"):
+        model(**batch("llama", "none")[0])
+    huggingface.register()
+    assert entries() == ours
+    model(**batch("llama", "none")[0])
+    huggingface.unregister()
 
     def other(*args, **kwargs):
         raise NotImplementedError
@@ -411,7 +541,12 @@ def test_compile_to_one_graph():
             cache = transformers.StaticCache(model.config, max_cache_len=20)
             model(inputs["input_ids"], past_key_values=cache)
             steps.append(forward(inputs["input_ids"][:, :1], past_key_values=cache).logits)
-    assert torch.equal(*steps)
+        ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, :1]], 1)
+        eager = model_with("llama", "eager")(ids).logits[:, -1:]
+        with InDouble():
+            exact = copy.deepcopy(model).double()(ids).logits[:, -1:]
+    for step in steps:
+        assert_parity(step, exact, eager, intermediate=exact.abs().max())
 
 
 def test_chosen_when_a_model_is_made():

@@ -1,0 +1,210 @@
+"""Masks of transformers as a description instead of a matrix, so that attention skips what they forbid."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastattn.block_mask import BLOCK, BlockMask
+
+Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Batch entry, head, query and key, each an index tensor, to a bool tensor to which they broadcast."""
+
+_aten = torch.ops.aten
+_ADDITIONS = (_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Tensor)
+
+
+class PatternMask(Tensor):
+    """bool (B, 1, Lq, Lk), True takes part, of which nothing is stored.
+
+    Layers that hand it on as it is lose nothing: `operands` says it in `fastattn.attention`'s own arguments, made once
+    and shared by them. Any operation on it meets the dense mask, so it may be cut, joined or combined like any other.
+    """
+
+    _predicate: Predicate
+    _plain: dict[str, Any] | None
+    _made: dict[Any, Any]
+
+    @staticmethod
+    def __new__(
+        cls: "type[PatternMask]",
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        predicate: Predicate,
+        plain: dict[str, Any] | None,
+    ) -> "PatternMask":
+        """``plain``: the arguments of `fastattn.attention` that say all of it, where there are such."""
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask._predicate, mask._plain, mask._made = predicate, plain, {}
+        return mask
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in (_aten.alias.default, _aten.detach.default):
+            return args[0]._same()
+        if func is _aten.slice.Tensor and _is_whole(*args):
+            return args[0]._same()
+        if func in _ADDITIONS and any(isinstance(x, Tensor) and x.is_floating_point() for x in args):
+            raise ValueError(  # a TypeError would be lost: Python makes its own of one in `+`
+                "attention_mask: expected a layer that calls transformers' attention interface, got one that adds "
+                "the boolean mask to its own scores; use attn_implementation='eager' for this model"
+            )
+
+        def dense(x: Any) -> Any:
+            return x.dense() if isinstance(x, PatternMask) else x
+
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+
+    def _same(self) -> "PatternMask":
+        """Another tensor for the same mask: what is made for one is there for the other."""
+        shape: Any = tuple(self.shape)
+        twin = PatternMask(shape, self.device, self._predicate, self._plain)
+        twin._made = self._made
+        return twin
+
+    def _make(self, name: Any, make: Callable[[], Any]) -> Any:
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def dense(self) -> Tensor:
+        """The same as an ordinary tensor."""
+
+        def make() -> Tensor:
+            indices = [
+                torch.arange(n, device=self.device).view([-1 if d == dim else 1 for d in range(4)])
+                for dim, n in enumerate(self.shape)
+            ]
+            return self._predicate(*indices).expand(self.shape).contiguous()
+
+        return self._make("dense", make)
+
+    def operands(self) -> dict[str, Any]:
+        """Arguments of `fastattn.attention` that say what the mask says."""
+        if self._plain is not None:
+            return self._plain
+        if self.shape[2] <= BLOCK:  # one row of tiles: as small as it gets
+            return {"mask": self.dense()}
+        shape: Any = tuple(self.shape)
+        return {
+            "block_mask": self._make("block", lambda: BlockMask.from_predicate(self._predicate, shape, self.device))
+        }
+
+    def within(self, query_documents: Tensor, key_documents: Tensor, source: tuple[Tensor, Tensor]) -> "PatternMask":
+        """The mask that also forbids what crosses from one document to another.
+
+        Args:
+            query_documents, key_documents: (Lq,) and (Lk,), which document each query and each key belongs to.
+            source: what the documents come from; the same tensors again give the same mask.
+        """
+
+        def both(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return self._predicate(b, h, i, j) & (query_documents[i] == key_documents[j])
+
+        shape: Any = tuple(self.shape)
+        name = ("within", *map(id, source))  # kept beside the mask, so that no other tensor gets these ids
+        return self._make(name, lambda: (PatternMask(shape, self.device, both, None), source))[0]
+
+
+def _is_whole(mask: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
+    return not start and step == 1 and (end is None or end >= mask.shape[dim])
+
+
+def pattern_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Predicate,
+    padding: Tensor | None,
+    device: torch.device | str,
+) -> PatternMask:
+    """The mask that transformers asks for by these.
+
+    Args:
+        batch_size, q_length, kv_length: B, Lq, Lk.
+        q_offset, kv_offset: absolute positions of query 0 and of key 0.
+        mask_function: transformers' pattern, of absolute positions.
+        padding: bool (B, seen), True where there is a token. Keys behind its end are forbidden.
+        device: of the mask.
+    """
+    if padding is not None:
+        from transformers.masking_utils import prepare_padding_mask
+
+        padding = prepare_padding_mask(padding, kv_length, kv_offset)
+        assert padding is not None
+        if bool(padding[:, kv_offset : kv_offset + kv_length].all()):
+            padding = None
+
+    def predicate(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        allowed = mask_function(b, h, i + q_offset, j + kv_offset)
+        return allowed if padding is None else allowed & padding[b, j + kv_offset]
+
+    plain = _plain(mask_function) if padding is None else None
+    if plain is not None:
+        plain["q_offset"] = q_offset - kv_offset
+    shape = (batch_size, 1, q_length, kv_length)
+    return PatternMask(shape, torch.device(device), predicate, plain)
+
+
+def _plain(mask_function: Predicate) -> dict[str, Any] | None:
+    """``causal`` and ``window`` for transformers' own causal patterns; None for any other."""
+    from transformers import masking_utils as own
+
+    if mask_function is own.causal_mask_function:
+        return {"causal": True}
+    parts = _enclosed(mask_function, own.and_masks()).get("mask_functions", ())
+    if len(parts) == 2 and parts[1] is own.causal_mask_function:
+        size = _enclosed(parts[0], own.sliding_window_overlay(1)).get("sliding_window")
+        if isinstance(size, int):
+            return {"causal": True, "window": (size - 1, 0)}
+    return None
+
+
+def _enclosed(function: Any, like: Any) -> dict[str, Any]:
+    """What ``function`` closes over, if it comes from the same ``def`` as ``like``."""
+    code = getattr(function, "__code__", None)
+    if code is None or code is not like.__code__:
+        return {}
+    cells = function.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+
+
+def hands_masks_on(config: Any) -> bool:
+    """Whether the models of this configuration declare that their attention takes a mask function's masks as they are.
+
+    Where they do not, some add the mask to their scores themselves.
+    """
+    kind = type(config)
+    if kind not in _declared:
+        _declared[kind] = _hands_masks_on(kind)
+    return _declared[kind]
+
+
+_declared: dict[type, bool] = {}  # no functools.cache: torch.compile looks through it
+
+
+def _hands_masks_on(kind: type) -> bool:
+    from transformers import PreTrainedModel
+
+    name = kind.__module__.replace(".configuration_", ".modeling_")
+    module = sys.modules.get(name)
+    if module is None:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            return False  # a configuration from elsewhere: nothing is declared
+    models = [
+        x
+        for x in vars(module).values()
+        if isinstance(x, type) and issubclass(x, PreTrainedModel) and x.__module__ == name
+    ]
+    models = [x for x in models if x.config_class is kind] or models
+    return bool(models) and all(x._supports_sdpa or x._supports_flex_attn for x in models)

@@ -1,0 +1,62 @@
+"""Models of transformers, small and random, on fastattn against their own eager code: a choice here, all if `slow`."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
+
+from benchmarks import huggingface_sweep as sweep
+from fastattn.integrations import huggingface
+
+# Those whose attention does not speak as transformers' interface expects, and one of each common kind.
+CHOSEN = (
+    "align (text)", "bert", "bigbird_pegasus", "clap (text)", "deepseek_v4", "gemma (both sides)", "gemma2",
+    "gemma2 (both sides)", "gemma3", "git", "llama (both sides)", "modernbert", "nllb-moe", "paligemma", "pegasus_x",
+    "splinter", "t5",
+)  # fmt: skip
+RIGHT = ("equal", "own attention", "refused", "not built")  # own attention: equal too, but no layer calls ours
+SHARDS = 8
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    yield
+    huggingface.unregister()
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_chosen(name):
+    row = sweep.examine(name)
+    assert row["result"] == ("own attention" if name == "git" else "equal") and not row["reason"].startswith("not ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FASTATTN_SWEEP" not in os.environ, reason="minutes: set FASTATTN_SWEEP=1 to run all models")
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_all(shard):
+    """As the stored table says, and none that differs."""
+    expected = {row["architecture"]: row["result"] for row in sweep.stored()}
+    rows = [sweep.examine(name) for name in sweep.architectures()[shard::SHARDS]]
+    wrong = [row for row in rows if row["result"] != expected.get(row["architecture"], "equal")]
+    assert not wrong
+
+
+def test_stored_table_has_no_model_that_differs():
+    rows = sweep.stored()
+    assert len(rows) > 500 and all(row["result"] in RIGHT for row in rows)
+    assert all(row["reason"] for row in rows if row["result"] in ("refused", "not built"))
+
+
+def test_a_wrong_mask_is_noticed(monkeypatch):
+    """Layers that see the future, or padding."""
+    original = huggingface.attention_forward
+
+    def without(module, query, key, value, attention_mask, **kwargs):
+        return original(module, query, key, value, None, **kwargs)
+
+    monkeypatch.setattr(huggingface, "attention_forward", without)
+    assert sweep.examine("llama")["result"] == "differs"
+    assert "padding right" in sweep.examine("bert")["reason"]
+    assert torch.is_grad_enabled()
