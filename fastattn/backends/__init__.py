@@ -5,6 +5,7 @@ Each backend is one module with ``reasons(spec)``, ``forward`` and ``backward``;
 """
 
 import dataclasses
+import math
 from types import ModuleType
 
 import torch
@@ -43,6 +44,13 @@ def statistics_of(lse: Tensor, operands: Operands, backend: str) -> Tensor:
     unit = getattr(module(backend), "statistics_unit", None)
     maximum = lse.masked_fill(lse == -torch.inf, 0.0) * (1.0 if unit is None else unit(operands))
     return torch.stack((maximum, torch.zeros_like(maximum)))
+
+
+def statistics_within(statistics: Tensor, more: Tensor, backend: str) -> Tensor:
+    """Softmax statistics of rows that see further keys beside those of the call, which raise lse by ``more``."""
+    in_base_2 = hasattr(module(backend), "statistics_unit")
+    maximum, log_total = statistics
+    return torch.stack((maximum, log_total + more * (math.log2(math.e) if in_base_2 else 1.0)))
 
 
 def reasons_against(backend: str, spec: AttentionSpec | CacheSpec) -> list[str]:

@@ -1,0 +1,293 @@
+"""Attention over a sequence that is divided among ranks: the public function, and what every rank agrees on first."""
+
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fastattn import backends
+from fastattn.distributed import ring, ulysses
+from fastattn.distributed.comm import Peers
+from fastattn.distributed.cost import STRATEGIES, Choice, Link, Sizes, Strategy, costs, routes_of
+from fastattn.distributed.layout import BALANCES, Balance, Piece, length_of, pieces, relation
+from fastattn.functional import Backend, keywords
+from fastattn.spec import AttentionSpec, make_spec
+from fastattn.spec.checks import FLOAT_DTYPES, autocast, check_window
+
+
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh,
+    strategy: Strategy | None = None,
+    balance: Balance = "contiguous",
+    causal: bool = False,
+    q_offset: int | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+    link: Link | None = None,
+    timeout: float | None = None,
+    **unknown: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fastattn.attention` over a sequence whose tokens are divided among the ranks of a mesh dimension.
+
+    Every rank calls it with its part, as `shard` cuts it, and gets the output of its own queries. Positions, window and
+    ``q_offset`` are those of the whole. Differentiable once: every rank must run the backward pass. Gradients of q, k
+    and v are complete; those of ``bias``, ``alibi_slopes`` and ``sinks`` are this rank's rows' part, so that data
+    parallelism adds them up as those of any parameter. Sums have one order: the same call gives the same bits.
+
+    Args:
+        q: (B, Hq, Lq, D), this rank's queries.
+        k: (B, Hk, Lk, D), this rank's keys; Lk may differ from Lq.
+        v: (B, Hk, Lk, Dv).
+        mesh: one dimension; `mesh["cp"]` of a larger mesh.
+        strategy: ``"ring"`` passes keys and values on while it computes; ``"all_gather"`` sends them to every rank that
+            needs them at once; ``"ulysses"`` exchanges tokens for heads. None chooses, as `explain` shows.
+        balance: how tokens are divided: ``"contiguous"``; ``"zigzag"`` or ``"striped"``, which give all ranks the same
+            work under causal order.
+        causal, window, softcap, scale, return_lse: as in `fastattn.attention`.
+        q_offset: position of query 0 of the whole; None is the whole's Lk - Lq.
+        mask: bool, broadcastable to (B, Hq, Lq, whole Lk): this rank's rows, all keys in the order of the whole.
+        bias: float, likewise.
+        alibi_slopes: float (Hq,) or (B, Hq); with ``"striped"`` shards only by ``"ulysses"``.
+        sinks: float (Hq,).
+        dropout_p: 0: random bits belong to the rows and keys of one call.
+        backend: as there, for the pairs of pieces; ``"ring"`` and ``"all_gather"`` need one that returns lse.
+        link: what the choice assumes of the machines.
+        timeout: seconds to wait for a message; None is the process group's own.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in the dtype of q; with ``return_lse`` also lse (B, Hq, Lq).
+
+    Raises:
+        TypeError, ValueError: as `fastattn.attention`; on every rank where ranks differ in shapes or options, before
+            keys are sent.
+        RuntimeError: another rank raised, ended or made another call; it is named.
+    """
+    if unknown:
+        keywords.refuse(context_parallel_attention, unknown)
+    call = _agree(
+        q, k, v, mesh, strategy, balance, link, timeout, backend, causal=causal, q_offset=q_offset, window=window,
+        mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
+        dropout_p=dropout_p, return_lse=return_lse,
+    )  # fmt: skip
+    if call.choice.strategy == "ulysses":
+        out, lse = ulysses.run(call.peers, call.rows, call.keys, call.spec, backend)
+    else:
+        with_lse = call.spec._replace(return_lse=True)
+        plan = ring.Plan(
+            call.peers, call.choice.strategy, call.rows, routes_of(call.sizes), call.spec.options,
+            backends.choose(with_lse, backend),
+        )  # fmt: skip
+        out, lse = ring.run(plan, with_lse)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: DeviceMesh,
+    strategy: Strategy | None = None,
+    balance: Balance = "contiguous",
+    causal: bool = False,
+    q_offset: int | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+    link: Link | None = None,
+    timeout: float | None = None,
+    **unknown: Any,
+) -> Choice:
+    """Which strategy `context_parallel_attention` takes for the same arguments, and what each would cost.
+
+    Every rank calls it: they exchange their shapes, and nothing else. ``str()`` of the result is a table.
+    """
+    if unknown:
+        keywords.refuse(explain, unknown)
+    return _agree(
+        q, k, v, mesh, strategy, balance, link, timeout, backend, causal=causal, q_offset=q_offset, window=window,
+        mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
+        dropout_p=dropout_p, return_lse=return_lse,
+    ).choice  # fmt: skip
+
+
+class _Call(NamedTuple):
+    peers: Peers
+    spec: AttentionSpec
+    """this rank's tensors; window and q_offset of the whole"""
+    rows: list[list[Piece]]
+    keys: list[list[Piece]]
+    sizes: Sizes
+    choice: Choice
+
+
+def _agree(
+    q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, strategy: Strategy | None, balance: Balance, link: Link | None,
+    timeout: float | None, backend: str | None, **options: Any,
+) -> _Call:  # fmt: skip
+    """Check this rank's arguments, then those of all ranks against each other: all go on, or all raise."""
+    peers = Peers(mesh, timeout)
+    problem: Exception | None = None
+    spec, numbers, text = None, [0] * 10, ""
+    try:
+        spec = _check(q, k, v, peers, strategy, balance, backend, options)
+        numbers = [1, *_numbers(spec, q, k, v, options)]
+        text = _describe(spec, strategy, balance, options)
+    except Exception as error:
+        problem, text = error, f"{type(error).__name__}: {error}"
+    headers = peers.headers(numbers, text)
+    if problem is not None:
+        raise problem
+    for rank, (their, words) in enumerate(headers):
+        if their[0] == 0:
+            raise RuntimeError(f"context parallel, rank {peers.rank} of {peers.size}: rank {rank} raised {words}")
+    assert spec is not None
+    q_total, kv_total = _check_together(headers, balance)
+    left, right = check_window(options["window"], options["causal"])
+    offset = kv_total - q_total if options["q_offset"] is None else options["q_offset"]
+    pair = relation(Piece(0, q_total), Piece(0, kv_total), offset, left, right)
+    if pair is not None:  # a side that forbids nothing is open
+        left, right = pair.left, pair.right
+    spec = spec._replace(left=left, right=right, q_offset=offset)
+    scores = sum(x.element_size() for x in (spec.bias, spec.mask) if x is not None)
+    batch, q_heads, _, head_dim = q.shape
+    sizes = Sizes(
+        peers.size, balance, batch, q_heads, k.shape[1], q_total, kv_total, head_dim, v.shape[3],
+        spec.q.element_size(), offset, left, right, scores * batch * q_heads * q_total * kv_total,
+    )  # fmt: skip
+    rows, keys = (pieces(balance, total, peers.size) for total in (q_total, kv_total))
+    return _Call(peers, spec, rows, keys, sizes, _choose(sizes, link or Link(), strategy, spec))
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, peers: Peers, strategy: str | None, balance: str, backend: str | None,
+    options: dict[str, Any],
+) -> AttentionSpec:  # fmt: skip
+    if strategy is not None and strategy not in get_args(Strategy):
+        raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
+    if balance not in BALANCES:
+        raise ValueError(f"balance: expected one of {', '.join(map(repr, BALANCES))}, got {balance!r}")
+    if options["dropout_p"]:
+        raise ValueError(
+            f"dropout_p: expected 0 where the sequence is divided, got {options['dropout_p']}: the random bits belong "
+            "to the rows and keys of one call; drop from the output instead"
+        )
+    if isinstance(options["q_offset"], Tensor):
+        raise TypeError("q_offset: expected an int or None where the sequence is divided, got a Tensor")
+    q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
+    offset = {"q_offset": options["q_offset"] or 0}
+    make_spec(q, k, v, **{**options, "mask": None, "bias": None, **offset})
+    # The operands are checked against all keys: as many as they have, which the ranks then compare.
+    width = max(_width(options), 1)
+    wide = (x.new_empty(1).expand(*x.shape[:2], width, x.shape[3]) for x in (k, v))
+    spec = make_spec(q, *wide, **{**options, **offset})._replace(k=k, v=v)
+    if balance == "striped" and spec.alibi_slopes is not None and peers.size > 1 and strategy in ("ring", "all_gather"):
+        raise ValueError(f"alibi_slopes: expected None with striped shards and strategy {strategy!r}; {_STRIPED_ALIBI}")
+    if strategy != "ulysses":
+        backends.choose(spec._replace(return_lse=True), backend)
+    return spec
+
+
+_STRIPED_ALIBI = "distances in stripes are no multiples of one slope: take 'ulysses', or zigzag shards"
+
+
+def _width(options: dict[str, Any]) -> int:
+    """How many keys mask and bias have; -1 if they do not say."""
+    for name in ("mask", "bias"):
+        x = options[name]
+        if isinstance(x, Tensor) and x.ndim and x.shape[-1] != 1:
+            return x.shape[-1]
+    return -1
+
+
+def _numbers(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> list[int]:
+    dtype = FLOAT_DTYPES.index(spec.q.dtype)
+    return [*q.shape, k.shape[1], k.shape[2], v.shape[3], dtype, _width(options)]
+
+
+def _describe(spec: AttentionSpec, strategy: str | None, balance: str, options: dict[str, Any]) -> str:
+    """What must be the same on every rank, beside shapes."""
+    names = ("causal", "window", "q_offset", "softcap", "scale")
+    parts = [f"strategy={strategy!r}", f"balance={balance!r}", *(f"{name}={options[name]!r}" for name in names)]
+    tensors = {"mask": spec.mask, "bias": spec.bias, "alibi_slopes": spec.alibi_slopes, "sinks": spec.sinks}
+    parts += [name for name, x in tensors.items() if x is not None]
+    if torch.is_grad_enabled():
+        tensors |= {"q": spec.q, "k": spec.k, "v": spec.v}
+        parts += [f"{name}.requires_grad" for name, x in tensors.items() if x is not None and x.requires_grad]
+    return ", ".join(parts)
+
+
+def _check_together(headers: list[tuple[list[int], str]], balance: Balance) -> tuple[int, int]:
+    """(all queries, all keys); raises the same on every rank."""
+    first, words = headers[0]
+    shape = [0, 1, 2, 4, 5, 7, 8]  # all but lengths
+    for rank, (their, said) in enumerate(headers):
+        if [their[i] for i in shape] != [first[i] for i in shape]:
+            raise ValueError(
+                f"q, k, v: expected the same sizes but for lengths on every rank, got {_shapes(first)} on rank 0 and "
+                f"{_shapes(their)} on rank {rank}"
+            )
+        if said != words:
+            raise ValueError(
+                f"expected the same options on every rank, got {words} on rank 0 and {said} on rank {rank}"
+            )
+    totals = []
+    for name, column in (("q", 3), ("k", 6)):
+        lengths = [their[column] for their, _ in headers]
+        expected = [length_of(own) for own in pieces(balance, sum(lengths), len(headers))]
+        if lengths != expected:
+            raise ValueError(
+                f"{name}.shape[2]: expected {expected} tokens on ranks 0 to {len(lengths) - 1} with "
+                f"balance={balance!r}, got {lengths}; fastattn.distributed.shard cuts them so"
+            )
+        totals.append(sum(lengths))
+    for rank, (their, _) in enumerate(headers):
+        if their[9] not in (-1, totals[1]):
+            raise ValueError(
+                f"mask, bias: expected all {totals[1]} keys in the last dimension, got {their[9]} on rank {rank}"
+            )
+    return totals[0], totals[1]
+
+
+def _shapes(numbers: list[int]) -> str:
+    _, batch, q_heads, q_len, dim, kv_heads, kv_len, v_dim, dtype, _ = numbers
+    name = str(FLOAT_DTYPES[dtype]).removeprefix("torch.")
+    q, k, v = (batch, q_heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, v_dim)
+    return f"q {q} k {k} v {v} {name}"
+
+
+def _choose(sizes: Sizes, link: Link, strategy: str | None, spec: AttentionSpec) -> Choice:
+    refused: dict[str, str] = {}
+    if sizes.balance == "striped" and spec.alibi_slopes is not None and sizes.ranks > 1:
+        refused.update((name, _STRIPED_ALIBI) for name in ("ring", "all_gather"))
+    found = costs(sizes, link)
+    possible = [name for name in STRATEGIES if name not in refused]
+    chosen = strategy or min(possible, key=lambda name: (found[name].seconds, found[name].memory))
+    parts = [
+        f"{sizes.ranks} ranks, {sizes.balance}; whole q {(sizes.batch, sizes.q_heads, sizes.q_len, sizes.head_dim)} "
+        f"k {(sizes.batch, sizes.kv_heads, sizes.kv_len, sizes.head_dim)} {str(spec.q.dtype).removeprefix('torch.')}"
+    ]
+    if sizes.left is not None or sizes.right is not None:
+        parts.append("causal" if spec.causal else f"window ({sizes.left}, {sizes.right})")
+        parts.append(f"q_offset={sizes.q_offset}")
+    return Choice(chosen, found, refused, ", ".join(parts), link, strategy is not None)

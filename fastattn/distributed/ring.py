@@ -1,0 +1,341 @@
+"""Keys and values on their way round the ranks, and their gradients home: the strategies "ring" and "all_gather".
+
+Both move pieces of keys and values to the ranks that need them, and to no other. A ring passes each piece on from rank
+to rank while the piece before is computed with; all_gather sends each directly to all at once. Every rank merges what
+its rows see of each piece by the log-sum-exp. The backward pass goes the same ways again; the gradients of a piece add
+up on its way round the ring and then go home, or go home from everywhere and are added up in the order of the ranks.
+
+Source: Liu et al., Ring Attention, 2023 (arXiv:2310.01889); lse merge: Dao et al., 2023 (Flash-Decoding).
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import backends, ops
+from fastattn.distributed.comm import Message, Peers, Pending
+from fastattn.distributed.layout import Pair, Piece, relation
+from fastattn.spec import AttentionSpec, Operands, Options
+
+_FORWARD = torch.ops.fastattn.attention_forward.default
+_BACKWARD = torch.ops.fastattn.attention_backward.default
+
+
+class Route(NamedTuple):
+    """A piece of keys and values, and the ranks that need it beside its own, in the order of the ring."""
+
+    number: int
+    piece: Piece
+    source: int
+    stops: tuple[int, ...]
+
+
+class Hop(NamedTuple):
+    """A route's message in one step."""
+
+    route: Route
+    sender: int
+    receiver: int
+
+
+class Plan(NamedTuple):
+    """One call: the whole as every rank knows it, and this rank's part."""
+
+    peers: Peers
+    strategy: str
+    rows: list[list[Piece]]
+    """of each rank"""
+    routes: list[Route]
+    options: Options
+    """window and q_offset of the whole"""
+    backend: str
+
+    @property
+    def own_rows(self) -> list[tuple[slice, Piece]]:
+        """Where each piece of this rank's queries lies in q."""
+        return placed(self.rows[self.peers.rank])
+
+    def pair(self, rows: Piece, keys: Piece) -> Pair | None:
+        return relation(rows, keys, self.options.q_offset or 0, self.options.left, self.options.right)
+
+
+def placed(own: list[Piece]) -> list[tuple[slice, Piece]]:
+    """Each piece and where it lies among the tokens that a rank holds."""
+    found, start = [], 0
+    for piece in own:
+        found.append((slice(start, start + piece.length), piece))
+        start += piece.length
+    return found
+
+
+def find_routes(
+    rows: list[list[Piece]], keys: list[list[Piece]], q_offset: int, left: int | None, right: int | None
+) -> list[Route]:
+    """The route of every piece that is not empty; ranks whose rows see nothing of it are not on it."""
+    ranks, found = len(rows), []
+    for source, own in enumerate(keys):
+        for piece in own:
+            if piece.length:
+                others = [(source + step) % ranks for step in range(1, ranks)]
+                stops = [r for r in others if any(relation(x, piece, q_offset, left, right) for x in rows[r])]
+                found.append(Route(len(found), piece, source, tuple(stops)))
+    return found
+
+
+def steps_of(routes: list[Route], strategy: str) -> list[list[Hop]]:
+    """The messages of keys and values, step by step; the same list on every rank."""
+    if strategy == "all_gather":
+        hops = [Hop(route, route.source, stop) for route in routes for stop in route.stops]
+        return [hops] if hops else []
+    steps: list[list[Hop]] = [[] for _ in range(max((len(route.stops) for route in routes), default=0))]
+    for route in routes:
+        way = (route.source, *route.stops)
+        for step, (sender, receiver) in enumerate(itertools.pairwise(way)):
+            steps[step].append(Hop(route, sender, receiver))
+    return steps
+
+
+def returns_of(routes: list[Route], strategy: str, step: int) -> list[Hop]:
+    """The messages of gradients after ``step``: on to the next rank of the route, and from its last one home."""
+    if strategy == "all_gather":
+        return [Hop(route, stop, route.source) for route in routes for stop in route.stops]
+    found = []
+    for route in routes:
+        if step < len(route.stops):
+            last = step == len(route.stops) - 1
+            found.append(Hop(route, route.stops[step], route.source if last else route.stops[step + 1]))
+    return found
+
+
+def run(plan: Plan, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """(out, lse) of this rank's rows, differentiable once; bias and mask are for its rows and all keys."""
+    tensors = (spec.q, spec.k, spec.v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks)
+    return _ContextParallel.apply(plan, *tensors)  # pyright: ignore[reportReturnType]
+
+
+# Moving pieces
+
+
+def _arrivals(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, list[tuple[Route, Tensor, Tensor]]]]:
+    """(step, the pieces that this rank computes with); its own in step -1. The next step is under way then."""
+    me, steps = plan.peers.rank, steps_of(plan.routes, plan.strategy)
+    own = [route for route in plan.routes if route.source == me]
+    places = [where for where, piece in placed_of(plan.routes, me)]
+    held = {
+        route.number: torch.cat([x[:, :, where].reshape(-1) for x in (k, v)])
+        for route, where in zip(own, places, strict=True)
+    }
+
+    def unpack(route: Route) -> tuple[Route, Tensor, Tensor]:
+        n = route.piece.length
+        k_size = k.shape[0] * k.shape[1] * n * k.shape[3]
+        buffer = held[route.number]
+        return route, buffer[:k_size].view(*k.shape[:2], n, -1), buffer[k_size:].view(*v.shape[:2], n, -1)
+
+    def begin(step: int) -> tuple[Pending, dict[int, Tensor]]:
+        hops = steps[step] if step < len(steps) else []
+        coming = {
+            hop.route.number: k.new_empty(k.shape[0] * k.shape[1] * hop.route.piece.length * (k.shape[3] + v.shape[3]))
+            for hop in hops
+            if hop.receiver == me
+        }
+        return plan.peers.start(
+            [Message(held[h.route.number], h.receiver, 1 + h.route.number) for h in hops if h.sender == me],
+            [Message(coming[h.route.number], h.sender, 1 + h.route.number) for h in hops if h.receiver == me],
+        ), coming
+
+    pending, coming = begin(0)
+    yield -1, [unpack(route) for route in own]
+    for step in range(len(steps)):
+        pending.wait()
+        held = coming
+        arrived = [route for route in plan.routes if route.number in held]
+        # From the nearest rank of the ring on: one order of sums, whichever message came first.
+        arrived.sort(key=lambda route: ((me - route.source) % plan.peers.size, route.number))
+        pending, coming = begin(step + 1)
+        yield step, [unpack(route) for route in arrived]
+    pending.wait()
+
+
+def placed_of(routes: list[Route], rank: int) -> list[tuple[slice, Piece]]:
+    """Where the pieces of a rank's routes lie in its keys."""
+    return placed([route.piece for route in routes if route.source == rank])
+
+
+def _pair_call(plan: Plan, of_all: Operands, where: slice, keys: Piece, pair: Pair) -> tuple[Operands, Options]:
+    """Operands and options of one pair of pieces, from those of the whole."""
+    own = of_all._replace(mask=_cut(of_all.mask, where, keys), bias=_cut(of_all.bias, where, keys))
+    return own, plan.options._replace(q_offset=pair.q_offset, left=pair.left, right=pair.right)
+
+
+def _cut(x: Tensor | None, rows: slice, keys: Piece) -> Any:
+    if x is None:
+        return None
+    x = x if x.shape[2] == 1 else x[:, :, rows]
+    return x if x.shape[3] == 1 else x[..., keys.positions]
+
+
+class _ContextParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
+        slopes: Tensor | None, sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        of_all = Operands(mask, bias, slopes)  # sinks belong to a row once, not to each pair
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        total = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=dtype)
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
+        calls: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for _, arrived in _arrivals(plan, k, v):
+            for route, own_k, own_v in arrived:
+                for index, (where, rows) in enumerate(plan.own_rows):
+                    pair = plan.pair(rows, route.piece)
+                    if pair is None:
+                        continue
+                    operands, options = _pair_call(plan, of_all, where, route.piece, pair)
+                    call = ops.Forward(q[:, :, where], own_k, own_v, operands, options, plan.backend)
+                    part, part_lse, statistics = _FORWARD(*ops.flatten(call))
+                    calls[route.number, index] = statistics, part_lse
+                    _merge(total[:, :, where], lse[:, :, where], part, part_lse)
+        if sinks is not None:
+            _merge(total, lse, None, sinks.to(dtype)[:, None].expand_as(lse))
+        out = total.to(q.dtype)
+        # For the probabilities of the whole, the softmax of each pair is told what the others added.
+        statistics = []
+        for (_number, index), (of_pair, part_lse) in calls.items():
+            more = lse[:, :, plan.own_rows[index][0]] - part_lse
+            more = more.masked_fill(part_lse == -torch.inf, 0.0)
+            statistics.append(backends.statistics_within(of_pair, more, plan.backend))
+        ctx.plan, ctx.calls = plan, {at: i for i, at in enumerate(calls)}
+        ctx.save_for_backward(q, k, v, mask, bias, slopes, sinks, out, lse, *statistics)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, mask, bias, slopes, sinks, out, lse, *statistics = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        of_all = Operands(mask, bias, slopes)
+        dout = torch.zeros_like(out) if dout is None else dout
+        wanted = [bool(x) for x in ctx.needs_input_grad[5:7]]
+        sums = _Sums(plan, q, k, v, bias if wanted[0] else None, slopes if wanted[1] else None)
+        for step, arrived in _arrivals(plan, k, v):
+            for route, own_k, own_v in arrived:
+                into = sums.keys_of(route)
+                for index, (where, rows) in enumerate(plan.own_rows):
+                    pair = plan.pair(rows, route.piece)
+                    if pair is None:
+                        continue
+                    operands, options = _pair_call(plan, of_all, where, route.piece, pair)
+                    call = ops.Backward(
+                        dout[:, :, where], None if dlse is None else dlse[:, :, where], q[:, :, where], own_k, own_v,
+                        out[:, :, where], statistics[ctx.calls[route.number, index]], operands, options, plan.backend,
+                        [*wanted, False],
+                    )  # fmt: skip
+                    sums.add(where, route.piece, into, _BACKWARD(*ops.flatten(call)))
+            sums.send_on(step, [route for route, _, _ in arrived])
+        dk, dv = sums.finish()
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[7]:
+            delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+            delta = delta if dlse is None else delta - dlse
+            dsinks = -(torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
+        learned = (
+            None if total is None else total.to(x.dtype)
+            for total, x in ((sums.dbias, bias), (sums.dslopes, slopes))
+        )  # fmt: skip
+        return None, sums.dq.to(q.dtype), dk, dv, None, *learned, dsinks
+
+
+def _merge(total: Tensor, lse: Tensor, part: Tensor | None, part_lse: Tensor) -> None:
+    """Take one more part of each row's softmax into ``total`` and ``lse``, in place; a sink is one without values."""
+    joint = torch.logaddexp(lse, part_lse)
+    base = joint.masked_fill(joint == -torch.inf, 0.0)
+    total.mul_(torch.exp(lse - base)[..., None])
+    if part is not None:
+        total.addcmul_(part.to(total.dtype), torch.exp(part_lse - base)[..., None])
+    lse.copy_(joint)
+
+
+class _Sums:
+    """The gradients of a backward pass, added up in a fixed order, and those of keys and values on their way."""
+
+    def __init__(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None) -> None:
+        self._plan, self._k, self._v = plan, k, v
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.dq = torch.zeros_like(q, dtype=dtype)
+        self.dbias, self.dslopes = (None if x is None else torch.zeros_like(x, dtype=dtype) for x in (bias, slopes))
+        self._dtype = dtype
+        self._mine: dict[int, Tensor] = {}
+        """what this rank's rows contribute to each piece, dk and dv one behind the other"""
+        self._coming: list[tuple[Hop, Tensor]] = []
+        self._home: dict[int, list[tuple[int, Tensor]]] = {}
+        self._pending: Pending | None = None
+
+    def _new(self, route: Route) -> Tensor:
+        k, v = self._k, self._v
+        size = k.shape[0] * k.shape[1] * route.piece.length * (k.shape[3] + v.shape[3])
+        return k.new_zeros(size, dtype=self._dtype)
+
+    def _views(self, route: Route, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        k, v, n = self._k, self._v, route.piece.length
+        k_size = k.shape[0] * k.shape[1] * n * k.shape[3]
+        return buffer[:k_size].view(*k.shape[:2], n, -1), buffer[k_size:].view(*v.shape[:2], n, -1)
+
+    def keys_of(self, route: Route) -> tuple[Tensor, Tensor]:
+        """Where the gradients of a piece's keys and values are added."""
+        self._mine[route.number] = self._new(route)
+        return self._views(route, self._mine[route.number])
+
+    def add(self, where: slice, keys: Piece, into: tuple[Tensor, Tensor], gradients: tuple[Tensor, ...]) -> None:
+        """Take in the gradients of one pair of pieces."""
+        dq, dk, dv, dbias, dslopes, _ = gradients
+        self.dq[:, :, where] += dq
+        into[0].add_(dk)
+        into[1].add_(dv)
+        if self.dbias is not None:
+            _cut(self.dbias, where, keys).add_(dbias)
+        if self.dslopes is not None:
+            self.dslopes.add_(dslopes)
+
+    def send_on(self, step: int, computed: list[Route]) -> None:
+        """After the pieces of a step: join what came with them, and send it on its way."""
+        if step < 0:
+            return
+        plan, me = self._plan, self._plan.peers.rank
+        self._arrive()
+        hops = returns_of(plan.routes, plan.strategy, step)
+        sends = [
+            Message(self._mine.pop(h.route.number), h.receiver, 1 + h.route.number) for h in hops if h.sender == me
+        ]
+        self._coming = [(hop, self._new(hop.route)) for hop in hops if hop.receiver == me]
+        receives = [Message(buffer, hop.sender, 1 + hop.route.number) for hop, buffer in self._coming]
+        self._pending = plan.peers.start(sends, receives)
+
+    def _arrive(self) -> None:
+        if self._pending is None:
+            return
+        self._pending.wait()
+        for hop, buffer in self._coming:
+            if hop.route.source == self._plan.peers.rank:
+                self._home.setdefault(hop.route.number, []).append((hop.sender, buffer))
+            else:
+                self._mine[hop.route.number] = buffer.add_(self._mine[hop.route.number])
+        self._pending, self._coming = None, []
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """dk and dv of this rank's keys."""
+        self._arrive()
+        dk, dv = torch.zeros_like(self._k), torch.zeros_like(self._v)
+        me = self._plan.peers.rank
+        own = [route for route in self._plan.routes if route.source == me]
+        for route, (where, _) in zip(own, placed_of(self._plan.routes, me), strict=True):
+            total = self._mine[route.number]
+            for _, buffer in sorted(self._home.get(route.number, []), key=lambda x: route.stops.index(x[0])):
+                total.add_(buffer)
+            dk[:, :, where], dv[:, :, where] = self._views(route, total)
+        return dk, dv

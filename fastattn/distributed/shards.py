@@ -1,0 +1,89 @@
+"""A batch cut among the ranks of a mesh dimension, and put together again."""
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fastattn.distributed.comm import Message, Peers
+from fastattn.distributed.layout import BALANCES, Balance, length_of, pieces
+from fastattn.distributed.ring import placed
+
+
+def shard(x: Tensor, *, mesh: DeviceMesh, dim: int, balance: Balance = "contiguous") -> Tensor:
+    """This rank's part of ``x``, which every rank has: tokens, labels, masks by rows, ... Differentiable; no messages.
+
+    Args:
+        x: any tensor.
+        mesh: one dimension.
+        dim: that of the tokens.
+        balance: as in `context_parallel_attention`; lengths need not divide by ranks.
+
+    Returns:
+        x's shape but for ``dim``; a copy.
+    """
+    peers = Peers(mesh)
+    own = pieces(_checked(balance), x.shape[dim], peers.size)[peers.rank]
+    index = torch.cat([torch.arange(x.shape[dim], device=x.device)[piece.positions] for piece in own])
+    return x.index_select(dim, index)
+
+
+def positions(length: int, *, mesh: DeviceMesh, balance: Balance = "contiguous") -> Tensor:
+    """Where each of this rank's tokens stands in the whole, int64 (own tokens,); for rotary embeddings and labels.
+
+    Args:
+        length: of the whole.
+        mesh, balance: as in `shard`.
+    """
+    return shard(torch.arange(length, device=mesh.device_type), mesh=mesh, dim=0, balance=balance)
+
+
+@torch.no_grad()
+def unshard(
+    x: Tensor, *, mesh: DeviceMesh, dim: int, balance: Balance = "contiguous", timeout: float | None = None
+) -> Tensor:
+    """The whole from every rank's part, on every rank; what `shard` undoes. Without gradient.
+
+    Args:
+        x: this rank's part.
+        mesh, dim, balance: as in `shard`.
+        timeout: seconds to wait for a message; None is the process group's own.
+
+    Raises:
+        ValueError: parts of other lengths than `shard` cuts, on every rank.
+        RuntimeError: another rank raised, ended or made another call; it is named.
+    """
+    peers = Peers(mesh, timeout)
+    _checked(balance)
+    dim = dim % x.ndim
+    headers = peers.headers([x.shape[dim]], f"{(*x.shape[:dim], None, *x.shape[dim + 1 :])} {x.dtype}")
+    lengths = [numbers[0] for numbers, _ in headers]
+    cut = pieces(balance, sum(lengths), peers.size)
+    for rank, (_, words) in enumerate(headers):
+        if words != headers[0][1]:
+            raise ValueError(
+                f"x: expected the same shape and dtype on every rank, got {headers[0][1]} on rank 0 and {words} on "
+                f"rank {rank}"
+            )
+        if lengths[rank] != length_of(cut[rank]):
+            raise ValueError(
+                f"x.shape[{dim}]: expected {length_of(cut[rank])} of {sum(lengths)} on rank {rank} with "
+                f"balance={balance!r}, got {lengths[rank]}"
+            )
+    x = x.movedim(dim, 0).contiguous()
+    parts = [x if rank == peers.rank else x.new_empty((lengths[rank], *x.shape[1:])) for rank in range(peers.size)]
+    others = [rank for rank in range(peers.size) if rank != peers.rank]
+    peers.exchange(
+        [Message(x, rank) for rank in others if x.numel()],
+        [Message(parts[rank], rank) for rank in others if parts[rank].numel()],
+    )
+    whole = x.new_empty((sum(lengths), *x.shape[1:]))
+    for part, own in zip(parts, cut, strict=True):
+        for where, piece in placed(own):
+            whole[piece.positions] = part[where]
+    return whole.movedim(0, dim)
+
+
+def _checked(balance: Balance) -> Balance:
+    if balance not in BALANCES:
+        raise ValueError(f"balance: expected one of {', '.join(map(repr, BALANCES))}, got {balance!r}")
+    return balance

@@ -1,0 +1,173 @@
+"""The strategy "ulysses": each rank attends with some of the heads over all tokens; tokens and heads change places.
+
+Source: Jacobs et al., DeepSpeed Ulysses, 2023 (arXiv:2309.14509). Here a key head goes to every rank that has one of
+its query heads, so there may be fewer key heads than ranks, and heads need not divide by ranks.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import backends, ops
+from fastattn.distributed.comm import Message, Peers
+from fastattn.distributed.layout import Piece, length_of
+from fastattn.distributed.ring import placed
+from fastattn.spec import AttentionSpec
+
+
+class Swap(NamedTuple):
+    """How one tensor (B, heads, tokens, width) changes places: what each rank gets of heads, and holds of tokens."""
+
+    heads: list[slice]
+    tokens: list[list[Piece]]
+
+    @property
+    def total(self) -> int:
+        return sum(map(length_of, self.tokens))
+
+
+def query_heads(heads: int, ranks: int) -> list[slice]:
+    """The query heads of each rank; where they do not divide, the first ranks have one more."""
+    size, longer = divmod(heads, ranks)
+    starts = [i * size + min(i, longer) for i in range(ranks + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(starts)]
+
+
+def key_heads(own: list[slice], group: int) -> list[slice]:
+    """The key heads that serve them, ``group`` query heads each."""
+    return [slice(x.start // group, -(-x.stop // group)) if x.stop > x.start else slice(0, 0) for x in own]
+
+
+def run(
+    peers: Peers, rows: list[list[Piece]], keys: list[list[Piece]], spec: AttentionSpec, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of this rank's rows, differentiable. The spec's bias and mask are for its rows and all keys."""
+    q_heads = spec.q.shape[1]
+    group = q_heads // spec.k.shape[1]
+    own = query_heads(q_heads, peers.size)
+    shared = key_heads(own, group)
+    tensors, swaps = [spec.q, spec.k, spec.v], [Swap(own, rows), Swap(shared, keys), Swap(shared, keys)]
+    for scores in (spec.bias, spec.mask):
+        if scores is not None:
+            wide = scores.expand(-1, q_heads, spec.q.shape[2], -1)
+            tensors.append(wide if wide.dtype != torch.bool else wide.to(torch.uint8))
+            swaps.append(Swap(own, rows))
+    swapped = list(_Swap.apply(peers, swaps, *tensors))  # pyright: ignore[reportArgumentType]
+    q, k, v = swapped[:3]
+    rest = swapped[3:]
+    bias = rest.pop(0) if spec.bias is not None else None
+    mask = rest.pop(0).bool() if spec.mask is not None else None
+    mine = own[peers.rank]
+    if mine.stop == mine.start:  # nothing to compute, but the backward pass must come through here on every rank
+        lse = q.sum(-1) + sum(x.sum() for x in (k, v, bias) if x is not None)
+        out = lse[..., None].expand(*q.shape[:3], v.shape[3]).to(q.dtype)
+        lse = lse.to(torch.promote_types(q.dtype, torch.float32))
+    else:
+        k, v = (_heads_of(x, mine, group, shared[peers.rank].start) for x in (k, v))
+        slopes, sinks = spec.alibi_slopes, spec.sinks
+        local = spec._replace(
+            q=q, k=k, v=v, bias=bias, mask=mask,
+            alibi_slopes=None if slopes is None else slopes[:, mine], sinks=None if sinks is None else sinks[mine],
+        )  # fmt: skip
+        out, lse = ops.attention(local, backends.choose(local, backend))
+        assert lse is not None
+    out, lse = _SwapBack.apply(peers, Swap(own, rows), out, lse[..., None])  # pyright: ignore[reportGeneralTypeIssues]
+    return out, lse[..., 0]
+
+
+def _heads_of(x: Tensor, mine: slice, group: int, first: int) -> Tensor:
+    """The key heads for this rank's query heads: in groups as they are if these are whole, else one for each."""
+    whole = mine.start % group == 0 and mine.stop % group == 0
+    inside = mine.start // group == (mine.stop - 1) // group
+    if whole or inside:
+        return x
+    return x[:, [head // group - first for head in range(mine.start, mine.stop)]]
+
+
+def _to_heads(peers: Peers, swaps: list[Swap], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """From some tokens of all heads to all tokens of some heads."""
+    sends, receives, arrivals, results = [], [], [], []
+    for tag, (swap, x) in enumerate(zip(swaps, tensors, strict=True)):
+        mine, batch, width = swap.heads[peers.rank], x.shape[0], x.shape[3]
+        result = x.new_empty((batch, mine.stop - mine.start, swap.total, width))
+        results.append(result)
+        for rank in range(peers.size):
+            part = x[:, swap.heads[rank]].contiguous()
+            shape = (batch, mine.stop - mine.start, length_of(swap.tokens[rank]), width)
+            if rank == peers.rank:
+                arrivals.append((result, swap.tokens[rank], part))
+                continue
+            coming = x.new_empty(shape)
+            arrivals.append((result, swap.tokens[rank], coming))
+            sends += [Message(part, rank, tag)] if part.numel() else []
+            receives += [Message(coming, rank, tag)] if coming.numel() else []
+    peers.exchange(sends, receives)
+    for result, held, coming in arrivals:
+        for where, piece in placed(held):
+            result[:, :, piece.positions] = coming[:, :, where]
+    return results
+
+
+def _to_tokens(peers: Peers, swaps: list[Swap], heads: list[int], tensors: list[Tensor]) -> list[Tensor]:
+    """Back; what several ranks hold of a head is added up, in the order of the ranks."""
+    sends, receives, arrivals, results = [], [], [], []
+    for tag, (swap, count, x) in enumerate(zip(swaps, heads, tensors, strict=True)):
+        batch, width = x.shape[0], x.shape[3]
+        own_length = length_of(swap.tokens[peers.rank])
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        result = x.new_zeros((batch, count, own_length, width), dtype=dtype)
+        results.append((result, x.dtype))
+        for rank in range(peers.size):
+            places = [x[:, :, piece.positions] for piece in swap.tokens[rank]]
+            part = torch.cat(places, 2).contiguous()
+            there = swap.heads[rank]
+            if rank == peers.rank:
+                arrivals.append((result, there, part))
+                continue
+            coming = x.new_empty((batch, there.stop - there.start, own_length, width))
+            arrivals.append((result, there, coming))
+            sends += [Message(part, rank, tag)] if part.numel() else []
+            receives += [Message(coming, rank, tag)] if coming.numel() else []
+    peers.exchange(sends, receives)
+    for result, there, coming in arrivals:
+        result[:, there] += coming
+    return [result.to(dtype) for result, dtype in results]
+
+
+class _Swap(torch.autograd.Function):
+    """`_to_heads`, one exchange for all tensors: so that every rank exchanges the gradients in one order."""
+
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, swaps: list[Swap], *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.peers, ctx.swaps, ctx.heads = peers, swaps, [x.shape[1] for x in tensors]
+        ctx.set_materialize_grads(True)
+        return tuple(_to_heads(peers, swaps, tensors))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
+        found = _to_tokens(
+            ctx.peers, [ctx.swaps[i] for i in wanted], [ctx.heads[i] for i in wanted], [gradients[i] for i in wanted]
+        )
+        results: list[Tensor | None] = [None] * len(gradients)
+        for i, gradient in zip(wanted, found, strict=True):
+            results[i] = gradient
+        return None, None, *results
+
+
+class _SwapBack(torch.autograd.Function):
+    """`_to_tokens` of out and lse, whose heads are on one rank each."""
+
+    @staticmethod
+    def forward(ctx: Any, peers: Peers, swap: Swap, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.peers, ctx.swap = peers, swap
+        count = swap.heads[-1].stop
+        return tuple(_to_tokens(peers, [swap] * len(tensors), [count] * len(tensors), list(tensors)))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None, *_to_heads(ctx.peers, [ctx.swap] * len(gradients), gradients)

@@ -1,0 +1,188 @@
+"""What the processes of `tests.support.ranks` are asked to do, and what the test compares it with."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+import fastattn.distributed as fd
+from fastattn import testing
+from fastattn.distributed import comm
+from fastattn.distributed.layout import length_of, pieces
+from fastattn.distributed.ring import placed
+
+ROWS = ("out", "lse", "dq")
+KEYS = ("dk", "dv")
+
+
+def make_inputs(case):
+    """(q, k, v, dout, dlse by name, options), the whole, the same in every process."""
+    g = torch.Generator().manual_seed(case.get("seed", 0))
+    batch, q_heads, kv_heads = 2, case.get("q_heads", 4), case.get("kv_heads", 4)
+    q_len, kv_len, dim, v_dim = case.get("q_len", 37), case.get("kv_len", 37), 8, case.get("v_dim", 8)
+    dtype = case.get("dtype", torch.float32)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g).to(dtype).requires_grad_()
+
+    q, k, v = draw(batch, q_heads, q_len, dim), draw(batch, kv_heads, kv_len, dim), draw(batch, kv_heads, kv_len, v_dim)
+    options = dict(case.get("options", {}))
+    if shape := case.get("bias"):
+        sizes = (batch, q_heads, q_len, kv_len)
+        options["bias"] = draw(*(n if wide else 1 for n, wide in zip(sizes, shape, strict=True)))
+    if case.get("mask"):
+        options["mask"] = torch.rand(batch, 1, q_len, kv_len, generator=g) < 0.7
+    if case.get("alibi"):
+        options["alibi_slopes"] = torch.rand(q_heads, generator=g).mul(0.2).requires_grad_()
+    if case.get("sinks"):
+        options["sinks"] = torch.randn(q_heads, generator=g).requires_grad_()
+    inputs = {"q": q, "k": k, "v": v, "dout": draw(batch, q_heads, q_len, v_dim).detach()}
+    inputs["dlse"] = torch.randn(batch, q_heads, q_len, generator=g)
+    return inputs, options
+
+
+def attend(mesh, case):
+    """This rank's out, lse and gradients."""
+    inputs, options = make_inputs(case)
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    how = {"mesh": mesh, "balance": case["balance"]}
+    own = {name: fd.shard(x, dim=2, **how) for name, x in inputs.items()}
+    leaves = [own[name].requires_grad_() for name in ("q", "k", "v")]
+    names = ["dq", "dk", "dv"]
+    for name in ("mask", "bias", "alibi_slopes", "sinks"):
+        if (x := options.get(name)) is not None:
+            x = x.detach()
+            if x.ndim == 4 and x.shape[2] > 1:
+                x = fd.shard(x, dim=2, **how)
+            if x.is_floating_point():
+                leaves.append(x.requires_grad_())
+                names.append(f"d{name}")
+            options[name] = x
+    out, lse = fd.context_parallel_attention(
+        own["q"], own["k"], own["v"], strategy=case["strategy"], return_lse=True, backend=case.get("backend"), **how,
+        **options,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(
+        [out, lse], leaves, [own["dout"], own["dlse"].masked_fill(lse.detach() == -torch.inf, 0.0)]
+    )
+    results = dict(zip(["out", "lse", *names], [out.detach(), lse.detach(), *gradients], strict=True))
+    for name, leaf in zip(names, leaves, strict=True):
+        assert results[name].shape == leaf.shape and results[name].dtype == leaf.dtype, name
+    return results
+
+
+def together(case, parts):
+    """The whole from what `attend` gave on every rank."""
+    inputs, _ = make_inputs(case)
+    whole = {}
+    for name in parts[0]:
+        found = [part[name] for part in parts]
+        rows = name in ROWS or (name == "dbias" and case["bias"][2])
+        if not rows and name not in KEYS:
+            whole[name] = torch.stack(found).sum(0)
+            continue
+        total = inputs["q" if rows else "k"].shape[2]
+        shape = list(found[0].shape)
+        shape[2] = total
+        whole[name] = found[0].new_empty(shape)
+        for x, own in zip(found, pieces(case["balance"], total, len(parts)), strict=True):
+            assert x.shape[2] == length_of(own)
+            for where, piece in placed(own):
+                whole[name][:, :, piece.positions] = x[:, :, where]
+    return whole
+
+
+def check(case, parts):
+    """Hold what `attend` gave to the one rule, against the specification in one process."""
+    inputs, options = make_inputs(case)
+    testing._hold_to_the_rule(list(together(case, parts).values()), inputs, options, 0)
+
+
+def attend_twice(mesh, case):
+    """Whether the same call gives the same bits, though messages come when they please."""
+    first = attend(mesh, case)
+    if mesh.get_local_rank() == 1:
+        time.sleep(0.05)
+    second = attend(mesh, case)
+    return all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+def round_trip(mesh, length, balance):
+    whole = torch.arange(2 * length * 3).view(2, length, 3)
+    part = fd.shard(whole, mesh=mesh, dim=1, balance=balance)
+    assert torch.equal(part[0, :, 0], whole[0, fd.positions(length, mesh=mesh, balance=balance), 0])
+    return part.shape[1], bool(torch.equal(fd.unshard(part, mesh=mesh, dim=1, balance=balance), whole))
+
+
+def small_call(mesh, length=6, **options):
+    q = torch.randn(1, 2, length, 8)
+    return fd.context_parallel_attention(q, q, q, mesh=mesh, **options)
+
+
+def call_with(mesh, options):
+    return small_call(mesh, **options)
+
+
+def model_of_traffic(mesh, options):
+    q = torch.randn(1, 2, 16, 8)
+    return fd.explain(q, q, q, mesh=mesh, **options)
+
+
+def differing(mesh, kind):
+    """Rank 1 calls with something else than the others."""
+    odd = mesh.get_local_rank() == 1
+    if kind == "length":
+        return small_call(mesh, 7 if odd else 6)
+    if kind == "dtype":
+        x = torch.randn(1, 2, 6, 8, dtype=torch.float64 if odd else torch.float32)
+        return fd.context_parallel_attention(x, x, x, mesh=mesh)
+    if kind == "heads":
+        x = torch.randn(1, 4 if odd else 2, 6, 8)
+        return fd.context_parallel_attention(x, x, x, mesh=mesh)
+    if kind == "options":
+        return small_call(mesh, causal=odd)
+    if kind == "keys":
+        return small_call(mesh, bias=torch.zeros(6, (4 if odd else 3) * 6))
+    assert kind == "error"
+    return small_call(mesh, sinks=torch.zeros(3 if odd else 2))
+
+
+def missing(mesh, when):
+    """Rank 2 raises before its call, or before its backward pass; the others wait no longer than they say."""
+    ranks = list(range(mesh.size()))
+    group = dist.new_group(ranks)  # connections of its own: they do not outlive a timeout
+    own = type(mesh).from_group(group, "cpu")
+    q = torch.randn(1, 2, 6, 8, requires_grad=True)
+    begin = time.monotonic()
+    if when == "call" and mesh.get_local_rank() == 2:
+        raise ValueError("on purpose")
+    out = fd.context_parallel_attention(q, q, q, mesh=own, timeout=1.0, strategy="ring")
+    if mesh.get_local_rank() == 2:
+        raise ValueError("on purpose")
+    try:
+        out.sum().backward()
+    finally:
+        assert time.monotonic() - begin < 20.0
+
+
+def explained(mesh, options, length=8192, heads=(8, 8)):
+    q, k = (torch.empty(1, n, length, 64, dtype=torch.bfloat16) for n in heads)
+    return fd.explain(q, k, k, mesh=mesh, **options)
+
+
+def traffic(mesh, options):
+    """Bytes that this rank is sent, and how many of the messages with keys; counted where they are received."""
+    received = []
+    q = torch.randn(1, 2, 16, 8)
+    seen = comm.Peers.start
+
+    def start(self, sends, receives):
+        received.extend(m.tensor.numel() * m.tensor.element_size() for m in receives if m.tag)
+        return seen(self, sends, receives)
+
+    comm.Peers.start = start
+    try:
+        fd.context_parallel_attention(q, q, q, mesh=mesh, **options)
+    finally:
+        comm.Peers.start = seen
+    return sum(received), len(received)
