@@ -20,7 +20,7 @@ thread_local char error_text[256] = "";
 
 // -- Which engine ----------------------------------------------------------------------------------------------------
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTATTN_ONE_ENGINE)
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
@@ -44,7 +44,7 @@ struct Engine {
 
 // The best one first.
 const Engine kEngines[] = {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTATTN_ONE_ENGINE)
     ENGINE(avx512, has_avx512),
     ENGINE(avx2, has_avx2),
 #endif
@@ -218,7 +218,7 @@ void check_cache(Checks& checks, const Cache& c) {
   checks.expect((c.block_table == nullptr) == (c.page_size == 0), "block_table: expected one where page_size is not 0");
   checks.expect(c.page_size != 0 || c.pages == c.batch, "pages: expected batch == %lld without a block_table, got %lld",
                 (long long)c.batch, (long long)c.pages);
-  checks.expect(c.page_size == 0 || c.capacity % (c.page_size == 0 ? 1 : c.page_size) == 0,
+  checks.expect(c.page_size == 0 || (checks.good() && c.capacity % c.page_size == 0),
                 "capacity: expected whole pages of %lld, got %lld", (long long)c.page_size, (long long)c.capacity);
   const int64_t slots = c.page_size == 0 ? c.capacity : c.page_size;
   checks.view("k_cache", c.k_cache, c.pages, slots, c.kv_heads, c.head_dim);

@@ -1,6 +1,7 @@
 """The CPU library as a file: where it is looked for, what is refused, how its structs are packed, what it checks."""
 
 import ctypes
+import random
 import re
 import shutil
 import struct
@@ -210,6 +211,31 @@ def test_bad_sizes_of_a_cache_are_refused(field, value):
 @pytest.mark.parametrize(("field", "value"), BAD["FastattnAppend"], ids=str)
 def test_bad_sizes_of_new_rows_are_refused(field, value):
     refused(cpu_library.load().fastattn_cpu_append(packed("FastattnAppend", **{field: value})))
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["FastattnAttention", "FastattnDecode", "FastattnAppend"])
+def test_whatever_stands_beside_a_bad_size_is_not_touched(name):
+    """Anything in all other fields and operands, whose addresses nobody may read."""
+    draw, library = random.Random(0), cpu_library.load()
+    layout_of = {struct: layout(struct) for struct in STRUCTS}
+    integers = (0, 1, 2, 3, 8, 16, 17, NOWHERE, 1 << 30, 1 << 31, 1 << 62, -1, -(1 << 63), (1 << 63) - 1)
+    doubles = (0.0, 1.0, 0.5, -1.0, 1e300, float("inf"), float("nan"))
+    sizes = [field for field, value in BAD[name] if value == -1 and field != "dtype"]
+
+    def anything(of, **changes):
+        drawn = ((field, draw.choice(doubles if kind == "d" else integers)) for field, kind in layout_of[of])
+        return STRUCTS[of].pack(*(changes.get(field, value) for field, value in drawn))
+
+    for _ in range(1000):
+        call = anything(name, **{draw.choice(sizes): draw.choice(TOO_LARGE)})
+        if name == "FastattnAttention":
+            operands = anything("FastattnOperands")
+            refused(library.fastattn_cpu_forward(call, operands))
+            gradients = anything("FastattnGradients")
+            refused(library.fastattn_cpu_backward(call, operands, gradients))
+        else:
+            refused((library.fastattn_cpu_decode if name == "FastattnDecode" else library.fastattn_cpu_append)(call))
 
 
 @needs_library

@@ -1,0 +1,51 @@
+"""The C++ sources in a program of their own, `parity.cpp`: under sanitizers, and on an emulated ARM processor."""
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "tests" / "cpu" / "parity.cpp"]
+COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+ARM_COMPILER, ARM = "aarch64-linux-gnu-g++", next(filter(shutil.which, ("qemu-aarch64-static", "qemu-aarch64")), None)
+
+
+def build(folder: Path, compiler: str, *flags: str) -> Path:
+    """Compile the program with one engine, for the instruction set that ``flags`` name."""
+    shared = [compiler, "-std=c++17", "-pthread", "-g0", f"-I{ROOT}/csrc/cpu", *flags]
+    engine = ["-DFASTATTN_ONE_ENGINE", "-DFASTATTN_VARIANT=baseline"]
+    objects = [folder / f"{source.stem}.o" for source in SOURCES]
+    commands = [[*shared, *engine, "-c", str(s), "-o", str(o)] for s, o in zip(SOURCES, objects, strict=True)]
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
+            assert result.returncode == 0, result.stderr
+    program = folder / "parity"
+    subprocess.run([*shared, *map(str, objects), "-o", str(program)], check=True)
+    return program
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(tmp_path, sanitizers):
+    assert COMPILER is not None
+    program = tmp_path / "none"
+    program.write_text("int main() {}\n")
+    probe = [COMPILER, "-x", "c++", str(program), f"-fsanitize={sanitizers}", "-o", str(tmp_path / "probe")]
+    if subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip(f"this compiler has no -fsanitize={sanitizers}")
+    flags = (f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1", "-march=native")
+    result = subprocess.run([str(build(tmp_path, COMPILER, *flags))], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr[-5000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(ARM_COMPILER) is None or ARM is None, reason="no aarch64 compiler or no qemu-user")
+def test_arm(tmp_path):
+    assert ARM is not None
+    program = build(tmp_path, ARM_COMPILER, "-O2", "-static")
+    result = subprocess.run([ARM, str(program)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
