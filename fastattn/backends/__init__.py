@@ -29,6 +29,7 @@ _PREFERENCE_ELSEWHERE = ("torch", "cpu", "reference")  # "cpu" refuses what is n
 _PREFERENCE_FUSED = ("cpu", "torch", "reference")
 # Scores from which on "cpu" goes before "torch": below, a call costs more than it computes, and PyTorch's costs less.
 _LARGE = 1 << 16
+_LARGE_CACHED = 1 << 13  # over a KV cache, where PyTorch's kernel has few rows for its threads and copies grouped heads
 
 
 def module(backend: str) -> ModuleType:
@@ -98,7 +99,8 @@ def _preference(spec: AttentionSpec | CacheSpec) -> tuple[str, ...]:
     device = spec.q.device.type
     if device != "cpu":
         return _PREFERENCE.get(device, _PREFERENCE_ELSEWHERE)
-    large = not torch.compiler.is_compiling() and _scores(spec) >= _LARGE
+    least = _LARGE_CACHED if isinstance(spec, CacheSpec) else _LARGE
+    large = not torch.compiler.is_compiling() and _scores(spec) >= least
     biased = isinstance(spec, AttentionSpec) and spec.bias is not None
     return _PREFERENCE_FUSED if large or biased else _PREFERENCE_ELSEWHERE
 

@@ -29,8 +29,9 @@ def attention_kvcache(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor | N
     In eager mode PyTorch's own functions are called as they are: on a CPU an operator of ours would cost a decode step
     as much again as the attention in it.
     """
+    direct = backend == "cpu" and nothing_to_dispatch(spec)
     if spec.k is not None and spec.v is not None:
-        _append_new(spec, spec.k, spec.v, backend)
+        _append_new(spec, spec.k, spec.v, backend, direct)
     if _wants_gradient(spec):
         return KVCACHE(*flatten(CacheCall(spec, backend)))
     if spec.k is not None and spec.v is not None and spec.length is not None and _is_prompt(spec):
@@ -39,7 +40,7 @@ def attention_kvcache(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor | N
     if backend == "torch" and not torch.compiler.is_compiling():
         with without_autocast(spec.q.device):
             return backends.module("torch").attention_cached(spec), None
-    if backend == "cpu" and nothing_to_dispatch(spec):
+    if direct:
         return _attend(spec, backend)
     return KVCACHE(*flatten(CacheCall(spec, backend)))
 
@@ -57,10 +58,10 @@ def _prompt(spec: CacheSpec, k: Tensor, v: Tensor) -> AttentionSpec:
     )  # fmt: skip
 
 
-def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str) -> None:
+def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str, direct: bool) -> None:
     """Write new entries into the caches, in place; the torch backend has the reference's way of doing so."""
     arguments = (spec.k_cache, spec.v_cache, k.detach(), v.detach(), spec.lens, spec.block_table)
-    if backend == "cpu" and nothing_to_dispatch(arguments):
+    if direct:
         _append(*arguments, backend)
         _count_change(spec.k_cache, spec.v_cache)
         return
