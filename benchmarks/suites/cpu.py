@@ -60,12 +60,14 @@ def cells() -> list[Cell]:
     for (case, changes), mode in itertools.product(FEATURES.items(), MODES):
         problem = Problem(**(SIZES | {"length": FEATURE_LENGTH} | changes))
         found.append(attention_cell(case, problem, mode, 1, ANY_PEER, 2))
-    for length, mode, padded in itertools.product((64, 256, 1024), ("train", "eval"), (True, False)):
+    kinds = ("MultiheadAttention", "TransformerEncoderLayer")
+    for length, kind, (mode, padded) in itertools.product((64, 256, 1024), kinds, (("train", False), ("eval", True))):
         run = functools.partial(
-            measure_layer, suite="cpu", kind="MultiheadAttention", length=length, mode=mode, padded=padded,
+            measure_layer, suite="cpu", kind=kind, length=length, mode=mode, padded=padded,
             providers=("fastattn", "torch"), dtype="fp32", tokens=1024, width=256,
+            dropout=0.1 if mode == "train" else 0.0,
         )  # fmt: skip
-        found.append(Cell("cpu", f"MultiheadAttention L={length} {mode}{', padded' if padded else ''}", run, 2))
+        found.append(Cell("cpu", f"{kind} L={length} {mode}{', padded' if padded else ''}", run, 2))
     return found
 
 

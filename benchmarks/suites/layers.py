@@ -22,11 +22,11 @@ LAYERS = ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLa
 COMPILED_LENGTHS = (4096, 1024)
 
 
-def make_layer(kind: str, width: int) -> nn.Module:
-    """A layer of torch.nn, without dropout."""
+def make_layer(kind: str, width: int, dropout: float = 0.0) -> nn.Module:
+    """A layer of torch.nn."""
     if kind == "MultiheadAttention":
-        return nn.MultiheadAttention(width, HEADS, batch_first=True)
-    return getattr(nn, kind)(width, HEADS, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        return nn.MultiheadAttention(width, HEADS, dropout, batch_first=True)
+    return getattr(nn, kind)(width, HEADS, 4 * width, dropout=dropout, batch_first=True, norm_first=True)
 
 
 def apply(kind: str, layer: nn.Module, x: Tensor, padding: Tensor | None, causal_mask: Tensor) -> Tensor:
@@ -41,11 +41,12 @@ def apply(kind: str, layer: nn.Module, x: Tensor, padding: Tensor | None, causal
 
 def measure_layer(
     bench: Bench, suite: str, kind: str, length: int, mode: str, padded: bool, providers: Sequence[str],
-    dtype: str = "bf16", tokens: int = TOKENS, width: int = WIDTH,
+    dtype: str = "bf16", tokens: int = TOKENS, width: int = WIDTH, dropout: float = 0.0,
 ) -> None:  # fmt: skip
     """Time one layer on each provider: "fastattn", "torch" and "torch-compile"; mode "train" or "eval"."""
     key = {
-        "case": f"{kind}, padded" if padded else kind, "mode": mode, "dtype": dtype, "batch": tokens // length,
+        "case": kind + (", padded" if padded else "") + (f", dropout {dropout:g}" if dropout else ""),
+        "mode": mode, "dtype": dtype, "batch": tokens // length,
         "q_heads": HEADS, "kv_heads": HEADS, "q_len": length, "kv_len": length, "head_dim": width // HEADS,
         "causal": kind == "TransformerDecoderLayer",
     }  # fmt: skip
@@ -54,7 +55,7 @@ def measure_layer(
         batch, length, width, actual_dtype = 2, 12, 64, torch.float32
     device = bench.device.torch_device
     torch.manual_seed(0)
-    base = make_layer(kind, width).to(device, actual_dtype).train(mode == "train")
+    base = make_layer(kind, width, dropout).to(device, actual_dtype).train(mode == "train")
     options = {"device": device, "dtype": actual_dtype}
     inputs = [torch.randn(batch, length, width, **options) for _ in range(bench.device.input_sets)]
     dout = torch.randn(batch, length, width, **options)
