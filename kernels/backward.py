@@ -212,19 +212,19 @@ def attention_backward(
     groups = (call.terms, call.dropout, call.packed)
     flat = (operands.q_offset_tensor, *call.sizes, unit, *call.constants)
     with launch.on_device(q):
-        cfg = call.configure("delta")
+        cfg = call.configure("delta", unit)
         if programs := triton.cdiv(call.q_len, cfg.block_m) * call.batch * call.q_heads:
             delta_kernel[(programs,)](
                 launch.rows(out, unit), dout_rows, None if dlse is None else dlse.contiguous(), delta, call.q_heads,
                 call.q_len, unit, call.v.shape[3], cfg.block_m, **cfg.options(),
             )  # fmt: skip
-        cfg = call.configure("dkdv")
+        cfg = call.configure("dkdv", unit)
         if programs := launch.tiles(call.kv_len, cfg.block_n, operands.cu_seqlens_k) * call.batch * call.kv_heads:
             dkdv_kernel[(programs,)](
                 *inputs, launch.rows(dk, unit), launch.rows(dv, unit), *groups,
                 launch.sparse(operands.block_mask, by_key=True), *flat, cfg.block_m, cfg.block_n, **cfg.options(),
             )  # fmt: skip
-        cfg = call.configure("dq")
+        cfg = call.configure("dq", unit)
         tiles = launch.tiles(call.q_len, cfg.block_m, operands.cu_seqlens_q)
         shares = (call.batch, call.q_heads, tiles)  # of the tiles, of a slope or a sink
         dslope_tiles = None if dslopes is None else delta.new_zeros(shares)

@@ -96,7 +96,7 @@ def dbias_kernel(
 
 def bias_gradient(dbias: Tensor, inputs: tuple[Any, ...], call: launch.Call, operands: Operands, unit: int) -> None:
     """Fill ``dbias``, contiguous; ``inputs`` are the first six arguments of the kernel."""
-    cfg = call.configure("dbias")
+    cfg = call.configure("dbias", unit)
     b, h, m, n = dbias.shape
     if programs := triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n) * b * h:
         sizes = (None if size == 1 else launch.encode(size) for size in dbias.shape)

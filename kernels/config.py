@@ -45,12 +45,13 @@ _SIXTEEN_BIT = {
         dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
         decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2)},
     ),
-    # H100: 228 KB, wgmma on warp groups of 4 warps and 64 rows. The largest tiles without a spilled register by the
-    # compiler's report; head dim 256 leaves the backward no room for wgmma's accumulators.
+    # H100: 228 KB, wgmma on warp groups of 4 warps and 64 rows. With 3 stages a copy is under way for a whole
+    # iteration; with 2 it is awaited as soon as it is issued. Registers may spill outside the loops, where that costs
+    # nothing. At head dim 256 the accumulators of dk and dv leave too few registers for a tile that wgmma can take.
     "sm_90": _table(
-        forward={64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
-        dkdv={64: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (32, 32, 8, 1)},
-        dq={64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+        forward={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
+        dkdv={64: (32, 128, 8, 3), 128: (32, 128, 8, 3), 256: (64, 32, 8, 3)},
+        dq={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
         dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (64, 32, 4, 1)},
         decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 4), 256: (16, 32, 4, 3)},
     ),
@@ -80,19 +81,28 @@ _SIXTEEN_BIT = {
     ),
 }  # fmt: skip
 
+# Where a mask or bias with a row per query is read too, or rows are read in pieces: registers, shared memory.
+_CROWDED = {
+    "sm_90": _table(
+        forward={64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (128, 16, 8, 3)},
+        dkdv={64: (32, 128, 8, 3), 128: (16, 128, 8, 3), 256: (32, 32, 8, 3)},
+        dq={64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
+    ),
+}  # fmt: skip
+
 _override: LaunchConfig | None = None
 
 
 def lookup(
-    kernel: Kernel, architecture: str, head_dim: int, element_size: int, reads_matrix: bool = False, rows: int = 1,
+    kernel: Kernel, architecture: str, head_dim: int, element_size: int, crowded: bool = False, rows: int = 1,
     indirect: bool = False,
 ) -> LaunchConfig:  # fmt: skip
     """The launch config for one kernel.
 
     ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
-    loop dimension, since shared memory holds half as many elements. ``reads_matrix``: a mask or bias with a row per
-    query is read too; its tile takes registers, so the forward kernel takes half as many keys at a time. ``rows``: how
-    many share a key head, query heads times queries; beyond a few the decode kernel takes taller tiles.
+    loop dimension, since shared memory holds half as many elements. ``crowded``: a mask or bias with a row per query
+    is read too, or rows begin at no multiple of 16 bytes; smaller tiles leave registers for that. ``rows``: how many
+    share a key head, query heads times queries; beyond a few the decode kernel takes taller tiles.
     ``indirect``: where a tile lies stands in memory, in a block table or a block mask. Each load of a tile then waits
     for another, so that Triton halves the distance over which it loads ahead: twice the stages keep it.
     """
@@ -106,7 +116,9 @@ def lookup(
         return LaunchConfig(16, 1, 4, 1)
     by_dim = _SIXTEEN_BIT[architecture][kernel]
     config = by_dim[min(d for d in by_dim if d >= head_dim)]
-    if reads_matrix and kernel == "forward" and architecture != "interpreter":
+    if crowded and kernel in (tiles := _CROWDED.get(architecture, {})):
+        config = tiles[kernel][min(d for d in tiles[kernel] if d >= head_dim)]
+    elif crowded and kernel == "forward" and architecture != "interpreter":
         config = dataclasses.replace(config, block_n=max(16, config.block_n // 2))
     if kernel == "decode" and rows > 2 * config.block_m:
         warps = 8 if head_dim > 128 or (head_dim > 64 and architecture == "sm_80") else 4  # with 4 they would spill

@@ -132,9 +132,7 @@ def attention_forward(
     """
     call = launch.Call(q, k, v, operands, options)
     unit = launch.stride_unit(call.q, call.k, call.v, out)
-    cfg = call.configure(
-        "forward", reads_matrix=any(x is not None and x.shape[2] != 1 for x in (operands.mask, operands.bias))
-    )
+    cfg = call.configure("forward", unit)
     programs = launch.tiles(call.q_len, cfg.block_m, operands.cu_seqlens_q) * call.batch * call.q_heads
     if programs == 0:
         return

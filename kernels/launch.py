@@ -3,7 +3,6 @@
 import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,10 +172,11 @@ class Call:
         self.constants = (dot_precision(q.dtype), head_dim, v_dim)
         self._facts = (architecture(q.device), max(head_dim, v_dim), q.element_size())
         self._indirect = bool(operands.block_mask)
+        self._reads_matrix = any(x is not None and x.shape[2] != 1 for x in (operands.mask, operands.bias))
 
-    def configure(self, kernel: config.Kernel, **facts: Any) -> config.LaunchConfig:
-        """The launch config of one of the call's kernels."""
-        return config.lookup(kernel, *self._facts, indirect=self._indirect, **facts)
+    def configure(self, kernel: config.Kernel, unit: int) -> config.LaunchConfig:
+        """The launch config of one of the call's kernels; ``unit`` from `stride_unit`."""
+        return config.lookup(kernel, *self._facts, crowded=self._reads_matrix or unit == 1, indirect=self._indirect)
 
 
 def slopes(alibi_slopes: Tensor | None, batch: int) -> Tensor | None:

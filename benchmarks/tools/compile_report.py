@@ -17,9 +17,7 @@ import itertools
 import json
 import multiprocessing
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +34,8 @@ from triton.runtime.jit import JITFunction
 
 from fastattn.kernels import append, backward, config, decode, forward, launch
 from fastattn.spec import CacheSpec, Gradients, Operands, Options
+
+from . import sass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -102,11 +102,16 @@ class Case:
     kernel: config.Kernel
     dim: int
     feature: str
+    override: str = ""  # block_m,block_n,warps,stages instead of the shipped ones
 
 
 @dataclasses.dataclass
 class Result(Case):
-    """What the compiler made of a case. Spills are bytes per thread; ``arrive`` counts WARPGROUP.ARRIVE."""
+    """What the compiler made of a case. Spills are bytes per thread; ``arrive`` counts WARPGROUP.ARRIVE.
+
+    From ``per_1000`` on, on sm_90: the inner main loop, see `sass.Counts`; ``per_1000`` are instructions of warps for
+    1,000 scores.
+    """
 
     config: str = ""
     error: str = ""
@@ -117,6 +122,18 @@ class Result(Case):
     arrive: int = 0
     serialised: bool = False
     seconds: float = 0.0
+    per_1000: float = 0.0
+    local: int = 0
+    local_edge: int = 0
+    smallest_n: int = 0
+    mma_sync: int = 0
+    prefetch: float = 0.0
+    loop: sass.Loop | None = None
+
+    def tile(self) -> tuple[int, int, int]:
+        """block_m, block_n and warps, from ``config``; (0, 0, 0) for a kernel without tiles of scores."""
+        found = re.match(r"(\d+)x(\d+) w(\d+)", self.config)
+        return (int(found[1]), int(found[2]), int(found[3])) if found else (0, 0, 0)
 
 
 class TargetOnlyDriver:
@@ -233,7 +250,12 @@ def compile_case(case: Case) -> Result:
     log = io.StringIO()
     start = time.perf_counter()
     try:
-        with compiling_for(case.arch, case.kernel) as compiled, contextlib.redirect_stdout(log):
+        tile = config.LaunchConfig(*map(int, case.override.split(","))) if case.override else None
+        with (
+            compiling_for(case.arch, case.kernel) as compiled,
+            contextlib.redirect_stdout(log),
+            config.override(tile),
+        ):
             launch_kernels(case.kernel, case.dim, FEATURES[case.feature])
         result.seconds = time.perf_counter() - start
         (kernel,) = compiled
@@ -265,15 +287,17 @@ def read_nvidia(result: Result, kernel: CompiledKernel, log: str) -> None:
     result.spills = int(re.findall(r"(\d+) bytes spill stores", log)[-1])
     if result.arch != "sm_90":
         return
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        command = [knobs.nvidia.nvdisasm.path, "--no-dataflow", "--no-vliw", cubin.name]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    result.wgmma = len(re.findall(r"\bHGMMA\b", sass))
-    result.arrive = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", sass))
+    code = sass.disassemble(kernel.asm["cubin"])
+    result.wgmma = len(re.findall(r"\bHGMMA\b", code))
+    result.arrive = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", code))
     # Products in flight together share one arrive. ptxas announces that it gave up on that, under these two codes.
     result.serialised = "C7510" in log or "C7512" in log or 0 < result.wgmma <= result.arrive
+    block_m, block_n, warps = result.tile()
+    if block_m and (loops := sass.main_loops(code)):
+        result.loop, counts = loops[0], sass.count(loops[0])
+        result.per_1000 = round(counts.instructions * warps * 1000 / (block_m * block_n), 1)
+        result.local, result.local_edge = counts.local, sass.count(loops[-1]).local
+        result.smallest_n, result.mma_sync, result.prefetch = counts.smallest_n, counts.mma_sync, counts.prefetch
 
 
 def read_amd(result: Result, kernel: CompiledKernel) -> None:
@@ -321,13 +345,15 @@ def table(results: list[Result]) -> str:
     """The results as text, one line each."""
     lines = [
         f"{'target':7} {'kernel':8} {'dim':>4} {'features':11} {'config':16} {'registers':>9} {'spills':>6} "
-        f"{'shared':>7} {'wgmma':>6} {'arrive':>6} {'seconds':>7}"
+        f"{'shared':>7} {'wgmma':>6} {'arrive':>6} {'seconds':>7} | {'per 1000':>8} {'local':>5} {'edge':>5} {'n':>3} "
+        f"{'mma':>4} {'prefetch':>8}"
     ]
     for r in results:
         note = f"  {r.error}" if r.error else "  serialised" if r.serialised else ""
         lines.append(
             f"{r.arch:7} {r.kernel:8} {r.dim:4} {r.feature:11} {r.config:16} {r.registers:9} {r.spills:6} "
-            f"{r.shared:7} {r.wgmma:6} {r.arrive:6} {r.seconds:7.1f}{note}"
+            f"{r.shared:7} {r.wgmma:6} {r.arrive:6} {r.seconds:7.1f} | {r.per_1000:8} {r.local:5} {r.local_edge:5} "
+            f"{r.smallest_n:3} {r.mma_sync:4} {r.prefetch:8.1f}{note}"
         )
     return "\n".join(lines)
 
@@ -347,6 +373,8 @@ def main() -> None:
     features = list(FEATURES) if "all" in args.features else args.features
     results = compile_all(all_cases(args.arch, args.kernel, args.dims, features), args.jobs)
     if args.json:
+        for r in results:
+            r.loop = None
         rows = [dataclasses.asdict(r) | {"triton": triton.__version__} for r in results]
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"triton {triton.__version__}; registers and spills (bytes) per thread, shared memory in bytes")

@@ -28,6 +28,14 @@ def report(tmp_path, *arguments, python_path=()):
     return rows["rows"] if isinstance(rows, dict) else rows
 
 
+def hardly_spills_in_its_loop(row):
+    """Spilled registers are accessed by less than a twentieth of the inner loop's instructions."""
+    block_m, rest = row["config"].split("x") if "x" in row["config"] else (0, "0 w4 s1")
+    block_n, warps, _ = rest.split()
+    instructions = row["per_1000"] * int(block_m) * int(block_n) / 1000 / int(warps[1:])
+    return 20 * row["local"] <= instructions
+
+
 def describe(row):
     return f"{row['arch']} {row['kernel']} D{row['dim']} {row['feature']} {row['config']}: {row}"
 
@@ -39,9 +47,10 @@ def test_hopper_defaults_fit(dim, tmp_path):
     assert {row["kernel"] for row in rows} >= {"forward", "dkdv", "dq", "delta", "decode", "combine", "append"}
     for row in rows:
         assert not row["error"], describe(row)
-        assert row["spills"] <= 64, describe(row)  # bytes, outside of the loops
+        assert hardly_spills_in_its_loop(row), describe(row)
         if row["kernel"] in ("forward", "dkdv", "dq"):  # tiles of a decode step are too short for wgmma
-            assert row["wgmma"] > 0 and not row["serialised"], describe(row)
+            assert row["wgmma"] > 0 and row["smallest_n"] >= 16 and not row["serialised"], describe(row)
+            assert row["prefetch"] >= 1, describe(row)
     shared = {(row["kernel"], row["feature"]): row["shared"] for row in rows}
     for kernel in ("forward", "dkdv", "dq"):  # as many tiles are loaded ahead where a block mask says which
         assert shared[kernel, "block_mask"] >= shared[kernel, "plain"], shared
@@ -52,8 +61,8 @@ def test_hopper_at_head_dim_256(tmp_path):
     rows = report(tmp_path, "--arch", "sm_90", "--dims", "256", "--features", "causal")
     for row in rows:
         assert not row["error"], describe(row)
-        assert row["spills"] <= 64, describe(row)  # bytes, outside of the loops
-        if row["kernel"] == "forward":
+        assert hardly_spills_in_its_loop(row), describe(row)
+        if row["kernel"] in ("forward", "dq"):
             assert row["wgmma"] > 0 and not row["serialised"], describe(row)
 
 
@@ -92,4 +101,4 @@ def test_every_feature_compiles_with_the_oldest_and_the_newest_triton(version, k
     for row in rows:
         assert not row["error"], describe(row)
         if row["feature"] == "causal":
-            assert row["spills"] <= 64 and not row["serialised"], describe(row)  # bytes, outside of the loops
+            assert hardly_spills_in_its_loop(row) and not row["serialised"], describe(row)
