@@ -71,7 +71,7 @@ _SCALE = (float, type(None))
 def remember(key: _Key | None, spec: AttentionSpec, backend: str) -> None:
     """Keep what became of a plain call, where PyTorch's function takes its tensors as they are."""
     plain = backend == "torch" and spec.bias is None and spec.q.shape[3] == spec.v.shape[3]
-    if key is None or not plain or torch.jit.is_tracing():  # whose sizes are tensors
+    if key is None or not plain or torch._C._get_tracing_state() is not None:  # whose sizes are tensors
         return
     missing = 0
     if spec.mask is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 
@@ -28,8 +29,8 @@ def nothing_to_dispatch(operands: Iterable[object]) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
-        or torch.jit.is_tracing()
+        or _profiler_enabled()
+        or torch._C._get_tracing_state() is not None
     ):
         return False
     recording = torch.is_grad_enabled()

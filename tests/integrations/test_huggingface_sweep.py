@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
 
-from benchmarks import huggingface_sweep as sweep
+from benchmarks.tools import huggingface_sweep as sweep
 from fastattn.integrations import huggingface
 
 # Those whose attention does not speak as transformers' interface expects, and one of each common kind.

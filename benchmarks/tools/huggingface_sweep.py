@@ -1,7 +1,7 @@
 """Every attention model of the installed transformers, small and random, on fastattn against its own eager code.
 
-    python -m benchmarks.huggingface_sweep                    # all, and the table is stored
-    python -m benchmarks.huggingface_sweep llama bert         # some, printed
+    python -m benchmarks.tools.huggingface_sweep                    # all, and the table is stored
+    python -m benchmarks.tools.huggingface_sweep llama bert         # some, printed
 
 Each is computed in float64, where two ways to the same thing agree to rounding: what differs differs in meaning. Inputs
 are unpadded, padded on the right and on the left; a model is compared in evaluation, and in training with its
@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 sys.modules.setdefault("kernels", None)  # pyright: ignore[reportArgumentType] (or transformers finds this repository's)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-RESULTS = Path(__file__).parent / "results" / "huggingface.json"
+RESULTS = Path(__file__).parents[1] / "results" / "huggingface.json"
 LENGTHS, LENGTH = (9, 6), 9
 PADDINGS = ("none", "right", "left")
 SIZES = (
