@@ -3,6 +3,7 @@
 from fastattn.distributed.context import context_parallel_attention, explain
 from fastattn.distributed.cost import Choice, Cost, Link
 from fastattn.distributed.shards import positions, shard, unshard
+from fastattn.distributed.tensor_parallel import tensor_parallel_plan
 
 __all__ = [
     "Choice",
@@ -12,5 +13,6 @@ __all__ = [
     "explain",
     "positions",
     "shard",
+    "tensor_parallel_plan",
     "unshard",
 ]

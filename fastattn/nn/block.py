@@ -130,7 +130,7 @@ class Attention(nn.Module):
                 if rotary is None:
                     rotary = self.rope.tables(positions(x, cu_seqlens, cache), self.head_dim, x.dtype)
                 both = rotate(torch.cat([q, k], dim=-2), rotary)  # in one go: a decode step is made of small operations
-                q, k = both.split((self.num_heads, self.num_kv_heads), dim=-2)
+                q, k = both.split((q.shape[-2], k.shape[-2]), dim=-2)
 
         if cu_seqlens is not None:
             out = attention_varlen(q, k, v, cu_seqlens, cu_seqlens_k, dropout_p=dropout_p, **options)
@@ -143,13 +143,13 @@ class Attention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(-2))
 
     def queries(self, x: Tensor) -> Tensor:
-        """(..., E) -> (..., H, D), normalised if the layer normalises."""
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        """(..., E) -> (..., H, D), normalised if the layer normalises; under tensor parallelism H are this rank's."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         return q if self.q_norm is None else self.q_norm(q)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., E) -> keys, normalised if the layer normalises, and values, (..., K, D) each."""
-        shape = (self.num_kv_heads, self.head_dim)
+        shape = (-1, self.head_dim)
         k, v = self.k_proj(x).unflatten(-1, shape), self.v_proj(x).unflatten(-1, shape)
         return (k if self.k_norm is None else self.k_norm(k)), v
 
