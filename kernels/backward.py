@@ -27,7 +27,7 @@ from .ranges import (
     sparse_range,
     tile_position,
 )
-from .scores import base_2, finish_scores, from_natural, load_statistics, nearest_key
+from .scores import base_2, finish_scores, from_natural, load_statistics
 from .tiles import cast, dot, head_rows, load_tile, store_tile
 
 RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right")
@@ -187,8 +187,6 @@ def dq_kernel(
         tl.store(dslopes_ptr + tl.program_id(0), tl.sum(dslope, 0))
     if dsinks_ptr is not None:  # a score whose value vector is 0: dP = 0 there
         sink = from_natural(tl.load(terms.sinks + head), terms)
-        if slope is not None:
-            sink += slope * nearest_key(rows, offset, kv_len).to(tl.float32)
         p = tl.math.exp2(base_2(sink - row_max, terms) - log_sum)
         tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(tl.where(rows < q_len, p * delta, 0.0), 0))
 

@@ -143,7 +143,7 @@ def decode_kernel(
 
     if terms.slopes is not None:  # what `finish_scores` has added to every score of the row
         slope = tl.load(terms.slopes + batch * kv_heads * group + heads)
-        row_max -= slope * nearest_key(rows, offset, kv_len).to(tl.float32)
+        row_max -= slope * nearest_key(rows, offset, kv_len, terms).to(tl.float32)
     if terms.sinks is not None:
         sink = from_natural(tl.load(terms.sinks + heads), terms)
         acc, row_max, row_sum = merge_sink(sink, acc, row_max, row_sum, terms)

@@ -108,9 +108,9 @@ def forward_kernel(
 
     shift = 0.0  # what `finish_scores` has added to every score of the row
     if slope is not None:
-        shift = slope * nearest_key(rows, offset, kv_len).to(tl.float32)
+        shift = slope * nearest_key(rows, offset, kv_len, terms).to(tl.float32)
     if terms.sinks is not None:
-        sink = from_natural(tl.load(terms.sinks + head), terms) + shift
+        sink = from_natural(tl.load(terms.sinks + head), terms)
         acc, row_max, row_sum = merge_sink(sink, acc, row_max, row_sum, terms)
     row_max, row_sum, empty = finish_softmax(row_max, row_sum)
     acc = acc * ((1.0 if dropout.seed is None else dropout.keep_scale) / row_sum)[:, None]

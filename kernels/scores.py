@@ -40,10 +40,16 @@ def tanh(x):
 
 
 @triton.jit
-def nearest_key(rows, offset, kv_len):
-    """How far the nearest of all keys is from each query: ALiBi counts from there, so that no large term cancels."""
-    position = rows + offset
-    return tl.maximum(tl.maximum(position - (kv_len - 1), -position), 0)
+def nearest_key(rows, offset, kv_len, terms):
+    """How far the nearest of all keys is from each query: ALiBi counts from there, so that no large term cancels.
+
+    0 beside a sink, which does not move with the scores: what far keys weigh is as good as nothing there.
+    """
+    if terms.sinks is not None:
+        return rows * 0
+    else:
+        position = rows + offset
+        return tl.maximum(tl.maximum(position - (kv_len - 1), -position), 0)
 
 
 @triton.jit
@@ -68,7 +74,7 @@ def finish_scores(
     if terms.bias.ptr is not None:
         s += load_scores(terms.bias, batch, head, rows, cols, q_len, kv_len, EDGE).to(tl.float32)
     if slope is not None:
-        distance = tl.abs(rows + offset - cols) - nearest_key(rows, offset, kv_len)
+        distance = tl.abs(rows + offset - cols) - nearest_key(rows, offset, kv_len, terms)
         s -= slope * distance.to(tl.float32)
     if terms.mask.ptr is not None:
         keep = load_scores(terms.mask, batch, head, rows, cols, q_len, kv_len, EDGE)
