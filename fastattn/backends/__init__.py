@@ -27,6 +27,7 @@ BACKENDS = tuple(_MODULES)
 _PREFERENCE = {"cuda": ("cuda", "triton", "torch", "reference")}
 _PREFERENCE_ELSEWHERE = ("torch", "cpu", "reference")  # "cpu" refuses what is not on a CPU
 _PREFERENCE_FUSED = ("cpu", "torch", "reference")
+_PREFERENCE_PRECISE = ("cpu", "reference", "torch")
 # Scores from which on "cpu" goes before "torch": below, a call costs more than it computes, and PyTorch's costs less.
 _LARGE = 1 << 16
 _LARGE_CACHED = 1 << 13  # over a KV cache, where PyTorch's kernel has few rows for its threads and copies grouped heads
@@ -93,7 +94,7 @@ def _preference(spec: AttentionSpec | CacheSpec) -> tuple[str, ...]:
     """The order of preference.
 
     On a CPU the fused kernels come first where they gain, and for every bias: PyTorch's gradients lose their precision
-    where a float mask holds very low numbers. A trace keeps PyTorch's kernel otherwise, so that plain models export
+    where a float mask holds very low numbers, so it comes last where they are wanted. A trace keeps PyTorch's kernel otherwise, so that plain models export
     without an operator of ours.
     """
     device = spec.q.device.type
@@ -102,6 +103,8 @@ def _preference(spec: AttentionSpec | CacheSpec) -> tuple[str, ...]:
     least = _LARGE_CACHED if isinstance(spec, CacheSpec) else _LARGE
     large = not torch.compiler.is_compiling() and _scores(spec) >= least
     biased = isinstance(spec, AttentionSpec) and spec.bias is not None
+    if biased and torch.is_grad_enabled() and any(x.requires_grad for x in (spec.q, spec.k, spec.v)):
+        return _PREFERENCE_PRECISE
     return _PREFERENCE_FUSED if large or biased else _PREFERENCE_ELSEWHERE
 
 

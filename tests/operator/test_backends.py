@@ -97,8 +97,11 @@ def test_large_calls_go_to_the_fused_kernels():
     assert "fastattn" not in str(exported.graph)
 
 
-def test_a_very_low_float_mask_leaves_gradients_as_they_are():
+@pytest.mark.parametrize("compiled", [True, False], ids=["library", "no library"])
+def test_a_very_low_float_mask_leaves_gradients_as_they_are(compiled, request):
     """As the definition gives them: PyTorch's kernel alone gives dv eight times as large here."""
+    if not compiled:
+        request.getfixturevalue("without_cpu_library")
     q, k, v = make_qkv("cpu", (16, 16), dtype=SINGLE)
     check_attention(q, k, v, bias=torch.full((1, 1, 1, 16), torch.finfo(SINGLE).min), lse_gradient=False)
 
