@@ -94,8 +94,8 @@ def _preference(spec: AttentionSpec | CacheSpec) -> tuple[str, ...]:
     """The order of preference.
 
     On a CPU the fused kernels come first where they gain, and for every bias: PyTorch's gradients lose their precision
-    where a float mask holds very low numbers, so it comes last where they are wanted. A trace keeps PyTorch's kernel otherwise, so that plain models export
-    without an operator of ours.
+    where a float mask holds very low numbers, so that its kernel comes last where they are wanted. A trace keeps
+    PyTorch's kernel otherwise, so that plain models export without an operator of ours.
     """
     device = spec.q.device.type
     if device != "cpu":
