@@ -19,8 +19,8 @@ TRITON_STAMP := .stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementatio
 TRITONS := $(FASTATTN_TRITON_3_6)/$(TRITON_STAMP) $(FASTATTN_TRITON_3_9)/$(TRITON_STAMP)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo demo-quick demo-dates demo-charlm lint types docs compile-report ext ext-cpu wheel bench-overhead \
-	gpu-check gpu-bench gpu-tune clean
+.PHONY: help env test quick demo demo-quick demo-dates demo-charlm lint types docs compile-report ext ext-cpu wheel \
+	bench-overhead gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,6 +30,15 @@ env: $(VENV)/.stamp-dev  ## make .venv with the package (editable), test, exampl
 test: $(VENV)/.stamp-test $(TRITONS) $(CPU_WHERE_POSSIBLE)  ## install what the tests need and run them all
 # One thread in each of the two processes: more would compete for the same cores.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+QUICK := tests/operator/test_spec.py tests/operator/test_errors.py tests/operator/test_reference.py \
+	$(addprefix tests/kernels/test_forward.py::test_,rows_with_nothing_allowed dropout everything_masked any_scale \
+	causal_with_an_offset_per_batch_entry) \
+	tests/kernels/test_backward.py::test_backward_of_a_batch_entry_does_not_depend_on_the_others \
+	tests/kernels/test_decode.py::test_terms
+
+quick: $(VENV)/.stamp-test $(CPU_WHERE_POSSIBLE)  ## spec, errors, reference and some cases of the kernels, in two minutes on a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(QUICK) $(PYTEST_ARGS)
 
 demo: $(VENV)/.stamp-examples  ## install and run the forecasting example
 	@echo "The forecasting example: about five minutes on two cores. make demo-quick takes about one."

@@ -167,12 +167,12 @@ def test_tall_tiles(device, backend):
     check(make_problem(device, (50,), new=20, q_len=20, heads=(4, 1)), backend, num_splits=2)
 
 
-@pytest.mark.parametrize(("q_len", "causal"), [(1, True), (4, False), (20, True)])
+@pytest.mark.parametrize(("q_len", "causal"), [(1, True), (4, False), (8, True)])
 @pytest.mark.parametrize("as_int", [True, False])
 def test_pytorch_kernel(q_len, causal, as_int):
-    """Where it is exact, PyTorch's kernel on a slice of the cache is the default on CPU, with NaN beyond the slice."""
+    """Where it is exact, PyTorch's kernel on a slice of the cache is the default on CPU for small calls, with NaN beyond the slice."""
     new = q_len if q_len != 4 else 2
-    problem = make_problem("cpu", (0 if q_len == 20 else 30,) * 2, new=new, q_len=q_len, dims=(16, 24))
+    problem = make_problem("cpu", (0 if q_len == 8 else 30,) * 2, new=new, q_len=q_len, dims=(16, 24))
     lens = int(problem.lens[0]) if as_int else problem.lens
     chosen, named = problem.copy(), problem.copy()
     options = {"cache_lens": lens, "causal": causal}

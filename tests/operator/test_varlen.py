@@ -20,6 +20,7 @@ LENGTHS = {
     "empty ends": ([0, 17, 0], [0, 50, 0]),
     "one": ([40], [70]),
     "tiles": ([32, 64, 16], [32, 64, 16]),
+    "few": ([5, 0, 35, 2], [9, 20, 40, 0]),
     "many": ([3] * 9, [7] * 9),
     "nothing": ([0, 0], [0, 0]),
 }
@@ -29,18 +30,18 @@ def cumulative(lengths, device="cpu", dtype=torch.int32):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype, device=device)
 
 
-def packed(device, name="mixed", dtype=SINGLE, rest=(0, 0), v_dim=DIM):
+def packed(device, name="mixed", dtype=SINGLE, rest=(0, 0), v_dim=DIM, heads=(HEADS, KV_HEADS)):
     """q, k, v and the two cu_seqlens; ``rest`` rows of no sequence behind the last."""
     lengths = LENGTHS[name]
     q_total, kv_total = (sum(x) + more for x, more in zip(lengths, rest, strict=True))
-    q = torch.randn(q_total, HEADS, DIM).to(device, dtype)
-    k = torch.randn(kv_total, KV_HEADS, DIM).to(device, dtype)
-    v = torch.randn(kv_total, KV_HEADS, v_dim).to(device, dtype)
+    q = torch.randn(q_total, heads[0], DIM).to(device, dtype)
+    k = torch.randn(kv_total, heads[1], DIM).to(device, dtype)
+    v = torch.randn(kv_total, heads[1], v_dim).to(device, dtype)
     cu_q, cu_k = (cumulative(x, device) for x in lengths)
     return (q, k, v), {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
 
 
-def terms(device, sequences=5):
+def terms(device, sequences=5, heads=HEADS):
     """Name -> arguments: one of each kind, learned where that is possible."""
     generator = torch.Generator().manual_seed(1)
 
@@ -53,9 +54,9 @@ def terms(device, sequences=5):
         "offsets": {"q_offset": torch.arange(sequences, device=device) * 3 - 4},
         "window": {"window": (11, 4)},
         "softcap": {"softcap": 2.0},
-        "slopes": {"alibi_slopes": leaf(HEADS)},
-        "slopes of each": {"alibi_slopes": leaf(sequences, HEADS)},
-        "sinks": {"sinks": leaf(HEADS)},
+        "slopes": {"alibi_slopes": leaf(heads)},
+        "slopes of each": {"alibi_slopes": leaf(sequences, heads)},
+        "sinks": {"sinks": leaf(heads)},
         "dropout": {"dropout_p": 0.3},
         "scale": {"scale": -0.4},
     }
@@ -75,8 +76,8 @@ PAIRS = [pair for pair in itertools.combinations(NAMES, 2) if not overlap(pair, 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_every_pair_of_arguments(pair, backend, device):
-    qkv, bounds = packed(device)
-    cases = terms(device)
+    qkv, bounds = packed(device, "few", heads=(2, 1))
+    cases = terms(device, sequences=4, heads=2)
     check_attention(*qkv, backend=backend, **bounds, **cases[pair[0]], **cases[pair[1]])
 
 
