@@ -11,6 +11,7 @@ from .functional import (
     explain,
     explain_varlen,
     explain_with_kvcache,
+    merge,
     scaled_dot_product_attention,
 )
 from .inference import BeamSearch, Generated, Sampling, generate, stream
@@ -37,6 +38,7 @@ __all__ = [
     "explain_with_kvcache",
     "flops",
     "generate",
+    "merge",
     "nn",
     "revert",
     "scaled_dot_product_attention",

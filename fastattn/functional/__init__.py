@@ -9,6 +9,7 @@ from fastattn.functional.attention import (
     scaled_dot_product_attention,
 )
 from fastattn.functional.kvcache import attention_with_kvcache, explain_with_kvcache
+from fastattn.functional.merge import merge
 
 __all__ = [
     "Backend",
@@ -18,5 +19,6 @@ __all__ = [
     "explain",
     "explain_varlen",
     "explain_with_kvcache",
+    "merge",
     "scaled_dot_product_attention",
 ]

@@ -1,0 +1,330 @@
+"""flash-attention 2's functions, with its signatures and conventions.
+
+``import fastattn.compat.flash_attn as flash_attn`` is the whole migration.
+
+(B, L, H, D) layout; causal order and windows line the last query up with the last key; a side of ``window_size`` below
+0 is open; ``softcap=0.0`` is off; dropout is applied as given. What differs, each time for more:
+
+- Every dtype and head dim of `fastattn.attention`, on every device; ``alibi_slopes`` have a gradient.
+- lse has a gradient, and is -inf where a row sees nothing; flash-attention has +inf there.
+- ``return_attn_probs=True`` gives ``(out, lse, None)``: weights are never stored.
+- ``deterministic`` is taken and means nothing: the backward always is.
+- ``cu_seqlens`` are read on the device, ``max_seqlen`` bounds the copy where keys are paged and is else not read.
+
+Two calls copy keys before they attend to them, see there: `flash_attn_varlen_func` with a ``block_table``, and
+`flash_attn_with_kvcache` with ``cache_leftpad`` or, where the cache is no multiple of 16 long, ``cache_batch_idx``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.compat.packing import gather
+from fastattn.functional import attention, attention_varlen, attention_with_kvcache
+from fastattn.functional.kvcache import PAGE_MULTIPLE
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
+
+Result = Tensor | tuple[Tensor, Tensor, None]
+Window = tuple[int, int]
+
+
+def _window(window_size: Window) -> tuple[int | None, int | None] | None:
+    """None is an open side, and no window at all where both are: kernels without windows may serve that."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(f"window_size: expected (left, right), -1 for an open side, got {window_size!r}")
+    left, right = (None if side < 0 else side for side in window_size)
+    return None if left is None and right is None else (left, right)
+
+
+def _parts(name: str, packed: Tensor, dim: int, count: int) -> tuple[Tensor, ...]:
+    """The views of q, k and v, or k and v, in one tensor."""
+    if packed.ndim != dim + 3 or packed.shape[dim] != count:
+        shape = f"({'B, L' if dim == 2 else 'total'}, {count}, H, D)"
+        raise ValueError(f"{name}: expected {shape}, got shape {tuple(packed.shape)}")
+    return packed.unbind(dim)
+
+
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
+    """flash_attn.flash_attn_func on `fastattn.attention`.
+
+    Args:
+        q: (B, Lq, Hq, D).
+        k: (B, Lk, Hk, D), Hq a multiple of Hk.
+        v: (B, Lk, Hk, Dv).
+        dropout_p: applied as given: pass 0.0 when evaluating.
+        softmax_scale: default ``1 / sqrt(D)``.
+        causal, window_size: the last query is lined up with the last key.
+        softcap: 0.0 is off.
+        alibi_slopes: (Hq,) or (B, Hq).
+        deterministic: not needed, not read.
+        return_attn_probs: also return lse, and None in place of the weights.
+
+    Returns:
+        out (B, Lq, Hq, Dv), or (out, lse, None) with lse (B, Hq, Lq) in float32.
+
+    Raises:
+        TypeError, ValueError: as `fastattn.attention`, under its names.
+    """
+    options: dict[str, Any] = {
+        "dropout_p": dropout_p, "scale": softmax_scale, "causal": causal, "window": _window(window_size),
+        "softcap": softcap or None, "alibi_slopes": alibi_slopes,
+    }  # fmt: skip
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if not return_attn_probs:
+        return attention(q, k, v, **options).transpose(1, 2)
+    out, lse = attention(q, k, v, return_lse=True, **options)
+    return out.transpose(1, 2), lse, None
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor, kv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
+    """`flash_attn_func` with keys and values in one tensor, ``kv`` (B, Lk, 2, Hk, D), of which no copy is made."""
+    k, v = _parts("kv", kv, 2, 2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
+    """`flash_attn_func` with everything in one tensor, ``qkv`` (B, L, 3, H, D), of which no copy is made."""
+    q, k, v = _parts("qkv", qkv, 2, 3)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False, block_table: Tensor | None = None,
+) -> Result:  # fmt: skip
+    """flash_attn.flash_attn_varlen_func on `fastattn.attention_varlen`.
+
+    With a ``block_table`` the keys of each sequence are first copied out of their pages: one read and one write of
+    the keys and values that are used, on every call. Where each sequence has equally many queries,
+    `flash_attn_with_kvcache` reads the pages themselves.
+
+    Args:
+        q: (total_q, Hq, D).
+        k: (total_k, Hk, D), or with a ``block_table`` (pages, page_size, Hk, D), pages of any size.
+        v: likewise with head dim Dv.
+        cu_seqlens_q, cu_seqlens_k: int (sequences + 1,), rising from 0.
+        max_seqlen_q: not needed, not read.
+        max_seqlen_k: at least the longest key sequence. Read with a ``block_table`` on a GPU only, for the room of
+            the copy.
+        dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as in `flash_attn_func`.
+        alibi_slopes: (Hq,) or (sequences, Hq).
+        return_attn_probs: also return lse, and None in place of the weights.
+        block_table: int (sequences, max_pages): position p of sequence s is in page
+            ``block_table[s, p // page_size]``, at ``p % page_size``.
+
+    Returns:
+        out (total_q, Hq, Dv), or (out, lse, None) with lse (Hq, total_q) in float32.
+
+    Raises:
+        TypeError, ValueError: as `fastattn.attention_varlen`, under its names.
+    """
+    if block_table is not None:
+        lengths, capacity = cu_seqlens_k.diff(), k.shape[1] * block_table.shape[1]
+        longest = min(max_seqlen_k, capacity) if isinstance(max_seqlen_k, int) else capacity
+        starts = torch.zeros_like(lengths)
+        k, v, cu_seqlens_k = gather(k, v, starts, lengths, pages=block_table, longest=longest)
+        cu_seqlens_k = cu_seqlens_k.to(cu_seqlens_q.dtype)
+    options: dict[str, Any] = {
+        "dropout_p": dropout_p, "scale": softmax_scale, "causal": causal, "window": _window(window_size),
+        "softcap": softcap or None, "alibi_slopes": alibi_slopes,
+    }  # fmt: skip
+    if not return_attn_probs:
+        return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+    out, lse = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=True, **options)
+    return out, lse, None
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor, kv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
+    """`flash_attn_varlen_func` with keys and values in one tensor, ``kv`` (total_k, 2, Hk, D)."""
+    k, v = _parts("kv", kv, 1, 2)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int | Tensor, dropout_p: float = 0.0,
+    softmax_scale: float | None = None, causal: bool = False, window_size: Window = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
+) -> Result:  # fmt: skip
+    """`flash_attn_varlen_func` with everything in one tensor, ``qkv`` (total, 3, H, D)."""
+    q, k, v = _parts("qkv", qkv, 1, 3)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
+    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None, cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None, cache_leftpad: Tensor | None = None, block_table: Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False, window_size: Window = (-1, -1), softcap: float = 0.0,
+    rotary_interleaved: bool = True, alibi_slopes: Tensor | None = None, num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """flash_attn.flash_attn_with_kvcache on `fastattn.attention_with_kvcache`: ``k`` and ``v`` are written into the
+    cache in place, then ``q`` attends to what it holds.
+
+    With ``cache_leftpad``, and with ``cache_batch_idx`` where the cache is no multiple of 16 long, the keys in use are
+    first copied out of the cache, on every call (on a GPU a copy as long as the cache of each entry), and
+    ``num_splits`` has no meaning. Else the cache is read where it is.
+
+    Args:
+        q: (B, Lq, Hq, D).
+        k_cache: (rows, Lmax, Hk, D), rows being B without ``cache_batch_idx``; or (pages, page_size, Hk, D) with a
+            ``block_table``, page_size a multiple of 16.
+        v_cache: likewise with head dim Dv.
+        k: (B, Lnew, Hk, D) new keys, or None.
+        v: (B, Lnew, Hk, Dv) new values.
+        rotary_cos, rotary_sin: (positions, R / 2): the first R numbers of each head of q and k are turned, k at
+            ``cache_seqlens`` and on, q likewise if ``causal`` or in a window, else all of it at ``cache_seqlens``.
+        cache_seqlens: what is in the cache before appending: an int or int (B,). None means that it is full.
+        cache_batch_idx: int (B,), the row of the cache that each entry has; different where something is appended.
+        cache_leftpad: int (B,), where the keys of each entry begin; keys before it are not seen.
+        block_table: int (B, max_pages).
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
+        rotary_interleaved: numbers 2 i and 2 i + 1 turn together, as in GPT-J; False: i and i + R / 2, as in GPT-NeoX.
+        num_splits: 0 chooses.
+        return_softmax_lse: also return lse.
+
+    Returns:
+        out (B, Lq, Hq, Dv), or (out, lse) with lse (B, Hq, Lq) in float32.
+
+    Raises:
+        NotImplementedError: what is asked for has no meaning, with the argument and the cure.
+        TypeError, ValueError: as `fastattn.attention_with_kvcache`, under its names.
+    """
+    window = _window(window_size)
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if (k is None) != (v is None):
+        raise ValueError("k, v: expected both or neither, got one")
+    if cache_seqlens is None and k is not None:
+        raise ValueError("cache_seqlens: expected how much the cache holds, since k and v are appended, got None")
+    if cache_batch_idx is not None and block_table is not None:
+        raise NotImplementedError(
+            "cache_batch_idx: expected None beside block_table, got both; choose block_table[cache_batch_idx] instead"
+        )
+    lens: int | Tensor = capacity if cache_seqlens is None else cache_seqlens
+    if rotary_cos is not None or rotary_sin is not None:
+        if rotary_cos is None or rotary_sin is None:
+            raise ValueError("rotary_cos, rotary_sin: expected both or neither, got one")
+        if k is None:
+            raise NotImplementedError("rotary_cos: expected k and v to append, got none; turn q before the call")
+        still = not causal and window is None
+        q = _rotate(q, rotary_cos, rotary_sin, lens, rotary_interleaved, still)
+        k = _rotate(k, rotary_cos, rotary_sin, lens, rotary_interleaved, still=False)
+    options: dict[str, Any] = {
+        "scale": softmax_scale, "causal": causal, "window": window, "softcap": softcap or None,
+        "alibi_slopes": alibi_slopes, "return_lse": return_softmax_lse,
+    }  # fmt: skip
+    if cache_batch_idx is not None and cache_leftpad is None and capacity % PAGE_MULTIPLE == 0:
+        block_table, cache_batch_idx = cache_batch_idx[:, None], None  # each row of the cache is one page
+    if cache_batch_idx is not None or cache_leftpad is not None:
+        place = _Place(q, capacity, lens, 0 if k is None else k.shape[1], cache_batch_idx, block_table)
+        if k is not None and v is not None:
+            place.write(k_cache, v_cache, k, v)
+        k_used, v_used, cu_seqlens_k = place.read(k_cache, v_cache, cache_leftpad)
+        cu_seqlens_q = torch.arange(q.shape[0] + 1, device=q.device, dtype=torch.int32) * q.shape[1]
+        result: Any = attention_varlen(q.flatten(0, 1), k_used, v_used, cu_seqlens_q, cu_seqlens_k, **options)
+        if not return_softmax_lse:
+            return result.unflatten(0, q.shape[:2])
+        return result[0].unflatten(0, q.shape[:2]), result[1].unflatten(1, q.shape[:2]).transpose(0, 1)
+    result = attention_with_kvcache(
+        q.transpose(1, 2), k_cache, v_cache, None if k is None else k.transpose(1, 2),
+        None if v is None else v.transpose(1, 2), cache_lens=lens, num_splits=num_splits or None,
+        block_table=None if block_table is None else block_table.to(torch.int32), **options,
+    )  # fmt: skip
+    return (result[0].transpose(1, 2), result[1]) if return_softmax_lse else result.transpose(1, 2)
+
+
+class _Place:
+    """Where the entries of a batch are in a cache that the kernels do not read themselves."""
+
+    def __init__(
+        self, q: Tensor, capacity: int, lens: int | Tensor, added: int, rows: Tensor | None, pages: Tensor | None
+    ) -> None:
+        batch, device = q.shape[0], q.device
+        self.lens = lens.long() if isinstance(lens, Tensor) else torch.full((batch,), lens, device=device)
+        self.added = added
+        self.rows = torch.arange(batch, device=device) if rows is None and pages is None else rows
+        self.pages = pages
+        if device.type == "cpu" and ((self.lens < 0) | (self.lens > capacity - added)).any():
+            raise ValueError(
+                f"cache_seqlens: expected 0 to {capacity - added} (the cache holds {capacity}, {added} are appended), "
+                f"got {self.lens.tolist()}"
+            )
+
+    def write(self, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor) -> None:
+        place = self.lens[:, None] + torch.arange(k.shape[1], device=k.device)
+        if self.pages is None:
+            assert self.rows is not None
+            index = (self.rows.long()[:, None], place)
+        else:
+            page_size = k_cache.shape[1]
+            index = (self.pages.long().gather(1, place // page_size), place % page_size)
+        k_cache[index], v_cache[index] = k, v
+
+    def read(self, k_cache: Tensor, v_cache: Tensor, leftpad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        starts = torch.zeros_like(self.lens) if leftpad is None else leftpad.long()
+        lengths = (self.lens + self.added - starts).clamp(min=0)
+        return gather(k_cache, v_cache, starts, lengths, pages=self.pages, entries=self.rows)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, first: int | Tensor, interleaved: bool, still: bool) -> Tensor:
+    """``x`` (B, L, H, D) turned by its positions, ``first`` and on, or ``first`` for all where it stands still."""
+    if cos.shape != sin.shape or cos.ndim != 2 or 2 * cos.shape[1] > x.shape[-1]:
+        raise ValueError(
+            f"rotary_cos, rotary_sin: expected one shape (positions, R / 2), R at most D == {x.shape[-1]}, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    batch, length = x.shape[:2]
+    first = first.long() if isinstance(first, Tensor) else torch.full((batch,), first, device=x.device)
+    steps = torch.arange(length, device=x.device)
+    position = first[:, None] + (torch.zeros_like(steps) if still else steps)
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    c, s = (table[position].unsqueeze(2).to(accumulator) for table in (cos, sin))  # (B, L, 1, R / 2)
+    turned, rest = x.split([2 * cos.shape[1], x.shape[-1] - 2 * cos.shape[1]], -1)
+    if interleaved:
+        a, b = turned.to(accumulator).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)
+    else:
+        a, b = turned.to(accumulator).chunk(2, -1)
+        turned = torch.cat([a * c - b * s, a * s + b * c], -1)
+    return torch.cat([turned.to(x.dtype), rest], -1)
