@@ -102,9 +102,11 @@ def _preference(spec: AttentionSpec | CacheSpec) -> tuple[str, ...]:
         return _PREFERENCE.get(device, _PREFERENCE_ELSEWHERE)
     least = _LARGE_CACHED if isinstance(spec, CacheSpec) else _LARGE
     large = not torch.compiler.is_compiling() and _scores(spec) >= least
-    biased = isinstance(spec, AttentionSpec) and spec.bias is not None
-    if biased and torch.is_grad_enabled() and any(x.requires_grad for x in (spec.q, spec.k, spec.v)):
-        return _PREFERENCE_PRECISE
+    biased = False
+    if isinstance(spec, AttentionSpec) and spec.bias is not None:
+        biased = True
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (spec.q, spec.k, spec.v)):
+            return _PREFERENCE_PRECISE
     return _PREFERENCE_FUSED if large or biased else _PREFERENCE_ELSEWHERE
 
 

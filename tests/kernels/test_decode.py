@@ -170,7 +170,7 @@ def test_tall_tiles(device, backend):
 @pytest.mark.parametrize(("q_len", "causal"), [(1, True), (4, False), (8, True)])
 @pytest.mark.parametrize("as_int", [True, False])
 def test_pytorch_kernel(q_len, causal, as_int):
-    """Where it is exact, PyTorch's kernel on a slice of the cache is the default on CPU for small calls, with NaN beyond the slice."""
+    """Where it is exact, PyTorch's kernel on a slice of the cache serves small calls, with NaN beyond the slice."""
     new = q_len if q_len != 4 else 2
     problem = make_problem("cpu", (0 if q_len == 8 else 30,) * 2, new=new, q_len=q_len, dims=(16, 24))
     lens = int(problem.lens[0]) if as_int else problem.lens

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastattn
+import fastattn.compat
 import fastattn.distributed
 from fastattn import testing
 from fastattn.integrations import huggingface, huggingface_weights
@@ -84,7 +85,8 @@ def test_every_public_name_is_in_the_reference():
     expected = {f"fastattn.{name}" for name in fastattn.__all__ if name != "nn"}
     expected |= {f"fastattn.nn.{name}" for name in fastattn.nn.__all__}
     expected |= {f"fastattn.testing.{name}" for name in public_names(testing)}
-    expected |= {f"fastattn.distributed.{name}" for name in fastattn.distributed.__all__}
+    for room in (fastattn.compat, fastattn.distributed):
+        expected |= {f"{room.__name__}.{name}" for name in room.__all__}
     for module in (huggingface, huggingface_weights):
         expected |= {f"{module.__name__}.{name}" for name in public_names(module)}
     assert documented() == expected
