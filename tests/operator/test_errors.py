@@ -39,6 +39,9 @@ CALLS = {
         "q": normal(B, HQ, 1, D), "k_cache": normal(B, 32, HK, D), "v_cache": normal(B, 32, HK, D),
         "k": normal(B, HK, 1, D), "v": normal(B, HK, 1, D), "cache_lens": torch.tensor([3, 0]),
     },
+    "merge": lambda: {
+        "out1": normal(B, HQ, LQ, D), "lse1": normal(B, HQ, LQ), "out2": normal(B, HQ, LQ, D), "lse2": normal(B, HQ, LQ),
+    },
     "convert": lambda: {"model": torch.nn.Linear(2, 2)},
     "revert": lambda: {"model": torch.nn.Linear(2, 2)},
     "BlockMask.from_mask": lambda: {"mask": torch.ones(LQ, LK, dtype=torch.bool)[None, None]},
@@ -125,6 +128,12 @@ WRONG = {
         "return_lse": FLAG,
         "num_splits": ["2", 0, 1025, 1.5, True],
         "backend": BACKEND,
+    },
+    "merge": {
+        "out1": [None, torch.ones(B, HQ, LQ, D, dtype=torch.int32)],
+        "lse1": [None, normal(B, HQ, LQ + 1), torch.randn(B, HQ, LQ, device="meta")],
+        "out2": [None, normal(B, HQ, LQ, D + 1), torch.randn(B, HQ, LQ, D, device="meta")],
+        "lse2": [None, normal(B, HQ, LQ, 1), torch.ones(B, HQ, LQ, dtype=torch.int64)],
     },
     "convert": {"model": [None, torch.nn.Linear, "model"], "filter_fn": [True, "attn"]},
     "revert": {"model": [None, torch.nn.Linear]},
