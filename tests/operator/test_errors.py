@@ -40,7 +40,8 @@ CALLS = {
         "k": normal(B, HK, 1, D), "v": normal(B, HK, 1, D), "cache_lens": torch.tensor([3, 0]),
     },
     "merge": lambda: {
-        "out1": normal(B, HQ, LQ, D), "lse1": normal(B, HQ, LQ), "out2": normal(B, HQ, LQ, D), "lse2": normal(B, HQ, LQ),
+        "out1": normal(B, HQ, LQ, D), "lse1": normal(B, HQ, LQ),
+        "out2": normal(B, HQ, LQ, D), "lse2": normal(B, HQ, LQ),
     },
     "convert": lambda: {"model": torch.nn.Linear(2, 2)},
     "revert": lambda: {"model": torch.nn.Linear(2, 2)},
