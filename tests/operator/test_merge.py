@@ -94,7 +94,7 @@ def test_packed_and_mixed_dtypes():
 
 
 def test_a_prefix_that_the_batch_shares():
-    """The recipe of docs/kv-cache.md: one pass over the prefix for all rows of the batch."""
+    """One pass over the prefix for the rows of the whole batch, merged with what each entry has of its own."""
     batch, heads, q_len, prefix, own = 3, 4, 2, 40, 9
     q = torch.randn(batch, heads, q_len, 16)
     pk, pv = torch.randn(2, 1, 2, prefix, 16)
