@@ -1,6 +1,6 @@
 """Attention over a sequence that is divided among ranks: the public function, and what every rank agrees on first."""
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from fastattn import backends
 from fastattn.distributed import ring, ulysses
 from fastattn.distributed.comm import Peers
 from fastattn.distributed.cost import STRATEGIES, Choice, Link, Sizes, Strategy, costs, routes_of
-from fastattn.distributed.layout import BALANCES, Balance, Piece, length_of, pieces, relation
+from fastattn.distributed.layout import Balance, Piece, check_balance, length_of, pieces, relation
 from fastattn.functional import Backend, keywords
 from fastattn.spec import AttentionSpec, make_spec
 from fastattn.spec.checks import FLOAT_DTYPES, autocast, check_window
@@ -183,10 +183,9 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, peers: Peers, strategy: str | None, balance: str, backend: str | None,
     options: dict[str, Any],
 ) -> AttentionSpec:  # fmt: skip
-    if strategy is not None and strategy not in get_args(Strategy):
+    if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
-    if balance not in BALANCES:
-        raise ValueError(f"balance: expected one of {', '.join(map(repr, BALANCES))}, got {balance!r}")
+    check_balance(balance)
     if options["dropout_p"]:
         raise ValueError(
             f"dropout_p: expected 0 where the sequence is divided, got {options['dropout_p']}: the random bits belong "

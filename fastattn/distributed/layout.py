@@ -11,6 +11,12 @@ Balance = Literal["contiguous", "zigzag", "striped"]
 BALANCES = ("contiguous", "zigzag", "striped")
 
 
+def check_balance(balance: str) -> None:
+    """Raise ValueError unless it is one of `BALANCES`."""
+    if balance not in BALANCES:
+        raise ValueError(f"balance: expected one of {', '.join(map(repr, BALANCES))}, got {balance!r}")
+
+
 class Piece(NamedTuple):
     """Positions ``start, start + stride, ...``, as many as ``length``."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastattn import backends, ops
 from fastattn.distributed.comm import Message, Peers, Pending
 from fastattn.distributed.layout import Pair, Piece, relation
+from fastattn.functional import merge
 from fastattn.spec import AttentionSpec, Operands, Options
 
 _FORWARD = torch.ops.fastattn.attention_forward.default
@@ -130,18 +131,11 @@ def _arrivals(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, list[tupl
     }
 
     def unpack(route: Route) -> tuple[Route, Tensor, Tensor]:
-        n = route.piece.length
-        k_size = k.shape[0] * k.shape[1] * n * k.shape[3]
-        buffer = held[route.number]
-        return route, buffer[:k_size].view(*k.shape[:2], n, -1), buffer[k_size:].view(*v.shape[:2], n, -1)
+        return route, *_views(route, held[route.number], k, v)
 
     def begin(step: int) -> tuple[Pending, dict[int, Tensor]]:
         hops = steps[step] if step < len(steps) else []
-        coming = {
-            hop.route.number: k.new_empty(k.shape[0] * k.shape[1] * hop.route.piece.length * (k.shape[3] + v.shape[3]))
-            for hop in hops
-            if hop.receiver == me
-        }
+        coming = {h.route.number: k.new_empty(_size(h.route, k, v)) for h in hops if h.receiver == me}
         return plan.peers.start(
             [Message(held[h.route.number], h.receiver, 1 + h.route.number) for h in hops if h.sender == me],
             [Message(coming[h.route.number], h.sender, 1 + h.route.number) for h in hops if h.receiver == me],
@@ -158,6 +152,18 @@ def _arrivals(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, list[tupl
         pending, coming = begin(step + 1)
         yield step, [unpack(route) for route in arrived]
     pending.wait()
+
+
+def _size(route: Route, k: Tensor, v: Tensor) -> int:
+    """Numbers of a piece's keys and values, which travel in one buffer."""
+    return k.shape[0] * k.shape[1] * route.piece.length * (k.shape[3] + v.shape[3])
+
+
+def _views(route: Route, buffer: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and the values of a piece in its buffer."""
+    n = route.piece.length
+    keys, values = buffer.split([k.shape[0] * k.shape[1] * n * width for width in (k.shape[3], v.shape[3])])
+    return keys.view(*k.shape[:2], n, -1), values.view(*v.shape[:2], n, -1)
 
 
 def placed_of(routes: list[Route], rank: int) -> list[tuple[slice, Piece]]:
@@ -199,9 +205,10 @@ class _ContextParallel(torch.autograd.Function):
                     call = ops.Forward(q[:, :, where], own_k, own_v, operands, options, plan.backend)
                     part, part_lse, statistics = _FORWARD(*ops.flatten(call))
                     calls[route.number, index] = statistics, part_lse
-                    _merge(total[:, :, where], lse[:, :, where], part, part_lse)
-        if sinks is not None:
-            _merge(total, lse, None, sinks.to(dtype)[:, None].expand_as(lse))
+                    own = total[:, :, where], lse[:, :, where]
+                    total[:, :, where], lse[:, :, where] = merge(*own, part, part_lse)
+        if sinks is not None:  # a part without values
+            total, lse = merge(total, lse, torch.zeros_like(total), sinks.to(dtype)[:, None].expand_as(lse))
         out = total.to(q.dtype)
         # For the probabilities of the whole, the softmax of each pair is told what the others added.
         statistics = []
@@ -251,16 +258,6 @@ class _ContextParallel(torch.autograd.Function):
         return None, sums.dq.to(q.dtype), dk, dv, None, *learned, dsinks
 
 
-def _merge(total: Tensor, lse: Tensor, part: Tensor | None, part_lse: Tensor) -> None:
-    """Take one more part of each row's softmax into ``total`` and ``lse``, in place; a sink is one without values."""
-    joint = torch.logaddexp(lse, part_lse)
-    base = joint.masked_fill(joint == -torch.inf, 0.0)
-    total.mul_(torch.exp(lse - base)[..., None])
-    if part is not None:
-        total.addcmul_(part.to(total.dtype), torch.exp(part_lse - base)[..., None])
-    lse.copy_(joint)
-
-
 class _Sums:
     """The gradients of a backward pass, added up in a fixed order, and those of keys and values on their way."""
 
@@ -277,14 +274,10 @@ class _Sums:
         self._pending: Pending | None = None
 
     def _new(self, route: Route) -> Tensor:
-        k, v = self._k, self._v
-        size = k.shape[0] * k.shape[1] * route.piece.length * (k.shape[3] + v.shape[3])
-        return k.new_zeros(size, dtype=self._dtype)
+        return self._k.new_zeros(_size(route, self._k, self._v), dtype=self._dtype)
 
     def _views(self, route: Route, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        k, v, n = self._k, self._v, route.piece.length
-        k_size = k.shape[0] * k.shape[1] * n * k.shape[3]
-        return buffer[:k_size].view(*k.shape[:2], n, -1), buffer[k_size:].view(*v.shape[:2], n, -1)
+        return _views(route, buffer, self._k, self._v)
 
     def keys_of(self, route: Route) -> tuple[Tensor, Tensor]:
         """Where the gradients of a piece's keys and values are added."""

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastattn.distributed.comm import Message, Peers
-from fastattn.distributed.layout import BALANCES, Balance, length_of, pieces
+from fastattn.distributed.layout import Balance, check_balance, length_of, pieces
 from fastattn.distributed.ring import placed
 
 
@@ -22,7 +22,8 @@ def shard(x: Tensor, *, mesh: DeviceMesh, dim: int, balance: Balance = "contiguo
         x's shape but for ``dim``; a copy.
     """
     peers = Peers(mesh)
-    own = pieces(_checked(balance), x.shape[dim], peers.size)[peers.rank]
+    check_balance(balance)
+    own = pieces(balance, x.shape[dim], peers.size)[peers.rank]
     index = torch.cat([torch.arange(x.shape[dim], device=x.device)[piece.positions] for piece in own])
     return x.index_select(dim, index)
 
@@ -53,7 +54,7 @@ def unshard(
         RuntimeError: another rank raised, ended or made another call; it is named.
     """
     peers = Peers(mesh, timeout)
-    _checked(balance)
+    check_balance(balance)
     dim = dim % x.ndim
     headers = peers.headers([x.shape[dim]], f"{(*x.shape[:dim], None, *x.shape[dim + 1 :])} {x.dtype}")
     lengths = [numbers[0] for numbers, _ in headers]
@@ -81,9 +82,3 @@ def unshard(
         for where, piece in placed(own):
             whole[piece.positions] = part[where]
     return whole.movedim(0, dim)
-
-
-def _checked(balance: Balance) -> Balance:
-    if balance not in BALANCES:
-        raise ValueError(f"balance: expected one of {', '.join(map(repr, BALANCES))}, got {balance!r}")
-    return balance

@@ -4,7 +4,6 @@ Source: Jacobs et al., DeepSpeed Ulysses, 2023 (arXiv:2309.14509). Here a key he
 its query heads, so there may be fewer key heads than ranks, and heads need not divide by ranks.
 """
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from fastattn import backends, ops
 from fastattn.distributed.comm import Message, Peers
-from fastattn.distributed.layout import Piece, length_of
+from fastattn.distributed.layout import Piece, length_of, pieces
 from fastattn.distributed.ring import placed
 from fastattn.spec import AttentionSpec
 
@@ -30,9 +29,7 @@ class Swap(NamedTuple):
 
 def query_heads(heads: int, ranks: int) -> list[slice]:
     """The query heads of each rank; where they do not divide, the first ranks have one more."""
-    size, longer = divmod(heads, ranks)
-    starts = [i * size + min(i, longer) for i in range(ranks + 1)]
-    return [slice(start, end) for start, end in itertools.pairwise(starts)]
+    return [run.positions for (run,) in pieces("contiguous", heads, ranks)]
 
 
 def key_heads(own: list[slice], group: int) -> list[slice]:
