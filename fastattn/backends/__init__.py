@@ -100,14 +100,12 @@ def _preference(spec: AttentionSpec | CacheSpec) -> tuple[str, ...]:
     device = spec.q.device.type
     if device != "cpu":
         return _PREFERENCE.get(device, _PREFERENCE_ELSEWHERE)
+    if isinstance(spec, AttentionSpec) and spec.bias is not None:
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (spec.q, spec.k, spec.v))
+        return _PREFERENCE_PRECISE if gradients else _PREFERENCE_FUSED
     least = _LARGE_CACHED if isinstance(spec, CacheSpec) else _LARGE
     large = not torch.compiler.is_compiling() and _scores(spec) >= least
-    biased = False
-    if isinstance(spec, AttentionSpec) and spec.bias is not None:
-        biased = True
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (spec.q, spec.k, spec.v)):
-            return _PREFERENCE_PRECISE
-    return _PREFERENCE_FUSED if large or biased else _PREFERENCE_ELSEWHERE
+    return _PREFERENCE_FUSED if large else _PREFERENCE_ELSEWHERE
 
 
 def _scores(spec: AttentionSpec | CacheSpec) -> int:
