@@ -46,6 +46,16 @@ def _window(window_size: Window) -> tuple[int | None, int | None] | None:
     return None if left is None and right is None else (left, right)
 
 
+def _options(
+    softmax_scale: float | None, causal: bool, window_size: Window, softcap: float, alibi_slopes: Tensor | None
+) -> dict[str, Any]:
+    """The arguments that all functions share, as `fastattn.attention` takes them."""
+    return {
+        "scale": softmax_scale, "causal": causal, "window": _window(window_size), "softcap": softcap or None,
+        "alibi_slopes": alibi_slopes,
+    }  # fmt: skip
+
+
 def _parts(name: str, packed: Tensor, dim: int, count: int) -> tuple[Tensor, ...]:
     """The views of q, k and v, or k and v, in one tensor."""
     if packed.ndim != dim + 3 or packed.shape[dim] != count:
@@ -79,10 +89,8 @@ def flash_attn_func(
     Raises:
         TypeError, ValueError: as `fastattn.attention`, under its names.
     """
-    options: dict[str, Any] = {
-        "dropout_p": dropout_p, "scale": softmax_scale, "causal": causal, "window": _window(window_size),
-        "softcap": softcap or None, "alibi_slopes": alibi_slopes,
-    }  # fmt: skip
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options["dropout_p"] = dropout_p
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if not return_attn_probs:
         return attention(q, k, v, **options).transpose(1, 2)
@@ -154,10 +162,8 @@ def flash_attn_varlen_func(
         starts = torch.zeros_like(lengths)
         k, v, cu_seqlens_k = gather(k, v, starts, lengths, pages=block_table, longest=longest)
         cu_seqlens_k = cu_seqlens_k.to(cu_seqlens_q.dtype)
-    options: dict[str, Any] = {
-        "dropout_p": dropout_p, "scale": softmax_scale, "causal": causal, "window": _window(window_size),
-        "softcap": softcap or None, "alibi_slopes": alibi_slopes,
-    }  # fmt: skip
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options["dropout_p"] = dropout_p
     if not return_attn_probs:
         return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
     out, lse = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=True, **options)
@@ -231,7 +237,7 @@ def flash_attn_with_kvcache(
         NotImplementedError: what is asked for has no meaning, with the argument and the cure.
         TypeError, ValueError: as `fastattn.attention_with_kvcache`, under its names.
     """
-    window = _window(window_size)
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one")
@@ -247,13 +253,10 @@ def flash_attn_with_kvcache(
             raise ValueError("rotary_cos, rotary_sin: expected both or neither, got one")
         if k is None:
             raise NotImplementedError("rotary_cos: expected k and v to append, got none; turn q before the call")
-        still = not causal and window is None
+        still = not causal and options["window"] is None
         q = _rotate(q, rotary_cos, rotary_sin, lens, rotary_interleaved, still)
         k = _rotate(k, rotary_cos, rotary_sin, lens, rotary_interleaved, still=False)
-    options: dict[str, Any] = {
-        "scale": softmax_scale, "causal": causal, "window": window, "softcap": softcap or None,
-        "alibi_slopes": alibi_slopes, "return_lse": return_softmax_lse,
-    }  # fmt: skip
+    options["return_lse"] = return_softmax_lse
     if cache_batch_idx is not None and cache_leftpad is None and capacity % PAGE_MULTIPLE == 0:
         block_table, cache_batch_idx = cache_batch_idx[:, None], None  # each row of the cache is one page
     if cache_batch_idx is not None or cache_leftpad is not None:

@@ -30,24 +30,23 @@ def gather(
     ``longest`` rows of every sequence. The places that no sequence has are never read by `fastattn.attention_varlen`.
 
     Args:
-        k: (total, Hk, D) with neither ``pages`` nor ``entries``; else (rows, capacity, Hk, D).
+        k: (rows, capacity, Hk, D).
         v: likewise with head dim Dv.
-        starts: int (sequences,), where each sequence begins: in k, or in its row or pages.
+        starts: int (sequences,), where each sequence begins in its row or pages.
         lengths: int (sequences,).
         pages: int (sequences, max_pages), the pages of each sequence; the capacity is the size of a page.
-        entries: int (sequences,), the row of each sequence.
+        entries: int (sequences,), the row of each sequence, where there are no pages.
         longest: at least the longest length; None where it is not known.
     """
     cu_seqlens = cumulative(lengths)
     if longest is None:
-        longest = k.shape[0] if k.ndim == 3 else k.shape[1] * (1 if pages is None else pages.shape[1])
+        longest = k.shape[1] * (1 if pages is None else pages.shape[1])
     total = int(cu_seqlens[-1]) if cu_seqlens.device.type == "cpu" else longest * len(lengths)
     sequence, place = places(cu_seqlens, total)
     place = place + starts.long()[sequence]
     if pages is not None:
         index = (pages[sequence, place // k.shape[1]].long(), place % k.shape[1])
-    elif entries is not None:
-        index = (entries.long()[sequence], place)
     else:
-        index = (place,)
+        assert entries is not None
+        index = (entries.long()[sequence], place)
     return k[index], v[index], cu_seqlens
