@@ -109,8 +109,8 @@ class Case:
 class Result(Case):
     """What the compiler made of a case. Spills are bytes per thread; ``arrive`` counts WARPGROUP.ARRIVE.
 
-    From ``per_1000`` on, on sm_90: the inner main loop, see `sass.Counts`; ``per_1000`` are instructions of warps for
-    1,000 scores.
+    From ``instructions`` on, on sm_90: the inner main loop, see `sass.Counts`; ``per_1000`` are instructions of warps
+    for 1,000 scores.
     """
 
     config: str = ""
@@ -122,6 +122,7 @@ class Result(Case):
     arrive: int = 0
     serialised: bool = False
     seconds: float = 0.0
+    instructions: int = 0
     per_1000: float = 0.0
     local: int = 0
     local_edge: int = 0
@@ -295,6 +296,7 @@ def read_nvidia(result: Result, kernel: CompiledKernel, log: str) -> None:
     block_m, block_n, warps = result.tile()
     if block_m and (loops := sass.main_loops(code)):
         result.loop, counts = loops[0], sass.count(loops[0])
+        result.instructions = counts.instructions
         result.per_1000 = round(counts.instructions * warps * 1000 / (block_m * block_n), 1)
         result.local, result.local_edge = counts.local, sass.count(loops[-1]).local
         result.smallest_n, result.mma_sync, result.prefetch = counts.smallest_n, counts.mma_sync, counts.prefetch
