@@ -1,5 +1,6 @@
 """Block-sparse masks: which keys each query sees, in tiles, so that empty tiles cost nothing and full ones no mask."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,8 +34,8 @@ class BlockMask:
     """A boolean mask (B or 1, H or 1, Lq, Lk), True takes part, of which only tiles that are neither full nor empty are
     stored.
 
-    Make one with `from_mask`, `from_documents` or `from_predicate`, once for all layers and steps that share it, and
-    give it to `fastattn.attention` as ``block_mask``. Forward and backward visit no empty tile.
+    Make one with `from_mask`, `from_documents`, `from_predicate` or `from_flex`, once for all layers and steps that
+    share it, and give it to `fastattn.attention` as ``block_mask``. Forward and backward visit no empty tile.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], tensors: BlockTensors) -> None:
@@ -164,6 +165,59 @@ class BlockMask:
         return cls._build(strip, shape, torch.device(device))
 
     @classmethod
+    def from_flex(cls, block_mask: Any) -> "BlockMask":
+        """From FlexAttention's, a `torch.nn.attention.flex_attention.BlockMask`.
+
+        Its full blocks are taken as full and those in neither list as empty; ``mask_mod`` is asked within its partial
+        blocks alone. Where the mask has one batch entry or head for all, it is asked for index 0.
+
+        Args:
+            block_mask: of any block size, lengths need not be multiples of it; with at most two batch dimensions.
+
+        Raises:
+            TypeError, ValueError: not such a mask.
+            RuntimeError: it was sliced, and PyTorch has taken its ``mask_mod`` away.
+        """
+        names = ("kv_num_blocks", "kv_indices", "seq_lengths", "BLOCK_SIZE", "mask_mod")
+        if any(not hasattr(block_mask, name) for name in names):
+            raise TypeError(
+                f"block_mask: expected a torch.nn.attention.flex_attention.BlockMask, got {type(block_mask).__name__}"
+            )
+        if not 2 <= block_mask.kv_indices.ndim <= 4:
+            raise ValueError(
+                f"block_mask: expected kv_indices (B, H, rows, columns), got shape {tuple(block_mask.kv_indices.shape)}"
+            )
+        (q_len, kv_len), sizes = block_mask.seq_lengths, tuple(block_mask.BLOCK_SIZE)
+        rows, columns = -(-q_len // sizes[0]), -(-kv_len // sizes[1])
+        partial = _flex_list(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
+        full = torch.zeros_like(partial)
+        if block_mask.full_kv_num_blocks is not None:
+            full = _flex_list(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
+            full, partial = torch.broadcast_tensors(full, partial)
+        batch, heads, given, _ = partial.shape
+        if given < rows:
+            raise ValueError(
+                f"block_mask: expected {rows} rows of blocks for seq_lengths {(q_len, kv_len)}, got {given}"
+            )
+        # A cell lies within one block of theirs and one tile of ours.
+        height, width = (math.gcd(size, BLOCK) for size in sizes)
+        device = partial.device
+
+        def strip(first: int, last: int) -> Tensor:
+            top = torch.arange(first, last, height, device=device)
+            left = torch.arange(0, kv_len, width, device=device)
+            block = (slice(None), slice(None), top[:, None] // sizes[0], left // sizes[1])
+            seen = full[block][:, :, :, None, :, None].repeat(1, 1, 1, height, 1, width)
+            b, h, y, x = (partial & ~full)[block].nonzero(as_tuple=True)
+            if len(b):  # a table of the function's own is as long as the positions that there are
+                i = (top[y, None] + torch.arange(height, device=device)).clamp(max=q_len - 1)
+                j = (left[x, None] + torch.arange(width, device=device)).clamp(max=kv_len - 1)
+                seen[b, h, y, :, x] = _ask_flex(block_mask.mask_mod, b, h, i, j)
+            return seen.flatten(4, 5).flatten(2, 3)[:, :, : last - first, :kv_len]
+
+        return cls._build(strip, (batch, heads, q_len, kv_len), device)
+
+    @classmethod
     def _build(
         cls, strip: Callable[[int, int], Tensor], shape: tuple[int, int, int, int], device: torch.device
     ) -> "BlockMask":
@@ -230,6 +284,28 @@ def _lines(table: Tensor) -> tuple[Tensor, Tensor]:
     return offsets.to(torch.int32).view(*table.shape[:3], 3), entries.to(torch.int32)
 
 
+def _flex_list(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
+    """bool (B, H, rows, columns): the blocks that one of FlexAttention's two lists has."""
+    counts, indices = (x[(None,) * (4 - indices.ndim)] for x in (counts, indices))
+    listed = torch.arange(indices.shape[3], device=indices.device) < counts[..., None]
+    place = torch.where(listed, indices, columns).long()  # one column more for what stands behind the count
+    found = torch.zeros(*place.shape[:3], columns + 1, dtype=torch.bool, device=place.device)
+    return found.scatter_(3, place, True)[..., :columns]
+
+
+def _ask_flex(mask_mod: Callable[..., Tensor], b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """bool (cells, height, width): ``mask_mod``, called as FlexAttention does, with one position at a time, under vmap.
+
+    ``b`` and ``h`` are (cells,), ``i`` (cells, height), ``j`` (cells, width).
+    """
+    from torch.nn.attention.flex_attention import create_mask
+
+    def cell(n: Tensor, _: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return mask_mod(b[n], h[n], i[n, y], j[n, x])
+
+    return create_mask(cell, len(b), 1, i.shape[1], j.shape[1], b.device)[:, 0]
+
+
 def dense_rows(tensors: BlockTensors | list[Tensor], rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
     """bool (B or 1, H or 1, rows, keys): the mask of query rows ``rows[0] .. rows[1]``, keys ``keys[0] .. keys[1]``."""
     *_, table, pool = tensors
@@ -248,7 +324,7 @@ def check_block_mask(block_mask: Any, full: tuple[int, int, int, int], device: t
         if isinstance(block_mask, Tensor):
             hint = "; a dense mask goes to mask=, or through BlockMask.from_mask"
         elif kind.__module__ == "torch.nn.attention.flex_attention":
-            hint = ", FlexAttention's; fastattn.BlockMask.from_predicate(mask_mod, shape) makes ours from its mask_mod"
+            hint = ", FlexAttention's; fastattn.BlockMask.from_flex(block_mask) makes ours of it"
         raise TypeError(f"block_mask: expected a fastattn.BlockMask or None, got {kind.__name__}{hint}")
     fits = all(own in allowed for own, allowed in zip(block_mask.shape[:2], ((1, full[0]), (1, full[1])), strict=True))
     if not fits or block_mask.shape[2:] != tuple(full[2:]):

@@ -6,9 +6,9 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from fastattn.compat import flash_attn
+from fastattn.compat import flash_attn, flex_attention
 
-__all__ = ["flash_attn", "install", "uninstall"]
+__all__ = ["flash_attn", "flex_attention", "install", "uninstall"]
 
 VERSION = "2.8+fastattn"
 """``flash_attn.__version__`` while installed: the version whose signatures are served, and by whom."""

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 import fastattn
 
@@ -47,6 +48,9 @@ CALLS = {
     "revert": lambda: {"model": torch.nn.Linear(2, 2)},
     "BlockMask.from_mask": lambda: {"mask": torch.ones(LQ, LK, dtype=torch.bool)[None, None]},
     "BlockMask.from_documents": lambda: {"documents": torch.arange(LQ) // 2},
+    "BlockMask.from_flex": lambda: {
+        "block_mask": create_block_mask(lambda b, h, i, j: j <= i, None, None, LQ, LK, "cpu")
+    },
     "BlockMask.from_predicate": lambda: {"predicate": lambda b, h, i, j: j <= i, "shape": (1, 1, LQ, LK)},
 }  # fmt: skip
 
@@ -144,6 +148,7 @@ WRONG = {
         "key_documents": [torch.zeros(LQ), torch.zeros(2, LQ, dtype=torch.int64), [0]],
         "causal": FLAG,
     },
+    "BlockMask.from_flex": {"block_mask": [None, BOOLEAN, fastattn.BlockMask.from_mask(BOOLEAN)]},
     "BlockMask.from_predicate": {
         "predicate": [None, BOOLEAN, lambda b, h, i, j: 1, lambda b, h, i, j: i + j, lambda b, h, i, j: BOOLEAN[:-1]],
         "shape": [None, (LQ, LK), (1, 1, -1, LK), (1, 1, 1.5, LK)],
@@ -170,7 +175,7 @@ ELSEWHERE = {"activate", "deactivate", "explain_varlen", "explain_with_kvcache",
 
 
 def test_every_public_function_and_argument_is_in_the_table():
-    classes = {"BlockMask.from_mask", "BlockMask.from_documents", "BlockMask.from_predicate"}
+    classes = {f"BlockMask.from_{name}" for name in ("mask", "documents", "flex", "predicate")}
     functions = {name for name in fastattn.__all__ if inspect.isfunction(getattr(fastattn, name))}
     assert functions - ELSEWHERE | classes == CALLS.keys() == WRONG.keys()
     for name in CALLS:
