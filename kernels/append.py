@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config, launch
+from . import config, launch, replay
 from .operands import Rows
 from .tiles import decode_stride, head_rows
 
@@ -91,7 +91,7 @@ def pages_of(cache: Tensor, block_table: Tensor | None) -> tuple[Tensor | None, 
     return table, table.stride(0), cache.shape[1], table.shape[1] * cache.shape[1] if cache.shape[0] else 0
 
 
-def kv_cache_append(
+def append_rows(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
 ) -> None:
     """Write ``k`` (B, Hk, L, D) and ``v`` (B, Hk, L, Dv) into the caches, from position ``lens[b]`` on.
@@ -109,8 +109,17 @@ def kv_cache_append(
     if programs == 0:
         return
     with launch.on_device(k):
-        append_kernel[(programs,)](
+        arguments = (
             cache_rows(k_cache, unit), cache_rows(v_cache, unit), launch.rows(k, unit), launch.rows(v, unit),
             lens.contiguous(), table, table_stride, kv_heads, new_len, capacity, k_cache.shape[0],
-            page, unit, head_dim, v.shape[3], cfg.block_m, **cfg.options(),
+            page, unit, head_dim, v.shape[3], cfg.block_m,
         )  # fmt: skip
+        replay.start(append_kernel, programs, arguments, cfg)
+
+
+@replay.replayed
+def kv_cache_append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
+) -> None:
+    """`append_rows` by itself."""
+    append_rows(k_cache, v_cache, k, v, lens, block_table)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn.spec.operands import Gradients, Operands, Options
 
-from . import config, launch
+from . import config, launch, replay
 from .bias_gradient import bias_gradient
 from .dropout import dropout_row_keys
 from .gradients import delta_kernel, probability_gradients, tile_ds
@@ -191,6 +191,7 @@ def dq_kernel(
         tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(tl.where(rows < q_len, p * delta, 0.0), 0))
 
 
+@replay.replayed
 def attention_backward(
     gradients: Gradients, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     statistics: Tensor, operands: Operands, options: Options,
@@ -204,7 +205,7 @@ def attention_backward(
     call = launch.Call(q, k, v, operands, options)
     dout = launch.unit_last(dout)
     unit = launch.stride_unit(call.q, call.k, call.v, out, dout, dq, dk, dv)
-    delta = torch.empty_like(statistics[0])
+    delta = replay.scratch(tuple(statistics.shape[1:]), statistics)
     dout_rows = launch.rows(dout, unit)
     inputs = (*(launch.rows(x, unit) for x in (call.q, call.k, call.v)), dout_rows, statistics, delta)
     groups = (call.terms, call.dropout, call.packed)
@@ -212,26 +213,29 @@ def attention_backward(
     with launch.on_device(q):
         cfg = call.configure("delta", unit)
         if programs := triton.cdiv(call.q_len, cfg.block_m) * call.batch * call.q_heads:
-            delta_kernel[(programs,)](
+            arguments = (
                 launch.rows(out, unit), dout_rows, None if dlse is None else dlse.contiguous(), delta, call.q_heads,
-                call.q_len, unit, call.v.shape[3], cfg.block_m, **cfg.options(),
+                call.q_len, unit, call.v.shape[3], cfg.block_m,
             )  # fmt: skip
+            replay.start(delta_kernel, programs, arguments, cfg)
         cfg = call.configure("dkdv", unit)
         if programs := launch.tiles(call.kv_len, cfg.block_n, operands.cu_seqlens_k) * call.batch * call.kv_heads:
-            dkdv_kernel[(programs,)](
+            arguments = (
                 *inputs, launch.rows(dk, unit), launch.rows(dv, unit), *groups,
-                launch.sparse(operands.block_mask, by_key=True), *flat, cfg.block_m, cfg.block_n, **cfg.options(),
+                launch.sparse(operands.block_mask, by_key=True), *flat, cfg.block_m, cfg.block_n,
             )  # fmt: skip
+            replay.start(dkdv_kernel, programs, arguments, cfg)
         cfg = call.configure("dq", unit)
         tiles = launch.tiles(call.q_len, cfg.block_m, operands.cu_seqlens_q)
         shares = (call.batch, call.q_heads, tiles)  # of the tiles, of a slope or a sink
         dslope_tiles = None if dslopes is None else delta.new_zeros(shares)
         dsink_tiles = None if dsinks is None else delta.new_zeros(shares)
         if programs := tiles * call.batch * call.q_heads:
-            dq_kernel[(programs,)](
+            arguments = (
                 *inputs, launch.rows(dq, unit), dslope_tiles, dsink_tiles, *groups,
-                launch.sparse(operands.block_mask), *flat, cfg.block_m, cfg.block_n, **cfg.options(),
+                launch.sparse(operands.block_mask), *flat, cfg.block_m, cfg.block_n,
             )  # fmt: skip
+            replay.start(dq_kernel, programs, arguments, cfg)
         if call.sign != 1.0:
             dq.mul_(call.sign)
         if dbias is not None:

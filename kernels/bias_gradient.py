@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastattn.spec.operands import Operands
 
-from . import launch
+from . import launch, replay
 from .dropout import dropout_row_keys
 from .gradients import tile_ds
 from .operands import BiasGradient
@@ -100,7 +100,8 @@ def bias_gradient(dbias: Tensor, inputs: tuple[Any, ...], call: launch.Call, ope
     b, h, m, n = dbias.shape
     if programs := triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n) * b * h:
         sizes = (None if size == 1 else launch.encode(size) for size in dbias.shape)
-        dbias_kernel[(programs,)](
+        arguments = (
             *inputs, BiasGradient(dbias, *sizes), call.terms, call.dropout, launch.sparse_table(operands.block_mask),
-            operands.q_offset_tensor, *call.sizes, unit, *call.constants, cfg.block_m, cfg.block_n, **cfg.options(),
+            operands.q_offset_tensor, *call.sizes, unit, *call.constants, cfg.block_m, cfg.block_n,
         )  # fmt: skip
+        replay.start(dbias_kernel, programs, arguments, cfg)

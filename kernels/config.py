@@ -134,6 +134,11 @@ def lookup(
     return config
 
 
+def current_override() -> LaunchConfig | None:
+    """The config of the `override` that is in force."""
+    return _override
+
+
 @contextlib.contextmanager
 def override(config: LaunchConfig | None) -> Iterator[None]:
     """Use ``config`` for every kernel inside the block: for tests and tuners."""

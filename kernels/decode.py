@@ -11,8 +11,8 @@ from torch import Tensor
 from fastattn.spec.cache import CacheSpec
 from fastattn.spec.operands import Operands
 
-from . import config, launch
-from .append import cache_rows, cache_unit, cached_rows, columns, pages_of
+from . import config, launch, replay
+from .append import append_rows, cache_rows, cache_unit, cached_rows, columns, pages_of
 from .operands import Partial
 from .ranges import tile_position, tile_ranges
 from .scores import (
@@ -251,6 +251,19 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     ``out`` (B, Hq, Lq, Dv) and ``lse`` (B, Hq, Lq), float32, contiguous. The entries that `spec` adds are in the caches
     already. Scratch memory: num_splits * (Dv + 2) float32 per row of the result, if there is more than one split.
     """
+    _attend(out, lse, spec._replace(k=None, v=None, length=None))
+
+
+def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
+    """Launch the append kernel for the entries that `spec` adds, then what `attention_kvcache` launches."""
+    _attend(out, lse, spec._replace(length=None))
+
+
+@replay.replayed
+def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
+    """``spec`` without its length, which changes with every step and nothing here reads."""
+    if spec.k is not None and spec.v is not None:
+        append_rows(spec.k_cache, spec.v_cache, spec.k, spec.v, spec.lens, spec.block_table)
     k_cache, v_cache, left, right = spec.k_cache, spec.v_cache, spec.left, spec.right
     batch, q_heads, q_len, head_dim = spec.q.shape
     kv_heads, v_dim = k_cache.shape[2], v_cache.shape[3]
@@ -271,20 +284,19 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
         splits = choose_splits(programs, keys, cfg.block_n, launch.multiprocessors(q.device), cfg.split_programs)
     partial = Partial(None, None)
     if splits > 1:
-        partial = Partial(lse.new_empty((splits, total, v_dim)), lse.new_empty((2, splits, total)))
+        partial = Partial(replay.scratch((splits, total, v_dim), lse), replay.scratch((2, splits, total), lse))
     operands = Operands(alibi_slopes=spec.alibi_slopes, sinks=spec.sinks)
     terms = launch.terms(operands, scale, spec.softcap, batch, (batch, q_heads, q_len, capacity))
     out_rows = launch.rows(out, unit)
     with launch.on_device(q):
-        decode_kernel[(programs * splits,)](
+        arguments = (
             launch.rows(q, unit), cache_rows(k_cache, unit), cache_rows(v_cache, unit), out_rows, lse, partial,
             spec.lens.contiguous(), table, terms if splits == 1 else terms._replace(sinks=None), table_stride, kv_heads,
             group, q_len, spec.added, capacity, k_cache.shape[0], splits, left, right, page, unit,
-            launch.dot_precision(q.dtype), head_dim, v_dim, cfg.block_m, cfg.block_n, **cfg.options(),
+            launch.dot_precision(q.dtype), head_dim, v_dim, cfg.block_m, cfg.block_n,
         )  # fmt: skip
+        replay.start(decode_kernel, programs * splits, arguments, cfg)
         if splits > 1:
             cfg = config.lookup("combine", architecture, widest, q.element_size())
-            combine_kernel[(total,)](
-                partial, out_rows, lse, terms, q_heads, q_len, total, splits, unit, v_dim, cfg.block_n,
-                **cfg.options(),
-            )  # fmt: skip
+            arguments = (partial, out_rows, lse, terms, q_heads, q_len, total, splits, unit, v_dim, cfg.block_n)
+            replay.start(combine_kernel, total, arguments, cfg)

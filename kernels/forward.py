@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastattn.spec.operands import Operands, Options
 
-from . import launch
+from . import launch, replay
 from .dropout import dropout_keep, dropout_row_keys
 from .ranges import (
     key_range,
@@ -120,6 +120,7 @@ def forward_kernel(
     store_statistics(statistics_ptr + first_row, plane, rows, row_max, row_sum, rows < q_len)
 
 
+@replay.replayed
 def attention_forward(
     out: Tensor, lse: Tensor, statistics: Tensor, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options
 ) -> None:
@@ -137,8 +138,9 @@ def attention_forward(
     if programs == 0:
         return
     with launch.on_device(q):
-        forward_kernel[(programs,)](
+        arguments = (
             *(launch.rows(x, unit) for x in (call.q, call.k, call.v, out)), lse, statistics, call.terms, call.dropout,
             call.packed, launch.sparse(operands.block_mask), operands.q_offset_tensor, *call.sizes,
-            unit, *call.constants, cfg.block_m, cfg.block_n, **cfg.options(),
+            unit, *call.constants, cfg.block_m, cfg.block_n,
         )  # fmt: skip
+        replay.start(forward_kernel, programs, arguments, cfg)

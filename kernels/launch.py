@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn.spec.operands import Operands, Options
 
-from . import config
+from . import config, replay
 from .operands import Dropout, Packed, Rows, Scores, Sparse, Table, Terms
 from .scores import LOG2E
 from .tiles import INTERPRETED
@@ -90,7 +90,7 @@ def scores(tensor: Tensor | None, shape: tuple[int, int, int, int]) -> Scores:
     one_row = tensor.shape[2] == 1
     adjacent = tensor.shape[3] != 1 and tensor.stride(3) == 1
     if tensor.dtype == torch.bool:
-        tensor = tensor.view(torch.uint8)
+        tensor = replay.same_address(tensor.view(torch.uint8), of=tensor)
     b, h, m, n = (encode_wide(s) for s in tensor.expand(shape).stride())
     return Scores(tensor, (b, h, None if one_row else m, None if adjacent else n))
 
@@ -134,6 +134,7 @@ def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     The gradient of the given q is ``sign`` times that of the returned one. A scale of 0 moves into q, since 0 * -inf
     is not -inf; so does one that float32 arithmetic takes for 0.
     """
+    scale = float(scale)
     if abs(scale) < SMALLEST_NORMAL:
         return q * 0.0, 1.0, 0.0
     return (-q, -scale, -1.0) if scale < 0.0 else (q, scale, 1.0)
@@ -143,6 +144,7 @@ def terms(
     operands: Operands, scale: float, softcap: float | None, sequences: int, shape: tuple[int, int, int, int]
 ) -> Terms:
     """The score terms of a call with scores of ``shape``; ``scale`` is positive."""
+    softcap = None if softcap is None else float(softcap)  # an integer would compile another kernel
     return Terms(
         scores(operands.mask, shape), scores(operands.bias, shape), slopes(operands.alibi_slopes, sequences),
         float32(operands.sinks), scale, softcap, LOG2E.value * (scale if softcap is None else softcap),
@@ -163,7 +165,7 @@ class Call:
         self.terms = terms(operands, self.scale, options.softcap, self.sequences, shape)
         self.dropout = Dropout(None, None, None)
         if operands.seed is not None:
-            self.dropout = Dropout(operands.seed, options.dropout_p, keep_scale(options.dropout_p))
+            self.dropout = Dropout(operands.seed, float(options.dropout_p), keep_scale(options.dropout_p))
         self.packed = Packed(cu_seqlens_q, operands.cu_seqlens_k)
         self.sizes = (
             self.sequences, self.q_heads, self.q_heads // self.kv_heads, self.q_len, self.kv_len, options.q_offset,
@@ -181,7 +183,9 @@ class Call:
 
 def slopes(alibi_slopes: Tensor | None, batch: int) -> Tensor | None:
     """ALiBi slopes (1 or B, Hq) as kernels take them: one float32 per batch entry and head."""
-    return None if alibi_slopes is None else alibi_slopes.expand(batch, -1).to(torch.float32).contiguous()
+    if alibi_slopes is not None and alibi_slopes.shape[0] != batch:
+        alibi_slopes = alibi_slopes.expand(batch, -1)
+    return float32(alibi_slopes)
 
 
 def float32(tensor: Tensor | None) -> Tensor | None:

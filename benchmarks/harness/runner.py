@@ -22,7 +22,7 @@ from .flops import matmul_flops
 from .problems import DTYPES
 from .provenance import ROOT, provenance
 
-SUITES = ("forward", "backward", "features", "decode", "layers", "generation", "overhead", "memory", "cpu")
+SUITES = ("forward", "backward", "features", "decode", "layers", "generation", "overhead", "launch", "memory", "cpu")
 RESERVE = 10.0
 """Seconds kept at the end of a budget for the last cell and the table."""
 

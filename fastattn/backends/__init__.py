@@ -71,6 +71,11 @@ def _reasons(backend: str, spec: AttentionSpec | CacheSpec) -> list[str]:
     return of.cache_reasons(spec) if isinstance(spec, CacheSpec) else of.reasons(spec)
 
 
+def cuda_may_serve_unasked() -> bool:
+    """Whether "cuda" may go before "triton" in some calls of a layout and not in others: it records no gradients."""
+    return bool(cuda.PROVEN)
+
+
 def _cuda_unasked(spec: AttentionSpec | CacheSpec) -> bool:
     return isinstance(spec, AttentionSpec) and cuda.unasked(spec)
 

@@ -1,7 +1,9 @@
 """The fused Triton kernels, on CUDA and ROCm devices; on CPU tensors only where Triton interprets them, for tests."""
 
+import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,32 +25,38 @@ def cache_reasons(spec: CacheSpec) -> list[str]:
 def forward(
     out: Tensor, lse: Tensor, statistics: Tensor, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options
 ) -> None:
-    from fastattn.kernels.forward import attention_forward
-
-    attention_forward(out, lse, statistics, q, k, v, operands, options)
+    _launchers().forward.attention_forward(out, lse, statistics, q, k, v, operands, options)
 
 
 def backward(
     gradients: Gradients, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     statistics: Tensor, operands: Operands, options: Options,
 ) -> None:  # fmt: skip
-    from fastattn.kernels.backward import attention_backward
-
-    attention_backward(gradients, dout, dlse, q, k, v, out, statistics, operands, options)
+    _launchers().backward.attention_backward(gradients, dout, dlse, q, k, v, out, statistics, operands, options)
 
 
 def kv_cache_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
 ) -> None:
-    from fastattn.kernels.append import kv_cache_append
-
-    kv_cache_append(k_cache, v_cache, k, v, lens, block_table)
+    _launchers().append.kv_cache_append(k_cache, v_cache, k, v, lens, block_table)
 
 
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
-    from fastattn.kernels.decode import attention_kvcache
+    _launchers().decode.attention_kvcache(out, lse, spec)
 
-    attention_kvcache(out, lse, spec)
+
+def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
+    """`kv_cache_append` of what ``spec`` adds, then `attention_kvcache`."""
+    _launchers().decode.append_and_attend(out, lse, spec)
+
+
+@functools.cache
+def _launchers() -> Any:
+    """`fastattn.kernels`, with the modules that launch."""
+    from fastattn import kernels
+    from fastattn.kernels import append, backward, decode, forward  # noqa: F401  (so that they are attributes)
+
+    return kernels
 
 
 def statistics_unit(operands: Operands) -> float:

@@ -1,4 +1,4 @@
-"""Plain calls that PyTorch's kernel serves as they are: checked and chosen once, then handed over at once.
+"""Plain calls that PyTorch's kernel or Triton's serves: checked and chosen once, then handed over at once.
 
 On a tiny input, checks and choice cost more than attention itself. Of a plain call they read only what its key holds:
 a call with an equal key passes the same checks and is served by the same backend. What a key cannot tell apart, such as
@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
-from fastattn.spec import AttentionSpec
+from fastattn import backends, ops
+from fastattn.spec import AttentionSpec, Operands, Options
 
 _Key = tuple[Any, ...]
 _MOST = 1024  # then all are forgotten: lengths that change with every call must not fill the memory
 
 
 class _Call(NamedTuple):
-    """What PyTorch's function is given beside q, k, v and the mask."""
+    """What the kernel is given beside q, k, v and the mask."""
 
-    causal: bool
-    scale: float
+    backend: str
+    options: Options
     grouped: bool
     mask_index: tuple[None, ...]
     """gives the mask the dimensions of size 1 that it lacks"""
@@ -36,9 +37,14 @@ def attention(
     scale: float | None, grouped: bool,
 ) -> tuple[_Key | None, Tensor | None]:  # fmt: skip
     """(key of the call, to be given to `remember`, or None where it is not plain; output if the key is known)."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return None, None
-    if not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu):
+    if not type(q) is type(k) is type(v) is Tensor:
+        return None, None
+    if q.is_cpu:
+        if not (k.is_cpu and v.is_cpu) or torch.is_autocast_enabled("cpu"):
+            return None, None
+    elif not q.is_cuda or not q.device == k.device == v.device or torch.is_autocast_enabled("cuda"):
         return None, None
     # Types too: True and 1 are equal keys, and 1 is refused where a bool belongs.
     if not (type(causal) is type(grouped) is bool and type(q_offset) in _OFFSET and type(scale) in _SCALE):
@@ -47,10 +53,10 @@ def attention(
         if not q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == 1:  # sparse and nested tensors have no strides
             return None, None
         key: _Key = (
-            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, causal, q_offset, scale, grouped
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, causal, q_offset, scale, grouped
         )  # fmt: skip
         if mask is not None:
-            if type(mask) is not Tensor or causal or mask.layout is not torch.strided or not mask.is_cpu:
+            if type(mask) is not Tensor or causal or mask.layout is not torch.strided or mask.device != q.device:
                 return None, None
             key += (mask.shape, mask.dtype)
         call = _calls.get(key)
@@ -58,10 +64,14 @@ def attention(
         return None, None
     if call is None:
         return key, None
-    causal, used_scale, grouped, mask_index = call
+    backend, options, grouped, mask_index = call
     if mask is not None and mask_index:
         mask = mask[mask_index]
-    return key, torch_sdpa(q, k, v, mask, 0.0, causal, scale=used_scale, enable_gqa=grouped)
+    if backend == "torch":
+        causal = options.right is not None
+        return key, torch_sdpa(q, k, v, mask, 0.0, causal, scale=options.scale, enable_gqa=grouped)
+    out, _, _ = ops.attend(ops.Forward(q, k, v, Operands(mask), options, backend))
+    return key, out
 
 
 _OFFSET = (int, type(None))
@@ -69,15 +79,21 @@ _SCALE = (float, type(None))
 
 
 def remember(key: _Key | None, spec: AttentionSpec, backend: str) -> None:
-    """Keep what became of a plain call, where PyTorch's function takes its tensors as they are."""
-    plain = backend == "torch" and spec.bias is None and spec.q.shape[3] == spec.v.shape[3]
-    if key is None or not plain or torch._C._get_tracing_state() is not None:  # whose sizes are tensors
+    """Keep what became of a plain call, where the kernel takes its tensors as they are and its layout alone decided."""
+    if key is None or spec.bias is not None or torch._C._get_tracing_state() is not None:  # whose sizes are tensors
+        return
+    if backend == "torch":
+        plain = spec.q.is_cpu and spec.q.shape[3] == spec.v.shape[3]
+    else:
+        plain = backend == "triton" and not backends.cuda_may_serve_unasked()
+    if not plain:
         return
     missing = 0
     if spec.mask is not None:
         given = key[-2]
         # Its two dimensions (Lq, Lk) are the only ones that PyTorch's kernel takes without the first two.
-        missing = 0 if given == (spec.q.shape[2], spec.k.shape[2]) else 4 - len(given)
+        as_it_is = backend == "torch" and given == (spec.q.shape[2], spec.k.shape[2])
+        missing = 0 if as_it_is else 4 - len(given)
     if len(_calls) >= _MOST:
         _calls.clear()
-    _calls[key] = _Call(spec.right is not None, spec.scale, spec.q.shape[1] != spec.k.shape[1], (None,) * missing)
+    _calls[key] = _Call(backend, spec.options, spec.q.shape[1] != spec.k.shape[1], (None,) * missing)

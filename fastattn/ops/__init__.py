@@ -1,6 +1,7 @@
 """The operators as PyTorch knows them. Only this room and integrations/activate.py know about dispatch keys."""
 
-from fastattn.ops.autograd import attention, draw_seed, without_autocast
+from fastattn.ops.autograd import attend, attention, draw_seed
+from fastattn.ops.direct import without_autocast
 from fastattn.ops.kvcache import attention_kvcache
 from fastattn.ops.schema import Backward, CacheCall, DoubleBackward, Forward, flatten, unflatten
 
@@ -9,6 +10,7 @@ __all__ = [
     "CacheCall",
     "DoubleBackward",
     "Forward",
+    "attend",
     "attention",
     "attention_kvcache",
     "draw_seed",

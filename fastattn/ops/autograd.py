@@ -6,7 +6,6 @@ Autograd sits on the Autograd key of the forward operator; below it the operator
 every backend: it is always the reference's.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.autograd import forward_ad
 
 from fastattn import backends
 from fastattn.ops import batching
-from fastattn.ops.direct import nothing_to_dispatch
+from fastattn.ops.direct import DIRECT, Way, way, without_autocast
 from fastattn.ops.schema import (
     LIBRARY,
     Backward,
@@ -23,6 +22,7 @@ from fastattn.ops.schema import (
     Forward,
     arguments,
     backward_results,
+    call_gradients,
     define,
     double_backward_results,
     flatten,
@@ -39,13 +39,6 @@ DOUBLE_BACKWARD = define(
 )
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """The spec has cast what autocast casts: what a backend computes in float32 must stay there."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # which raises for meta
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def draw_seed(device: torch.device) -> Tensor:
     """One int64 from the device's default generator: no synchronisation, safe under CUDA graphs and checkpointing."""
     return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=device)
@@ -60,17 +53,17 @@ def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]
         with without_autocast(spec.q.device):
             return run(spec), None
     seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
-    call = Forward(spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backend)
-    if backend == "cpu" and nothing_to_dispatch((*call[:3], *call.operands, *call.operands.block_mask)):
-        out, lse, _ = _run(call)
-        return out, lse
-    # torch.compile and the dispatcher's modes see the operator; torch.func sees a Function, which it can transform.
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    out, lse, _ = (_Attention.apply if transformed else FORWARD)(*flatten(call))
+    out, lse, _ = attend(Forward(spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backend))
     return out, lse
 
 
-# Implementations
+def attend(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of the forward operator, on any backend but torch's; by the shortest way."""
+    if call.backend in DIRECT and (direct := way((*call[:3], *call.operands))) is not Way.DISPATCHER:
+        return _run(call) if direct is Way.AT_ONCE else _record(_AttentionAtOnce, *flatten(call))
+    # torch.compile and the dispatcher's modes see the operator; torch.func sees a Function, which it can transform.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return (_Attention.apply if transformed else FORWARD)(*flatten(call))  # pyright: ignore[reportReturnType]
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,17 +85,20 @@ def _run(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     call = unflatten(Backward, args)
-    dq, dk, dv, *learned = results = backward_results(call)
+    return tuple(call.q.new_empty(0) if x is None else x for x in _differentiate(call))
+
+
+def _differentiate(call: Backward) -> Gradients:
+    gradients = call_gradients(call)
     if call.operands.cu_seqlens_q is not None:
-        for gradient in (dq, dk, dv):
+        for gradient in gradients[:3]:
             gradient.zero_()
-    gradients = Gradients(dq, dk, dv, *(x if want else None for x, want in zip(learned, call.wanted, strict=True)))
     with without_autocast(call.q.device):
         backends.module(call.backend).backward(
             gradients, call.dout, call.dlse, call.q, call.k, call.v, call.out, call.statistics, call.operands,
             call.options,
         )  # fmt: skip
-    return results
+    return gradients
 
 
 def _double_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -145,14 +141,16 @@ def below_autograd(operator: Any, *args: Any) -> Any:
 
 def _call_backward(call: Backward) -> tuple[Tensor, ...]:
     """`BACKWARD`, on the graph only where there may be one (create_graph=True)."""
-    run = _AttentionBackward.apply if _differentiating() else _run_backward
-    return run(*flatten(call))
+    if _differentiating():
+        return _AttentionBackward.apply(*flatten(call))  # pyright: ignore[reportReturnType]
+    if way((*call[:7], *call.operands)) is Way.AT_ONCE:
+        return _differentiate(call)  # pyright: ignore[reportReturnType]  (None where nobody looks)
+    return _run_backward(*flatten(call))
 
 
 def _call_double_backward(call: DoubleBackward) -> tuple[Tensor, ...]:
     """`DOUBLE_BACKWARD`, on the graph only where there may be one."""
-    run = _AttentionDoubleBackward.apply if _differentiating() else _run_double_backward
-    return run(*flatten(call))
+    return (_AttentionDoubleBackward.apply if _differentiating() else _run_double_backward)(*flatten(call))
 
 
 def _run_forward(*args: Any) -> tuple[Tensor, ...]:
@@ -179,10 +177,9 @@ def _save(ctx: Any, operands: Operands, options: Options, *tensors: Tensor | Non
 
 def _saved(ctx: Any, count: int) -> tuple[Any, ...]:
     """(*tensors, operands): what `_save` was given, ``count`` tensors."""
-    rest = iter(ctx.saved_tensors)
-    tensors = [next(rest) for _ in range(count)]
-    single = [next(rest) for name in Operands._fields if name != "block_mask"]
-    return *tensors, Operands._make([*single, list(rest)])
+    saved = ctx.saved_tensors
+    rest = count + len(Operands._fields) - 1  # the last one is block_mask
+    return *saved[:count], Operands._make([*saved[count:rest], list(saved[rest:])])
 
 
 _NO_OPERANDS = Operands(block_mask=None)  # pyright: ignore[reportArgumentType]  (gradients of operands: None for each)
@@ -198,6 +195,9 @@ def _operand_gradients(gradients: Any, wanted: Any) -> Operands:
 def _learned(operands: Operands) -> Learned:
     """What belongs to the operands that have gradients."""
     return Learned(operands.bias, operands.alibi_slopes, operands.sinks)
+
+
+_LEARNED = _learned(unflatten(Forward, range(99)).operands)  # where these are among the arguments
 
 
 class _Attention(batching.Batched):
@@ -223,13 +223,15 @@ class _Attention(batching.Batched):
         q, k, v, out, statistics, operands = _saved(ctx, 5)
         if dout is None:
             dout = torch.zeros_like(out)
-        wanted = _learned(unflatten(Forward, ctx.needs_input_grad).operands)
+        wanted = Learned(*(ctx.needs_input_grad[index] for index in _LEARNED))
         dq, dk, dv, *others = _call_backward(
             Backward(
                 dout, dlse, q, k, v, out.detach(), statistics.detach(), operands, ctx.options, ctx.backend,
                 list(wanted),
             )
         )  # fmt: skip
+        if not any(wanted):
+            return dq, dk, dv, *(None,) * (len(ctx.needs_input_grad) - 3)
         return flatten(Forward(dq, dk, dv, _operand_gradients(others, wanted), _NO_OPTIONS, None))  # pyright: ignore[reportArgumentType]
 
     @staticmethod
@@ -241,6 +243,12 @@ class _Attention(batching.Batched):
             DoubleBackward(direction, None, None, q, k, v, operands, ctx.options, [False] * 6)
         )
         return tout, tlse, None
+
+
+class _AttentionAtOnce(_Attention):
+    """Where autograd records the call and nobody else: below it there is nothing to dispatch."""
+
+    forward = staticmethod(_forward)
 
 
 class _AttentionBackward(batching.Batched):
@@ -365,9 +373,13 @@ _FORWARD_TWICE = (
 
 def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if _forward_mode() or (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)):
-        # Skips Function.apply's own checks, which cost as much as a small call; `attention` ruled transforms out.
-        return super(torch.autograd.Function, _Attention).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+        return _record(_Attention, *args)
     return below_autograd(FORWARD, *args)
+
+
+def _record(function: type[_Attention], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``function.apply`` without its checks, which cost as much as a small call; `attention` ruled transforms out."""
+    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 LIBRARY.impl("attention_forward", _forward, "CompositeExplicitAutograd")

@@ -1,39 +1,90 @@
-"""When the dispatcher has nothing to do for a call of an operator but to find the kernel, which then is called at once.
+"""What of the dispatcher a call of an operator needs; where nothing, its implementation is called at once.
 
-On a small input PyTorch's way through the dispatcher and back into Python costs more than the kernel of a CPU backend.
+On a small input PyTorch's way through the dispatcher and back into Python costs more than the kernel itself.
 """
 
+import contextlib
 from collections.abc import Iterable
+from enum import Enum
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,  # pyright: ignore[reportAttributeAccessIssue]
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
-
-def _keys(x: Tensor) -> int:
-    """Whose kernels the dispatcher calls for a tensor: its device, and all that wraps or views it in a special way."""
-    return torch._C._dispatch_keys(x).raw_repr()
+_dispatch_keys = torch._C._dispatch_keys
 
 
-with torch.inference_mode():
-    _INFERENCE = _keys(torch.empty(0, device="cpu"))
-_PLAIN = (_keys(torch.empty(0, device="cpu")), _INFERENCE)
+DIRECT = ("triton", "cpu", "cuda")
+"""Backends whose kernels may take so little time that the way to them counts."""
 
 
-def nothing_to_dispatch(operands: Iterable[object]) -> bool:
-    """Whether the tensors among ``operands`` are plain ones on a CPU, and nobody records or transforms calls."""
+class Way(Enum):
+    """How a call gets to the implementation of its operator."""
+
+    AT_ONCE = 0
+    """nobody records or transforms it"""
+    AUTOGRAD = 1
+    """autograd records it, and nobody else"""
+    DISPATCHER = 2
+
+
+_plain: set[int] = set()
+"""The dispatch keys of plain tensors, in inference mode too, on the devices that were asked about: whose kernels the
+dispatcher calls, for the device and for all that wraps or views a tensor in a special way."""
+_devices: set[str] = set()
+
+
+def _is_plain(x: Tensor) -> bool:
+    keys = _dispatch_keys(x).raw_repr()
+    if keys in _plain:
+        return True
+    device = x.device.type
+    if device in _devices:
+        return False
+    _devices.add(device)
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            _plain.add(_dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return keys in _plain
+
+
+def way(operands: Iterable[object]) -> Way:
+    """The way of a call with these operands, tensors among them or in lists there."""
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or _profiler_enabled()
-        or torch._C._get_tracing_state() is not None
+        or _get_tracing_state() is not None
     ):
-        return False
-    recording = torch.is_grad_enabled()
-    return all(
-        _keys(x) in _PLAIN and not (recording and x.requires_grad) for x in operands if isinstance(x, Tensor)
-    )  # fmt: skip
+        return Way.DISPATCHER
+    recorded = False
+    for x in operands:
+        if x is None:
+            continue
+        if isinstance(x, Tensor):
+            if _dispatch_keys(x).raw_repr() not in _plain and not _is_plain(x):  # the usual answer without a call
+                return Way.DISPATCHER
+            recorded = recorded or x.requires_grad
+        elif isinstance(x, list) and not all(_is_plain(item) for item in x if isinstance(item, Tensor)):
+            return Way.DISPATCHER
+    return Way.AUTOGRAD if recorded and torch.is_grad_enabled() else Way.AT_ONCE
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The spec has cast what autocast casts: what a backend computes in float32 must stay there."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # which raises for meta
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()

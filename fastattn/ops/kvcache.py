@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
-from fastattn.ops.autograd import attention, below_autograd, without_autocast
-from fastattn.ops.direct import nothing_to_dispatch
+from fastattn.ops.autograd import attention, below_autograd
+from fastattn.ops.direct import DIRECT, Way, way, without_autocast
 from fastattn.ops.schema import LIBRARY, CacheCall, arguments, cache_results, define, flatten, unflatten
 from fastattn.spec import AttentionSpec, CacheSpec, known
 
@@ -29,10 +29,12 @@ def attention_kvcache(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor | N
     In eager mode PyTorch's own functions are called as they are: on a CPU an operator of ours would cost a decode step
     as much again as the attention in it.
     """
-    direct = backend == "cpu" and nothing_to_dispatch(spec)
+    direct = backend in DIRECT and way(spec) is Way.AT_ONCE
+    if direct and backend == "triton" and spec.k is not None and not (spec.length is not None and _is_prompt(spec)):
+        return _append_and_attend(spec)
     if spec.k is not None and spec.v is not None:
         _append_new(spec, spec.k, spec.v, backend, direct)
-    if _wants_gradient(spec):
+    if not direct and _wants_gradient(spec):
         return KVCACHE(*flatten(CacheCall(spec, backend)))
     if spec.k is not None and spec.v is not None and spec.length is not None and _is_prompt(spec):
         with without_autocast(spec.q.device):
@@ -67,6 +69,14 @@ def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str, direct: boo
         return
     append = _append if backend == "torch" and not torch.compiler.is_compiling() else APPEND
     append(*arguments, "reference" if backend == "torch" else backend)
+
+
+def _append_and_attend(spec: CacheSpec) -> tuple[Tensor, Tensor]:
+    """A decode step of the Triton backend, its kernels launched together."""
+    out, lse = cache_results(spec, "triton")
+    backends.triton.append_and_attend(out, lse, spec)
+    _count_change(spec.k_cache, spec.v_cache)
+    return out, lse
 
 
 def _count_change(*changed: Tensor) -> None:

@@ -4,15 +4,14 @@ A schema has no structures, so the named groups of a call are flattened. Only `f
 which is that of the fields of the NamedTuples below; the schema strings are made from the same fields.
 """
 
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from fastattn.spec import CacheSpec, Inputs, Operands, Options
+from fastattn.spec import CacheSpec, Gradients, Inputs, Operands, Options
 
 LIBRARY = Library("fastattn", "DEF")
 
@@ -87,6 +86,19 @@ _TYPES = {
 _FIELDS: dict[Any, dict[str, Any]] = {
     kind: get_type_hints(kind) for kind in (Forward, Backward, DoubleBackward, CacheCall, *_GROUPS)
 }
+
+
+def _places(kind: type) -> list[tuple[Any, Any]]:
+    """Of each field of a call: what makes its group, or None, and its place among the arguments of the operator."""
+    places, start = [], 0
+    for hint in _FIELDS[kind].values():
+        size = len(_FIELDS[hint]) if hint in _GROUPS else 1
+        places.append((hint._make, slice(start, start + size)) if hint in _GROUPS else (None, start))
+        start += size
+    return places
+
+
+_PLACES = {kind: _places(kind) for kind in (Forward, Backward, DoubleBackward, CacheCall)}
 _Call = TypeVar("_Call", Forward, Backward, DoubleBackward, CacheCall)
 
 
@@ -101,14 +113,9 @@ def flatten(call: Forward | Backward | DoubleBackward | CacheCall) -> tuple[Any,
     return tuple(flat)
 
 
-def unflatten(kind: type[_Call], flat: Iterable[Any]) -> _Call:
+def unflatten(kind: type[_Call], flat: Sequence[Any]) -> _Call:
     """The call that has these arguments; also of something else for each argument, such as whether it is needed."""
-    rest = iter(flat)
-    fields: list[Any] = [
-        hint._make(islice(rest, len(_FIELDS[hint]))) if hint in _GROUPS else next(rest)
-        for hint in _FIELDS[kind].values()
-    ]
-    return kind(*fields)
+    return kind(*[flat[place] if make is None else make(flat[place]) for make, place in _PLACES[kind]])
 
 
 def arguments(kind: type) -> str:
@@ -134,10 +141,16 @@ def define(schema: str) -> Any:
 
 def empty_heads(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised (B, H, L, D), stored as (B, L, H, D) where ``like`` is, so that merging heads stays a view."""
-    batch, heads, length, dim = shape
-    if heads > 1 and like.stride(1) < like.stride(2):
-        return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    if heads_last(like):
+        return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
+    if shape == like.shape and like.is_contiguous():
+        return torch.empty_like(like)  # which costs half of the others
     return like.new_empty(shape)
+
+
+def heads_last(x: Tensor) -> bool:
+    """Whether (B, H, L, D) is stored as (B, L, H, D)."""
+    return x.shape[1] > 1 and x.stride(1) < x.stride(2)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -157,15 +170,19 @@ def forward_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, lse.new_empty((2, *lse.shape))
 
 
+def call_gradients(call: Backward) -> Gradients:
+    """The gradients, None where not wanted."""
+    dq, dk, dv = empty_heads(call.q, call.q.shape), empty_heads(call.k, call.k.shape), empty_heads(call.v, call.v.shape)
+    if not any(call.wanted):
+        return Gradients(dq, dk, dv)
+    learned = (call.operands.bias, call.operands.alibi_slopes, call.operands.sinks)
+    wanted = zip(learned, call.wanted, strict=True)
+    return Gradients(dq, dk, dv, *(x.new_empty(x.shape) if x is not None and want else None for x, want in wanted))
+
+
 def backward_results(call: Backward) -> tuple[Tensor, ...]:
     """The gradients: an operator cannot return None, so empty where not wanted."""
-    dq, dk, dv = (empty_heads(x, x.shape) for x in (call.q, call.k, call.v))
-    learned = (call.operands.bias, call.operands.alibi_slopes, call.operands.sinks)
-    others = (
-        x.new_empty(x.shape) if x is not None and want else call.q.new_empty(0)
-        for x, want in zip(learned, call.wanted, strict=True)
-    )
-    return dq, dk, dv, *others
+    return tuple(call.q.new_empty(0) if x is None else x for x in call_gradients(call))
 
 
 def double_backward_results(call: DoubleBackward) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ def dry(tmp_path_factory):
         for suite, match in (
             ("forward", "L=1024"), ("backward", "L=1024"), ("features", "L=1024"), ("features", "L=16384"),
             ("layers", "L=1024"), ("layers", "training step"), ("memory", "L=1024"), ("memory", "L=2048"),
-            ("overhead", ""), ("cpu", "L=128"), ("decode", "L=1024"), ("generation", "64 tokens"),
+            ("overhead", ""), ("launch", ""), ("cpu", "L=128"), ("decode", "L=1024"), ("generation", "64 tokens"),
         ):  # fmt: skip
             dry_run(folder, suite, "--match", match)
     return folder / "dry-run"
