@@ -284,7 +284,8 @@ class DryRun(Device):
             call(0)
         self.now += self.step
         self.timings += 1
-        return {name: Timing(*(x * (1.0 + 0.25 * i) for x in (0.9, 1.0, 1.1, 0.8)), 5) for i, name in enumerate(calls)}
+        factors = {name: 1.0 + 0.25 * i for i, name in enumerate(calls)}
+        return {name: Timing(0.9 * x, x, 1.1 * x, 0.8 * x, 5) for name, x in factors.items()}
 
     def time_long(self, calls: Mapping[str, Call], repeats: int = 3, seconds: float = 20.0) -> dict[str, Timing]:
         return self.time(calls)

@@ -366,15 +366,15 @@ class ParityCase:
     def specialisations(self) -> set[tuple[object, ...]]:
         """What the compiled code of each of its kernels depends on, as far as features tell."""
         feature, (dtype, head_dim) = FEATURES[self.feature], self.arguments(Device())
-        shape = feature.shape
-        if isinstance(shape, CacheShape):
-            options = feature.options(shape.heads[0], torch.Generator())  # type: ignore[arg-type]
+        if isinstance(feature, CacheFeature):
+            shape = feature.shape
+            options = feature.options(shape.heads[0], torch.Generator())
             rows = shape.heads[0] // shape.heads[1] * shape.q_len
             code = (shape.page, feature.num_splits == 1, rows > 32, shape.q_len > 1, *sorted(options))
         else:
-            options = feature.options(shrink(shape), torch.Generator())  # type: ignore[arg-type]
+            options = feature.options(shrink(feature.shape), torch.Generator())
             code = tuple(sorted((name, *(getattr(x, "shape", [])[2:3])) for name, x in options.items()))
-            code += (shape.v_dim,)
+            code += (feature.shape.v_dim,)
         return {
             (kernel, dtype, head_dim, *(() if kernel in ("delta", "combine", "append") else code))
             for kernel in feature.kernels

@@ -45,7 +45,8 @@ class Prepared:
 @dataclass(frozen=True)
 class Peer:
     name: str
-    prepare: Callable[[Problem, Inputs], Prepared]
+    prepare: Callable[[Any, Any], Prepared]
+    """From a problem and its inputs, of the kind that its suite measures."""
     module: str = "torch"
     """What must be importable."""
     attribute: str = ""
@@ -156,10 +157,11 @@ def prepare_sdpa(problem: Problem, x: Inputs, backend: SDPBackend | None) -> Pre
         attn_mask: Tensor | None = allowed
     else:
         attn_mask = bias if allowed is None or learned else bias.masked_fill(~allowed, -torch.inf)
-    fill = learned and allowed is not None
 
     def call() -> Tensor:
-        mask = attn_mask.masked_fill(~allowed, -torch.inf) if fill else attn_mask
+        mask = attn_mask
+        if learned and attn_mask is not None and allowed is not None:
+            mask = attn_mask.masked_fill(~allowed, -torch.inf)
         run = functools.partial(
             F.scaled_dot_product_attention, x.q, x.k, x.v, mask, problem.dropout_p, is_causal,
             enable_gqa=problem.q_heads != problem.kv_heads,
@@ -273,10 +275,11 @@ def prepare_varlen(problem: Problem, x: Inputs) -> Prepared:
         if "enable_gqa" not in known:
             raise Cannot("no GQA in this torch")
         arguments["enable_gqa"] = True
-    leaves, starts, most = packed_tokens(x), problem.starts().to(x.q.device), longest(problem)
+    q, k, v = leaves = packed_tokens(x)
+    starts, most = problem.starts().to(x.q.device), longest(problem)
 
     def call() -> Tensor:
-        return only_output(varlen_attn(*leaves, starts, starts, most, most, **arguments))
+        return only_output(varlen_attn(q, k, v, starts, starts, most, most, **arguments))
 
     return Prepared(call, leaves, x.dout.transpose(1, 2).flatten(0, 1), unpacked(problem))
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,7 +96,7 @@ class Bench:
         return self.device.time(calls, self.seconds if seconds is None else seconds)
 
     def record(
-        self, suite: str, key: dict[str, object], timing: Timing | None = None, *, flops: float = 0.0,
+        self, suite: str, key: Mapping[str, object], timing: Timing | None = None, *, flops: float = 0.0,
         tokens: float = 0.0, peak_mib: float | None = None, note: str = "",
     ) -> None:  # fmt: skip
         """Store one row at once."""
@@ -117,7 +117,7 @@ class Bench:
         if self.record_rows:
             results.upsert(self.output / self.device.folder / f"{suite}.csv", [stored])
 
-    def refused(self, suite: str, key: dict[str, object], error: BaseException) -> None:
+    def refused(self, suite: str, key: Mapping[str, object], error: BaseException) -> None:
         """Store why there is no figure; gives up where the device is lost."""
         raise_if_lost(error)
         out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
@@ -325,7 +325,7 @@ def compile_share(args: argparse.Namespace, cells: list[Cell]) -> None:
     device: Device = Compiling() if torch.cuda.is_available() else DryRun()
     bench = Bench(device, Path(), only=tuple(args.providers), record_rows=False)
     tasks: list[Callable[[], None]] = [lambda case=case: case.run(device) for case in parity.gate(device)]
-    seen = {None}
+    seen: set[object] = {None}
     for cell in cells:
         if cell.compiles not in seen:
             seen.add(cell.compiles)

@@ -6,6 +6,7 @@ Plain attention is measured on one and on two threads; the peers take turns with
 
 import functools
 import itertools
+from typing import Any
 
 import torch
 
@@ -24,12 +25,12 @@ MODES = ("forward", "backward")
 SDPA = "sdpa"
 ANY_PEER = (OWN, SDPA, "flex", "sdpa-math")
 
-SIZES: dict[str, object] = {"batch": 1, "q_heads": 8, "kv_heads": 8, "head_dim": 64, "dtype": "fp32"}
-PLAIN: dict[str, dict[str, object]] = {"full": {}, "causal": {"causal": True}}
+SIZES: dict[str, Any] = {"batch": 1, "q_heads": 8, "kv_heads": 8, "head_dim": 64, "dtype": "fp32"}
+PLAIN: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}}
 
 # Of the features: their rates are held against that of "causal". Packed documents are far shorter than a tile.
 FEATURE_LENGTH = 1024
-FEATURES: dict[str, dict[str, object]] = {
+FEATURES: dict[str, dict[str, Any]] = {
     "window 256": {"window": 256, "causal": True},
     "softcap 30": {"softcap": 30.0, "causal": True},
     "ALiBi": {"alibi": True, "causal": True},
@@ -54,11 +55,11 @@ def cells() -> list[Cell]:
     found = []
     for length, head_dim, threads in itertools.product(LENGTHS, HEAD_DIMS, THREADS):
         for (case, changes), mode in itertools.product(PLAIN.items(), MODES):
-            problem = Problem(**(SIZES | {"length": length, "head_dim": head_dim} | changes))
+            problem = Problem(**{**SIZES, "length": length, "head_dim": head_dim, **changes})
             priority = 3 if length > 2048 else 1
             found.append(attention_cell(case, problem, mode, threads, (OWN, SDPA), priority))
     for (case, changes), mode in itertools.product(FEATURES.items(), MODES):
-        problem = Problem(**(SIZES | {"length": FEATURE_LENGTH} | changes))
+        problem = Problem(**{**SIZES, "length": FEATURE_LENGTH, **changes})
         found.append(attention_cell(case, problem, mode, 1, ANY_PEER, 2))
     kinds = ("MultiheadAttention", "TransformerEncoderLayer")
     for length, kind, (mode, padded) in itertools.product((64, 256, 1024), kinds, (("train", False), ("eval", True))):

@@ -114,7 +114,7 @@ def prepare_flex(step: Step, x: StepInputs) -> Prepared:
 def prepare_flash_attn(step: Step, x: StepInputs) -> Prepared:
     if step.page % 256:
         raise Cannot("its pages are multiples of 256")
-    from flash_attn import flash_attn_with_kvcache
+    from flash_attn import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
 
     call = functools.partial(
         flash_attn_with_kvcache, x.q.transpose(1, 2), x.k_cache, x.v_cache, cache_seqlens=x.lens, block_table=x.table,
@@ -126,7 +126,7 @@ def prepare_flash_attn(step: Step, x: StepInputs) -> Prepared:
 def prepare_flashinfer(step: Step, x: StepInputs) -> Prepared:
     if x.table is None:
         raise Cannot("its batches are paged")
-    import flashinfer
+    import flashinfer  # pyright: ignore[reportMissingImports]
 
     device, pages = x.q.device, x.table.shape[1]
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(

@@ -5,6 +5,7 @@ Another feature is another row of FEATURES, and a field of `problems.Problem` if
 
 import functools
 import itertools
+from typing import Any
 
 from benchmarks.harness.attention import measure
 from benchmarks.harness.peers import FAST, OTHERS
@@ -16,7 +17,7 @@ TOKENS = 16384
 LENGTHS = (4096, 1024)
 
 # Case -> what it changes in a Problem of 16 heads with head dim 128.
-FEATURES: dict[str, dict[str, object]] = {
+FEATURES: dict[str, dict[str, Any]] = {
     "GQA 32/8": {"q_heads": 32, "kv_heads": 8, "causal": True},
     "key padding": {"mask": "padding"},
     "boolean mask": {"mask": "random"},
@@ -34,7 +35,7 @@ FEATURES: dict[str, dict[str, object]] = {
 LONG = 16384
 # The same for one long sequence. The first line is what the others are held against: operations are those of the pairs
 # that are allowed, and "causal as a block mask" visits the same tiles.
-LONG_FEATURES: dict[str, dict[str, object]] = {
+LONG_FEATURES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "causal + window 1024": {"window": 1024, "causal": True},
     "documents, packed": {"pattern": "documents", "packed": True, "causal": True},

@@ -79,7 +79,8 @@ def make_transformers(size: Size, own: CausalLM, length: int) -> nn.Module:
         max_position_embeddings=length, rms_norm_eps=own.config.norm_eps, bos_token_id=None, eos_token_id=None,
         tie_word_embeddings=False,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to(own.head.weight.device, own.head.weight.dtype).eval()
+    model: Any = transformers.LlamaForCausalLM(config)
+    model = model.to(own.head.weight.device, own.head.weight.dtype).eval()
     huggingface_weights.export(own, model)
     return model
 
@@ -110,7 +111,7 @@ class Uncached(nn.Module):
 def check(own: CausalLM, theirs: nn.Module | None, prompt: Tensor) -> None:
     """Hold the logits of ours, which come out of the cache, to the rule; transformers is the eager peer."""
     expected = copy.deepcopy(own).double()(prompt)[:, -1]
-    cache = own.make_cache(*prompt.shape)
+    cache = own.make_cache(prompt.shape[0], prompt.shape[1])
     own.prefill(prompt[:, :-1], cache)
     actual = own(prompt[:, -1:], cache=cache)[:, -1]
     eager = own(prompt)[:, -1] if theirs is None else theirs(prompt).logits[:, -1]
@@ -206,7 +207,7 @@ def measure_decoder(bench: Bench, new: int) -> None:
     actual = 4 if isinstance(bench.device, DryRun) else new
     torch.manual_seed(0)
     theirs = nn.TransformerDecoder(nn.TransformerDecoderLayer(**DECODER), DECODER_LAYERS).to(device).eval()
-    ours = copy.deepcopy(theirs)
+    ours: Any = copy.deepcopy(theirs)
     fastattn.convert(ours)
     memory = torch.randn(DECODER_BATCH, MEMORY, 128, device=device)
     few = min(actual, 16)

@@ -53,7 +53,7 @@ def measure_layer(
     batch, actual_dtype = tokens // length, DTYPES[dtype]
     if isinstance(bench.device, DryRun):
         batch, length, width, actual_dtype = 2, 12, 64, torch.float32
-    device = bench.device.torch_device
+    device = torch.device(bench.device.torch_device)
     torch.manual_seed(0)
     base = make_layer(kind, width, dropout).to(device, actual_dtype).train(mode == "train")
     options = {"device": device, "dtype": actual_dtype}

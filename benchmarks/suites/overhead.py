@@ -22,10 +22,11 @@ SHAPE = {"batch": TINY[0], "q_heads": TINY[1], "kv_heads": TINY[1], "q_len": TIN
          "head_dim": TINY[3]}  # fmt: skip
 
 
-def tiny_inputs(device: str, grad: bool) -> list[torch.Tensor]:
+def tiny_inputs(device: str, grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v; float32 on a CPU, bfloat16 on a GPU."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return [torch.randn(TINY, device=device, dtype=dtype, requires_grad=grad) for _ in "qkv"]
+    q, k, v = (torch.randn(TINY, device=device, dtype=dtype, requires_grad=grad) for _ in "qkv")
+    return q, k, v
 
 
 def host_calls(device: str) -> dict[str, dict[str, Callable[[], object]]]:

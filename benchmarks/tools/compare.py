@@ -30,13 +30,13 @@ def checkout(commit: str, root: Path = ROOT) -> Iterator[Path]:
     """A folder with the commit's sources and this checkout's benchmarks."""
     with tempfile.TemporaryDirectory(prefix="fastattn-compare-") as scratch:
         tree = Path(scratch) / "tree"
+        git = ["git", "-C", str(root), "worktree"]
         if commit == ".":
             tree.mkdir()
             for part in PARTS:
                 if (root / part).is_dir():
                     shutil.copytree(root / part, tree / part, symlinks=True)
         else:
-            git = ["git", "-C", str(root), "worktree"]
             subprocess.run([*git, "add", "--detach", "--quiet", str(tree), commit], check=True)
         try:
             shutil.rmtree(tree / "benchmarks", ignore_errors=True)

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -162,11 +162,11 @@ def compiling_for(arch: str, kernel: str) -> Iterator[list[CompiledKernel]]:
         def compile_only(*args: Any, **kwargs: Any) -> None:
             if jit_function.__name__ == f"{kernel}_kernel":
                 jit_function.device_caches.clear()  # what an earlier case has compiled comes without ptxas's log
-                compiled.append(jit_function.run(*args, grid=grid, warmup=True, **kwargs))
+                compiled.append(cast(CompiledKernel, jit_function.run(*args, grid=grid, warmup=True, **kwargs)))
 
         return compile_only
 
-    driver.set_active(TargetOnlyDriver(arch))
+    driver.set_active(cast(Any, TargetOnlyDriver(arch)))  # what a compiler asks of a driver
     with (
         mock.patch.object(JITFunction, "__getitem__", launcher),
         mock.patch.object(launch, "architecture", lambda device: arch),
@@ -179,18 +179,20 @@ def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> N
     empty = functools.partial(torch.empty, device="meta", dtype=feature.dtype)
     batch, heads, kv_heads, length = 2, 4, 2, 1008
     dim -= 5 if feature.odd_dim else 0
-    caches = [empty(batch, length, kv_heads, dim) for _ in "kv"]
+    shape = (batch, length, kv_heads, dim)
     table = None
     if feature.page:
-        caches = [empty(batch * length // feature.page, feature.page, kv_heads, dim) for _ in "kv"]
+        shape = (batch * length // feature.page, feature.page, kv_heads, dim)
         table = empty(batch, length // feature.page, dtype=torch.int32)
+    k_cache, v_cache = empty(shape), empty(shape)
     lens = empty(batch, dtype=torch.int32)
     if kernel == "append":
-        append.kv_cache_append(*caches, *(empty(batch, kv_heads, 1, dim) for _ in "kv"), lens, table)
+        k, v = empty(batch, kv_heads, 1, dim), empty(batch, kv_heads, 1, dim)
+        append.kv_cache_append(k_cache, v_cache, k, v, lens, table)
         return
     q = empty(batch, heads, feature.queries, dim)
     spec = CacheSpec(
-        q, *caches, None, None, empty(1, heads, dtype=torch.float32) if feature.alibi else None,
+        q, k_cache, v_cache, None, None, empty(1, heads, dtype=torch.float32) if feature.alibi else None,
         empty(heads, dtype=torch.float32) if feature.sinks else None, lens, table, added=1, length=None,
         left=256 if feature.window else None, right=0 if feature.causal else None, scale=dim**-0.5,
         softcap=30.0 if feature.softcap else None, num_splits=4 if kernel == "combine" else 1, return_lse=True,
@@ -239,7 +241,8 @@ def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
         forward.attention_forward(out, statistics[0], statistics, q, k, v, operands, options)
         return
     learned = (operands.bias, operands.alibi_slopes, operands.sinks)
-    gradients = Gradients(*(None if x is None else torch.empty_like(x) for x in (q, k, v, *learned)))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    gradients = Gradients(dq, dk, dv, *(None if x is None else torch.empty_like(x) for x in learned))
     backward.attention_backward(gradients, out, statistics[0], q, k, v, out, statistics, operands, options)
 
 

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -191,7 +191,11 @@ def runnable(group: Group, device: Device, short: bool = False) -> Callable[[], 
         return forward
 
     out = fastattn.attention(x.q, x.k, x.v, causal=group.causal, q_offset=0, backend=backend)
-    return lambda: torch.autograd.grad(out, x.leaves, x.dout, retain_graph=True) and None
+
+    def backward() -> None:
+        torch.autograd.grad(out, x.leaves, x.dout, retain_graph=True)
+
+    return backward
 
 
 @dataclass
@@ -326,7 +330,9 @@ def table(rows: Sequence[results.Row]) -> str:
         lines.append(f"{kernel}: {head_dim}: {numbers},  # TFLOP/s: {rates}; {behind:.1f} % off the best")
     for row in rows:
         if row["stage"] == "winner":
-            group = Group(row["kernel"], row["dtype"], int(row["head_dim"]), row["causal"] == "yes")
+            group = Group(
+                cast(config.Kernel, row["kernel"]), row["dtype"], int(row["head_dim"]), row["causal"] == "yes"
+            )
             lines.append(
                 f"  {group}: {row['block_m']}x{row['block_n']} w{row['num_warps']} s{row['num_stages']}, "
                 f"{row['split_programs']} programs, "

@@ -30,6 +30,6 @@ def test_overhead(benchmark: Callable[..., Any], case: str, provider: str):
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 @pytest.mark.parametrize("case", cpu.CASES)
 def test_cpu(benchmark: Callable[..., Any], case: str, mode: str, provider: str):
-    problem = Problem(**(cpu.SIZES | {"length": 128} | cpu.CASES[case]))
+    problem = Problem(**{**cpu.SIZES, "length": 128, **cpu.CASES[case]})
     sets = [make_inputs(problem, Device(), seed, mode == "backward") for seed in range(2)]
     benchmark(functools.partial(build_call(provider, problem, sets, mode), 0))

@@ -283,7 +283,9 @@ def test_shortest_series_that_is_let_through_works(horizon, season):
     problem = real_problem(small_series(enough, season), horizon)
     for make_forecast in experiments.real_baselines(problem).values():
         assert np.isfinite(problem.score(make_forecast)[1]).all()
-    _, (inputs, _), (validation_inputs, _) = prepare(problem, problem.methods[1], "cpu")
+    _, (inputs, _), validation = prepare(problem, problem.methods[1], "cpu")
+    assert validation is not None
+    validation_inputs, _ = validation
     assert len(inputs) >= 32 and len(validation_inputs) >= 1
 
 
@@ -500,6 +502,7 @@ def test_early_stopping():
     """At a rate that wrecks the model, it stops `patience` epochs after its best one."""
     recipe = Recipe(epochs=30, learning_rate=1.0, warmup_steps=0, cosine=False, patience=2)
     _, history, _ = fit_small(recipe=recipe)
+    assert history.best_epoch is not None and recipe.patience is not None
     assert len(history.train) == history.best_epoch + 1 + recipe.patience < 30
     with pytest.raises(ValueError, match="expected validation windows with"):
         fit(build(small_config("lstm")), (torch.zeros(1, 12), torch.zeros(1, 5)), None, Recipe())

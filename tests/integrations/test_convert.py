@@ -281,10 +281,11 @@ def test_parametrized_module_is_skipped():
 
 def test_shared_modules_stay_shared():
     attention = nn.MultiheadAttention(E, H)
-    model = nn.ModuleDict({"a": attention, "b": nn.Sequential(attention)})
+    inner = nn.Sequential(attention)
+    model = nn.ModuleDict({"a": attention, "b": inner})
     report = convert(model)
     assert len(report.converted) == 1
-    assert model["a"] is model["b"][0]
+    assert model["a"] is inner[0]
     assert type(attention) is fnn.MultiheadAttention
 
 

@@ -391,7 +391,7 @@ def test_no_tile_is_visited_that_is_not_needed():
 def test_mask_added_to_scores_is_an_error():
     mask, _ = described()
     with pytest.raises(ValueError, match="expected a layer that calls transformers' attention interface"):
-        torch.zeros(2, 1, 200, 200) + mask
+        torch.add(torch.zeros(2, 1, 200, 200), mask)
 
 
 def test_models_that_declare_nothing_get_their_eager_mask():
