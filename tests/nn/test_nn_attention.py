@@ -528,7 +528,7 @@ def test_autocast(options, need_weights):
         assert weights is None or weights.dtype == eager_weights.dtype
         pool.add("output", out, expected, eager)
     pool.check()
-    out.float().sum().backward()  # pyright: ignore[reportPossiblyUnbound]
+    out.float().sum().backward()  # pyright: ignore[reportPossiblyUnboundVariable]
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
 
 

@@ -465,7 +465,7 @@ def test_autocast(name):
         assert out.dtype == eager.dtype
         pool.add("output", out, expected, eager)
     pool.check()
-    out.float().sum().backward()  # pyright: ignore[reportPossiblyUnbound]
+    out.float().sum().backward()  # pyright: ignore[reportPossiblyUnboundVariable]
     assert all(p.grad.isfinite().all() for p in ours.parameters())
 
 
