@@ -151,6 +151,23 @@ def test_lengths_that_vary_are_noticed_once():
     assert counter.frame_count == known
 
 
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
+def test_a_new_float_is_compiled_as_often_as_with_torch(name):
+    """Dynamo takes floats for constants; a call of ours adds nothing to that."""
+    q, k, v = make_qkv("cpu", (9, 9), dtype=SINGLE)
+
+    def compilations(call):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        function = torch.compile(call, fullgraph=True, backend=counter)
+        for value in (0.1, 0.2, 0.3, 0.4):
+            function(value)
+        return counter.frame_count
+
+    ours = compilations(lambda x: attention(q, k, v, **{name: x}))
+    assert ours == compilations(lambda x: F.scaled_dot_product_attention(q, k, v, scale=x))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("cc") and not shutil.which("gcc"), reason="inductor needs a C compiler")
 def test_inductor():
