@@ -20,7 +20,7 @@ TRITONS := $(FASTATTN_TRITON_3_6)/$(TRITON_STAMP) $(FASTATTN_TRITON_3_9)/$(TRITO
 
 .DEFAULT_GOAL := help
 .PHONY: help env test quick demo demo-quick demo-dates demo-charlm lint types docs compile-report ext ext-cpu wheel \
-	bench-overhead gpu-check gpu-bench gpu-tune clean
+	bench-overhead gpu-first gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -79,6 +79,9 @@ bench-overhead: $(VENV)/.stamp-test  ## what a call costs over PyTorch's own fun
 	$(BIN)/python -m benchmarks overhead
 
 # On a GPU machine: from the bare checkout with its own Python, nothing is installed. Results go to OUT, if that is set.
+gpu-first:  ## on a GPU, first: does it start, is it right, how fast are the most telling rows, within MINUTES
+	$(PYTHON) -m benchmarks.tools.gpu_first --minutes $(MINUTES)
+
 gpu-check:  ## on a GPU: parity of every feature, races, determinism, sanitizer, within MINUTES
 	$(PYTHON) -m benchmarks.tools.gpu_check --minutes $(MINUTES)
 

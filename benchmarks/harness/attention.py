@@ -9,7 +9,7 @@ import fastattn
 from .device import Call
 from .peers import OWN, PEERS
 from .problems import Inputs, Problem, check_output, fit, make_inputs, options
-from .runner import Bench
+from .runner import Bench, raise_if_lost
 
 
 def measure(
@@ -30,10 +30,14 @@ def measure(
             bench.refused(suite, key | {"provider": name}, error)
     try:
         timings = bench.time(calls)
-    except Exception as error:
-        for name in calls:
-            bench.refused(suite, key | {"provider": name}, error)
-        return
+    except Exception as error:  # one of them fails when it is repeated: each alone shows which
+        raise_if_lost(error)
+        timings = {}
+        for name, call in calls.items():
+            try:
+                timings |= bench.time({name: call})
+            except Exception as own_error:
+                bench.refused(suite, key | {"provider": name}, own_error)
     for name, timing in timings.items():
         note = f"backend {backend_of(actual, sets[0])}" if name == OWN else ""
         bench.record(suite, key | {"provider": name}, timing, flops=problem.flops(mode), note=note)

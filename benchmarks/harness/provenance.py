@@ -68,6 +68,13 @@ def driver() -> str:
     return command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or "unknown"
 
 
+def conditions() -> str:
+    """Clock, power and temperature of the GPU at this moment: what a figure may owe to throttling."""
+    query = "clocks.sm,power.draw,temperature.gpu"
+    values = command("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").partition("\n")[0]
+    return " ".join(values.replace(",", "").split()) + " C" if values else "conditions unknown"
+
+
 def command(*words: str) -> str:
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

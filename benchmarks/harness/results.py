@@ -2,6 +2,7 @@
 
 import csv
 import os
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,7 +24,18 @@ CHECK_FIELDS = (*CHECK_KEY, "outcome", "seconds", "note", *provenance.FIELDS)
 TUNE_KEY = ("kernel", "dtype", "head_dim", "causal", "block_m", "block_n", "num_warps", "num_stages", "split_programs")
 TUNE_FIELDS = (*TUNE_KEY, "stage", "p20_ms", "p50_ms", "p80_ms", "tflops", "note", *provenance.FIELDS)
 
-RESOURCE_FIELDS = (*TUNE_KEY, "registers", "spills", "shared", "serialised", "error", "triton", "digest")
+RESOURCE_FIELDS = (
+    *TUNE_KEY,
+    "registers",
+    "spills",
+    "local",
+    "instructions",
+    "shared",
+    "serialised",
+    "error",
+    "triton",
+    "digest",
+)
 
 LAYOUTS = {
     "parity": (CHECK_KEY, CHECK_FIELDS), "tune": (TUNE_KEY, TUNE_FIELDS), "resources": (TUNE_KEY, RESOURCE_FIELDS),
@@ -46,6 +58,18 @@ def text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def archive(folder: Path) -> Path:
+    """``folder``, a device's files, as one file beside it: a machine that keeps few files keeps all results."""
+    target = folder.with_name(folder.name + ".tar")
+    unfinished = target.with_suffix(".tar.part")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(unfinished, "w") as tar:
+        for path in sorted(folder.glob("*.csv")):
+            tar.add(path, f"{folder.name}/{path.name}")
+    unfinished.replace(target)
+    return target
 
 
 def layout(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:

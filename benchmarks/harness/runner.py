@@ -8,6 +8,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from . import parity, peers, results, summary
+from . import gate, parity, peers, results, summary
 from .device import Call, Compiling, Device, DryRun, Timing, choose
 from .flops import matmul_flops
+from .parity import ParityCase
 from .problems import DTYPES
-from .provenance import ROOT, provenance
+from .provenance import ROOT, conditions, provenance
 
 SUITES = ("forward", "backward", "features", "decode", "layers", "generation", "overhead", "launch", "memory", "cpu")
 RESERVE = 10.0
@@ -37,6 +39,8 @@ class Cell:
     priority: int = 0
     compiles: object = None
     """Cells of equal value share compiled code; None compiles nothing."""
+    rests_on: tuple[ParityCase, ...] | None = None
+    """Parity cases without which its figures mean nothing; None: those of layers and models, `gate.BASIC`."""
 
 
 class Fatal(Exception):
@@ -125,8 +129,8 @@ class Bench:
         self.record(suite, key, note=f"cannot: {reason}")
         self.device.free()
 
-    def measure_matmul(self, suite: str) -> None:
-        """What matrix products reach here: the ceiling that rates are held against."""
+    def measure_matmul(self, suite: str, when: str = "") -> None:
+        """What matrix products reach here: the ceiling that rates are held against. ``when`` it is not the start."""
         on_gpu = self.device.torch_device == "cuda"
         size = 8192 if on_gpu else 32 if isinstance(self.device, DryRun) else 1024
         for dtype in ("bf16", "fp16") if on_gpu or isinstance(self.device, DryRun) else ("fp32",):
@@ -134,9 +138,19 @@ class Bench:
             a, b = (torch.randn(size, size, **options) for _ in "ab")
             timing = self.time({"matmul": lambda _, a=a, b=b: a @ b})["matmul"]
             flops = matmul_flops(size, size, size)
-            self.matmul_tflops[dtype] = flops / timing.p50 * 1e-9
-            key = {"case": f"matmul {size}", "mode": "forward", "provider": "torch", "dtype": dtype}
-            self.record(suite, key, timing, flops=flops)
+            if not when:
+                self.matmul_tflops[dtype] = flops / timing.p50 * 1e-9
+            key = {"case": f"matmul {size}{when}", "mode": "forward", "provider": "torch", "dtype": dtype}
+            self.record(suite, key, timing, flops=flops, note=conditions() if on_gpu else "")
+
+    def measure_copy(self, suite: str, when: str = "") -> None:
+        """What a copy reaches on a GPU: the ceiling of whatever memory bounds."""
+        if self.device.torch_device == "cuda" and self.device.free_memory() > 4 << 30:
+            source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+            target = torch.empty_like(source)
+            timing = self.time({"copy": lambda _: target.copy_(source)})["copy"]
+            key = {"case": f"copy 1 GiB{when}", "mode": "copy", "provider": "torch", "mbytes": 2.0 * 2**30 * 1e-6}
+            self.record(suite, key, timing, note=conditions())
 
 
 class Progress:
@@ -168,7 +182,26 @@ def cells_of(suites: Sequence[str], device: Device) -> list[Cell]:
         module = importlib.import_module(f"benchmarks.suites.{name}")
         if device.torch_device in module.DEVICES or isinstance(device, DryRun):
             cells += module.cells()
-    return sorted(cells, key=lambda cell: cell.priority)
+    return interleaved(cells)
+
+
+def interleaved(cells: Sequence[Cell]) -> list[Cell]:
+    """Most important first, and among equals one of each suite in turn, so that no suite waits for all of another."""
+    met: dict[tuple[int, str], int] = {}
+    order = []
+    for number, cell in enumerate(cells):
+        turn = met[cell.priority, cell.suite] = met.get((cell.priority, cell.suite), 0) + 1
+        order.append((cell.priority, turn, number))
+    return [cells[number] for *_, number in sorted(order)]
+
+
+def refuse_unknown(device: Device, stamp: dict[str, str]) -> bool:
+    """Whether figures of a GPU could not be told from those of other code; says the cure."""
+    if device.torch_device != "cuda" or stamp["commit"] != "unknown":
+        return False
+    print("the commit is unknown, and nothing repairs that afterwards: export FASTATTN_COMMIT=$(git describe --always "
+          "--dirty --abbrev=12) in the command that runs this")  # fmt: skip
+    return True
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -185,6 +218,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile-jobs", type=int, help="processes that compile ahead; default: three in four cores")
     parser.add_argument("--list", action="store_true", help="print the cells in their order and stop")
     parser.add_argument("--dry-run", action="store_true", help="small CPU tensors, made-up figures: tests every path")
+    parser.add_argument("--ignore-gate", action="store_true", help="measure cells that red parity blocks; rows say so")
     parser.add_argument("--compile-share", help=argparse.SUPPRESS)  # I/N: be the I-th of N compiling processes
     args = parser.parse_args(argv)
     args.suites = list(SUITES) if args.suites in ([], ["all"]) else args.suites
@@ -194,7 +228,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int:
-    """Run suites; returns 0, or 1 where parity is red or the device was lost."""
+    """Run suites; returns 0, or 1 where parity is red or the device was lost, or 2 where figures would be useless."""
     started = time.monotonic()
     args = parse(argv)
     device = device or choose(args.dry_run)
@@ -217,9 +251,18 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
         device, output(args, device), args.seconds, tuple(args.providers), note=args.note, stamp=provenance(device)
     )
     print(", ".join(f"{name} {value}" for name, value in bench.stamp.items()))
+    if refuse_unknown(device, bench.stamp):
+        return 2
     compile_ahead(args, device, deadline)
-    if not parity_green(device):
+    red = gate.red_cases(device, parity.gate(device), is_lost)
+    if lost := next((error for error in red.values() if is_lost(error)), None):
+        print(f"stopped: {peers.first_line(lost)}")
         return 1
+    if red:
+        bench.note = "; ".join(filter(None, (bench.note, f"parity red: {', '.join(sorted({c.feature for c in red}))}")))
+        kept = [cell for cell in cells if args.ignore_gate or not gate.blocking(cell.rests_on, red)]
+        print(f"{len(cells) - len(kept)} of {len(cells)} cells rest on what is red and are not measured")
+        cells = kept
     gc.collect()
     gc.freeze()  # what importing made stays: collections between cells need not walk it
     try:
@@ -236,7 +279,7 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
             print(f"{name} skipped: {reason}")
         print(summary.short(bench.rows))
         print(f"rows in {bench.output / device.folder}")
-    return 0
+    return 1 if red else 0
 
 
 def output(args: argparse.Namespace, device: Device) -> Path:
@@ -246,21 +289,15 @@ def output(args: argparse.Namespace, device: Device) -> Path:
     return results.output_folder(args.output)
 
 
-def parity_green(device: Device) -> bool:
-    """The gate. Prints what is red."""
-    cases = parity.gate(device)
-    red = 0
-    for case, error in parity.failures(device, cases):
-        red += 1
-        print(f"parity red: {case}: {parity.describe(error)}")
-    print(f"parity: {len(cases) - red} of {len(cases)} cases green" + ("; nothing is recorded" if red else ""))
-    return not red
-
-
-def run_cells(bench: Bench, cells: list[Cell], deadline: float) -> None:
-    """Run the cells that the budget allows."""
+def run_cells(
+    bench: Bench, cells: list[Cell], deadline: float, after: Callable[[Cell], None] = lambda cell: None
+) -> None:
+    """Run the cells that the budget allows, between two measurements of what limits them; ``after`` each, call that."""
+    if not cells:
+        return
     progress = Progress(len(cells), bench.device.clock, deadline)
     bench.measure_matmul(cells[0].suite)
+    bench.measure_copy(cells[0].suite)
     for cell in cells:
         if bench.device.clock() >= deadline:
             break
@@ -271,9 +308,13 @@ def run_cells(bench: Bench, cells: list[Cell], deadline: float) -> None:
             raise_if_lost(error)
             print(f"\n{cell.suite} {cell.label}: {type(error).__name__}: {peers.first_line(error)}")
         progress.done += 1
+        after(cell)
         bench.device.free()
         bench.device.pause()
     progress.close()
+    if bench.device.torch_device == "cuda":
+        bench.measure_matmul(cells[0].suite, ", at the end")
+        bench.measure_copy(cells[0].suite, ", at the end")
     print(f"{progress.done} of {len(cells)} cells measured")
 
 
@@ -295,22 +336,32 @@ def compile_ahead(args: argparse.Namespace, device: Device, deadline: float) -> 
 
 
 def run_shares(arguments: list[str], jobs: int, limit: float) -> float:
-    """Run ``python -m ARGUMENTS --compile-share I/N`` N times at once; kills what is left after ``limit`` seconds."""
+    """Run ``python -m ARGUMENTS --compile-share I/N`` N times at once; kills what is left after ``limit`` seconds.
+
+    Says how many failed by themselves, and the last words of one.
+    """
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", *arguments, "--compile-share", f"{i}/{jobs}"],
-            cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )
-        for i in range(jobs)
-    ]  # fmt: skip
-    for process in running:
-        try:
-            process.wait(max(0.0, started + limit - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    with contextlib.ExitStack() as files:
+        logs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(jobs)]
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-m", *arguments, "--compile-share", f"{i}/{jobs}"],
+                cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=log,
+            )
+            for i, log in enumerate(logs)
+        ]  # fmt: skip
+        failed = []
+        for process, log in zip(running, logs, strict=True):
+            try:
+                if process.wait(max(0.0, started + limit - time.monotonic())):
+                    log.seek(0)
+                    failed.append((log.read().strip().splitlines() or ["no word"])[-1])
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if failed:
+            print(f"{len(failed)} of {jobs} compiling processes failed: {failed[0][:200]}")
     return time.monotonic() - started
 
 

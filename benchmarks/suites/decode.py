@@ -5,6 +5,7 @@ A step reads the cache once, so memory bandwidth bounds it. Beside every step a 
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import fastattn
 from benchmarks.harness import runner
 from benchmarks.harness.device import Call, DryRun
+from benchmarks.harness.parity import ParityCase
 from benchmarks.harness.peers import Cannot, Peer, Prepared, compiled_flex, first_line
 from benchmarks.harness.problems import DTYPES
 from benchmarks.harness.runner import Bench, Cell
@@ -162,15 +164,16 @@ def check(x: StepInputs, out: Tensor) -> None:
     assert_parity(out[:1], expected, eager)
 
 
-def measure_step(bench: Bench, step: Step) -> None:
-    """Time every provider in turns with a copy of as many bytes, and record what was right."""
+def measure_step(bench: Bench, step: Step, providers: Sequence[str]) -> None:
+    """Time the providers in turns with a copy of as many bytes, and record what was right."""
     if isinstance(bench.device, DryRun):
         step = Step(2, 4, 2, 64, min(step.page, 16), 16, step.dtype)
     device = bench.device.torch_device
     x = make_inputs(step, device)
     calls: dict[str, Call] = {}
     with torch.no_grad():
-        for name, peer in PROVIDERS.items():
+        for name in providers:
+            peer = PROVIDERS[name]
             if reason := peer.missing(device):
                 bench.skipped[name] = reason
                 continue
@@ -202,7 +205,15 @@ def cells() -> list[Cell]:
             step = Step(batch, *heads, length, page)
             compiles = ("decode", heads, page)
             run = functools.partial(measure_step, step=step)
+            feature = ParityCase(f"cache, pages of {page}" if page == 16 else "cache", step.dtype, step.head_dim)
+            own = functools.partial(run, providers=[name for name in PROVIDERS if name != "flex"])
             usual = heads == HEADS[0] and page in (0, 16) and length in (8192, 32768)
             priority = 1 if usual else 2 if page in (0, 16) else 3
-            found.append(Cell("decode", f"{step.case} L={length}", run, priority, compiles))
+            if page == 0 and heads == HEADS[0] and length == 32768 and batch == 8:
+                priority = 0
+            label = f"{step.case} L={length}"
+            found.append(Cell("decode", label, own, priority, compiles, (feature,)))
+            if page == 0:  # which compiles for each shape
+                flex, compiles = functools.partial(run, providers=["flex"]), (*compiles, batch, length)
+                found.append(Cell("decode", f"{label}, FlexAttention", flex, 3, compiles, (feature,)))
     return found

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator
 
 from benchmarks.harness.attention import measure
+from benchmarks.harness.gate import needs
 from benchmarks.harness.peers import FAST, OTHERS
 from benchmarks.harness.problems import Problem
 from benchmarks.harness.runner import Cell
@@ -27,10 +28,12 @@ def grid(mode: str) -> Iterator[Cell]:
         label = f"{dtype} D={head_dim} L={length} {'causal' if causal else 'full'}"
         priority = 4 if dtype == "fp16" else 2 if head_dim == 256 else 0
         run = functools.partial(measure, suite=mode, case="grid", problem=problem, mode=mode)
-        yield Cell(mode, label, functools.partial(run, providers=FAST), priority, (mode, dtype, head_dim, causal))
+        own, rests_on = functools.partial(run, providers=FAST), needs(problem)
+        yield Cell(mode, label, own, priority, (mode, dtype, head_dim, causal), rests_on)
         if dtype == "bf16" and length in OTHERS_LENGTHS:
             compiles = (mode, "others", dtype, head_dim, causal, length)  # FlexAttention compiles for each shape
-            yield Cell(mode, f"{label}, other peers", functools.partial(run, providers=OTHERS), 3, compiles)
+            others = functools.partial(run, providers=OTHERS)
+            yield Cell(mode, f"{label}, other peers", others, 3, compiles, rests_on)
 
 
 def cells() -> list[Cell]:

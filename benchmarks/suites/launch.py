@@ -88,7 +88,8 @@ def measure(bench: Bench) -> None:
                 "case": case, "mode": "host", "provider": provider, "dtype": "bf16", "batch": batch, "q_heads": HEADS,
                 "kv_heads": 2 if batch == 2 else HEADS, "q_len": q_len, "kv_len": kv_len, "head_dim": DIM,
             }  # fmt: skip
-            bench.record("launch", key, Timing(*timing))
+            *figures, repeats = timing
+            bench.record("launch", key, Timing(*figures, int(repeats)))
 
 
 def cells() -> list[Cell]:

@@ -4,9 +4,10 @@
     python -m benchmarks.tools.gpu_tune --resources sm_90           without one: registers and spills of every candidate
     python -m benchmarks.tools.gpu_tune --table FOLDER/tune.csv     print the table of an earlier run
 
-The space is `config.search_space`. Candidates that are known to spill are left out where the resource facts are of
-these kernels, and come last where they are of older ones. The most promising come first: the present choice, then
-those whose products are not serialised, large tiles before small ones. The best few of each group are measured again
+The space is `config.search_space` and what is near the present choice. Candidates that are known to spill in their loop
+are left out where the resource facts are of these kernels, and come last where they are of older ones; where nothing is
+known, few are tried. The most promising come first: the present choice, then those whose products are not serialised,
+those near the present choice, large tiles before small ones. The best few of each group are measured again
 against each other and held to the parity rule. Nothing is written to `kernels/config.py`: its tables are per head dim,
 so the compromise between causal and not is its reader's.
 """
@@ -17,90 +18,40 @@ import contextlib
 import dataclasses
 import faulthandler
 import functools
-import itertools
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
 
 import fastattn
-from benchmarks.harness import parity, results, runner, summary
+from benchmarks.harness import parity, results, runner
 from benchmarks.harness.device import Call, Compiling, Device, DryRun, choose
-from benchmarks.harness.flops import attention_flops
 from benchmarks.harness.peers import first_line
 from benchmarks.harness.problems import Problem, fit, make_inputs
 from benchmarks.harness.provenance import digest, provenance
+from benchmarks.harness.tuning import (
+    STEPS,
+    Group,
+    candidates,
+    config_of,
+    groups,
+    load_facts,
+    table,
+)
 from benchmarks.suites import decode
 from fastattn.functional import Backend
 from fastattn.kernels import config
 from fastattn.kernels.config import LaunchConfig
 
-KERNELS: tuple[config.Kernel, ...] = ("forward", "dkdv", "dq", "decode")
-TOKENS, HIDDEN, LENGTH = 16384, 2048, 4096
-STEPS = ((8, 8192), (1, 32768))
-"""Batches and cached keys of the decode steps that are timed together, at 32 query heads on 8 key heads."""
 FINALISTS = 3
 CHUNK = 6
 """Candidates that take turns with one another and with the present choice."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """One search. Time is that of the forward pass, of the whole backward pass with one of its kernels varied, or of
-    decode steps over contiguous caches.
-    """
-
-    kernel: config.Kernel
-    dtype: str
-    head_dim: int
-    causal: bool
-
-    def __str__(self) -> str:
-        return f"{self.kernel} {self.dtype} D={self.head_dim} {'causal' if self.causal else 'full'}"
-
-    @property
-    def mode(self) -> str:
-        return self.kernel if self.kernel in ("forward", "decode") else "backward"
-
-    def flops(self) -> float:
-        if self.kernel != "decode":
-            return self.problem().flops(self.mode)
-        return sum(attention_flops(batch, 32, 1, length, self.head_dim) for batch, length in STEPS)
-
-    def problem(self, length: int = LENGTH) -> Problem:
-        heads = HIDDEN // self.head_dim
-        return Problem(max(1, TOKENS // length), heads, heads, length, self.head_dim, self.dtype, self.causal)
-
-    def key(self, candidate: LaunchConfig) -> dict[str, str]:
-        return {
-            "kernel": self.kernel, "dtype": self.dtype, "head_dim": str(self.head_dim),
-            "causal": results.text(self.causal), "block_m": str(candidate.block_m), "block_n": str(candidate.block_n),
-            "num_warps": str(candidate.num_warps), "num_stages": str(candidate.num_stages),
-            "split_programs": str(candidate.split_programs),
-        }  # fmt: skip
-
-
-def groups() -> list[Group]:
-    """Most important first: bfloat16, the common head dims, causal."""
-    found = [
-        Group(kernel, dtype, head_dim, causal)
-        for dtype, head_dim, kernel, causal in itertools.product(
-            ("bf16", "fp16"), (128, 64, 256), KERNELS, (True, False)
-        )
-        if causal or kernel != "decode"  # one query sees all keys
-    ]
-    return sorted(found, key=lambda group: (group.dtype != "bf16", group.head_dim == 256))
-
-
-def config_of(row: results.Row) -> LaunchConfig:
-    names = ("block_m", "block_n", "num_warps", "num_stages", "split_programs")
-    return LaunchConfig(**{name: int(row[name]) for name in names if row[name]})
 
 
 def architecture(device: Device) -> str:
@@ -109,33 +60,6 @@ def architecture(device: Device) -> str:
     from fastattn.kernels import launch
 
     return launch.architecture(torch.device("cuda"))
-
-
-def candidates(group: Group, arch: str, facts: dict[tuple[str, ...], results.Row]) -> list[LaunchConfig]:
-    """The present choice, then the space, most promising first."""
-    present = config.lookup(group.kernel, arch, group.head_dim, 2)
-
-    def facts_of(candidate: LaunchConfig) -> results.Row:
-        return facts.get(tuple(group.key(candidate).values()), {})
-
-    def spills(candidate: LaunchConfig) -> bool:
-        known = facts_of(candidate)
-        return bool(known.get("error")) or int(known.get("spills") or 0) > 0
-
-    def unpromising(candidate: LaunchConfig) -> tuple[bool, bool, int, int]:
-        serialised = facts_of(candidate).get("serialised") == "yes"
-        tile = candidate.block_m * candidate.block_n
-        return spills(candidate), serialised, -tile, abs(candidate.num_stages - present.num_stages)
-
-    current = digest()
-    space = [candidate for candidate in config.search_space(group.kernel, group.head_dim) if candidate != present]
-    known_to_fit = [c for c in space if not (spills(c) and facts_of(c).get("digest") == current)]
-    return [present, *sorted(known_to_fit, key=unpromising)]
-
-
-def load_facts(arch: str) -> dict[tuple[str, ...], results.Row]:
-    rows = results.read(results.HERE / f"resources-{arch}.csv")
-    return {tuple(row[name] for name in results.TUNE_KEY): row for row in rows}
 
 
 @contextlib.contextmanager
@@ -295,53 +219,6 @@ class Tuner:
             return next((parity.describe(error) for _, error in parity.failures(self.device, [case])), None)
 
 
-def table(rows: Sequence[results.Row]) -> str:
-    """Per kernel and head dim the best compromise, as a line for `kernels/config.py`, and each search's winner.
-
-    The compromise has the least geometric mean of time over the best time, over causal and not and the dtypes that
-    were searched.
-    """
-    lines = []
-    searches: dict[tuple[str, int], dict[tuple[str, str], dict[LaunchConfig, results.Row]]] = {}
-    for row in rows:
-        if row["p50_ms"] and row["stage"] != "wrong":
-            search = searches.setdefault((row["kernel"], int(row["head_dim"])), {})
-            search.setdefault((row["dtype"], row["causal"]), {})[config_of(row)] = row
-    for (kernel, head_dim), by_group in sorted(searches.items()):
-        shared = set.intersection(*(set(found) for found in by_group.values()))
-        if not shared:
-            continue
-
-        def cost(candidate: LaunchConfig, by_group: dict = by_group) -> float:
-            return summary.geometric_mean(
-                [
-                    float(found[candidate]["p50_ms"]) / min(float(row["p50_ms"]) for row in found.values())
-                    for found in by_group.values()
-                ]
-            )
-
-        best = min(shared, key=cost)
-        rates = ", ".join(
-            f"{dtype} {'causal' if causal == 'yes' else 'full'} {float(found[best]['tflops']):.0f}"
-            for (dtype, causal), found in sorted(by_group.items())
-        )
-        numbers, behind = (best.block_m, best.block_n, best.num_warps, best.num_stages), 100 * (cost(best) - 1)
-        numbers += (best.split_programs,) if kernel == "decode" else ()
-        lines.append(f"{kernel}: {head_dim}: {numbers},  # TFLOP/s: {rates}; {behind:.1f} % off the best")
-    for row in rows:
-        if row["stage"] == "winner":
-            group = Group(
-                cast(config.Kernel, row["kernel"]), row["dtype"], int(row["head_dim"]), row["causal"] == "yes"
-            )
-            lines.append(
-                f"  {group}: {row['block_m']}x{row['block_n']} w{row['num_warps']} s{row['num_stages']}, "
-                f"{row['split_programs']} programs, "
-                * (row["kernel"] == "decode")
-                + f"{float(row['p50_ms']):.3f} ms, {float(row['tflops']):.0f} TFLOP/s"
-            )
-    return "\n".join(lines) or "nothing measured"
-
-
 # Resource facts, without a GPU
 
 
@@ -355,7 +232,8 @@ def resource_row(arch: str, group: Group, candidate: LaunchConfig) -> results.Ro
     with only(group.kernel, candidate):
         found = compile_report.compile_case(compile_report.Case(arch, group.kernel, group.head_dim, feature))
     return group.key(candidate) | {
-        "registers": str(found.registers), "spills": str(found.spills), "shared": str(found.shared),
+        "registers": str(found.registers), "spills": str(found.spills), "local": str(found.local),
+        "instructions": str(found.instructions), "shared": str(found.shared),
         "serialised": results.text(found.serialised), "error": found.error, "triton": triton.__version__,
         "digest": digest(),
     }  # fmt: skip
@@ -429,6 +307,9 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     elif device.torch_device != "cuda":
         print("needs a CUDA device; --dry-run tests the paths without one")
         return 2
+    stamp = provenance(device)
+    if runner.refuse_unknown(device, stamp):
+        return 2
     deadline = device.clock() + args.minutes * 60 - runner.RESERVE
     if device.torch_device == "cuda":
         faulthandler.dump_traceback_later(args.minutes * 60 + 60, exit=True)
@@ -436,7 +317,7 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
         if jobs:
             words = ["benchmarks.tools.gpu_tune", "--match", args.match]
             print(f"compiled ahead in {runner.run_shares(words, jobs, args.minutes * 60 * 0.4):.0f} s")
-    tuner = Tuner(device, runner.output(args, device), deadline, args.seconds, provenance(device))
+    tuner = Tuner(device, runner.output(args, device), deadline, args.seconds, stamp)
     progress = runner.Progress(len(chosen), device.clock, deadline)
     for group, pool in chosen:
         if tuner.left <= 0:
@@ -448,6 +329,7 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     progress.close()
     faulthandler.cancel_dump_traceback_later()
     path = tuner.output / device.folder / "tune.csv"
+    results.archive(path.parent)
     print(f"{progress.done} of {len(chosen)} searches\n{table(results.read(path))}\nrows in {path}")
     return 0
 

@@ -1,9 +1,11 @@
 """Bring home what a run on another machine wrote: FOLDER/<device>/<suite>.csv into benchmarks/results.
 
-python -m benchmarks.tools.merge FOLDER
+python -m benchmarks.tools.merge FOLDER      # or FOLDER/<device>.tar, which holds the same
 """
 
 import argparse
+import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,12 @@ from benchmarks.harness import results
 
 
 def merge(source: Path, target: Path = results.HERE) -> Iterator[str]:
-    """Upsert every file of ``source``; yields what it did."""
+    """Upsert every file of ``source``, a folder or an archive of one; yields what it did."""
+    if source.is_file():
+        with tempfile.TemporaryDirectory() as folder, tarfile.open(source) as tar:
+            tar.extractall(folder, filter="data")
+            yield from merge(Path(folder), target)
+        return
     for folder in results.devices(source):
         for path in sorted(folder.glob("*.csv")):
             rows = results.read(path)

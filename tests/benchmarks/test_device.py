@@ -72,6 +72,7 @@ def cuda_device(monkeypatch):
     fakes = {
         "Event": FakeEvent,
         "synchronize": lambda: used.append("synchronize"),
+        "_sleep": lambda cycles: used.append("sleep"),
         "get_device_name": lambda: "NVIDIA H100 80GB HBM3",
         "get_device_properties": lambda index: types.SimpleNamespace(total_memory=80 * 2**30),
         "reset_peak_memory_stats": lambda: None,
@@ -92,7 +93,7 @@ def cuda_device(monkeypatch):
     return made
 
 
-def test_cuda_timing_flushes_the_cache_before_each_call(cuda_device):
+def test_cuda_timing_flushes_the_cache_before_each_call(cuda_device, monkeypatch):
     def call(repeat):
         assert not cuda_device._flush_buffer.any()
         cuda_device._flush_buffer.fill_(1.0)
@@ -107,6 +108,10 @@ def test_cuda_timing_flushes_the_cache_before_each_call(cuda_device):
     cuda_device.__dict__["_flush_buffer"] = types.SimpleNamespace(zero_=lambda: flushed.append(1))
     timing = cuda_device.time({"a": lambda repeat: None}, seconds=0.001)["a"]
     assert len(flushed) == timing.repeats + 3
+    before = cuda_device.used.count("sleep")
+    monkeypatch.setattr(device, "SHORT_SECONDS", 0.0)
+    cuda_device.time({"a": lambda repeat: None}, seconds=0.001)
+    assert before >= timing.repeats and cuda_device.used.count("sleep") == before  # short calls alone wait for the host
     assert cuda_device.used.count("synchronize") >= 3
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fastattn
-from benchmarks.harness import parity, provenance, results
+from benchmarks.harness import checks as checking
+from benchmarks.harness import large, parity, provenance, repeats, results
 from benchmarks.harness.device import CudaDevice, DryRun
 from benchmarks.tools import gpu_check, status
 
@@ -48,12 +49,12 @@ def test_decode_kernels_pass_in_the_interpreter(feature):
 @pytest.mark.parametrize("feature", ["cache", "cache, pages of 16"])
 def test_a_call_of_the_kernels_repeats_bit_for_bit(feature):
     case = parity.FEATURES[feature]
-    call = case.call(DryRun(), torch.float32, 16, gpu_check.repeat_shapes(DryRun(), case)[0], "triton")
+    call = case.call(DryRun(), torch.float32, 16, repeats.repeat_shapes(DryRun(), case)[0], "triton")
     assert all(torch.equal(a, b) for a, b in zip(call(), call(), strict=True))
 
 
 def test_every_kernel_is_repeated_and_sanitised():
-    assert {kernel for name in gpu_check.REPEATED for kernel in parity.FEATURES[name].kernels} == set(parity.KERNELS)
+    assert {kernel for name in repeats.REPEATED for kernel in parity.FEATURES[name].kernels} == set(parity.KERNELS)
 
 
 def test_how_much_is_compiled_is_known_before():
@@ -153,9 +154,9 @@ def test_gpu_check_dry_run(tmp_path, capsys, monkeypatch):
     assert gpu_check.main(arguments) == 0
     rows = results.read(tmp_path / "dry-run" / "parity.csv")
     outcomes = Counter((r["check"], r["outcome"]) for r in rows)
-    assert outcomes["parity", "passed"] == 4 + 5 + 3 and outcomes["large", "passed"] == len(gpu_check.LARGE)
-    assert outcomes["race", "passed"] == outcomes["determinism", "passed"] == len(gpu_check.REPEATED)
-    assert outcomes["memcheck", "not run"] == 1
+    assert outcomes["parity", "passed"] == 4 + 5 + 3 and outcomes["large", "passed"] == len(large.LARGE)
+    assert outcomes["race", "passed"] == outcomes["determinism", "passed"] == len(repeats.REPEATED)
+    assert outcomes["memcheck", "not run"] == len(repeats.REPEATED)
     out = capsys.readouterr().out
     assert "3 cases of parity compile 11 kernels" in out and "parity             3       0      0        0" in out
     assert [r["check"] for r in rows][:: len(rows) - 1] == ["parity", "synccheck"]  # in the order of importance
@@ -164,17 +165,17 @@ def test_gpu_check_dry_run(tmp_path, capsys, monkeypatch):
 def test_large_tensors_need_memory(tmp_path, monkeypatch):
     checks = make_checks(tmp_path)
     monkeypatch.setattr(DryRun, "free_memory", lambda self: 2.0 * 7 * (1 << 13))
-    gpu_check.check_large(checks)
+    large.check_large(checks)
     assert checks.tally == {("large", "passed"): 2, ("large", "not run"): 2}
     assert checks.not_run == [f"large: {name}: needs 0 GiB of free memory" for name in ("dense", "packed sequences")]
-    assert max(2.0 * tensors * 2**31 for _, tensors, _ in gpu_check.LARGE.values()) < 40e9
+    assert max(2.0 * tensors * 2**31 for _, tensors, _ in large.LARGE.values()) < 40e9
 
 
 def test_large_tensors_that_are_wrong(tmp_path, monkeypatch):
     right = fastattn.attention
     monkeypatch.setattr(fastattn, "attention", lambda q, *a, **o: right(q, *a, **o) * (1.0 + q.shape[0]))
     checks = make_checks(tmp_path)
-    gpu_check.check_large(checks)
+    large.check_large(checks)
     assert checks.problems == ["large: dense: differs from what the last part gives alone"]
 
 
@@ -185,13 +186,14 @@ def test_a_lost_device_ends_all_but_the_sanitizer(tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "matrix", lambda: [parity.ParityCase("plain", "bf16", 64)] * 3)
     monkeypatch.setattr("fastattn.testing.attention", lose)
     checks = make_checks(tmp_path)
-    for check in (gpu_check.check_parity, gpu_check.check_large, gpu_check.check_repeats, gpu_check.check_tests):
+    for check in (parity_of_all, large.check_large, repeats.check_repeats, gpu_check.check_tests):
         check(checks)
     assert checks.lost and checks.tally["parity", "failed"] == 1 and checks.tally["parity", "not run"] == 2
-    assert checks.tally["large", "not run"] == len(gpu_check.LARGE) and checks.tally["tests", "not run"] == 1
-    gpu_check.check_sanitizer(checks)
-    assert checks.tally["memcheck", "not run"] == 1 and "memcheck: dry run" in checks.not_run
-    assert gpu_check.report(checks).splitlines()[-1].startswith("not run: parity: plain, bf16, head dim 64; ")
+    assert checks.tally["large", "not run"] == len(large.LARGE) and checks.tally["tests", "not run"] == 1
+    repeats.check_sanitizer(checks)
+    assert checks.tally["memcheck", "not run"] == len(repeats.REPEATED)
+    assert "memcheck: cache: dry run" in checks.not_run
+    assert checking.report(checks).splitlines()[-1].startswith("not run: parity: plain, bf16, head dim 64; ")
 
 
 def test_gpu_check_reports_what_fails(tmp_path, capsys, monkeypatch):
@@ -214,19 +216,23 @@ def test_gpu_check_reports_what_fails(tmp_path, capsys, monkeypatch):
     assert "determinism: causal, head dim 16: 1x239: 2 of 2 repeats differ" in capsys.readouterr().out
 
 
+def parity_of_all(checks):
+    checking.check_parity(checks, parity.matrix())
+
+
 def make_checks(tmp_path, step=1.0, seconds=100.0):
     stamp = provenance.provenance(DryRun())
-    return gpu_check.Checks(DryRun(step), tmp_path, seconds, stamp)
+    return checking.Checks(DryRun(step), tmp_path, seconds, stamp)
 
 
 def test_gpu_check_out_of_time(tmp_path):
     checks = make_checks(tmp_path, seconds=0.0)
-    gpu_check.check_parity(checks)
-    gpu_check.check_large(checks)
-    gpu_check.check_repeats(checks)
+    parity_of_all(checks)
+    large.check_large(checks)
+    repeats.check_repeats(checks)
     gpu_check.check_tests(checks)
     assert {outcome for _, outcome in checks.tally} == {"not run"}
-    assert "not run: parity: plain, bf16, head dim 64; " in gpu_check.report(checks)
+    assert "not run: parity: plain, bf16, head dim 64; " in checking.report(checks)
 
 
 def test_device_tests_are_selected_and_recorded(tmp_path):
@@ -240,8 +246,9 @@ def test_device_tests_are_selected_and_recorded(tmp_path):
     script = (
         "import sys, pytest\nfrom pathlib import Path\n"
         "from benchmarks.harness import device\n"
+        "from benchmarks.harness import checks as checking\n"
         "from benchmarks.tools import gpu_check\n"
-        "checks = gpu_check.Checks(device.DryRun(), Path('out'), 1e9, {})\n"
+        "checks = checking.Checks(device.DryRun(), Path('out'), 1e9, {})\n"
         "recorder = gpu_check.Recorder(checks)\n"
         "pytest.main(['test_some.py', '-q', '-p', 'benchmarks.harness.only_device', '-p', 'no:cacheprovider'],"
         " plugins=[recorder])\nrecorder.store()\nprint(dict(checks.tally))\n"
@@ -268,11 +275,11 @@ def test_sanitizer_outcomes(code, text, outcome, tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\necho '{text}'\nexit {code}\n")
     tool.chmod(0o755)
-    assert gpu_check.run_sanitizer(str(tool), "memcheck", 10.0) == (outcome, text)
+    assert repeats.run_sanitizer(str(tool), "memcheck", "cache", 10.0) == (outcome, text)
 
 
 def test_sanitizer_that_does_not_finish(tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text("#!/bin/sh\nexec sleep 20\n")
     tool.chmod(0o755)
-    assert gpu_check.run_sanitizer(str(tool), "memcheck", 0.2)[0] == "not run"
+    assert repeats.run_sanitizer(str(tool), "memcheck", "cache", 0.2)[0] == "not run"

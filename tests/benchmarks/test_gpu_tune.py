@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.harness import provenance, results
+from benchmarks.harness import provenance, results, tuning
 from benchmarks.harness.device import DryRun
 from benchmarks.tools import gpu_tune
 from fastattn.kernels.config import LaunchConfig
@@ -60,12 +60,17 @@ def test_tuner_varies_one_kernel():
 def test_tuner_order_and_pruning(monkeypatch):
     group = gpu_tune.Group("forward", "bf16", 128, True)
     pool = gpu_tune.candidates(group, "sm_90", {})
-    assert len(pool) == len(set(pool)) > 10
+    assert len(pool) == len(set(pool)) == 1 + tuning.UNKNOWN_AT_MOST
+    close = set(tuning.near(pool[0], "forward", 128))
+    assert {LaunchConfig(128, 128, 8, 3), LaunchConfig(64, 64, 8, 3), LaunchConfig(128, 64, 8, 4)} <= close
+    assert all(candidate in close for candidate in pool[1:12])
     spilling = pool[1]
-    fact = group.key(spilling) | {"spills": "8", "digest": "old"}
+    fact = group.key(spilling) | {"spills": "8", "local": "8", "instructions": "100", "digest": "old"}
     facts = {tuple(group.key(spilling).values()): fact}
     assert gpu_tune.candidates(group, "sm_90", facts)[-1] == spilling
-    fact["digest"] = provenance.digest()
+    fact["local"] = "2"  # what spills outside the loop costs nothing
+    assert gpu_tune.candidates(group, "sm_90", facts)[-1] != spilling
+    fact |= {"local": "8", "digest": provenance.digest()}
     assert spilling not in gpu_tune.candidates(group, "sm_90", facts)
     assert gpu_tune.groups()[0] == group
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import fastattn
-from benchmarks.harness import attention, parity, provenance, results, runner
-from benchmarks.harness.device import Device, DryRun
+from benchmarks.harness import attention, gate, parity, provenance, results, runner
+from benchmarks.harness.device import CudaDevice, Device, DryRun
 from benchmarks.harness.runner import Bench, Cell
-from benchmarks.tools import gpu_check, gpu_tune
+from benchmarks.tools import gpu_check, gpu_first, gpu_tune
 from tests.support.benchmark_runs import SMALL, dry_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,13 +34,89 @@ def test_a_budget_keeps_the_most_important_cells(tmp_path, capsys, monkeypatch):
     assert "4 of 90 cells measured" in capsys.readouterr().out
 
 
-def test_red_parity_records_nothing(tmp_path, capsys, monkeypatch):
+def spoil(results, wrong):
+    return tuple(1.01 * x for x in results) if wrong else results
+
+
+def test_red_parity_blocks_what_rests_on_it(tmp_path, capsys, monkeypatch):
     right = fastattn.attention
-    monkeypatch.setattr("fastattn.testing.attention", lambda *a, **o: tuple(1.01 * t for t in right(*a, **o)))
-    assert runner.main(["forward", "--dry-run", "--output", str(tmp_path)]) == 1
-    assert not list(tmp_path.rglob("*.csv"))
+    monkeypatch.setattr("fastattn.testing.attention", lambda *a, **o: spoil(right(*a, **o), o.get("causal")))
+    cases = [parity.ParityCase(feature, "fp32", 64) for feature in ("causal", "plain", "cache")]
+    monkeypatch.setattr(parity, "gate", lambda device: cases)
+    arguments = ["forward", "decode", "--dry-run", "--match", "L=1024"]
+    assert runner.main([*arguments, "--output", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "parity red: plain, fp32, head dim 64: AssertionError: out:" in out and "nothing is recorded" in out
+    assert "parity red: causal, fp32, head dim 64: AssertionError: out:" in out
+    assert "cells rest on what is red and are not measured" in out and "\n0 of " not in out
+    rows = [r for r in results.read(tmp_path / "dry-run" / "forward.csv") if r["provider"] == "fastattn"]
+    assert {r["causal"] for r in rows} == {"no"} and all(r["note"].endswith("parity red: causal") for r in rows)
+    assert results.read(tmp_path / "dry-run" / "decode.csv")
+    assert runner.main([*arguments, "--ignore-gate", "--output", str(tmp_path)]) == 1
+    assert {r["causal"] for r in results.read(tmp_path / "dry-run" / "forward.csv")} >= {"no", "yes"}
+
+
+def test_what_a_red_case_blocks():
+    red = parity.ParityCase("causal", "bf16", 128)
+    cells = {(c.suite, c.label): c for c in runner.cells_of(["forward", "features", "decode", "layers"], CudaDevice())}
+
+    def blocked(case):
+        return {name for name, cell in cells.items() if gate.blocks(case, cell.rests_on)}
+
+    own = blocked(red)
+    assert ("forward", "bf16 D=128 L=4096 causal") in own and ("features", "causal + sinks L=4096 forward") in own
+    assert not own & {
+        ("forward", "bf16 D=128 L=4096 full"), ("forward", "bf16 D=64 L=4096 causal"),
+        ("decode", "32/8 heads, batch 8, contiguous L=32768"),
+    }  # fmt: skip
+    assert {suite for suite, _ in blocked(parity.ParityCase("softcap", "bf16", 64))} == {"features"}
+    assert not any("page 16 " in label for _, label in blocked(parity.ParityCase("cache", "bf16", 64)))
+    assert not blocked(parity.ParityCase("offset per batch entry", "bf16", 64))
+
+
+def test_a_lost_device_ends_the_gate(tmp_path, capsys, monkeypatch):
+    def lose(*arguments, **options):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("fastattn.testing.attention", lose)
+    assert runner.main(["forward", "--dry-run", "--output", str(tmp_path)]) == 1
+    assert "stopped: CUDA error: an illegal memory access" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_a_call_that_fails_when_repeated_costs_no_other(tmp_path, monkeypatch):
+    calls = []
+
+    def build_call(name, *arguments):
+        def call(repeat):
+            calls.append(name)
+            if name == "sdpa-math":
+                raise RuntimeError("out of luck")
+
+        return call
+
+    monkeypatch.setattr(attention, "build_call", build_call)
+    bench = Bench(DryRun(), tmp_path, stamp=provenance.provenance(DryRun()))
+    attention.measure(bench, "forward", "a", SMALL, "forward", ["fastattn", "sdpa-flash", "sdpa-math"])
+    notes = {r["provider"]: (r["note"], bool(r["p50_ms"])) for r in results.read(tmp_path / "dry-run" / "forward.csv")}
+    assert notes["sdpa-math"] == ("cannot: out of luck", False)
+    assert notes["fastattn"][1] and notes["sdpa-flash"][1]
+
+
+@pytest.mark.parametrize("module", [runner, gpu_check, gpu_tune, gpu_first])
+def test_figures_of_unknown_code_are_not_measured(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(provenance, "revision", lambda: ("unknown", "unknown"))
+    monkeypatch.setattr(gpu_tune, "architecture", lambda device: "sm_90")
+    assert module.main(["--output", str(tmp_path)], device=PretendedGpu()) == 2
+    assert "export FASTATTN_COMMIT=" in capsys.readouterr().out and not list(tmp_path.rglob("*.csv"))
+
+
+def test_suites_take_turns():
+    suites = [cell.suite for cell in runner.cells_of(["forward", "backward", "decode", "layers"], CudaDevice())]
+    assert {*suites[:4]} == {"forward", "backward", "decode", "layers"}
+    labels = [cell.label for cell in runner.cells_of(["features", "decode"], CudaDevice())]
+    first = next(i for i, label in enumerate(labels) if "other peers" in label or "FlexAttention" in label)
+    usual = max(i for i, label in enumerate(labels) if "contiguous L=8192" in label and "Flex" not in label)
+    assert usual < len(labels) and first > 40  # what compiles for each shape comes late
 
 
 def test_a_failing_cell_costs_only_itself_and_a_lost_device_ends_the_run(tmp_path, capsys, monkeypatch):
@@ -109,7 +185,8 @@ def test_a_gpu_run_compiles_ahead_and_guards_against_hangs(module, tmp_path, mon
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: guards.append(seconds))
     monkeypatch.setattr(parity, "gate", lambda device: [])
     monkeypatch.setattr(parity, "matrix", list)
-    monkeypatch.setattr(Bench, "measure_matmul", lambda self, suite: None)
+    for limit in ("measure_matmul", "measure_copy"):
+        monkeypatch.setattr(Bench, limit, lambda self, suite, when="": None)
     cell = Cell("forward", "a", lambda bench: bench.record("forward", {"case": "a", "provider": "fastattn"}))
     monkeypatch.setattr(runner, "cells_of", lambda suites, device: [cell])
     monkeypatch.setattr(gpu_tune, "groups", list)
@@ -148,6 +225,11 @@ def test_compiling_processes_are_ended_at_the_limit(monkeypatch):
     assert time.monotonic() - started < 10
 
 
+def test_compiling_processes_that_fail_are_counted(capsys):
+    runner.run_shares(["benchmarks.no_such_module"], jobs=2, limit=30.0)
+    assert "2 of 2 compiling processes failed: " in capsys.readouterr().out
+
+
 def test_module_runs():
     command = [sys.executable, "-m", "benchmarks", "overhead", "--list"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -161,6 +243,7 @@ def test_module_runs():
         ("gpu-check", "benchmarks.tools.gpu_check"),
         ("gpu-bench", "benchmarks all"),
         ("gpu-tune", "benchmarks.tools.gpu_tune"),
+        ("gpu-first", "benchmarks.tools.gpu_first"),
     ],
 )
 def test_make_targets_need_no_environment(target, module):

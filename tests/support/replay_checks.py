@@ -227,7 +227,7 @@ def check_alignment(device: standin.StandIn) -> None:
     """An address that is no multiple of 16 gets a kernel that was compiled for such."""
     forget()
 
-    def call(shift: int) -> Callable[[], None]:
+    def call(shift: int) -> Any:
         memory = torch.zeros(2 * HEADS * LENGTH * DIM + 8, dtype=torch.bfloat16)
         q = memory[shift:].as_strided((2, HEADS, LENGTH, DIM), (HEADS * LENGTH * DIM, LENGTH * DIM, DIM, 1), shift)
         assert (q.data_ptr() % 16 == 0) == (shift % 8 == 0)

@@ -1,0 +1,43 @@
+"""What was predicted of a GPU before anything ran on it: `results/predictions/*.csv`, with the columns of results."""
+
+import functools
+from pathlib import Path
+
+from . import results
+
+HERE = results.HERE / "predictions"
+MATCHED = ("case", "mode", "dtype", "q_len", "kv_len", "head_dim", "causal")
+"""Of the columns that are a row's key; an empty one in a prediction means any."""
+
+
+@functools.cache
+def rows(folder: Path = HERE) -> tuple[results.Row, ...]:
+    """Every prediction, of fastattn alone."""
+    found = [row for path in sorted(folder.glob("*.csv")) for row in results.read(path)]
+    return tuple(row for row in found if row.get("provider") == "fastattn")
+
+
+def of(row: results.Row, folder: Path = HERE) -> results.Row | None:
+    """The prediction for a row, if there is one."""
+    if row.get("provider") != "fastattn":
+        return None
+    for prediction in rows(folder):
+        if all(prediction.get(name, "") in ("", row.get(name, "")) for name in MATCHED):
+            return prediction
+    return None
+
+
+def beside(row: results.Row, folder: Path = HERE) -> str:
+    """The prediction for a row and the measured figure's ratio to it, as text; empty where nothing was predicted.
+
+    Rates are compared where both have one, else times: above 1 is faster than predicted.
+    """
+    prediction = of(row, folder)
+    if prediction is None:
+        return ""
+    for column, unit in (("tflops", "TFLOP/s"), ("p50_ms", "ms")):
+        if (expected := prediction.get(column)) and (measured := row.get(column)):
+            ratio = float(measured) / float(expected)
+            faster = ratio if column == "tflops" else 1.0 / ratio
+            return f"predicted {float(expected):.4g} {unit}, measured is {faster:.2f} times as fast"
+    return ""
