@@ -88,8 +88,7 @@ def measure(bench: Bench) -> None:
                 "case": case, "mode": "host", "provider": provider, "dtype": "bf16", "batch": batch, "q_heads": HEADS,
                 "kv_heads": 2 if batch == 2 else HEADS, "q_len": q_len, "kv_len": kv_len, "head_dim": DIM,
             }  # fmt: skip
-            *figures, repeats = timing
-            bench.record("launch", key, Timing(*figures, int(repeats)))
+            bench.record("launch", key, Timing._make((*timing[:4], int(timing[4]))))
 
 
 def cells() -> list[Cell]:
