@@ -13,7 +13,7 @@ from fastattn.spec.operands import Gradients, Operands, Options
 from . import config, launch, replay
 from .bias_gradient import bias_gradient
 from .dropout import dropout_row_keys
-from .gradients import delta_kernel, probability_gradients, tile_ds
+from .gradients import delta_kernel, probabilities, tile_ds
 from .ranges import (
     key_range,
     locate,
@@ -40,7 +40,10 @@ def dkdv_kernel(
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N keys of one key head, against the queries of every head that shares it."""
+    """One program: BLOCK_N keys of one key head, against the queries of every head that shares it.
+
+    ``dk`` or ``dv`` may hold None: then only the other is computed, and the compiler drops what only that one needs.
+    """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
@@ -85,28 +88,34 @@ def dkdv_kernel(
                 else:
                     row = tile_position(number, start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_M)
                 rows = row + tl.arange(0, BLOCK_M)
-                k0, k1 = rows, rows
-                if dropout.seed is not None:
-                    k0, k1 = dropout_row_keys(tl.load(dropout.seed), batch, head, rows)
-                row_max, log_sum, delta = load_statistics(
-                    statistics_ptr + first_row, delta_ptr + first_row, plane, rows, q_rows, EDGE == 1
-                )
                 q_tile = load_tile(q_ptr, row, q_stride, q_rows, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
                 s, cap_gradient = finish_scores(
                     dot(k_tile, tl.trans(q_tile), None, PRECISION), rows[None, :], cols, q_rows, kv_len, offset, left,
                     right, terms, slope, batch, head, pool_tile, EDGE == 1 or CHECK_FULL_TILES,
                 )  # fmt: skip
                 dout_tile = load_tile(dout_ptr, row, dout_stride, q_rows, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV)
-                p, ds = probability_gradients(
-                    s, dot(v_tile, tl.trans(dout_tile), None, PRECISION), row_max[None, :], log_sum[None, :],
-                    delta[None, :], k0[None, :], k1[None, :], cols, terms, dropout,
-                )  # fmt: skip
-                dv_acc = dot(cast(p, dout_tile.dtype), dout_tile, dv_acc, PRECISION)
-                dk_acc = dot(cast(ds * cap_gradient, q_tile.dtype), q_tile, dk_acc, PRECISION)
-    dk_ptr, dk_stride = head_rows(dk, entry, kv_head, k_first, UNIT)
-    dv_ptr, dv_stride = head_rows(dv, entry, kv_head, k_first, UNIT)
-    store_tile(dk_ptr, dk_acc * terms.scale, col, dk_stride, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_tile(dv_ptr, dv_acc, col, dv_stride, kv_len, V_DIM, BLOCK_N, BLOCK_DV)
+                # What the first product does not need is read after it: it would hold registers meanwhile.
+                row_max, log_sum, delta = load_statistics(
+                    statistics_ptr + first_row, delta_ptr + first_row, plane, rows, q_rows, EDGE == 1
+                )
+                k0, k1 = rows, rows
+                if dropout.seed is not None:
+                    k0, k1 = dropout_row_keys(tl.load(dropout.seed), batch, head, rows)
+                dp = dot(v_tile, tl.trans(dout_tile), None, PRECISION)
+                p, factor = probabilities(
+                    s, row_max[None, :], log_sum[None, :], k0[None, :], k1[None, :], cols, terms, dropout
+                )
+                ds = p * (dp * factor - delta[None, :])
+                if dv.ptr is not None:
+                    dv_acc = dot(cast(p * factor, dout_tile.dtype), dout_tile, dv_acc, PRECISION)
+                if dk.ptr is not None:
+                    dk_acc = dot(cast(ds * cap_gradient, q_tile.dtype), q_tile, dk_acc, PRECISION)
+    if dk.ptr is not None:
+        dk_ptr, dk_stride = head_rows(dk, entry, kv_head, k_first, UNIT)
+        store_tile(dk_ptr, dk_acc * terms.scale, col, dk_stride, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
+    if dv.ptr is not None:
+        dv_ptr, dv_stride = head_rows(dv, entry, kv_head, k_first, UNIT)
+        store_tile(dv_ptr, dv_acc, col, dv_stride, kv_len, V_DIM, BLOCK_N, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -218,13 +227,15 @@ def attention_backward(
                 call.q_len, unit, call.v.shape[3], cfg.block_m,
             )  # fmt: skip
             replay.start(delta_kernel, programs, arguments, cfg)
-        cfg = call.configure("dkdv", unit)
-        if programs := launch.tiles(call.kv_len, cfg.block_n, operands.cu_seqlens_k) * call.batch * call.kv_heads:
-            arguments = (
-                *inputs, launch.rows(dk, unit), launch.rows(dv, unit), *groups,
-                launch.sparse(operands.block_mask, by_key=True), *flat, cfg.block_m, cfg.block_n,
-            )  # fmt: skip
-            replay.start(dkdv_kernel, programs, arguments, cfg)
+        for kernel in call.key_passes():
+            cfg = call.configure(kernel, unit)
+            if programs := launch.tiles(call.kv_len, cfg.block_n, operands.cu_seqlens_k) * call.batch * call.kv_heads:
+                arguments = (
+                    *inputs, launch.rows(dk if "dk" in kernel else None, unit),
+                    launch.rows(dv if "dv" in kernel else None, unit), *groups,
+                    launch.sparse(operands.block_mask, by_key=True), *flat, cfg.block_m, cfg.block_n,
+                )  # fmt: skip
+                replay.start(dkdv_kernel, programs, arguments, cfg)
         cfg = call.configure("dq", unit)
         tiles = launch.tiles(call.q_len, cfg.block_m, operands.cu_seqlens_q)
         shares = (call.batch, call.q_heads, tiles)  # of the tiles, of a slope or a sink

@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Literal
 
-Kernel = Literal["forward", "dkdv", "dq", "dbias", "delta", "decode", "combine", "append"]
-KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dq", "dbias", "delta", "decode", "combine", "append")
+Kernel = Literal["forward", "dkdv", "dk", "dv", "dq", "dbias", "delta", "decode", "combine", "append"]
+KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dk", "dv", "dq", "dbias", "delta", "decode", "combine", "append")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 
 
@@ -47,11 +47,13 @@ _SIXTEEN_BIT = {
     ),
     # H100: 228 KB, wgmma on warp groups of 4 warps and 64 rows. With 3 stages a copy is under way for a whole
     # iteration; with 2 it is awaited as soon as it is issued. Registers may spill outside the loops, where that costs
-    # nothing. At head dim 256 the accumulators of dk and dv leave too few registers for a tile that wgmma can take.
+    # nothing. At head dim 256 the accumulators of dk and dv would not fit into the registers together: each has a pass.
     "sm_90": _table(
         forward={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
-        dkdv={64: (32, 128, 8, 3), 128: (32, 128, 8, 3), 256: (64, 32, 8, 3)},
-        dq={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        dkdv={64: (64, 128, 8, 3), 128: (32, 128, 8, 3)},
+        dk={256: (32, 128, 8, 3)},
+        dv={256: (32, 128, 8, 3)},
+        dq={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
         dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (64, 32, 4, 1)},
         decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 4), 256: (16, 32, 4, 3)},
     ),
@@ -74,7 +76,9 @@ _SIXTEEN_BIT = {
     # Small tiles, so that short sequences already take every path: inner, diagonal and tail.
     "interpreter": _table(
         forward={256: (32, 64, 1, 1)},
-        dkdv={256: (32, 64, 1, 1)},
+        dkdv={128: (32, 64, 1, 1)},
+        dk={256: (32, 64, 1, 1)},
+        dv={256: (32, 64, 1, 1)},
         dq={256: (64, 32, 1, 1)},
         dbias={256: (32, 64, 1, 1)},
         decode={256: (16, 32, 1, 1)},
@@ -85,10 +89,18 @@ _SIXTEEN_BIT = {
 _CROWDED = {
     "sm_90": _table(
         forward={64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (128, 16, 8, 3)},
-        dkdv={64: (32, 128, 8, 3), 128: (16, 128, 8, 3), 256: (32, 32, 8, 3)},
-        dq={64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
+        dkdv={64: (32, 128, 8, 3), 128: (16, 128, 8, 3)},
+        dk={256: (16, 128, 8, 3)},
+        dv={256: (16, 128, 8, 3)},
+        dq={64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (128, 16, 8, 3)},
     ),
 }  # fmt: skip
+
+# 32-bit inputs where half the tile along both sides would spill more than it reads.
+_SINGLE = {"sm_90": _table(dq={128: (32, 32, 8, 1)})}
+
+# Where tiles are found through memory and twice the stages would not fit into shared memory.
+_INDIRECT = {"sm_90": _table(dk={256: (32, 128, 8, 3)}, dq={256: (128, 32, 8, 3)})}
 
 _override: LaunchConfig | None = None
 
@@ -125,9 +137,13 @@ def lookup(
         config = LaunchConfig(64, min(config.block_n, 64), warps, min(config.num_stages, 2))
     if kernel == "decode" and element_size > 2:
         config = dataclasses.replace(config, block_n=min(config.block_n, 64))
-    if indirect:
+    if indirect and not crowded and head_dim > 128 and kernel in (tiles := _INDIRECT.get(architecture, {})):
+        config = tiles[kernel][256]
+    elif indirect:
         config = dataclasses.replace(config, num_stages=2 * config.num_stages - 1)
-    if element_size > 2 and architecture != "interpreter":
+    if element_size > 2 and 64 < head_dim <= 128 and kernel in (tiles := _SINGLE.get(architecture, {})):
+        config = tiles[kernel][128]
+    elif element_size > 2 and architecture != "interpreter":
         config = dataclasses.replace(
             config, block_m=max(16, config.block_m // 2), block_n=max(16, config.block_n // 2), num_stages=1
         )
@@ -137,6 +153,11 @@ def lookup(
 def current_override() -> LaunchConfig | None:
     """The config of the `override` that is in force."""
     return _override
+
+
+def key_passes(architecture: str, head_dim: int) -> tuple[Kernel, ...]:
+    """The kernels that make dk and dv: one pass, or one for each where both accumulators leave too few registers."""
+    return ("dkdv",) if head_dim <= max(_SIXTEEN_BIT[architecture]["dkdv"]) else ("dk", "dv")
 
 
 @contextlib.contextmanager
@@ -150,8 +171,16 @@ def override(config: LaunchConfig | None) -> Iterator[None]:
         _override = previous
 
 
+# Tiles that a program keeps: of inputs in shared memory, of float32 scores and accumulators in registers.
+_OPERANDS: dict[Kernel, tuple[int, int, int]] = {
+    "forward": (1, 1, 1), "dkdv": (2, 2, 2), "dk": (2, 2, 1), "dv": (1, 1, 1), "dq": (2, 2, 1), "dbias": (1, 3, 0),
+}  # fmt: skip
+
+
 def search_space(kernel: Kernel, head_dim: int) -> list[LaunchConfig]:
     """Candidates for an offline tuner, without those that exceed 227 KB of shared memory or a thread's registers.
+
+    More warps than one for 8 rows of the tile that a program keeps would have too little to do.
 
     A decode step is bound by memory: its tiles are of 16 rows, and at least 16 KB of keys and values are on their way.
     """
@@ -166,9 +195,11 @@ def search_space(kernel: Kernel, head_dim: int) -> list[LaunchConfig]:
                 if resident or programs == 1:
                     fits.append(LaunchConfig(16, n, warps, stages, programs))
         return fits
-    for m, n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)):
-        tile_bytes = 2 * dim * (2 * m + 2 * n * stages)  # q, out and `stages` copies of k, v
-        accumulators = (m * n + m * dim + (n * dim if kernel == "dkdv" else 0)) // (32 * warps)
-        if tile_bytes <= 227 * 1024 and accumulators <= 208:
+    for m, n, warps, stages in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)):
+        own, walked = (n, m) if kernel in ("dkdv", "dk", "dv") else (m, n)  # rows: kept, and passed in tiles
+        inputs, scores, accumulators = _OPERANDS[kernel]
+        tile_bytes = 2 * dim * (inputs * own + 2 * walked * stages)
+        registers = (scores * m * n + accumulators * own * dim) // (32 * warps)
+        if own >= 8 * warps and tile_bytes <= 227 * 1024 and registers <= 208:
             fits.append(LaunchConfig(m, n, warps, stages))
     return fits

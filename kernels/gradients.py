@@ -29,15 +29,13 @@ def delta_kernel(
 
 
 @triton.jit
-def probability_gradients(s, dp, row_max, log_sum, delta, k0, k1, cols, terms, dropout):
-    """(p after dropout, dS) of a tile, in whichever orientation the arguments broadcast to."""
+def probabilities(s, row_max, log_sum, k0, k1, cols, terms, dropout):
+    """(p, what dropout multiplies it by, or 1) of a tile, in whichever orientation the arguments broadcast to."""
     p = tl.math.exp2(exponent(s, row_max, terms) - log_sum)
-    p_dropped = p
     if dropout.seed is not None:
-        keep = dropout_keep(k0, k1, cols, dropout.p)
-        p_dropped = tl.where(keep, p * dropout.keep_scale, 0.0)
-        dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
-    return p_dropped, p * (dp - delta)
+        return p, tl.where(dropout_keep(k0, k1, cols, dropout.p), dropout.keep_scale, 0.0)
+    else:
+        return p, 1.0
 
 
 @triton.jit
@@ -56,8 +54,7 @@ def tile_ds(
         slope, batch, head, pool_tile, CHECK,
     )  # fmt: skip
     v_tile = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
-    _, ds = probability_gradients(
-        s, dot(dout_tile, tl.trans(v_tile), None, PRECISION), row_max[:, None], log_sum[:, None], delta[:, None],
-        k0[:, None], k1[:, None], cols, terms, dropout,
-    )  # fmt: skip
+    dp = dot(dout_tile, tl.trans(v_tile), None, PRECISION)
+    p, factor = probabilities(s, row_max[:, None], log_sum[:, None], k0[:, None], k1[:, None], cols, terms, dropout)
+    ds = p * (dp * factor - delta[:, None])
     return ds, cap_gradient, k_tile

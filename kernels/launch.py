@@ -78,9 +78,9 @@ def encode_wide(stride: int) -> int:
     return 16 * (stride + (1 << 40))
 
 
-def rows(tensor: Tensor, unit: int) -> Rows:
+def rows(tensor: Tensor | None, unit: int) -> Rows:
     """The rows of a (B, H, L, D) tensor whose last dimension is adjacent."""
-    return Rows(tensor, encode_strides(tensor, unit))
+    return Rows(None, None) if tensor is None else Rows(tensor, encode_strides(tensor, unit))
 
 
 def scores(tensor: Tensor | None, shape: tuple[int, int, int, int]) -> Scores:
@@ -175,6 +175,10 @@ class Call:
         self._facts = (architecture(q.device), max(head_dim, v_dim), q.element_size())
         self._indirect = bool(operands.block_mask)
         self._reads_matrix = any(x is not None and x.shape[2] != 1 for x in (operands.mask, operands.bias))
+
+    def key_passes(self) -> tuple[config.Kernel, ...]:
+        """The kernels that make the gradients of the keys and values: one, or one for each."""
+        return config.key_passes(*self._facts[:2])
 
     def configure(self, kernel: config.Kernel, unit: int) -> config.LaunchConfig:
         """The launch config of one of the call's kernels; ``unit`` from `stride_unit`."""

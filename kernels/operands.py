@@ -12,6 +12,7 @@ class Rows(NamedTuple):
     """Rows of every batch entry and head: q, k, v, out and gradients; or the rows of a KV cache."""
 
     ptr: Any
+    """None for a gradient that another launch makes"""
     strides: Any
     """(batch, head, row) from `launch.encode_strides`; of a cache (page, slot, head, column or None if adjacent)"""
 

@@ -153,6 +153,14 @@ class TargetOnlyDriver:
         return 0
 
 
+def kernel_name(function: JITFunction, args: tuple[Any, ...]) -> str:
+    """A launched kernel's name in `config`: one function makes dk, dv or both."""
+    given = dict(zip(function.arg_names, args, strict=False))
+    if function.__name__ == "dkdv_kernel":
+        return "".join(gradient for gradient in ("dk", "dv") if given[gradient].ptr is not None)
+    return function.__name__.removesuffix("_kernel")
+
+
 @contextlib.contextmanager
 def compiling_for(arch: str, kernel: str) -> Iterator[list[CompiledKernel]]:
     """Inside, launches of ``kernel`` are compiled for ``arch`` and collected, and other launches do nothing."""
@@ -160,7 +168,7 @@ def compiling_for(arch: str, kernel: str) -> Iterator[list[CompiledKernel]]:
 
     def launcher(jit_function: JITFunction, grid: tuple[int, ...]) -> Any:
         def compile_only(*args: Any, **kwargs: Any) -> None:
-            if jit_function.__name__ == f"{kernel}_kernel":
+            if kernel_name(jit_function, args) == kernel:
                 jit_function.device_caches.clear()  # what an earlier case has compiled comes without ptxas's log
                 compiled.append(cast(CompiledKernel, jit_function.run(*args, grid=grid, warmup=True, **kwargs)))
 
@@ -312,7 +320,8 @@ def read_amd(result: Result, kernel: CompiledKernel) -> None:
 
 
 def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], features: list[str]) -> list[Case]:
-    """Every combination that exists: there is no dbias without a bias, and delta knows only the dtype and the dim.
+    """Every combination that exists: dk and dv come in one pass or in two, there is no dbias without a bias, and
+    delta knows only the dtype and the dim.
 
     A KV cache has no mask, bias, dropout or offset: "everything" is there what else there is.
     """
@@ -321,6 +330,7 @@ def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], f
         simple = feature in ("plain", "odd_dim", "fp32")
         cache_only = feature in ("paged", "chunk")
         exists = {
+            **{name: name in config.key_passes(arch, dim) and not cache_only for name in ("dkdv", "dk", "dv")},
             "dbias": FEATURES[feature].bias,
             "delta": simple,
             "decode": feature not in ("mask", "padding", "bias", "dropout", "q_offset", "packed", "block_mask"),

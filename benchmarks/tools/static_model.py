@@ -19,7 +19,7 @@ from pathlib import Path
 
 import triton
 
-from fastattn.kernels import launch
+from fastattn.kernels import config, launch
 
 from . import compile_report
 from .sass import Instruction, Loop
@@ -45,8 +45,9 @@ _HALF_RATE = (
     "IMNMX", "VIMNMX", "MOV", "P2R", "R2P",
 )  # fmt: skip
 _ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
-PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}
-LOADED = {"forward": 2, "dkdv": 2, "dq": 2}  # tiles of rows that an iteration reads
+PRODUCTS: dict[config.Kernel, int] = {"forward": 2, "dkdv": 4, "dk": 3, "dv": 2, "dq": 3}
+BACKWARD: tuple[config.Kernel, ...] = ("dkdv", "dk", "dv", "dq")
+LOADED = 2  # tiles of rows that an iteration reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +92,14 @@ def wgmma_cycles(instruction: Instruction) -> float:
 
 
 def shared_bytes(instruction: Instruction) -> float:
-    """What one warp's instruction moves through shared memory."""
+    """What one warp's instruction moves through shared memory, which is also the first-level cache."""
     shape = instruction.wgmma_shape()
     if shape is not None:
         n, k, shared = shape
         return (n * k * 2 + 64 * k * 2 * shared) / 4  # a warp's share of the group's operands
     if instruction.starts("LDSM", "STSM"):
         return 512.0 if instruction.opcode.endswith(".4") else 256.0 if instruction.opcode.endswith(".2") else 128.0
-    if instruction.starts("LDS", "STS", "LDGSTS"):
+    if instruction.starts("LDS", "STS", "LDGSTS", "LDL", "STL"):
         bits = next((_ACCESS_BITS[part] for part in instruction.opcode.split(".") if part in _ACCESS_BITS), 32)
         return 32 * bits / 8
     return 0.0
@@ -142,11 +143,11 @@ def resident_programs(registers: int, warps: int, shared: int) -> int:
 
 
 def predict(
-    loop: Loop, kernel: str, block_m: int, block_n: int, dim: int, warps: int, registers: int, shared: int
+    loop: Loop, kernel: config.Kernel, block_m: int, block_n: int, dim: int, warps: int, registers: int, shared: int
 ) -> Prediction:
     """The model for one main loop of the ``forward``, ``dkdv`` or ``dq`` kernel with head dim ``dim`` for D and Dv."""
     resident = warps / 4
-    walked = block_m if kernel == "dkdv" else block_n
+    walked = block_n if kernel in ("forward", "dq") else block_m
     hmma = sum(i.starts("HMMA") for i in loop) * HMMA_CYCLES
     programs = resident_programs(registers, warps, shared)
     prediction = Prediction(
@@ -155,7 +156,7 @@ def predict(
         exponentials=sum(i.starts("MUFU") for i in loop) * EXPONENTIAL_CYCLES * resident,
         half_rate=sum(i.starts(*_HALF_RATE) for i in loop) * HALF_RATE_CYCLES * resident,
         shared=sum(map(shared_bytes, loop)) * warps / SHARED_BYTES,
-        l2=LOADED[kernel] * walked * dim * 2 / L2_BYTES,
+        l2=LOADED * walked * dim * 2 / L2_BYTES,
         serial=walk(loop, warps),
         programs=programs,
         share=0.0,
@@ -170,35 +171,37 @@ def wave_share(tiles: int, programs: int) -> float:
     return tiles / (math.ceil(tiles / slots) * slots)
 
 
-def backward_share(dkdv: float, dq: float) -> float:
-    """Of the five products that a backward pass needs, when two kernels do 4 and 3 of them at these shares."""
-    return 5 / (4 / dkdv + 3 / dq)
+def backward_share(shares: dict[config.Kernel, float]) -> float:
+    """Of the five products that a backward pass needs, when its kernels do those in PRODUCTS at these shares."""
+    return 5 / sum(PRODUCTS[kernel] / share for kernel, share in shares.items())
 
 
 def rows(results: list[compile_report.Result], batch: int, heads: int, length: int) -> list[dict[str, str]]:
     """A row of the table for each kernel that was compiled, and one for each backward pass."""
     table: list[dict[str, str]] = []
-    shares: dict[tuple[int, str, str], float] = {}
+    backward: dict[tuple[int, str], dict[config.Kernel, float]] = collections.defaultdict(dict)
     for r in results:
         if r.error or r.loop is None or r.kernel not in PRODUCTS:
             continue
         block_m, block_n, warps = r.tile()
         p = predict(r.loop, r.kernel, block_m, block_n, r.dim, warps, r.registers, r.shared)
-        waves = wave_share(math.ceil(length / (block_n if r.kernel == "dkdv" else block_m)) * batch * heads, p.programs)
-        shares[r.dim, r.feature, r.kernel] = p.share
+        rows = block_m if r.kernel in ("forward", "dq") else block_n
+        waves = wave_share(math.ceil(length / rows) * batch * heads, p.programs)
+        if r.kernel in BACKWARD:
+            backward[r.dim, r.feature][r.kernel] = p.share
         cycles = {
             name: f"{getattr(p, name):.0f}" for name in ("tensor", "issue", "exponentials", "half_rate", "shared")
         }
         table.append(
             {"triton": triton.__version__, "kernel": r.kernel, "dim": str(r.dim), "feature": r.feature}
             | {"config": r.config, **cycles, "l2": f"{p.l2:.0f}", "serial": f"{p.serial:.0f}"}
-            | {"programs": str(p.programs), "bound": p.bound(), "share": f"{p.share:.3f}", "waves": f"{waves:.2f}"}
+            | {"local": str(r.local), "programs": str(p.programs), "waves": f"{waves:.2f}"}
+            | {"bound": p.bound(), "share": f"{p.share:.3f}"}
         )
-    for dim, feature in dict.fromkeys((dim, feature) for dim, feature, _ in shares):
-        if (dim, feature, "dkdv") in shares and (dim, feature, "dq") in shares:
-            share = backward_share(shares[dim, feature, "dkdv"], shares[dim, feature, "dq"])
+    for (dim, feature), shares in backward.items():
+        if shares.keys() == {*config.key_passes("sm_90", dim), "dq"}:
             head = {"triton": triton.__version__, "kernel": "backward", "dim": str(dim), "feature": feature}
-            table.append(dict.fromkeys(table[0], "") | head | {"share": f"{share:.3f}"})
+            table.append(dict.fromkeys(table[0], "") | head | {"share": f"{backward_share(shares):.3f}"})
     return table
 
 

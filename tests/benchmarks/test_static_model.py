@@ -64,4 +64,9 @@ def test_a_copy_that_is_awaited_at_once_is_exposed():
 @pytest.mark.parametrize(("tiles", "share"), [(132, 1.0), (133, 133 / 264), (66, 0.5)])
 def test_waves(tiles, share):
     assert static_model.wave_share(tiles, programs=1) == share
-    assert static_model.backward_share(0.5, 0.5) == pytest.approx(5 / 14)
+    assert static_model.backward_share({"dkdv": 0.5, "dq": 0.5}) == pytest.approx(5 / 14)
+
+
+def test_spilled_registers_move_through_shared_memory():
+    assert static_model.shared_bytes(sass.Instruction("LDL", "R5, [R1+0x8]")) == 32 * 4
+    assert static_model.shared_bytes(sass.Instruction("STL.64", "[R1], R2")) == 32 * 8

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from fastattn import attention
+from fastattn import BlockMask, attention, attention_varlen
 from fastattn.testing import assert_parity, check_attention
 from tests.support.attention_cases import (
     DTYPE_NAMES,
@@ -113,6 +113,40 @@ def test_a_gradient_through_lse_alone(device, backend):
     assert not dv.any()
     for name, *results in zip(("dq", "dk"), (dq, dk), by_hand(torch.float64), by_hand(SINGLE), strict=True):
         assert_parity(*results, name)
+
+
+@pytest.mark.parametrize("case", ["plain", "grouped", "dropout", "softcap", "alibi", "bias", "block_mask", "packed"])
+def test_dk_and_dv_from_a_pass_each_have_the_same_bits(device, case, monkeypatch):
+    """Large head dims take two passes over the queries, smaller ones take one."""
+    from fastattn.kernels import config, launch
+
+    architecture = launch.architecture(torch.device(device))
+    if config.key_passes(architecture, 256) == ("dkdv",):
+        pytest.skip(f"{architecture} has one pass for all head dims")
+    q, k, v = leaves_for(device, lengths=(150, 150), heads=(4, 2) if case == "grouped" else (2, 2))
+    dout = torch.randn(q.shape).to(device, HALF)
+    options = {
+        "dropout": {"dropout_p": 0.3}, "softcap": {"softcap": 5.0, "causal": True},
+        "alibi": {"alibi_slopes": torch.tensor([0.5, 0.1]).to(device)}, "bias": {"bias": make_bias(device, (150, 150))},
+        "block_mask": {"block_mask": BlockMask.from_mask(torch.ones(150, 150).tril().bool().to(device))},
+    }.get(case, {"causal": True})  # fmt: skip
+
+    def run():
+        torch.manual_seed(3)
+        if case == "packed":
+            cu = torch.tensor([0, 40, 150], dtype=torch.int32, device=device)
+            tokens = (x[0].transpose(0, 1) for x in (q, k, v))
+            out = attention_varlen(*tokens, cu, cu, causal=True, backend="triton")
+            return torch.autograd.grad(out, (k, v), dout[0].transpose(0, 1))
+        return torch.autograd.grad(attention(q, k, v, backend="triton", **options), (k, v), dout)
+
+    apart, together = ("dk", "dv"), ("dkdv",)
+    results = []
+    for passes in (apart, together):
+        monkeypatch.setattr(config, "key_passes", lambda *_, passes=passes: passes)
+        results.append(run())
+    for name, ours, theirs in zip(("dk", "dv"), *results, strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_an_unused_lse_changes_no_bit(device, backend):

@@ -54,6 +54,8 @@ class Launches:
 @pytest.mark.parametrize("architecture", config.ARCHITECTURES)
 def test_a_configuration_for_every_head_dim(architecture, kernel, element_size):
     for dim in range(1, 257):
+        if kernel in ("dkdv", "dk", "dv") and kernel not in config.key_passes(architecture, dim):
+            continue
         chosen = config.lookup(kernel, architecture, dim, element_size)
         assert chosen == config.lookup(kernel, architecture, dim, element_size)
         for block in (chosen.block_m, chosen.block_n):
@@ -96,11 +98,26 @@ def test_an_override_ends_with_its_block():
     assert config.lookup("dq", "sm_90", 64, 2) == default
 
 
-@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias", "decode"])
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
-def test_the_search_space_is_not_empty_and_has_no_duplicates(kernel, dim):
-    space = config.search_space(kernel, dim)
-    assert space and len(set(space)) == len(space)
+def test_the_search_space_holds_what_hopper_uses_and_tiles_beside_it(dim):
+    decode = config.search_space("decode", dim)
+    assert decode and len(set(decode)) == len(decode)
+    for kernel in ("forward", *config.key_passes("sm_90", dim), "dq", "dbias"):
+        space = config.search_space(kernel, dim)
+        assert len(set(space)) == len(space)
+        for crowded in (False, True):
+            used = config.lookup(kernel, "sm_90", dim, 2, crowded)
+            assert used in space, (kernel, used)
+            for name in ("block_m", "block_n", "num_stages"):
+                same_but = [dataclasses.replace(c, **{name: getattr(used, name)}) == used for c in space]
+                assert sum(same_but) > 1, (kernel, name)
+
+
+@pytest.mark.parametrize("architecture", config.ARCHITECTURES)
+def test_dk_and_dv_have_one_pass_or_one_each(architecture):
+    passes = [config.key_passes(architecture, dim) for dim in range(1, 257)]
+    assert set(passes) <= {("dkdv",), ("dk", "dv")}
+    assert passes == sorted(passes, key=len)
 
 
 # --- Strides and operands ------------------------------------------------------------------------------------------
