@@ -47,10 +47,11 @@ _SIXTEEN_BIT = {
     ),
     # H100: 228 KB, wgmma on warp groups of 4 warps and 64 rows. With 3 stages a copy is under way for a whole
     # iteration; with 2 it is awaited as soon as it is issued. Registers may spill outside the loops, where that costs
-    # nothing. At head dim 256 the accumulators of dk and dv would not fit into the registers together: each has a pass.
+    # nothing, and inside where each smaller tile is predicted to be slower nevertheless (tests/kernels). At head dim 256
+    # the accumulators of dk and dv would not fit into the registers together: each has a pass.
     "sm_90": _table(
         forward={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
-        dkdv={64: (64, 128, 8, 3), 128: (32, 128, 8, 3)},
+        dkdv={64: (64, 128, 8, 3), 128: (64, 128, 8, 3)},
         dk={256: (32, 128, 8, 3)},
         dv={256: (32, 128, 8, 3)},
         dq={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
@@ -85,11 +86,12 @@ _SIXTEEN_BIT = {
     ),
 }  # fmt: skip
 
-# Where a mask or bias with a row per query is read too, or rows are read in pieces: registers, shared memory.
+# Where registers or shared memory hold more: a mask or bias with a row per query, rows that are read in pieces, and
+# beside the two accumulators of dkdv also random bits or the derivative of a softcap.
 _CROWDED = {
     "sm_90": _table(
         forward={64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (128, 16, 8, 3)},
-        dkdv={64: (32, 128, 8, 3), 128: (16, 128, 8, 3)},
+        dkdv={64: (32, 128, 8, 3), 128: (32, 128, 8, 3)},
         dk={256: (16, 128, 8, 3)},
         dv={256: (16, 128, 8, 3)},
         dq={64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (128, 16, 8, 3)},
@@ -97,7 +99,7 @@ _CROWDED = {
 }  # fmt: skip
 
 # 32-bit inputs where half the tile along both sides would spill more than it reads.
-_SINGLE = {"sm_90": _table(dq={128: (32, 32, 8, 1)})}
+_SINGLE = {"sm_90": _table(dkdv={128: (16, 64, 8, 1)}, dq={128: (32, 32, 8, 1)})}
 
 # Where tiles are found through memory and twice the stages would not fit into shared memory.
 _INDIRECT = {"sm_90": _table(dk={256: (32, 128, 8, 3)}, dq={256: (128, 32, 8, 3)})}
@@ -113,7 +115,8 @@ def lookup(
 
     ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
     loop dimension, since shared memory holds half as many elements. ``crowded``: a mask or bias with a row per query
-    is read too, or rows begin at no multiple of 16 bytes; smaller tiles leave registers for that. ``rows``: how many
+    is read too, or rows begin at no multiple of 16 bytes, or dkdv has dropout or a softcap; smaller tiles leave
+    registers for that. ``rows``: how many
     share a key head, query heads times queries; beyond a few the decode kernel takes taller tiles.
     ``indirect``: where a tile lies stands in memory, in a block table or a block mask. Each load of a tile then waits
     for another, so that Triton halves the distance over which it loads ahead: twice the stages keep it.

@@ -182,7 +182,9 @@ class Call:
 
     def configure(self, kernel: config.Kernel, unit: int) -> config.LaunchConfig:
         """The launch config of one of the call's kernels; ``unit`` from `stride_unit`."""
-        return config.lookup(kernel, *self._facts, crowded=self._reads_matrix or unit == 1, indirect=self._indirect)
+        crowded = self._reads_matrix or unit == 1
+        crowded |= kernel == "dkdv" and (self.dropout.seed is not None or self.terms.softcap is not None)
+        return config.lookup(kernel, *self._facts, crowded=crowded, indirect=self._indirect)
 
 
 def slopes(alibi_slopes: Tensor | None, batch: int) -> Tensor | None:
