@@ -47,7 +47,7 @@ _SIXTEEN_BIT = {
     ),
     # H100: 228 KB, wgmma on warp groups of 4 warps and 64 rows. With 3 stages a copy is under way for a whole
     # iteration; with 2 it is awaited as soon as it is issued. Registers may spill outside the loops, where that costs
-    # nothing, and inside where each smaller tile is predicted to be slower nevertheless (tests/kernels). At head dim 256
+    # nothing, and inside where each smaller tile is predicted to be slower nevertheless (tests/kernels). At D 256
     # the accumulators of dk and dv would not fit into the registers together: each has a pass.
     "sm_90": _table(
         forward={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
