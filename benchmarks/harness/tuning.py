@@ -14,7 +14,6 @@ from .flops import attention_flops
 from .problems import Problem
 from .provenance import digest
 
-KERNELS: tuple[config.Kernel, ...] = ("forward", "dkdv", "dq", "decode")
 TOKENS, HIDDEN, LENGTH = 16384, 2048, 4096
 STEPS = ((8, 8192), (1, 32768))
 """Batches and cached keys of the decode steps that are timed together, at 32 query heads on 8 key heads."""
@@ -60,9 +59,9 @@ def groups() -> list[Group]:
     """Most important first: bfloat16, the common head dims, causal."""
     found = [
         Group(kernel, dtype, head_dim, causal)
-        for dtype, head_dim, kernel, causal in itertools.product(
-            ("bf16", "fp16"), (128, 64, 256), KERNELS, (True, False)
-        )
+        for dtype, head_dim in itertools.product(("bf16", "fp16"), (128, 64, 256))
+        for kernel in ("forward", *config.key_passes("sm_90", head_dim), "dq", "decode")
+        for causal in (True, False)
         if causal or kernel != "decode"  # one query sees all keys
     ]
     return sorted(found, key=lambda group: (group.dtype != "bf16", group.head_dim == 256))
