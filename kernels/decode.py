@@ -256,7 +256,7 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
 
 def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """Launch the append kernel for the entries that `spec` adds, then what `attention_kvcache` launches."""
-    _attend(out, lse, spec._replace(length=None))
+    _attend(out, lse, spec if spec.length is None else spec._replace(length=None))
 
 
 @replay.replayed

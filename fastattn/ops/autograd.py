@@ -1,4 +1,4 @@
-"""Attention as an operator: implementations, and derivatives up to the second order.
+"""Attention as an operator, with derivatives up to the second order; `implementations` has what it does.
 
 ``fastattn::attention_forward`` and ``fastattn::attention_backward`` allocate the results and let a backend fill them.
 Autograd sits on the Autograd key of the forward operator; below it the operators are opaque to torch.compile.
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import backends
-from fastattn.ops import batching
+from fastattn.ops import batching, implementations
 from fastattn.ops.direct import DIRECT, Way, way, without_autocast
 from fastattn.ops.schema import (
     LIBRARY,
@@ -22,14 +22,13 @@ from fastattn.ops.schema import (
     Forward,
     arguments,
     backward_results,
-    call_gradients,
     define,
     double_backward_results,
     flatten,
     forward_results,
     unflatten,
 )
-from fastattn.spec import AttentionSpec, Gradients, Inputs, Learned, Operands, Options
+from fastattn.spec import AttentionSpec, Inputs, Learned, Operands, Options
 
 FORWARD = define(f"attention_forward({arguments(Forward)}) -> (Tensor, Tensor, Tensor)")
 BACKWARD = define(f"attention_backward({arguments(Backward)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -60,65 +59,13 @@ def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]
 def attend(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """The results of the forward operator, on any backend but torch's; by the shortest way."""
     if call.backend in DIRECT and (direct := way((*call[:3], *call.operands))) is not Way.DISPATCHER:
-        return _run(call) if direct is Way.AT_ONCE else _record(_AttentionAtOnce, *flatten(call))
+        if direct is Way.AT_ONCE:
+            return implementations.run(call)
+        learned = (call.operands.bias, call.operands.alibi_slopes, call.operands.sinks)
+        return _record(_AttentionAtOnce, call, call.q, call.k, call.v, *learned)
     # torch.compile and the dispatcher's modes see the operator; torch.func sees a Function, which it can transform.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     return (_Attention.apply if transformed else FORWARD)(*flatten(call))  # pyright: ignore[reportReturnType]
-
-
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(unflatten(Forward, args))
-
-
-def _run(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse, statistics = forward_results(call.q, call.v)
-    if call.operands.cu_seqlens_q is not None:  # rows after the last sequence belong to none: nobody else writes them
-        out.zero_()
-        lse.fill_(-torch.inf)
-        statistics.zero_()
-    with without_autocast(call.q.device):
-        backends.module(call.backend).forward(
-            out, lse, statistics, call.q, call.k, call.v, call.operands, call.options
-        )  # fmt: skip
-    return out, lse, statistics
-
-
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    call = unflatten(Backward, args)
-    return tuple(call.q.new_empty(0) if x is None else x for x in _differentiate(call))
-
-
-def _differentiate(call: Backward) -> Gradients:
-    gradients = call_gradients(call)
-    if call.operands.cu_seqlens_q is not None:
-        for gradient in gradients[:3]:
-            gradient.zero_()
-    with without_autocast(call.q.device):
-        backends.module(call.backend).backward(
-            gradients, call.dout, call.dlse, call.q, call.k, call.v, call.out, call.statistics, call.operands,
-            call.options,
-        )  # fmt: skip
-    return gradients
-
-
-def _double_backward(*args: Any) -> tuple[Tensor, ...]:
-    call = unflatten(DoubleBackward, args)
-    given = call.direction
-    q, k, v = (
-        torch.zeros_like(x) if t is None else t
-        for t, x in zip((given.q, given.k, given.v), (call.q, call.k, call.v), strict=True)
-    )
-    tout, tlse, *gradients = results = double_backward_results(call)
-    if call.operands.cu_seqlens_q is not None:
-        for x in results:
-            x.zero_()
-    fill = (g if want and call.dout is not None else None for g, want in zip(gradients, call.wanted, strict=True))
-    with without_autocast(call.q.device):
-        backends.module("reference").double_backward(
-            tout, tlse, Inputs(*fill), given._replace(q=q, k=k, v=v), call.dout, call.dlse, call.q, call.k, call.v,
-            call.operands, call.options,
-        )  # fmt: skip
-    return results
 
 
 # Autograd
@@ -144,7 +91,7 @@ def _call_backward(call: Backward) -> tuple[Tensor, ...]:
     if _differentiating():
         return _AttentionBackward.apply(*flatten(call))  # pyright: ignore[reportReturnType]
     if way((*call[:7], *call.operands)) is Way.AT_ONCE:
-        return _differentiate(call)  # pyright: ignore[reportReturnType]  (None where nobody looks)
+        return implementations.differentiate(call)  # pyright: ignore[reportReturnType]  (None where nobody looks)
     return _run_backward(*flatten(call))
 
 
@@ -200,6 +147,29 @@ def _learned(operands: Operands) -> Learned:
 _LEARNED = _learned(unflatten(Forward, range(99)).operands)  # where these are among the arguments
 
 
+def _keep(ctx: Any, call: Forward, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """What the derivatives of the forward operator need."""
+    out, _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    _save(ctx, call.operands, call.options, call.q, call.k, call.v, out, statistics)
+    ctx.backend = call.backend
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, wanted: Learned) -> tuple[Tensor | None, ...]:
+    """Of q, k, v, and of what is ``wanted``, from a context that `_keep` filled."""
+    if dout is None and dlse is None:
+        return (None,) * 6
+    q, k, v, out, statistics, operands = _saved(ctx, 5)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv, *learned = _call_backward(
+        Backward(
+            dout, dlse, q, k, v, out.detach(), statistics.detach(), operands, ctx.options, ctx.backend, list(wanted)
+        )
+    )  # fmt: skip
+    return dq, dk, dv, *(x if want else None for x, want in zip(learned, wanted, strict=True))
+
+
 class _Attention(batching.Batched):
     """The derivatives of the forward operator, outputs (out, lse, statistics)."""
 
@@ -208,31 +178,17 @@ class _Attention(batching.Batched):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        call = unflatten(Forward, inputs)
-        out, _, statistics = output
-        ctx.mark_non_differentiable(statistics)
-        _save(ctx, call.operands, call.options, call.q, call.k, call.v, out, statistics)
-        ctx.backend = call.backend
+        _keep(ctx, unflatten(Forward, inputs), output)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (PyTorch's has *grad_outputs)
         ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if dout is None and dlse is None:
-            return (None,) * len(ctx.needs_input_grad)
-        q, k, v, out, statistics, operands = _saved(ctx, 5)
-        if dout is None:
-            dout = torch.zeros_like(out)
         wanted = Learned(*(ctx.needs_input_grad[index] for index in _LEARNED))
-        dq, dk, dv, *others = _call_backward(
-            Backward(
-                dout, dlse, q, k, v, out.detach(), statistics.detach(), operands, ctx.options, ctx.backend,
-                list(wanted),
-            )
-        )  # fmt: skip
+        dq, dk, dv, *learned = _gradients(ctx, dout, dlse, wanted)
         if not any(wanted):
             return dq, dk, dv, *(None,) * (len(ctx.needs_input_grad) - 3)
-        return flatten(Forward(dq, dk, dv, _operand_gradients(others, wanted), _NO_OPTIONS, None))  # pyright: ignore[reportArgumentType]
+        return flatten(Forward(dq, dk, dv, _operand_gradients(learned, wanted), _NO_OPTIONS, None))  # pyright: ignore[reportArgumentType]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -245,10 +201,25 @@ class _Attention(batching.Batched):
         return tout, tlse, None
 
 
-class _AttentionAtOnce(_Attention):
-    """Where autograd records the call and nobody else: below it there is nothing to dispatch."""
+class _AttentionAtOnce(torch.autograd.Function):
+    """Where autograd records the call and nobody else: below it there is nothing to dispatch.
 
-    forward = staticmethod(_forward)
+    The arguments are the call, and those of its tensors that may have gradients.
+    """
+
+    @staticmethod
+    def forward(call: Forward, *_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return implementations.run(call)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _keep(ctx, inputs[0], output)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return None, *_gradients(ctx, dout, dlse, Learned(*ctx.needs_input_grad[4:]))
 
 
 class _AttentionBackward(batching.Batched):
@@ -377,14 +348,14 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return below_autograd(FORWARD, *args)
 
 
-def _record(function: type[_Attention], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _record(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``function.apply`` without its checks, which cost as much as a small call; `attention` ruled transforms out."""
     return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-LIBRARY.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-LIBRARY.impl("attention_double_backward", _double_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_forward", implementations.forward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_backward", implementations.backward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_double_backward", implementations.double_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_forward", _forward_autograd, "Autograd")
 LIBRARY.impl("attention_backward", batching.legacy_rule(Backward, BACKWARD), "Batched")
 LIBRARY.impl("attention_double_backward", batching.legacy_rule(DoubleBackward, DOUBLE_BACKWARD), "Batched")

@@ -141,10 +141,10 @@ def define(schema: str) -> Any:
 
 def empty_heads(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised (B, H, L, D), stored as (B, L, H, D) where ``like`` is, so that merging heads stays a view."""
-    if heads_last(like):
-        return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
     if shape == like.shape and like.is_contiguous():
         return torch.empty_like(like)  # which costs half of the others
+    if heads_last(like):
+        return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
     return like.new_empty(shape)
 
 

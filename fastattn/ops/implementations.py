@@ -1,0 +1,74 @@
+"""What the attention operators do: allocate the results and let a backend fill them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import backends
+from fastattn.ops.direct import without_autocast
+from fastattn.ops.schema import (
+    Backward,
+    DoubleBackward,
+    Forward,
+    call_gradients,
+    double_backward_results,
+    forward_results,
+    unflatten,
+)
+from fastattn.spec import Gradients, Inputs
+
+
+def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return run(unflatten(Forward, args))
+
+
+def run(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, statistics = forward_results(call.q, call.v)
+    if call.operands.cu_seqlens_q is not None:  # rows after the last sequence belong to none: nobody else writes them
+        out.zero_()
+        lse.fill_(-torch.inf)
+        statistics.zero_()
+    with without_autocast(call.q.device):
+        backends.module(call.backend).forward(
+            out, lse, statistics, call.q, call.k, call.v, call.operands, call.options
+        )  # fmt: skip
+    return out, lse, statistics
+
+
+def backward(*args: Any) -> tuple[Tensor, ...]:
+    call = unflatten(Backward, args)
+    return tuple(call.q.new_empty(0) if x is None else x for x in differentiate(call))
+
+
+def differentiate(call: Backward) -> Gradients:
+    gradients = call_gradients(call)
+    if call.operands.cu_seqlens_q is not None:
+        for gradient in gradients[:3]:
+            gradient.zero_()
+    with without_autocast(call.q.device):
+        backends.module(call.backend).backward(
+            gradients, call.dout, call.dlse, call.q, call.k, call.v, call.out, call.statistics, call.operands,
+            call.options,
+        )  # fmt: skip
+    return gradients
+
+
+def double_backward(*args: Any) -> tuple[Tensor, ...]:
+    call = unflatten(DoubleBackward, args)
+    given = call.direction
+    q, k, v = (
+        torch.zeros_like(x) if t is None else t
+        for t, x in zip((given.q, given.k, given.v), (call.q, call.k, call.v), strict=True)
+    )
+    tout, tlse, *gradients = results = double_backward_results(call)
+    if call.operands.cu_seqlens_q is not None:
+        for x in results:
+            x.zero_()
+    fill = (g if want and call.dout is not None else None for g, want in zip(gradients, call.wanted, strict=True))
+    with without_autocast(call.q.device):
+        backends.module("reference").double_backward(
+            tout, tlse, Inputs(*fill), given._replace(q=q, k=k, v=v), call.dout, call.dlse, call.q, call.k, call.v,
+            call.operands, call.options,
+        )  # fmt: skip
+    return results
