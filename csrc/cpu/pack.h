@@ -49,12 +49,18 @@ class PoisonCheck {
   VecInt<T> largest_{};
 };
 
+// Rows of a head may be far apart, as those of packed sequences are: the processor does not foresee them.
+constexpr int64_t kRowsAhead = 8;
+
 template <class T, class Element>
 bool read_rows(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded) {
   PoisonCheck<T> poison;
   const Element* source = static_cast<const Element*>(from) + first;
   for (int64_t row = 0; row < rows; row++, source += place.stride, to += padded) {
     if (place.step == 1) {
+      for (int64_t i = 0; i < place.width; i += 64 / int64_t(sizeof(Element))) {
+        __builtin_prefetch(source + kRowsAhead * place.stride + i);
+      }
       read_elements(source, to, place.width);
     } else {
       for (int64_t i = 0; i < place.width; i++) to[i] = widen<T>(source[i * place.step]);

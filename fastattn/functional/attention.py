@@ -195,11 +195,11 @@ def attention_varlen(
         return_lse=return_lse,
     )  # fmt: skip
     out, lse = ops.attention(spec, backends.choose(spec, backend))
-    out = out[0].transpose(0, 1)
+    out = out.squeeze(0).transpose(0, 1)  # whose gradient is a view: that of an index is a copy
     if not return_lse:
         return out
     assert lse is not None
-    return out, lse[0]
+    return out, lse.squeeze(0)
 
 
 def _varlen_spec(

@@ -25,10 +25,11 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def run(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, statistics = forward_results(call.q, call.v)
-    if call.operands.cu_seqlens_q is not None:  # rows after the last sequence belong to none: nobody else writes them
-        out.zero_()
-        lse.fill_(-torch.inf)
-        statistics.zero_()
+    if call.operands.cu_seqlens_q is not None:
+        rows = _unwritten(call.operands.cu_seqlens_q, call.backend)
+        out[:, :, rows].zero_()
+        lse[..., rows].fill_(-torch.inf)
+        statistics[..., rows].zero_()
     with without_autocast(call.q.device):
         backends.module(call.backend).forward(
             out, lse, statistics, call.q, call.k, call.v, call.operands, call.options
@@ -41,11 +42,17 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
     return tuple(call.q.new_empty(0) if x is None else x for x in differentiate(call))
 
 
+def _unwritten(starts: Tensor, backend: str) -> slice:
+    """The packed rows that a backend may leave as they are: those behind the last sequence, or any."""
+    return slice(int(starts[-1]) if backend == "cpu" else 0, None)
+
+
 def differentiate(call: Backward) -> Gradients:
     gradients = call_gradients(call)
-    if call.operands.cu_seqlens_q is not None:
-        for gradient in gradients[:3]:
-            gradient.zero_()
+    starts_q, starts_k = call.operands.cu_seqlens_q, call.operands.cu_seqlens_k
+    if starts_q is not None and starts_k is not None:
+        for gradient, starts in zip(gradients[:3], (starts_q, starts_k, starts_k), strict=True):
+            gradient[:, :, _unwritten(starts, call.backend)].zero_()
     with without_autocast(call.q.device):
         backends.module(call.backend).backward(
             gradients, call.dout, call.dlse, call.q, call.k, call.v, call.out, call.statistics, call.operands,
