@@ -19,7 +19,7 @@ TRITON_STAMP := .stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementatio
 TRITONS := $(FASTATTN_TRITON_3_6)/$(TRITON_STAMP) $(FASTATTN_TRITON_3_9)/$(TRITON_STAMP)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test quick demo demo-quick demo-dates demo-charlm lint types docs compile-report ext ext-cpu wheel \
+.PHONY: help env test quick demo demo-quick demo-dates demo-charlm lint types docs compile-report ext ext-cpu sanitize wheel \
 	bench-overhead gpu-first gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
@@ -69,6 +69,9 @@ compile-report: $(VENV)/.stamp-test $(TRITONS)  ## compile every kernel for ever
 	$(BIN)/python -m benchmarks.tools.compile_report
 
 ext-cpu: $(CPU_LIBRARY)  ## compile csrc/cpu with a C++ compiler, in place; an install does so by itself
+
+sanitize: $(VENV)/.stamp-test  ## the CPU kernels under ASan, UBSan and TSan, against plain loops
+	$(BIN)/python -m pytest -q tests/cpu/test_sanitizers.py -k sanitizers
 
 wheel: $(VENV)/.stamp-test  ## a wheel with the CPU library into dist/, for every Python and every system as old as this
 	FASTATTN_BUILD_CPU=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

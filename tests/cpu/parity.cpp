@@ -1,7 +1,9 @@
 // Runs the C interface without Python: for sanitizers, and for processors that are emulated. Every buffer is exactly as
-// large as its tensor. Forward and backward are held against plain loops in double; exits with 1 where they differ.
+// large as its tensor. Forward, backward and decode are held against plain loops in double; exits with 1 where they differ.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <vector>
 
 #include "interface.h"
@@ -133,6 +135,125 @@ bool check(const Case& c) {
          (!c.bias || same("dbias", dbias, dbias2, c));
 }
 
+// Appends all but the first `held` keys to a cache, paged or not, then decodes, both in `dtype`. A number of half precision
+// is stored as the upper half of a float (bfloat16), or is a small integer (float16 too).
+struct CacheCase {
+  int64_t dtype, q_len, held, added, head_dim, v_dim, page_size, threads;
+};
+
+uint16_t half(float x, int64_t dtype) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (dtype == FASTATTN_BFLOAT16) return uint16_t(bits >> 16);
+  return bits << 1 == 0 ? 0 : uint16_t((bits >> 16 & 0x8000) | (((bits >> 23 & 255) - 112) << 10) | (bits >> 13 & 1023));
+}
+
+float whole(uint16_t x, int64_t dtype) {
+  if (dtype == FASTATTN_FLOAT16) {
+    const float magnitude = std::ldexp(float((x & 1023) | (x & 0x7c00 ? 1024 : 0)), std::max(x >> 10 & 31, 1) - 25);
+    return x & 0x8000 ? -magnitude : magnitude;
+  }
+  const uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The elements of a tensor of `dtype`, in memory exactly as large; numbers are eighths, which every dtype has.
+struct Elements {
+  int64_t dtype;
+  Numbers wide;
+  std::vector<uint16_t> narrow;
+
+  Elements(int64_t dtype, int64_t count) : dtype(dtype) {
+    for (int64_t i = 0; i < count; i++) {
+      const float x = std::floor(random_number() * 8.0f) / 8.0f;
+      dtype == FASTATTN_FLOAT32 ? wide.push_back(x) : narrow.push_back(half(x, dtype));
+    }
+    wide.shrink_to_fit(), narrow.shrink_to_fit();
+  }
+  void* data() { return dtype == FASTATTN_FLOAT32 ? static_cast<void*>(wide.data()) : narrow.data(); }
+  double at(int64_t i) const { return dtype == FASTATTN_FLOAT32 ? wide[i] : whole(narrow[i], dtype); }
+};
+
+bool check_cache(const CacheCase& c) {
+  const int64_t length = c.held + c.added, pages_each = c.page_size ? (length + c.page_size - 1) / c.page_size : 1;
+  const int64_t slots = c.page_size ? c.page_size : length, pages = kBatch * pages_each;
+  Elements q(c.dtype, kBatch * kQHeads * c.q_len * c.head_dim), out(c.dtype, kBatch * kQHeads * c.q_len * c.v_dim);
+  Elements k(c.dtype, kBatch * kKvHeads * c.added * c.head_dim), v(c.dtype, kBatch * kKvHeads * c.added * c.v_dim);
+  Elements k_cache(c.dtype, pages * slots * kKvHeads * c.head_dim), v_cache(c.dtype, pages * slots * kKvHeads * c.v_dim);
+  Numbers lse = numbers(kBatch * kQHeads * c.q_len, false);
+  const std::vector<int64_t> lens(kBatch, c.held);
+  std::vector<int32_t> table;  // the pages backwards
+  for (int64_t page = pages; page-- > 0;) table.push_back(int32_t(page));
+  table.shrink_to_fit();
+  const auto heads = [](Elements& x, int64_t count, int64_t rows, int64_t width) {
+    return FastattnView{x.data(), {count * rows * width, rows * width, width, 1}};
+  };
+  const auto cache = [slots](Elements& x, int64_t width) {
+    return FastattnView{x.data(), {slots * kKvHeads * width, kKvHeads * width, width, 1}};
+  };
+  FastattnAppend a{};
+  a.team = {c.threads, nullptr};
+  a.k = heads(k, kKvHeads, c.added, c.head_dim), a.v = heads(v, kKvHeads, c.added, c.v_dim);
+  a.k_cache = cache(k_cache, c.head_dim), a.v_cache = cache(v_cache, c.v_dim);
+  a.lens = lens.data(), a.element_size = c.dtype == FASTATTN_FLOAT32 ? 4 : 2;
+  a.batch = kBatch, a.kv_heads = kKvHeads, a.new_len = c.added, a.head_dim = c.head_dim, a.v_dim = c.v_dim;
+  a.pages = pages, a.page_size = c.page_size, a.capacity = c.page_size ? pages_each * slots : slots;
+  FastattnDecode d{};
+  d.team = a.team, d.q = heads(q, kQHeads, c.q_len, c.head_dim), d.out = heads(out, kQHeads, c.q_len, c.v_dim);
+  d.k_cache = a.k_cache, d.v_cache = a.v_cache, d.lse = lse.data(), d.lens = a.lens, d.dtype = c.dtype;
+  d.batch = kBatch, d.q_heads = kQHeads, d.kv_heads = kKvHeads, d.q_len = c.q_len, d.head_dim = c.head_dim;
+  d.v_dim = c.v_dim, d.pages = pages, d.page_size = c.page_size, d.capacity = a.capacity, d.added = c.added;
+  d.left = FASTATTN_OPEN, d.right = 0, d.scale = 0.3;
+  if (c.page_size) {
+    a.block_table = d.block_table = table.data();
+    a.table_stride = d.table_stride = pages_each;
+  }
+  if (fastattn_cpu_append(&a) != 0 || fastattn_cpu_decode(&d) != 0) {
+    std::printf("refused: %s\n", fastattn_cpu_last_error());
+    return false;
+  }
+  const double unit = c.dtype == FASTATTN_FLOAT32 ? 1e-5 : c.dtype == FASTATTN_FLOAT16 ? 1.0 / 1024 : 1.0 / 128;
+  double error = 0.0;
+  for (int64_t b = 0; b < kBatch; b++) {
+    for (int64_t h = 0; h < kQHeads; h++) {
+      const int64_t own = h / (kQHeads / kKvHeads);
+      const auto key = [&](int64_t j) {
+        const int64_t page = c.page_size ? table[b * pages_each + j / slots] : b;
+        return (page * slots + j % slots) * kKvHeads + own;
+      };
+      for (int64_t i = 0; i < c.q_len; i++) {
+        const int64_t row = (b * kQHeads + h) * c.q_len + i, end = length - c.q_len + i + 1;
+        std::vector<double> sums(static_cast<size_t>(c.v_dim));
+        double total = 0.0;
+        for (int64_t j = 0; j < end; j++) {
+          double s = 0.0;
+          for (int64_t e = 0; e < c.head_dim; e++) {
+            const double x = j < c.held ? k_cache.at(key(j) * c.head_dim + e)
+                                        : k.at(((b * kKvHeads + own) * c.added + j - c.held) * c.head_dim + e);
+            s += q.at(row * c.head_dim + e) * x;
+          }
+          const double weight = std::exp(s * d.scale);
+          total += weight;
+          for (int64_t e = 0; e < c.v_dim; e++) {
+            sums[e] += weight * (j < c.held ? v_cache.at(key(j) * c.v_dim + e)
+                                            : v.at(((b * kKvHeads + own) * c.added + j - c.held) * c.v_dim + e));
+          }
+        }
+        for (int64_t e = 0; e < c.v_dim; e++) {
+          const double difference = std::fabs(out.at(row * c.v_dim + e) - sums[e] / total);
+          error = difference <= error ? error : difference;  // NaN counts
+        }
+      }
+    }
+  }
+  if (error <= unit) return true;
+  std::printf("decode in dtype %lld, Lq=%lld Lk=%lld page %lld: error %g\n", (long long)c.dtype, (long long)c.q_len,
+              (long long)length, (long long)c.page_size, error);
+  return false;
+}
+
 }  // namespace
 
 int main() {
@@ -144,6 +265,9 @@ int main() {
   };
   bool good = true;
   for (const Case& c : cases) good &= check(c);
+  for (const int64_t dtype : {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16}) {
+    good &= check_cache({dtype, 1, 700, 1, 64, 64, 0, 3}) & check_cache({dtype, 3, 90, 5, 40, 24, 16, 2});
+  }
   std::printf("%s, %s\n", fastattn_cpu_variant(), good ? "good" : "bad");
   return good ? 0 : 1;
 }
