@@ -25,6 +25,8 @@ class LaunchConfig:
     num_stages: int
     split_programs: int = 2
     """For how many programs on each multiprocessor the decode kernel divides the keys."""
+    pipelined: bool = False
+    """Whether the forward kernel starts the next product of queries and keys before the softmax of this tile."""
 
     def options(self) -> dict[str, int]:
         """The arguments that Triton's launcher itself consumes."""
@@ -104,6 +106,10 @@ _SINGLE = {"sm_90": _table(dkdv={128: (16, 64, 8, 1)}, dq={128: (32, 32, 8, 1)})
 # Where tiles are found through memory and twice the stages would not fit into shared memory.
 _INDIRECT = {"sm_90": _table(dk={256: (32, 128, 8, 3)}, dq={256: (128, 32, 8, 3)})}
 
+# At which padded head dims the forward kernel is `pipelined`, where nothing beside q, k and v takes registers. At 64
+# the second score tile leaves no room for a second program on the multiprocessor, which hides more.
+_PIPELINED = {"sm_90": (128,)}
+
 _override: LaunchConfig | None = None
 
 
@@ -140,6 +146,10 @@ def lookup(
         config = LaunchConfig(64, min(config.block_n, 64), warps, min(config.num_stages, 2))
     if kernel == "decode" and element_size > 2:
         config = dataclasses.replace(config, block_n=min(config.block_n, 64))
+    if kernel == "forward" and not indirect:
+        padded = min(d for d in by_dim if d >= head_dim)
+        wins = padded in _PIPELINED.get(architecture, ()) and element_size == 2 and not crowded
+        config = dataclasses.replace(config, pipelined=wins or architecture == "interpreter")
     if indirect and not crowded and head_dim > 128 and kernel in (tiles := _INDIRECT.get(architecture, {})):
         config = tiles[kernel][256]
     elif indirect:

@@ -40,15 +40,20 @@ def forward_kernel(
     q, k, v, out, lse_ptr, statistics_ptr, terms, dropout, packed, sparse, q_offset_ptr,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIPELINED: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head against all the keys they see."""
+    """One program: BLOCK_M queries of one head against all the keys they see.
+
+    With ``PIPELINED`` inner tiles start the product of the next queries and keys before the softmax of this tile, so
+    that tensor cores and exponentials work side by side; the last iteration repeats a product that nobody reads.
+    """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
     SPARSE: tl.constexpr = sparse.lines is not None
     # Causal and window also cut tiles that a block mask calls full.
     CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None)
+    tl.static_assert(not (PIPELINED and SPARSE), "expected no PIPELINED where a block mask says which tile is next")
     tile, tiles, batch, head = locate(tl.program_id(0), packed.q, sequences, q_heads, q_len, BLOCK_M)
     if right is not None and packed.q is None:
         tile = tiles - 1 - tile  # the longest rows first, so that no program is left running alone
@@ -84,6 +89,9 @@ def forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for EDGE in tl.static_range(2):
+        if PIPELINED and EDGE == 0:  # checked, since there may be no inner tile at all
+            k_tile = load_tile(k_ptr, inner_start, k_stride, kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
+            ahead = dot(q_tile, tl.trans(k_tile), None, PRECISION)
         for number in tl.range(0, edges if EDGE else inners):
             pool_tile = None
             if SPARSE:
@@ -93,9 +101,15 @@ def forward_kernel(
             else:
                 col = tile_position(number, start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_N)
             cols = (col + tl.arange(0, BLOCK_N))[None, :]
-            k_tile = load_tile(k_ptr, col, k_stride, kv_len, EDGE == 1, HEAD_DIM, BLOCK_N, BLOCK_D)
+            k_col = col
+            if PIPELINED and EDGE == 0:
+                k_col = inner_start + tl.minimum(number + 1, inners - 1) * BLOCK_N
+            k_tile = load_tile(k_ptr, k_col, k_stride, kv_len, EDGE == 1, HEAD_DIM, BLOCK_N, BLOCK_D)
+            products = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+            if PIPELINED and EDGE == 0:
+                products, ahead = ahead, products
             s, _ = finish_scores(
-                dot(q_tile, tl.trans(k_tile), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right,
+                products, rows[:, None], cols, q_len, kv_len, offset, left, right,
                 terms, slope, batch, head, pool_tile, EDGE == 1 or CHECK_FULL_TILES,
             )  # fmt: skip
             p, acc, row_max, row_sum = online_softmax(
@@ -141,6 +155,6 @@ def attention_forward(
         arguments = (
             *(launch.rows(x, unit) for x in (call.q, call.k, call.v, out)), lse, statistics, call.terms, call.dropout,
             call.packed, launch.sparse(operands.block_mask), operands.q_offset_tensor, *call.sizes,
-            unit, *call.constants, cfg.block_m, cfg.block_n,
+            unit, *call.constants, cfg.block_m, cfg.block_n, cfg.pipelined,
         )  # fmt: skip
         replay.start(forward_kernel, programs, arguments, cfg)

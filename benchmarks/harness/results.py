@@ -21,7 +21,10 @@ FIELDS = (*KEY, *VALUES, *provenance.FIELDS)
 CHECK_KEY = ("check", "kernel", "feature", "dtype", "head_dim")
 CHECK_FIELDS = (*CHECK_KEY, "outcome", "seconds", "note", *provenance.FIELDS)
 
-TUNE_KEY = ("kernel", "dtype", "head_dim", "causal", "block_m", "block_n", "num_warps", "num_stages", "split_programs")
+TUNE_KEY = (
+    "kernel", "dtype", "head_dim", "causal", "block_m", "block_n", "num_warps", "num_stages", "split_programs",
+    "pipelined",
+)  # fmt: skip
 TUNE_FIELDS = (*TUNE_KEY, "stage", "p20_ms", "p50_ms", "p80_ms", "tflops", "note", *provenance.FIELDS)
 
 RESOURCE_FIELDS = (

@@ -51,7 +51,7 @@ class Group:
             "kernel": self.kernel, "dtype": self.dtype, "head_dim": str(self.head_dim),
             "causal": results.text(self.causal), "block_m": str(candidate.block_m), "block_n": str(candidate.block_n),
             "num_warps": str(candidate.num_warps), "num_stages": str(candidate.num_stages),
-            "split_programs": str(candidate.split_programs),
+            "split_programs": str(candidate.split_programs), "pipelined": results.text(candidate.pipelined),
         }  # fmt: skip
 
 
@@ -69,7 +69,8 @@ def groups() -> list[Group]:
 
 def config_of(row: results.Row) -> LaunchConfig:
     names = ("block_m", "block_n", "num_warps", "num_stages", "split_programs")
-    return LaunchConfig(**{name: int(row[name]) for name in names if row[name]})
+    numbers = {name: int(row[name]) for name in names if row[name]}
+    return LaunchConfig(**numbers, pipelined=row["pipelined"] == results.text(True))
 
 
 def candidates(group: Group, arch: str, facts: dict[tuple[str, ...], results.Row]) -> list[LaunchConfig]:
@@ -109,6 +110,7 @@ def near(present: LaunchConfig, kernel: config.Kernel, head_dim: int) -> Iterato
         "num_warps": (4, 8),
         "num_stages": (present.num_stages - 1, present.num_stages + 1),
         "split_programs": (1, 2, 4) if kernel == "decode" else (),
+        "pipelined": (not present.pipelined,) if kernel == "forward" else (),
     }
     single = [{name: value} for name, values in steps.items() for value in values]
     double = [a | b for a, b in itertools.combinations(single, 2) if a.keys() != b.keys()]
@@ -161,7 +163,8 @@ def table(rows: Sequence[results.Row]) -> str:
         )
         numbers, behind = (best.block_m, best.block_n, best.num_warps, best.num_stages), 100 * (cost(best) - 1)
         numbers += (best.split_programs,) if kernel == "decode" else ()
-        lines.append(f"{kernel}: {head_dim}: {numbers},  # TFLOP/s: {rates}; {behind:.1f} % off the best")
+        pipelined = " pipelined;" * best.pipelined
+        lines.append(f"{kernel}: {head_dim}: {numbers},  #{pipelined} TFLOP/s: {rates}; {behind:.1f} % off the best")
     for row in rows:
         if row["stage"] == "winner":
             group = Group(
@@ -169,8 +172,8 @@ def table(rows: Sequence[results.Row]) -> str:
             )
             lines.append(
                 f"  {group}: {row['block_m']}x{row['block_n']} w{row['num_warps']} s{row['num_stages']}, "
-                f"{row['split_programs']} programs, "
-                * (row["kernel"] == "decode")
+                + "pipelined, " * (row["pipelined"] == "yes")
+                + f"{row['split_programs']} programs, " * (row["kernel"] == "decode")
                 + f"{float(row['p50_ms']):.3f} ms, {float(row['tflops']):.0f} TFLOP/s"
             )
     return "\n".join(lines) or "nothing measured"

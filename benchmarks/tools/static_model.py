@@ -220,7 +220,9 @@ def main() -> None:
     parser.add_argument("--dims", nargs="+", type=int, default=list(compile_report.DIMS))
     parser.add_argument("--features", nargs="+", choices=compile_report.FEATURES, default=["plain", "causal"])
     parser.add_argument("--problem", nargs=3, type=int, default=(4, 16, 4096), metavar=("BATCH", "HEADS", "LENGTH"))
-    parser.add_argument("--tile", help="instead of the shipped one: block_m,block_n,warps,stages")
+    parser.add_argument(
+        "--tile", help="instead of the shipped one: block_m,block_n,warps,stages[,split_programs,pipelined]"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--csv", type=Path, nargs="?", const=PREDICTIONS, help="also write it (default: %(const)s)")
     args = parser.parse_args()

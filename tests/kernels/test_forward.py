@@ -386,6 +386,16 @@ def test_any_tile_size_on_the_diagonal(device, backend, tile, lengths):
         check_attention(q, k, v, backend=backend, causal=True, q_offset=offsets)
 
 
+@pytest.mark.parametrize("pipelined", [False, True], ids=["in_turn", "pipelined"])
+@pytest.mark.parametrize("lengths", [(40, 100), (40, 20), (40, 64)], ids=shape_id)
+def test_tiles_in_turn_and_pipelined(device, backend, lengths, pipelined):
+    """Several inner tiles, none, and nothing but inner tiles for some rows."""
+    tile = config.LaunchConfig(32, 32, num_warps=4, num_stages=1, pipelined=pipelined)
+    with config.override(tile):
+        check_attention(*make_qkv(device, lengths), backend=backend, dropout_p=0.2)
+        check_attention(*make_qkv(device, lengths), backend=backend, causal=True, q_offset=60, softcap=5.0)
+
+
 def test_lse_does_not_change_the_output(device, backend):
     q, k, v = make_qkv(device)
     alone = attention(q, k, v, causal=True, backend=backend)

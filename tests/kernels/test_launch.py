@@ -1,6 +1,7 @@
 """What is decided on the host: configurations, strides, grids, 64-bit offsets, precision of float32 products."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 import textwrap
@@ -76,7 +77,15 @@ def test_head_dims_share_the_configuration_of_the_next_table_entry():
 def test_tiles_found_through_memory_take_more_stages(architecture):
     for kernel in ("forward", "dkdv", "dq", "decode"):
         usual, indirect = (config.lookup(kernel, architecture, 128, 2, indirect=flag) for flag in (False, True))
-        assert indirect == dataclasses.replace(usual, num_stages=2 * usual.num_stages - 1)
+        assert indirect == dataclasses.replace(usual, num_stages=2 * usual.num_stages - 1, pipelined=False)
+
+
+def test_the_next_product_starts_early_where_registers_allow():
+    lookup = functools.partial(config.lookup, "forward", "sm_90")
+    assert lookup(128, 2).pipelined and lookup(96, 2).pipelined
+    assert not lookup(64, 2).pipelined and not lookup(256, 2).pipelined and not lookup(128, 4).pipelined
+    assert not lookup(128, 2, crowded=True).pipelined and not lookup(128, 2, indirect=True).pipelined
+    assert not any(config.lookup(kernel, "sm_90", 128, 2).pipelined for kernel in ("dkdv", "dq", "decode"))
 
 
 def test_configurations_cannot_be_changed():
