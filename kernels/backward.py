@@ -100,7 +100,7 @@ def dkdv_kernel(
                 )
                 k0, k1 = rows, rows
                 if dropout.seed is not None:
-                    k0, k1 = dropout_row_keys(tl.load(dropout.seed), batch, head, rows)
+                    k0, k1 = dropout_row_keys(dropout, batch, head, rows)
                 dp = dot(v_tile, tl.trans(dout_tile), None, PRECISION)
                 p, factor = probabilities(
                     s, row_max[None, :], log_sum[None, :], k0[None, :], k1[None, :], cols, terms, dropout
@@ -158,7 +158,7 @@ def dq_kernel(
 
     k0, k1 = rows, rows
     if dropout.seed is not None:
-        k0, k1 = dropout_row_keys(tl.load(dropout.seed), batch, head, rows)
+        k0, k1 = dropout_row_keys(dropout, batch, head, rows)
     offset = query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len)
     start, edges_left, right_start, edges, inner_start, inners = key_range(
         row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N

@@ -59,7 +59,7 @@ def dbias_kernel(
                 rows = row + tl.arange(0, BLOCK_M)
                 k0, k1 = rows, rows
                 if dropout.seed is not None:
-                    k0, k1 = dropout_row_keys(tl.load(dropout.seed), batch, head, rows)
+                    k0, k1 = dropout_row_keys(dropout, batch, head, rows)
                 q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
                 dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
                 row_max, log_sum, delta = load_statistics(

@@ -5,20 +5,26 @@ import triton.language as tl
 
 
 @triton.jit
-def dropout_row_keys(seed, batch, head, rows):
+def dropout_row_keys(dropout, batch, head, rows):
     """Two 32-bit keys per query row from Philox-4x32-7 (Salmon et al., 2011), the strong half of the dropout bits."""
+    if dropout.part is not None:
+        batch += tl.load(dropout.part + 1)
+        head += tl.load(dropout.part + 2)
+        rows = tl.load(dropout.part + 3) + rows * tl.load(dropout.part + 4)
     zero = (rows * 0).to(tl.uint32)
     heads, batches = zero + tl.cast(head, tl.uint32), zero + tl.cast(batch, tl.uint32)
-    k0, k1, _, _ = tl.philox(seed, rows.to(tl.uint32), heads, batches, zero, n_rounds=7)
+    k0, k1, _, _ = tl.philox(tl.load(dropout.seed), rows.to(tl.uint32), heads, batches, zero, n_rounds=7)
     return k0, k1
 
 
 @triton.jit
-def dropout_keep(k0, k1, cols, dropout_p):
+def dropout_keep(k0, k1, cols, dropout):
     """Which weights of a tile stay: a keyed full-avalanche mix of the key index."""
+    if dropout.part is not None:
+        cols = tl.load(dropout.part + 5) + cols * tl.load(dropout.part + 6)
     x = (cols.to(tl.uint32) * 0x9E3779B1) ^ k0
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15) ^ k1) * 0x846CA68B
     x = x ^ (x >> 16)
     uniform = (x >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
-    return uniform >= dropout_p
+    return uniform >= dropout.p

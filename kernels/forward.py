@@ -77,7 +77,7 @@ def forward_kernel(
     rows = row + tl.arange(0, BLOCK_M)
     k0, k1 = rows, rows
     if dropout.seed is not None:
-        k0, k1 = dropout_row_keys(tl.load(dropout.seed), batch, head, rows)
+        k0, k1 = dropout_row_keys(dropout, batch, head, rows)
     offset = query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len)
     start, edges_left, right_start, edges, inner_start, inners = key_range(
         row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
@@ -116,7 +116,7 @@ def forward_kernel(
                 s, acc, row_max, row_sum, terms, EDGE == 1 or CHECK_FULL_TILES or READS_SCORES
             )
             if dropout.seed is not None:
-                p = tl.where(dropout_keep(k0[:, None], k1[:, None], cols, dropout.p), p, 0.0)
+                p = tl.where(dropout_keep(k0[:, None], k1[:, None], cols, dropout), p, 0.0)
             v_tile = load_tile(v_ptr, col, v_stride, kv_len, EDGE == 1, V_DIM, BLOCK_N, BLOCK_DV)
             acc = dot(cast(p, v_tile.dtype), v_tile, acc, PRECISION)
 

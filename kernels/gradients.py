@@ -33,7 +33,7 @@ def probabilities(s, row_max, log_sum, k0, k1, cols, terms, dropout):
     """(p, what dropout multiplies it by, or 1) of a tile, in whichever orientation the arguments broadcast to."""
     p = tl.math.exp2(exponent(s, row_max, terms) - log_sum)
     if dropout.seed is not None:
-        return p, tl.where(dropout_keep(k0, k1, cols, dropout.p), dropout.keep_scale, 0.0)
+        return p, tl.where(dropout_keep(k0, k1, cols, dropout), dropout.keep_scale, 0.0)
     else:
         return p, 1.0
 

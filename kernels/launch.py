@@ -163,9 +163,10 @@ class Call:
         self.sequences = self.batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         shape = (self.batch, self.q_heads, self.q_len, self.kv_len)
         self.terms = terms(operands, self.scale, options.softcap, self.sequences, shape)
-        self.dropout = Dropout(None, None, None)
+        self.dropout = Dropout(None, None, None, None)
         if operands.seed is not None:
-            self.dropout = Dropout(operands.seed, float(options.dropout_p), keep_scale(options.dropout_p))
+            part = operands.seed if operands.seed.numel() > 1 else None
+            self.dropout = Dropout(operands.seed, part, float(options.dropout_p), keep_scale(options.dropout_p))
         self.packed = Packed(cu_seqlens_q, operands.cu_seqlens_k)
         self.sizes = (
             self.sequences, self.q_heads, self.q_heads // self.kv_heads, self.q_len, self.kv_len, options.q_offset,

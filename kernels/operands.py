@@ -46,7 +46,9 @@ class Terms(NamedTuple):
 
 class Dropout(NamedTuple):
     seed: Any
-    """one int64 element, or None without dropout"""
+    """int64, or None without dropout"""
+    part: Any
+    """None, or the seed again where behind it stand: first batch entry, head, row, step of rows, key, step of keys"""
     p: Any
     keep_scale: Any
     """what kept probabilities are multiplied by"""

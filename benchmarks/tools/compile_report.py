@@ -60,6 +60,7 @@ class Feature:
     softcap: bool = False
     sinks: bool = False
     dropout: bool = False
+    part: bool = False  # of a larger call, whose dropout bits it has
     q_offset_tensor: bool = False
     packed: bool = False
     block_mask: bool = False
@@ -87,7 +88,7 @@ FEATURES = {
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
     "everything": Feature(
-        causal=True, window=True, mask="full", bias=True, alibi=True, softcap=True, sinks=True, dropout=True,
+        causal=True, window=True, mask="full", bias=True, alibi=True, softcap=True, sinks=True, dropout=True, part=True,
         q_offset_tensor=True, block_mask=True, page=16, queries=64,
     ),
 }  # fmt: skip
@@ -238,7 +239,7 @@ def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
     if feature.q_offset_tensor:
         given["q_offset_tensor"] = empty(batch, dtype=torch.int64)
     if feature.dropout:
-        given["seed"] = empty(1, dtype=torch.int64)
+        given["seed"] = empty(7 if feature.part else 1, dtype=torch.int64)
     operands = Operands(**given)
     options = Options(
         left=256 if feature.window else None, right=0 if feature.causal else None,

@@ -183,7 +183,7 @@ class Backward {
       if (g_.dlse != nullptr) delta -= static_cast<const T*>(g_.dlse)[at];
       memory_->delta[row] = delta;
       delta_poison += delta * T(0);  // 0, or NaN
-      if (o_.seed != nullptr) memory_->row_keys[row] = dropout_row_keys(*o_.seed, entry_.number, head_, row);
+      if (o_.seed != nullptr) memory_->row_keys[row] = dropout_row_keys(o_, entry_.number, head_, row);
       if (results_.dsinks != nullptr) {  // a score whose value vector is 0
         const T sink = static_cast<const T*>(o_.sinks)[head_] * T(kLog2E);
         dsink -= double(exp2_of_difference(Vec<T>{} + (sink - maximum(at) - log_total(at)))[0] * delta);
@@ -345,7 +345,7 @@ class Backward {
     } else {
       const RowKeys keys = memory_->row_keys[row];
       T kept[kKeys];
-      dropout_keep(keys, uint32_t(key), first, last, threshold_, keep_scale_, kept);
+      dropout_keep(o_, keys, key, first, last, threshold_, keep_scale_, kept);
       for (int i = first; i < last; i += kLanes<T>) {
         const Vec<T> weight = exp2_of_difference(load(p + i) * scale - top - rest), keep = load(kept + i);
         store(p + i, weight * keep);

@@ -1,6 +1,7 @@
 // Which probabilities dropout keeps: the bits of fastattn's reference and of its Triton kernels.
 #pragma once
 
+#include "interface.h"
 #include "simd.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
@@ -11,7 +12,13 @@ struct RowKeys {
 };
 
 // Two words of Philox-4x32-7 (Salmon et al., 2011) at counter (row, head, batch, 0).
-inline RowKeys dropout_row_keys(int64_t seed, int64_t batch, int64_t head, int64_t row) {
+inline RowKeys dropout_row_keys(const FastattnOperands& o, int64_t batch, int64_t head, int64_t row) {
+  const int64_t seed = *o.seed;
+  if (const int64_t* origin = o.dropout_origin) {
+    batch += origin[0];
+    head += origin[1];
+    row = origin[2] + row * origin[3];
+  }
   uint32_t c[4] = {uint32_t(row), uint32_t(head), uint32_t(batch), 0};
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(uint64_t(seed) >> 32);
   for (int round = 0; round < 7; round++) {
@@ -27,7 +34,7 @@ inline RowKeys dropout_row_keys(int64_t seed, int64_t batch, int64_t head, int64
 
 constexpr uint32_t kColumnFactor = 0x9E3779B1u;
 
-// A full-avalanche mix of the key index, so that tile sizes do not matter: 24 bits. `column` times kColumnFactor.
+// A full-avalanche mix of the key index, so that tile sizes do not matter: 24 bits. The column times kColumnFactor.
 template <class Bits>
 [[gnu::always_inline]] inline Bits dropout_bits(RowKeys keys, Bits scaled_column) {
   Bits x = scaled_column ^ keys.first;
@@ -44,20 +51,24 @@ inline uint32_t dropout_threshold(double dropout_p) {
   return whole + (double(whole) < scaled ? 1 : 0);
 }
 
-// factors[i] = kept for the keys column + i that a row keeps, else 0; for i in begin .. end, whole vectors.
+// factors[i] = kept for the keys key + i that a row keeps, else 0; for i in begin .. end, whole vectors.
 template <class T>
-inline void dropout_keep(RowKeys keys, uint32_t column, int begin, int end, uint32_t threshold, T kept, T* factors) {
+inline void dropout_keep(
+    const FastattnOperands& o, RowKeys keys, int64_t key, int begin, int end, uint32_t threshold, T kept, T* factors) {
+  const int64_t* origin = o.dropout_origin;
+  const uint32_t step = (origin == nullptr ? 1 : uint32_t(origin[5])) * kColumnFactor;
+  const uint32_t first = (origin == nullptr ? 0 : uint32_t(origin[4])) * kColumnFactor + uint32_t(key) * step;
   if constexpr (sizeof(T) == sizeof(float)) {
     constexpr int lanes = kLanes<float>;
     VecBits scaled;
-    for (int n = 0; n < lanes; n++) scaled[n] = (column + uint32_t(begin + n)) * kColumnFactor;
-    for (int i = begin; i < end; i += lanes, scaled += lanes * kColumnFactor) {
+    for (int n = 0; n < lanes; n++) scaled[n] = first + uint32_t(begin + n) * step;
+    for (int i = begin; i < end; i += lanes, scaled += lanes * step) {
       const VecInt<float> bits = (VecInt<float>)dropout_bits(keys, scaled);
       store(factors + i, bits >= int32_t(threshold) ? Vec<float>{} + kept : Vec<float>{});
     }
   } else {
     for (int i = begin; i < end; i++) {
-      factors[i] = dropout_bits(keys, (column + uint32_t(i)) * kColumnFactor) >= threshold ? kept : T(0);
+      factors[i] = dropout_bits(keys, first + uint32_t(i) * step) >= threshold ? kept : T(0);
     }
   }
 }

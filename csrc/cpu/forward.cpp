@@ -87,7 +87,7 @@ class Forward {
     for (int64_t i = 0; i < count * memory_->v_width; i++) memory_->out[i] = T(0);
     for (int64_t i = 0; i < count; i++) visible[i] = problem_.visible(entry_, row + i);
     if (problem_.o.seed != nullptr) {
-      for (int64_t i = 0; i < count; i++) keys[i] = dropout_row_keys(*problem_.o.seed, entry_.number, head, row + i);
+      for (int64_t i = 0; i < count; i++) keys[i] = dropout_row_keys(problem_.o, entry_.number, head, row + i);
     }
     const Range all = problem_.visible(entry_, row, row + count);
     for_key_blocks(problem_, entry_, head, row, all, [&](int64_t key, const uint8_t* block) {
@@ -159,7 +159,7 @@ class Forward {
 
   void drop(T* p, int64_t key, int begin, int end, RowKeys keys) const {
     T kept[kKeys];
-    dropout_keep(keys, uint32_t(key), begin, end, dropout_threshold(a_.dropout_p), T(1), kept);
+    dropout_keep(problem_.o, keys, key, begin, end, dropout_threshold(a_.dropout_p), T(1), kept);
     for (int i = begin; i < end; i += kLanes<T>) store(p + i, load(p + i) * load(kept + i));
   }
 

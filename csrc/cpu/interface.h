@@ -55,6 +55,7 @@ struct FastattnOperands {
   const void* sinks;        // (Hq,), compute type
   const int64_t* q_offset;  // (B,)
   const int64_t* seed;      // one element, with dropout only
+  const int64_t* dropout_origin; // where its bits begin: batch entry, head, row, step of rows, key, step of keys; or null
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (sequences + 1,)
   int64_t sequences;        // "B" above then means this for all per-entry operands; q, k, v have one batch entry
   // The tensors of `fastattn.block_mask.BlockTensors`, contiguous.

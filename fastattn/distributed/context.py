@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastattn import backends
+from fastattn import backends, ops
 from fastattn.distributed import ring, ulysses
 from fastattn.distributed.comm import Peers
 from fastattn.distributed.cost import STRATEGIES, Choice, Link, Sizes, Strategy, costs, routes_of
@@ -62,7 +62,8 @@ def context_parallel_attention(
         bias: float, likewise.
         alibi_slopes: float (Hq,) or (B, Hq); with ``"striped"`` shards only by ``"ulysses"``.
         sinks: float (Hq,).
-        dropout_p: 0: random bits belong to the rows and keys of one call.
+        dropout_p: as there. The seed is the one that the first rank draws, and a weight's bits are those of its place
+            in the whole: the same on any number of ranks. Every rank draws, so generators that were alike stay so.
         backend: as there, for the pairs of pieces; ``"ring"`` and ``"all_gather"`` need one that returns lse.
         link: what the choice assumes of the machines.
         timeout: seconds to wait for a message; None is the process group's own.
@@ -83,12 +84,12 @@ def context_parallel_attention(
         dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     if call.choice.strategy == "ulysses":
-        out, lse = ulysses.run(call.peers, call.rows, call.keys, call.spec, backend)
+        out, lse = ulysses.run(call.peers, call.rows, call.keys, call.spec, backend, call.seed)
     else:
         with_lse = call.spec._replace(return_lse=True)
         plan = ring.Plan(
             call.peers, call.choice.strategy, call.rows, routes_of(call.sizes), call.spec.options,
-            backends.choose(with_lse, backend),
+            backends.choose(with_lse, backend), call.seed,
         )  # fmt: skip
         out, lse = ring.run(plan, with_lse)
     return (out, lse) if return_lse else out
@@ -139,6 +140,8 @@ class _Call(NamedTuple):
     keys: list[list[Piece]]
     sizes: Sizes
     choice: Choice
+    seed: Tensor | None
+    """of dropout"""
 
 
 def _agree(
@@ -148,7 +151,7 @@ def _agree(
     """Check this rank's arguments, then those of all ranks against each other: all go on, or all raise."""
     peers = Peers(mesh, timeout)
     problem: Exception | None = None
-    spec, numbers, text = None, [0] * 10, ""
+    spec, numbers, text = None, [0] * 11, ""
     try:
         spec = _check(q, k, v, peers, strategy, balance, backend, options)
         numbers = [1, *_numbers(spec, q, k, v, options)]
@@ -169,6 +172,7 @@ def _agree(
     if pair is not None:  # a side that forbids nothing is open
         left, right = pair.left, pair.right
     spec = spec._replace(left=left, right=right, q_offset=offset)
+    seed = torch.tensor(headers[0][0][10:], device=q.device) if spec.dropout_p else None
     scores = sum(x.element_size() for x in (spec.bias, spec.mask) if x is not None)
     batch, q_heads, _, head_dim = q.shape
     sizes = Sizes(
@@ -176,7 +180,7 @@ def _agree(
         spec.q.element_size(), offset, left, right, scores * batch * q_heads * q_total * kv_total,
     )  # fmt: skip
     rows, keys = (pieces(balance, total, peers.size) for total in (q_total, kv_total))
-    return _Call(peers, spec, rows, keys, sizes, _choose(sizes, link or Link(), strategy, spec))
+    return _Call(peers, spec, rows, keys, sizes, _choose(sizes, link or Link(), strategy, spec), seed)
 
 
 def _check(
@@ -186,11 +190,6 @@ def _check(
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
     check_balance(balance)
-    if options["dropout_p"]:
-        raise ValueError(
-            f"dropout_p: expected 0 where the sequence is divided, got {options['dropout_p']}: the random bits belong "
-            "to the rows and keys of one call; drop from the output instead"
-        )
     if isinstance(options["q_offset"], Tensor):
         raise TypeError("q_offset: expected an int or None where the sequence is divided, got a Tensor")
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
@@ -221,12 +220,13 @@ def _width(options: dict[str, Any]) -> int:
 
 def _numbers(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> list[int]:
     dtype = FLOAT_DTYPES.index(spec.q.dtype)
-    return [*q.shape, k.shape[1], k.shape[2], v.shape[3], dtype, _width(options)]
+    seed = int(ops.draw_seed(q.device)) if spec.dropout_p else 0
+    return [*q.shape, k.shape[1], k.shape[2], v.shape[3], dtype, _width(options), seed]
 
 
 def _describe(spec: AttentionSpec, strategy: str | None, balance: str, options: dict[str, Any]) -> str:
     """What must be the same on every rank, beside shapes."""
-    names = ("causal", "window", "q_offset", "softcap", "scale")
+    names = ("causal", "window", "q_offset", "softcap", "scale", "dropout_p")
     parts = [f"strategy={strategy!r}", f"balance={balance!r}", *(f"{name}={options[name]!r}" for name in names)]
     tensors = {"mask": spec.mask, "bias": spec.bias, "alibi_slopes": spec.alibi_slopes, "sinks": spec.sinks}
     parts += [name for name, x in tensors.items() if x is not None]
@@ -269,7 +269,7 @@ def _check_together(headers: list[tuple[list[int], str]], balance: Balance) -> t
 
 
 def _shapes(numbers: list[int]) -> str:
-    _, batch, q_heads, q_len, dim, kv_heads, kv_len, v_dim, dtype, _ = numbers
+    _, batch, q_heads, q_len, dim, kv_heads, kv_len, v_dim, dtype, _, _ = numbers
     name = str(FLOAT_DTYPES[dtype]).removeprefix("torch.")
     q, k, v = (batch, q_heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, v_dim)
     return f"q {q} k {k} v {v} {name}"

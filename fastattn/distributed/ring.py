@@ -53,6 +53,8 @@ class Plan(NamedTuple):
     options: Options
     """window and q_offset of the whole"""
     backend: str
+    seed: Tensor | None
+    """of dropout, the same on every rank"""
 
     @property
     def own_rows(self) -> list[tuple[slice, Piece]]:
@@ -171,9 +173,14 @@ def placed_of(routes: list[Route], rank: int) -> list[tuple[slice, Piece]]:
     return placed([route.piece for route in routes if route.source == rank])
 
 
-def _pair_call(plan: Plan, of_all: Operands, where: slice, keys: Piece, pair: Pair) -> tuple[Operands, Options]:
+def _pair_call(
+    plan: Plan, of_all: Operands, where: slice, rows: Piece, keys: Piece, pair: Pair
+) -> tuple[Operands, Options]:
     """Operands and options of one pair of pieces, from those of the whole."""
-    own = of_all._replace(mask=_cut(of_all.mask, where, keys), bias=_cut(of_all.bias, where, keys))
+    seed = plan.seed
+    if seed is not None:
+        seed = ops.seed_of_part(seed, rows=(rows.start, rows.stride), keys=(keys.start, keys.stride))
+    own = of_all._replace(mask=_cut(of_all.mask, where, keys), bias=_cut(of_all.bias, where, keys), seed=seed)
     return own, plan.options._replace(q_offset=pair.q_offset, left=pair.left, right=pair.right)
 
 
@@ -201,7 +208,7 @@ class _ContextParallel(torch.autograd.Function):
                     pair = plan.pair(rows, route.piece)
                     if pair is None:
                         continue
-                    operands, options = _pair_call(plan, of_all, where, route.piece, pair)
+                    operands, options = _pair_call(plan, of_all, where, rows, route.piece, pair)
                     call = ops.Forward(q[:, :, where], own_k, own_v, operands, options, plan.backend)
                     part, part_lse, statistics = _FORWARD(*ops.flatten(call))
                     calls[route.number, index] = statistics, part_lse
@@ -237,7 +244,7 @@ class _ContextParallel(torch.autograd.Function):
                     pair = plan.pair(rows, route.piece)
                     if pair is None:
                         continue
-                    operands, options = _pair_call(plan, of_all, where, route.piece, pair)
+                    operands, options = _pair_call(plan, of_all, where, rows, route.piece, pair)
                     call = ops.Backward(
                         dout[:, :, where], None if dlse is None else dlse[:, :, where], q[:, :, where], own_k, own_v,
                         out[:, :, where], statistics[ctx.calls[route.number, index]], operands, options, plan.backend,

@@ -38,9 +38,17 @@ def key_heads(own: list[slice], group: int) -> list[slice]:
 
 
 def run(
-    peers: Peers, rows: list[list[Piece]], keys: list[list[Piece]], spec: AttentionSpec, backend: str | None
+    peers: Peers,
+    rows: list[list[Piece]],
+    keys: list[list[Piece]],
+    spec: AttentionSpec,
+    backend: str | None,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of this rank's rows, differentiable. The spec's bias and mask are for its rows and all keys."""
+    """(out, lse) of this rank's rows, differentiable. The spec's bias and mask are for its rows and all keys.
+
+    ``seed`` is dropout's, the same on every rank.
+    """
     q_heads = spec.q.shape[1]
     group = q_heads // spec.k.shape[1]
     own = query_heads(q_heads, peers.size)
@@ -68,7 +76,8 @@ def run(
             q=q, k=k, v=v, bias=bias, mask=mask,
             alibi_slopes=None if slopes is None else slopes[:, mine], sinks=None if sinks is None else sinks[mine],
         )  # fmt: skip
-        out, lse = ops.attention(local, backends.choose(local, backend))
+        seed = None if seed is None else ops.seed_of_part(seed, head=mine.start)
+        out, lse = ops.attention(local, backends.choose(local, backend), seed)
         assert lse is not None
     out, lse = _SwapBack.apply(peers, Swap(own, rows), out, lse[..., None])  # pyright: ignore[reportGeneralTypeIssues]
     return out, lse[..., 0]

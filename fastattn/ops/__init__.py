@@ -1,6 +1,6 @@
 """The operators as PyTorch knows them. Only this room and integrations/activate.py know about dispatch keys."""
 
-from fastattn.ops.autograd import attend, attention, draw_seed
+from fastattn.ops.autograd import attend, attention, draw_seed, seed_of_part
 from fastattn.ops.direct import without_autocast
 from fastattn.ops.kvcache import attention_kvcache
 from fastattn.ops.schema import Backward, CacheCall, DoubleBackward, Forward, flatten, unflatten
@@ -15,6 +15,7 @@ __all__ = [
     "attention_kvcache",
     "draw_seed",
     "flatten",
+    "seed_of_part",
     "unflatten",
     "without_autocast",
 ]

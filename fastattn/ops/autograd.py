@@ -43,15 +43,29 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=device)
 
 
-def attention(spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of ``spec`` on a backend that can serve it; lse is None from the torch backend."""
+def seed_of_part(
+    seed: Tensor, *, batch: int = 0, head: int = 0, rows: tuple[int, int] = (0, 1), keys: tuple[int, int] = (0, 1)
+) -> Tensor:
+    """The seed for a part of a larger call with the one of `draw_seed`, so that dropout keeps there what it keeps here.
+
+    ``batch`` and ``head`` are the first of the part; ``rows`` and ``keys`` the first and the step to the next.
+    """
+    return torch.cat([seed, seed.new_tensor([batch, head, *rows, *keys])])
+
+
+def attention(spec: AttentionSpec, backend: str, seed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of ``spec`` on a backend that can serve it; lse is None from the torch backend.
+
+    Dropout's ``seed`` is that of `draw_seed`, unless one is given.
+    """
     if backend == "torch":
         run = backends.module("torch").attention
         if spec.bias is None:  # all else has been cast: nothing is left for autocast to change
             return run(spec), None
         with without_autocast(spec.q.device):
             return run(spec), None
-    seed = draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
+    if spec.dropout_p > 0.0 and seed is None:
+        seed = draw_seed(spec.q.device)
     out, lse, _ = attend(Forward(spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backend))
     return out, lse
 

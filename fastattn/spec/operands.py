@@ -22,7 +22,8 @@ class Operands(NamedTuple):
     q_offset_tensor: Tensor | None = None
     """int (B,), in place of `Options.q_offset`"""
     seed: Tensor | None = None
-    """one int64 element, where there is dropout"""
+    """where there is dropout: int64 (1,), or (7,) for a part of a larger call, whose bits it then has: the seed, the
+    first batch entry and head, the first row and the step from row to row, and likewise of keys"""
     cu_seqlens_q: Tensor | None = None
     """int (sequences + 1,): where each packed sequence begins in q, and the end of the last; B = 1"""
     cu_seqlens_k: Tensor | None = None

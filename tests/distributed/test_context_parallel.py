@@ -30,6 +30,11 @@ CASES = {
         "options": {"causal": True, "window": (19, None), "softcap": 3.0, "scale": 0.3}, "bias": (0, 1, 1, 1),
         "mask": True, "alibi": True, "sinks": True, "kv_heads": 2,
     },
+    "dropout": {"options": {"causal": True, "dropout_p": 0.3}, "kv_heads": 2},
+    "dropout_with_the_rest": {
+        "options": {"window": (19, 4), "dropout_p": 0.5, "softcap": 3.0}, "bias": (0, 1, 1, 1), "mask": True,
+        "sinks": True, "q_heads": 6, "kv_heads": 2,
+    },
     "more_keys": {"q_len": 11, "kv_len": 30, "options": CAUSAL},
     "more_queries": {"q_len": 23, "kv_len": 9, "options": CAUSAL},
     "offset": {"options": {"causal": True, "q_offset": -7}},
@@ -66,8 +71,9 @@ def test_more_ranks_than_tokens_and_heads(ranks, strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_backends(ranks, strategy, backend, needs_cpu_library):
-    case = {**CASES["everything"], "strategy": strategy, "balance": "zigzag", "backend": backend}
-    work.check(case, ranks.run(work.attend, case, ranks=3))
+    for name in ("everything", "dropout_with_the_rest"):
+        case = {**CASES[name], "strategy": strategy, "balance": "zigzag", "backend": backend}
+        work.check(case, ranks.run(work.attend, case, ranks=3))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -138,7 +144,7 @@ def test_a_rank_that_raises_does_not_hang_the_others(ranks, when):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"dropout_p": 0.1}, "dropout_p: expected 0 where the sequence is divided, got 0.1"),
+        ({"dropout_p": 1.1}, "dropout_p: expected"),
         ({"strategy": "star"}, "strategy: expected one of 'ring', 'all_gather', 'ulysses' or None, got 'star'"),
         ({"balance": "even"}, "balance: expected one of 'contiguous', 'zigzag', 'striped', got 'even'"),
         ({"q_offset": torch.zeros(1, dtype=torch.int64)}, "q_offset: expected an int or None"),

@@ -16,10 +16,11 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from fastattn import attention, reference
+from fastattn import attention, ops, reference
 from fastattn.kernels import config, ranges, scores, tiles
+from fastattn.spec import make_spec
 from fastattn.testing import assert_parity
-from tests.support.attention_cases import BFLOAT, DTYPE_NAMES, HALF, KERNEL_DTYPES, SINGLE, shape_id
+from tests.support.attention_cases import BFLOAT, DOUBLE, DTYPE_NAMES, HALF, KERNEL_DTYPES, SINGLE, shape_id
 
 
 @triton.jit
@@ -240,6 +241,38 @@ def test_a_block_of_the_mask_is_cut_from_the_whole():
     whole = reference.dropout_keep(seed, 0.3, 2, 2, (0, 50), (0, 60))
     part = reference.dropout_keep(seed, 0.3, 2, 2, (13, 40), (7, 31))
     assert torch.equal(part, whole[:, :, 13:40, 7:31])
+
+
+def test_a_part_is_cut_from_the_whole():
+    seed = torch.tensor([99])
+    whole = reference.dropout_keep(seed, 0.3, 3, 4, (0, 50), (0, 60))
+    part = reference.dropout_keep(part_of(seed), 0.3, 2, 2, (0, 16), (0, 19))
+    assert torch.equal(part, whole[1:, 2:, 2::3, 3::3])
+
+
+def part_of(seed):
+    return ops.seed_of_part(seed, batch=1, head=2, rows=(2, 3), keys=(3, 3))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=DTYPE_NAMES.get)
+def test_every_backend_drops_a_part_as_the_whole(request, device, backend, dtype):
+    """Forward and backward: zeros show which weights went."""
+    if backend == "cpu":
+        request.getfixturevalue("needs_cpu_library")
+    if backend == "triton" and dtype == DOUBLE:
+        return
+    device = device if backend == "triton" else torch.device("cpu")
+    q, k, v = (x.to(dtype).requires_grad_() for x in (
+        torch.zeros(2, 2, 16, 19, device=device), torch.zeros(2, 2, 19, 19, device=device), eye(19, 19, device)
+    ))  # fmt: skip
+    seed = seed_of(6, device)
+    expected = reference.dropout_keep(part_of(seed), 0.3, 2, 2, (0, 16), (0, 19))
+    out, _ = ops.attention(make_spec(q, k, v, dropout_p=0.3), backend, part_of(seed))
+    assert torch.equal(out != 0, expected)
+    (dv,) = torch.autograd.grad(out, v, torch.ones_like(out))
+    assert torch.equal(dv[..., 0] != 0, expected.any(2))
+    assert_parity(dv[..., 0], expected.double().sum(2) / 0.7 / 19, expected.to(dtype).sum(2) / 0.7 / 19)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-9, 0.5, 1.0 - 2.0**-24, 1.0 - 1e-9, 1.0], ids=str)

@@ -46,6 +46,7 @@ def make_inputs(case):
 
 def attend(mesh, case):
     """This rank's out, lse and gradients."""
+    torch.manual_seed(mesh.get_local_rank())  # dropout goes by what rank 0 draws
     inputs, options = make_inputs(case)
     inputs = {name: x.detach() for name, x in inputs.items()}
     how = {"mesh": mesh, "balance": case["balance"]}

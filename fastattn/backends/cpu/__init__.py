@@ -18,7 +18,7 @@ _WIDEST = 1 << 16
 
 # The structs of the interface: every field has 8 bytes.
 _ATTENTION = struct.Struct("@2q20q2q8q3q3d")
-_OPERANDS = struct.Struct("@10q5q3q2q2q1q6q2q")
+_OPERANDS = struct.Struct("@10q5q3q3q2q1q6q2q")
 _GRADIENTS = struct.Struct("@5q1q15q3q")
 _DECODE = struct.Struct("@2q20q8q6q3q3q2d")
 _APPEND = struct.Struct("@2q20q4q5q3q")
@@ -211,11 +211,12 @@ def _pack_operands(operands: Operands, q: Tensor, k: Tensor) -> tuple[bytes | No
     )
     blocks = [x.contiguous() for x in blocks]
     table = blocks[4] if blocks else None
+    dropout_origin = 0 if seed is None or seed.numel() == 1 else seed[1:].data_ptr()
     packed = _OPERANDS.pack(
         *_view(mask, full), *_view(bias, full), 0 if bias is None else _DTYPES[bias.dtype],
         *((0,) * 4 if bias is None else bias.shape), _address(slopes),
         0 if slopes is None or slopes.shape[0] == 1 else slopes.shape[1], _address(sinks), _address(q_offset),
-        _address(seed), _address(cu_seqlens_q), _address(cu_seqlens_k),
+        _address(seed), dropout_origin, _address(cu_seqlens_q), _address(cu_seqlens_k),
         0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
         *(map(_address, blocks) if blocks else (0,) * 6), *((0, 0) if table is None else table.shape[:2]),
     )  # fmt: skip

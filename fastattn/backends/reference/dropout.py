@@ -42,16 +42,19 @@ def dropout_keep(
 
     bool (batch, heads, rows, keys), a function of (seed, b, h, i, j) alone: Philox gives each row two keys, a
     full-avalanche 32-bit mix keyed by them gives each element its bits, and the upper 24 of these, as a fraction, are
-    compared with ``dropout_p``. ``seed`` is one int64 element.
+    compared with ``dropout_p``. ``seed`` as in `fastattn.spec.Operands`: it may say where b, h, i and j begin.
     """
+    number, *origin = seed.tolist()
+    b, h, row, row_step, key, key_step = origin or (0, 0, 0, 1, 0, 1)
 
     def index(first: int, last: int, dim: int) -> Tensor:
         return torch.arange(first, last, device=seed.device).view([-1 if d == dim else 1 for d in range(3)])
 
     k0, k1 = _philox_row_keys(
-        int(seed), index(first_batch, first_batch + batch, 0), index(0, heads, 1), index(*rows, 2)
+        number, b + index(first_batch, first_batch + batch, 0), h + index(0, heads, 1), row + row_step * index(*rows, 2)
     )
-    x = torch.arange(*keys, device=seed.device, dtype=torch.int32) * _int32(0x9E3779B1) ^ k0[..., None]
+    columns = key + key_step * torch.arange(*keys, device=seed.device, dtype=torch.int32)
+    x = columns * _int32(0x9E3779B1) ^ k0[..., None]
 
     def xor_shift(bits: int) -> None:  # int32 shifts bring in the sign: mask it off
         x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
