@@ -19,7 +19,7 @@ TRITON_STAMP := .stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementatio
 TRITONS := $(FASTATTN_TRITON_3_6)/$(TRITON_STAMP) $(FASTATTN_TRITON_3_9)/$(TRITON_STAMP)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test quick demo demo-quick demo-dates demo-charlm lint types docs compile-report ext ext-cpu sanitize wheel \
+.PHONY: help env test quick demo demo-quick demo-dates demo-charlm lint types docs compile-report ext ext-cpu sanitize dist \
 	bench-overhead gpu-first gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
@@ -73,8 +73,11 @@ ext-cpu: $(CPU_LIBRARY)  ## compile csrc/cpu with a C++ compiler, in place; an i
 sanitize: $(VENV)/.stamp-test  ## the CPU kernels under ASan, UBSan and TSan, against plain loops
 	$(BIN)/python -m pytest -q tests/cpu/test_sanitizers.py -k sanitizers
 
-wheel: $(VENV)/.stamp-test  ## a wheel with the CPU library into dist/, for every Python and every system as old as this
-	FASTATTN_BUILD_CPU=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+dist: $(VENV)/.stamp-test  ## sdist, and from it a wheel with the CPU library, into dist/; for every Python and every system as old as this
+	rm -rf dist
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >/dev/null
+	FASTATTN_BUILD_CPU=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--wheel-dir dist dist/*.tar.gz
 
 ext: fastattn/libfastattn_cuda.so  ## compile csrc/ with nvcc, in place; the operator works without it
 

@@ -135,6 +135,25 @@ def test_wheel_metadata(wheel):
     assert top_level.split() == ["fastattn"]
 
 
+def test_one_release_number():
+    import fastattn
+
+    assert f"\nversion: {fastattn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert fastattn.__version__ in (ROOT / "CHANGELOG.md").read_text().partition("### Added")[0]
+
+
+def test_workflows_call_targets_that_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text()
+        called = re.findall(r"run: make ([a-z][a-z -]*)$", text, re.M)
+        called += re.findall(r"target: \[([a-z ,-]*)\]", text)
+        targets = [target for line in called for target in re.split(r"[ ,]+", line)]
+        assert {"lint", "types", "docs", "test", "dist"} <= set(targets)
+        for target in targets:
+            assert re.search(rf"^{target}:", makefile, re.M), f"{path.name}: make {target}"
+
+
 def test_sdist_builds_the_same_wheel(source, wheel, tmp_path):
     sdist = build("sdist", source, tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
