@@ -80,6 +80,7 @@ FEATURES = {
     "softcap": Feature(causal=True, softcap=True),
     "sinks": Feature(causal=True, sinks=True),
     "dropout": Feature(dropout=True),
+    "dropout_part": Feature(dropout=True, part=True),
     "q_offset": Feature(causal=True, q_offset_tensor=True),
     "packed": Feature(causal=True, packed=True),
     "block_mask": Feature(block_mask=True),
@@ -88,7 +89,7 @@ FEATURES = {
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
     "everything": Feature(
-        causal=True, window=True, mask="full", bias=True, alibi=True, softcap=True, sinks=True, dropout=True, part=True,
+        causal=True, window=True, mask="full", bias=True, alibi=True, softcap=True, sinks=True, dropout=True,
         q_offset_tensor=True, block_mask=True, page=16, queries=64,
     ),
 }  # fmt: skip
@@ -334,7 +335,8 @@ def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], f
             **{name: name in config.key_passes(arch, dim) and not cache_only for name in ("dkdv", "dk", "dv")},
             "dbias": FEATURES[feature].bias,
             "delta": simple,
-            "decode": feature not in ("mask", "padding", "bias", "dropout", "q_offset", "packed", "block_mask"),
+            "decode": feature
+            not in ("mask", "padding", "bias", "dropout", "dropout_part", "q_offset", "packed", "block_mask"),
             "combine": simple or feature == "sinks",
             "append": simple or feature == "paged",
         }
