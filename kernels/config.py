@@ -199,6 +199,7 @@ def search_space(kernel: Kernel, head_dim: int) -> list[LaunchConfig]:
     """
     dim = max(64, 1 << (head_dim - 1).bit_length())
     fits = []
+    pipelined = (False, True) if kernel == "forward" else (False,)
     if kernel == "decode":
         for n, warps, stages, programs in itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 5), (1, 2, 4)):
             tile_bytes, accumulators = 4 * dim * n, 16 * (n + dim) // (32 * warps)
@@ -214,5 +215,5 @@ def search_space(kernel: Kernel, head_dim: int) -> list[LaunchConfig]:
         tile_bytes = 2 * dim * (inputs * own + 2 * walked * stages)
         registers = (scores * m * n + accumulators * own * dim) // (32 * warps)
         if own >= 8 * warps and tile_bytes <= 227 * 1024 and registers <= 208:
-            fits.append(LaunchConfig(m, n, warps, stages))
+            fits += [LaunchConfig(m, n, warps, stages, pipelined=flag) for flag in pipelined]
     return fits
