@@ -10,7 +10,8 @@ def dropout_row_keys(dropout, batch, head, rows):
     if dropout.part is not None:
         batch += tl.load(dropout.part + 1)
         head += tl.load(dropout.part + 2)
-        rows = tl.load(dropout.part + 3) + rows * tl.load(dropout.part + 4)
+        first, step = tl.load(dropout.part + 3).to(tl.int32), tl.load(dropout.part + 4).to(tl.int32)
+        rows = first + rows.to(tl.int32) * step
     zero = (rows * 0).to(tl.uint32)
     heads, batches = zero + tl.cast(head, tl.uint32), zero + tl.cast(batch, tl.uint32)
     k0, k1, _, _ = tl.philox(tl.load(dropout.seed), rows.to(tl.uint32), heads, batches, zero, n_rounds=7)
@@ -21,7 +22,8 @@ def dropout_row_keys(dropout, batch, head, rows):
 def dropout_keep(k0, k1, cols, dropout):
     """Which weights of a tile stay: a keyed full-avalanche mix of the key index."""
     if dropout.part is not None:
-        cols = tl.load(dropout.part + 5) + cols * tl.load(dropout.part + 6)
+        first, step = tl.load(dropout.part + 5).to(tl.int32), tl.load(dropout.part + 6).to(tl.int32)
+        cols = first + cols.to(tl.int32) * step
     x = (cols.to(tl.uint32) * 0x9E3779B1) ^ k0
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15) ^ k1) * 0x846CA68B
