@@ -5,56 +5,78 @@ import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Literal
 
-from fastattn.compat import flash_attn, flex_attention
+from fastattn.compat import flash_attn, flex_attention, xformers
 
-__all__ = ["flash_attn", "flex_attention", "install", "uninstall"]
+__all__ = ["flash_attn", "flex_attention", "install", "uninstall", "xformers"]
 
-VERSION = "2.8+fastattn"
-"""``flash_attn.__version__`` while installed: the version whose signatures are served, and by whom."""
+VERSIONS = {"flash_attn": "2.8+fastattn", "xformers": "0.0.35+fastattn"}
+"""``__version__`` of each package while installed: the version whose signatures are served, and by whom."""
 
-_NAMES = ("flash_attn", "flash_attn.flash_attn_interface")
+# Which modules of a package are answered, and by what.
+_MODULES: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
+    "flash_attn": (flash_attn, ("flash_attn", "flash_attn.flash_attn_interface")),
+    "xformers": (xformers, ("xformers", "xformers.ops", "xformers.ops.fmha", "xformers.ops.fmha.attn_bias")),
+}
 
 
-def install() -> contextlib.AbstractContextManager[object]:
-    """Let ``import flash_attn`` in this process be `fastattn.compat.flash_attn`, until `uninstall`.
+def install(package: Literal["flash_attn", "xformers"] = "flash_attn") -> contextlib.AbstractContextManager[object]:
+    """Let ``import flash_attn``, or ``import xformers``, in this process be fastattn's functions, until `uninstall`.
 
-    For code that imports flash-attention by name and that you do not want to edit. ``flash_attn.flash_attn_interface``
-    is answered too; layers and other submodules of flash-attention are not. Only imports that come later are served. A
-    second call changes nothing.
+    For code that imports a package by name and that you do not want to edit. ``flash_attn.flash_attn_interface`` is
+    answered too, and ``xformers.ops``, ``xformers.ops.fmha`` and ``xformers.ops.fmha.attn_bias``; layers and other
+    submodules are not. Only imports that come later are served. A second call changes nothing.
+
+    Args:
+        package: which one.
 
     Returns:
-        A context manager, for ``with fastattn.compat.install():``, at whose end `uninstall` is called. Without ``with``
-        it may be dropped.
+        A context manager, for ``with fastattn.compat.install():``, at whose end this package is given up. Without
+        ``with`` it may be dropped.
 
     Raises:
-        RuntimeError: flash-attention itself is installed; it is never hidden.
+        RuntimeError: the package itself is installed; it is never hidden.
+        ValueError: no such package here.
     """
+    if package not in _MODULES:
+        raise ValueError(f"package: expected one of {', '.join(_MODULES)}, got {package!r}")
     end = contextlib.ExitStack()
-    end.callback(uninstall)
-    if _ours():
+    end.callback(_give_up, package)
+    if _ours(package):
         return end
-    if "flash_attn" in sys.modules or importlib.util.find_spec("flash_attn") is not None:
+    if package in sys.modules or importlib.util.find_spec(package) is not None:
         raise RuntimeError(
-            "fastattn.compat.install: expected no package flash_attn, found one; "
-            "import fastattn.compat.flash_attn by its own name instead"
+            f"fastattn.compat.install: expected no package {package}, found one; "
+            f"import fastattn.compat.{package} by its own name instead"
         )
-    for name in _NAMES:
-        module = ModuleType(name, flash_attn.__doc__)
-        module.__spec__ = ModuleSpec(name, None, is_package=name == "flash_attn")
-        vars(module).update({public: getattr(flash_attn, public) for public in flash_attn.__all__})
-        vars(module).update(__version__=VERSION, __all__=list(flash_attn.__all__))
+    source, names = _MODULES[package]
+    for name in names:
+        module = ModuleType(name, source.__doc__)
+        has_more = any(other.startswith(f"{name}.") for other in names)
+        module.__spec__ = ModuleSpec(name, None, is_package=has_more)
+        vars(module).update({public: getattr(source, public) for public in source.__all__})
+        vars(module).update(__version__=VERSIONS[package], __all__=list(source.__all__))
         sys.modules[name] = module
-    vars(sys.modules["flash_attn"]).update(__path__=[], flash_attn_interface=sys.modules[_NAMES[1]])
+        above, _, own = name.rpartition(".")
+        if has_more:
+            module.__path__ = []
+        if above:
+            setattr(sys.modules[above], own, module)
     return end
 
 
 def uninstall() -> None:
-    """Undo `install`; without it, nothing. Names that were imported meanwhile stay what they are."""
-    if _ours():
-        for name in _NAMES:
+    """Undo every `install`; without one, nothing. Names that were imported meanwhile stay what they are."""
+    for package in _MODULES:
+        _give_up(package)
+
+
+def _give_up(package: str) -> None:
+    if _ours(package):
+        for name in _MODULES[package][1]:
             sys.modules.pop(name, None)
 
 
-def _ours() -> bool:
-    return getattr(sys.modules.get("flash_attn"), "__version__", None) == VERSION
+def _ours(package: str) -> bool:
+    return getattr(sys.modules.get(package), "__version__", None) == VERSIONS[package]
