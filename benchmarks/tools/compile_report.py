@@ -264,7 +264,7 @@ def compile_case(case: Case) -> Result:
     log = io.StringIO()
     start = time.perf_counter()
     try:
-        tile = config.LaunchConfig(*map(int, case.override.split(","))) if case.override else None
+        tile = config.LaunchConfig(*cast(Any, map(int, case.override.split(",")))) if case.override else None
         with (
             compiling_for(case.arch, case.kernel) as compiled,
             contextlib.redirect_stdout(log),

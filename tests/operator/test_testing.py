@@ -182,6 +182,17 @@ def test_every_mistake_in_every_result_is_found(monkeypatch, name, mistake, dtyp
         check_attention(q, k, v, backend="reference", causal=True, bias=bias)
 
 
+@pytest.mark.parametrize("name", ["out", "dq", "dv"])
+def test_weights_that_do_not_sum_to_one_are_found(monkeypatch, name):
+    """However large the scores are: here eager PyTorch loses nothing, because all of them are alike."""
+    q, k, v = make_qkv("cpu", (17, 40), dtype=SINGLE)
+    bias = torch.full((17, 40), -1e9)
+    check_attention(torch.zeros_like(q), k, v, backend="reference", bias=bias)
+    break_results(monkeypatch, name, lambda x: x.mul_(1.001))
+    with pytest.raises(AssertionError, match=rf"^{name}: "):
+        check_attention(torch.zeros_like(q), k, v, backend="reference", bias=bias)
+
+
 def use_other_arguments(monkeypatch, **changes):
     """Let the reference backend compute another call than the one it was asked for."""
     for direction in ("forward", "backward"):
