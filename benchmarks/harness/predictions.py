@@ -30,11 +30,15 @@ def of(row: results.Row, folder: Path = HERE) -> results.Row | None:
 def beside(row: results.Row, folder: Path = HERE) -> str:
     """The prediction for a row and the measured figure's ratio to it, as text; empty where nothing was predicted.
 
-    Rates are compared where both have one, else times: above 1 is faster than predicted.
+    Rates are compared where both have one, else times: above 1 is faster than predicted. The static model predicts a
+    share of the tensor cores' peak; beside it stands the share of what matrix products reach here.
     """
     prediction = of(row, folder)
     if prediction is None:
         return ""
+    if prediction.get("of_matmul"):
+        measured = f", measured {float(row['of_matmul']):.0%} of matrix products" if row.get("of_matmul") else ""
+        return f"predicted {float(prediction['of_matmul']):.0%} of the peak{measured}"
     for column, unit in (("tflops", "TFLOP/s"), ("p50_ms", "ms")):
         if (expected := prediction.get(column)) and (measured := row.get(column)):
             ratio = float(measured) / float(expected)

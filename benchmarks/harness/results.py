@@ -45,6 +45,9 @@ LAYOUTS = {
 }  # fmt: skip
 """Files that are not benchmark suites: key columns and all columns."""
 
+NO_DEVICES = ("dry-run", "predictions")
+"""Folders beside those of devices."""
+
 Row = dict[str, str]
 
 
@@ -109,5 +112,7 @@ def read(path: Path) -> list[Row]:
 
 def devices(folder: Path = HERE) -> list[Path]:
     """The folders of real devices: GPUs before CPUs."""
-    found = [path for path in folder.glob("*") if path.is_dir() and path.name != "dry-run" and any(path.glob("*.csv"))]
+    found = [
+        path for path in folder.glob("*") if path.is_dir() and path.name not in NO_DEVICES and any(path.glob("*.csv"))
+    ]
     return sorted(found, key=lambda path: (path.name.startswith("cpu"), path.name))

@@ -7,24 +7,23 @@ before it can have come is exposed. Nothing here was fitted to a GPU. Compare co
 differences below 15 %.
 
     python -m benchmarks.tools.static_model --dims 64 128 256 --features plain causal
+
+`--store` keeps the shares where the first run on a GPU looks for them, to print them beside what it measures.
 """
 
 import argparse
 import collections
-import csv
 import dataclasses
 import math
 import sys
-from pathlib import Path
 
 import triton
 
+from benchmarks.harness import predictions, provenance, results
 from fastattn.kernels import config, launch
 
 from . import compile_report
 from .sass import Instruction, Loop
-
-PREDICTIONS = Path(__file__).resolve().parents[1] / "results" / "predictions" / "sm_90.csv"
 
 # One H100 multiprocessor: NVIDIA's figures for throughput, published microbenchmarks for latencies.
 FLOP_PER_CYCLE = 4096  # dense 16-bit products
@@ -205,6 +204,20 @@ def rows(results: list[compile_report.Result], batch: int, heads: int, length: i
     return table
 
 
+def stored(table: list[dict[str, str]]) -> list[results.Row]:
+    """The table's forward and backward rows as rows of results: for plain and causal calls of any length."""
+    commit, dirty = provenance.revision()
+    stamp = {"triton": triton.__version__, "commit": commit, "dirty": dirty, "digest": provenance.digest()}
+    found = []
+    for row in table:
+        if row["kernel"] in ("forward", "backward") and row["feature"] in ("plain", "causal"):
+            key = {"case": "grid", "mode": row["kernel"], "provider": "fastattn", "dtype": "bf16"}
+            key |= {"head_dim": row["dim"], "causal": results.text(row["feature"] == "causal")}
+            note = f"static model, {row['config']}" if row["config"] else "static model"
+            found.append(dict.fromkeys(results.FIELDS, "") | key | {"of_matmul": row["share"], "note": note} | stamp)
+    return found
+
+
 def text(table: list[dict[str, str]]) -> str:
     """The table as aligned text."""
     widths = {name: max(len(name), *(len(row[name]) for row in table)) for name in table[0]}
@@ -224,7 +237,7 @@ def main() -> None:
         "--tile", help="instead of the shipped one: block_m,block_n,warps,stages[,split_programs,pipelined]"
     )
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--csv", type=Path, nargs="?", const=PREDICTIONS, help="also write it (default: %(const)s)")
+    parser.add_argument("--store", action="store_true", help=f"also write the shares to {predictions.HERE}")
     args = parser.parse_args()
     if launch.INTERPRETED.value:
         sys.exit("expected TRITON_INTERPRET to be unset: interpreted kernels are not compiled")
@@ -236,12 +249,8 @@ def main() -> None:
         sys.exit("no kernel compiled: see python -m benchmarks.tools.compile_report")
     print("A filter for gaps above 15 %: cycles per tile; share of the tensor peak in the inner loop, without waves.")
     print(text(table))
-    if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
+    if args.store:
+        results.upsert(predictions.HERE / "sm_90.csv", stored(table))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def test_a_lost_device_ends_it_with_what_there_is(tmp_path, capsys, monkeypatch)
     [
         ({"tflops": "400"}, "predicted 400 TFLOP/s, measured is 1.25 times as fast"),
         ({"tflops": "", "p50_ms": "0.5"}, "predicted 0.5 ms, measured is 0.50 times as fast"),
+        ({"case": "", "of_matmul": "0.75"}, "predicted 75% of the peak, measured 80% of matrix products"),
         ({"head_dim": "64"}, ""),
         ({"causal": "yes"}, ""),
         ({"case": "", "q_len": "", "tflops": "500"}, "predicted 500 TFLOP/s, measured is 1.00 times as fast"),
@@ -86,6 +87,6 @@ def test_a_lost_device_ends_it_with_what_there_is(tmp_path, capsys, monkeypatch)
 def test_a_prediction_stands_beside_its_row(changes, text, tmp_path):
     stored = dict.fromkeys(results.FIELDS, "") | row(p50="") | changes
     results.upsert(tmp_path / "forward.csv", [stored])
-    measured = row(tflops="500", note="", of_copy="")
+    measured = row(tflops="500", note="", of_copy="", of_matmul="0.8")
     assert predictions.beside(measured, tmp_path) == text
     assert predictions.beside(measured | {"provider": "sdpa-cudnn"}, tmp_path) == ""

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.harness import predictions, results
 from benchmarks.tools import sass, static_model
 
 LOOP = """
@@ -41,6 +42,19 @@ def test_main_loops_are_found_and_counted():
     assert (counts.wgmma, counts.smallest_n, counts.mma_sync, counts.serialised) == (3, 64, 0, False)
     assert counts.prefetch == 1.0
     assert sass.count(only_loop("0x0")).prefetch == 0.0
+
+
+def test_stored_shares_are_found_for_their_rows(tmp_path):
+    table = [
+        {"kernel": kernel, "feature": "causal", "dim": "128", "config": "128x64 w8 s3", "share": share}
+        for kernel, share in (("forward", "0.750"), ("dq", "0.700"), ("backward", "0.500"))
+    ]
+    results.upsert(tmp_path / "sm_90.csv", static_model.stored(table))
+    assert len(results.read(tmp_path / "sm_90.csv")) == 2
+    measured = {"provider": "fastattn", "case": "grid", "mode": "backward", "dtype": "bf16", "q_len": "4096"}
+    measured |= {"kv_len": "4096", "head_dim": "128", "causal": "yes", "of_matmul": "0.6"}
+    assert predictions.beside(measured, tmp_path) == "predicted 50% of the peak, measured 60% of matrix products"
+    assert predictions.beside(measured | {"causal": "no"}, tmp_path) == ""
 
 
 def test_units_count_every_warp():
