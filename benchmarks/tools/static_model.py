@@ -13,9 +13,11 @@ differences below 15 %.
 
 import argparse
 import collections
+import csv
 import dataclasses
 import math
 import sys
+from pathlib import Path
 
 import triton
 
@@ -237,6 +239,7 @@ def main() -> None:
         "--tile", help="instead of the shipped one: block_m,block_n,warps,stages[,split_programs,pipelined]"
     )
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--csv", type=Path, help="also write the table to this file")
     parser.add_argument("--store", action="store_true", help=f"also write the shares to {predictions.HERE}")
     args = parser.parse_args()
     if launch.INTERPRETED.value:
@@ -249,6 +252,11 @@ def main() -> None:
         sys.exit("no kernel compiled: see python -m benchmarks.tools.compile_report")
     print("A filter for gaps above 15 %: cycles per tile; share of the tensor peak in the inner loop, without waves.")
     print(text(table))
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
     if args.store:
         results.upsert(predictions.HERE / "sm_90.csv", stored(table))
 
