@@ -53,7 +53,7 @@ def assert_spills_cost_nothing(tmp_path, row, python_path=()):
     if not row["local"]:
         return
     if row["kernel"] == "decode" and row["feature"] == "odd_dim":
-        return  # it reads rows in pieces, for which 128 keys a tile leave too few registers, and the model is without it
+        return  # it reads rows in pieces, for which 128 keys a tile leave too few registers; the model lacks decode
     assert row["kernel"] in ("forward", "dkdv", "dk", "dv", "dq"), describe(row)
     block_m, block_n = map(int, re.match(r"(\d+)x(\d+)", row["config"]).groups())
     share = predicted_share(tmp_path, row, block_m, block_n, python_path)
