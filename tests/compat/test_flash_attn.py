@@ -11,6 +11,7 @@ import fastattn.compat
 from fastattn.compat import flash_attn
 from fastattn.testing import assert_parity
 
+PACKAGE = "flash_attn"
 HALF, SINGLE = torch.float16, torch.float32
 NAN = torch.nan
 
@@ -296,19 +297,6 @@ def imported():
     from flash_attn.flash_attn_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     return flash_attn_func, flash_attn_varlen_func
-
-
-@pytest.fixture
-def absent(monkeypatch):
-    """No flash_attn, whether or not this machine has it."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
-        monkeypatch.delitem(sys.modules, name)
-    find = fastattn.compat.importlib.util.find_spec
-    monkeypatch.setattr(
-        fastattn.compat.importlib.util, "find_spec", lambda name: None if name == "flash_attn" else find(name)
-    )
-    yield
-    fastattn.compat.uninstall()
 
 
 def test_install_answers_the_import(absent):

@@ -14,6 +14,7 @@ import fastattn.compat
 from fastattn.compat import xformers as xops
 from fastattn.testing import assert_parity
 
+PACKAGE = "xformers"
 B, M, N, H, K, KV = 2, 13, 19, 4, 16, 8
 Q_LENGTHS, K_LENGTHS = [3, 1, 5], [7, 4, 6]
 
@@ -298,19 +299,6 @@ def test_signatures_are_xformers():
         assert list(found) == ["query", "key", "value", "attn_bias", "p", "scale", "op", "output_dtype"]
         assert [p.default for p in found.values()][3:] == [None, 0.0, None, None, None]
         assert [p.name for p in found.values() if p.kind is p.KEYWORD_ONLY] == ["op", "output_dtype"]
-
-
-@pytest.fixture
-def absent(monkeypatch):
-    """No xformers, whether or not this machine has it."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
-        monkeypatch.delitem(sys.modules, name)
-    find = fastattn.compat.importlib.util.find_spec
-    monkeypatch.setattr(
-        fastattn.compat.importlib.util, "find_spec", lambda name: None if name == "xformers" else find(name)
-    )
-    yield
-    fastattn.compat.uninstall()
 
 
 def test_install_answers_the_imports(absent):
