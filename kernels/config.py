@@ -122,8 +122,8 @@ def lookup(
     ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
     loop dimension, since shared memory holds half as many elements. ``crowded``: a mask or bias with a row per query
     is read too, or rows begin at no multiple of 16 bytes, or dkdv has dropout or a softcap; smaller tiles leave
-    registers for that. ``rows``: how many
-    share a key head, query heads times queries; beyond a few the decode kernel takes taller tiles.
+    registers for that. ``rows``: how many share a key head, query heads times queries; beyond a few the decode kernel
+    takes taller tiles.
     ``indirect``: where a tile lies stands in memory, in a block table or a block mask. Each load of a tile then waits
     for another, so that Triton halves the distance over which it loads ahead: twice the stages keep it.
     """
@@ -136,9 +136,14 @@ def lookup(
     if kernel == "append":  # so many rows; a decode step appends one per key head
         return LaunchConfig(16, 1, 4, 1)
     by_dim = _SIXTEEN_BIT[architecture][kernel]
-    config = by_dim[min(d for d in by_dim if d >= head_dim)]
-    if crowded and kernel in (tiles := _CROWDED.get(architecture, {})):
-        config = tiles[kernel][min(d for d in tiles[kernel] if d >= head_dim)]
+    padded = min(d for d in by_dim if d >= head_dim)
+    config = by_dim[padded]
+
+    def exception(table: dict[str, dict[str, dict[int, LaunchConfig]]]) -> LaunchConfig | None:
+        return table.get(architecture, {}).get(kernel, {}).get(padded)
+
+    if crowded and (own := exception(_CROWDED)):
+        config = own
     elif crowded and kernel == "forward" and architecture != "interpreter":
         config = dataclasses.replace(config, block_n=max(16, config.block_n // 2))
     if kernel == "decode" and rows > 2 * config.block_m:
@@ -147,15 +152,14 @@ def lookup(
     if kernel == "decode" and element_size > 2:
         config = dataclasses.replace(config, block_n=min(config.block_n, 64))
     if kernel == "forward" and not indirect:
-        padded = min(d for d in by_dim if d >= head_dim)
         wins = padded in _PIPELINED.get(architecture, ()) and element_size == 2 and not crowded
         config = dataclasses.replace(config, pipelined=wins or architecture == "interpreter")
-    if indirect and not crowded and head_dim > 128 and kernel in (tiles := _INDIRECT.get(architecture, {})):
-        config = tiles[kernel][256]
+    if indirect and not crowded and (own := exception(_INDIRECT)):
+        config = own
     elif indirect:
         config = dataclasses.replace(config, num_stages=2 * config.num_stages - 1)
-    if element_size > 2 and 64 < head_dim <= 128 and kernel in (tiles := _SINGLE.get(architecture, {})):
-        config = tiles[kernel][128]
+    if element_size > 2 and (own := exception(_SINGLE)):
+        config = own
     elif element_size > 2 and architecture != "interpreter":
         config = dataclasses.replace(
             config, block_m=max(16, config.block_m // 2), block_n=max(16, config.block_n // 2), num_stages=1
