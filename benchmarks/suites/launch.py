@@ -2,7 +2,6 @@
 binder: on a stand-in for a GPU (`benchmarks.harness.standin`), so on any machine, in a process of its own.
 """
 
-import functools
 import json
 import os
 import subprocess
@@ -17,7 +16,6 @@ from benchmarks.harness.provenance import ROOT
 from benchmarks.harness.runner import Bench, Cell
 
 DEVICES = ("cpu", "cuda")
-CASES = ("forward", "forward, gradients recorded", "forward and backward", "append and attend")
 HEADS, LENGTH, DIM, CAPACITY = 8, 128, 64, 4096
 
 
@@ -32,18 +30,12 @@ def calls() -> dict[str, Callable[[], object]]:
     def train() -> object:
         return torch.autograd.grad(fastattn.attention(*leaves, causal=True), leaves, dout)
 
-    return dict(
-        zip(
-            CASES,
-            (
-                lambda: fastattn.attention(q, k, v, causal=True),
-                lambda: fastattn.attention(*leaves, causal=True),
-                train,
-                lambda: fastattn.attention_with_kvcache(query, *caches, *new, cache_lens=lens),
-            ),
-            strict=True,
-        )
-    )
+    return {
+        "forward": lambda: fastattn.attention(q, k, v, causal=True),
+        "forward, gradients recorded": lambda: fastattn.attention(*leaves, causal=True),
+        "forward and backward": train,
+        "append and attend": lambda: fastattn.attention_with_kvcache(query, *caches, *new, cache_lens=lens),
+    }
 
 
 def times(seconds: float) -> dict[str, dict[str, tuple[float, ...]]]:
@@ -73,7 +65,7 @@ def times(seconds: float) -> dict[str, dict[str, tuple[float, ...]]]:
 def measure(bench: Bench) -> None:
     """Record every case."""
     if isinstance(bench.device, DryRun):
-        found = {case: dict.fromkeys(("fastattn", "triton-binder"), (1.0, 1.0, 1.0, 1.0, 1)) for case in CASES}
+        found = {case: dict.fromkeys(("fastattn", "triton-binder"), (1.0, 1.0, 1.0, 1.0, 1)) for case in calls()}
     else:
         code = f"import json; from benchmarks.suites import launch; print(json.dumps(launch.times({bench.seconds})))"
         environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
@@ -92,4 +84,4 @@ def measure(bench: Bench) -> None:
 
 
 def cells() -> list[Cell]:
-    return [Cell("launch", "host time up to the driver", functools.partial(measure), 2)]
+    return [Cell("launch", "host time up to the driver", measure, 2)]
