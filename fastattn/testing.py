@@ -146,8 +146,8 @@ def _rounding_effects(
 
     A fused backward has ``dS = P * (dP - delta)`` with ``P = exp(S - lse)`` and ``delta = sum(dO * O) - dlse``. Every
     term is rounded in the accumulator, at its own size, not at that of the sum: large terms may cancel. Beside that,
-    delta comes from the O that the forward pass stored
-    in the dtype of the inputs: ``actual_out``, itself held to the rule. ``out`` and ``lse`` are exact, in float64.
+    delta comes from the O that the forward pass stored in the dtype of the inputs: ``actual_out``, itself held to the
+    rule. ``out`` and ``lse`` are exact, in float64.
 
     ``lse_alone``: P is computed from an lse that was rounded at its own size, as PyTorch's kernel does. The absolute
     error of the exponent is then P's relative error. Ours store the maximum and the logarithm of the sum apart.
