@@ -217,13 +217,13 @@ def _packed_rounding_effects(
 ) -> dict[str, tuple[Tensor, ...]]:
     """`_rounding_effects` of each packed sequence, put together."""
     options = dict(options)
-    cu_seqlens_q, cu_seqlens_k = options.pop("cu_seqlens_q"), options.pop("cu_seqlens_k")
+    packing = {name: options.pop(name, None) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")}
     slopes, q_offset = options.get("alibi_slopes"), options.get("q_offset")
     per_sequence = slopes is not None and slopes.ndim == 2
     offsets, fixed = (q_offset, 0) if isinstance(q_offset, Tensor) else (None, q_offset)
     parts = []
-    packing = Operands(q_offset_tensor=offsets, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    for one in packed_sequences(packing, Options(q_offset=fixed)):
+    sequences = list(packed_sequences(Operands(q_offset_tensor=offsets, **packing), Options(q_offset=fixed)))
+    for one in sequences:
         own = {name: x[:, :, one.keys if name in ("k", "v") else one.rows] for name, x in inputs.items()}
         own_offset = one.options.q_offset if offsets is None else one.operands.q_offset_tensor
         own_options = options | {"q_offset": own_offset}
@@ -240,10 +240,12 @@ def _packed_rounding_effects(
                 both.append(stacked if per_sequence and name == "dalibi_slopes" else stacked.sum(0))
             elif sizes[0].ndim == 0:
                 both.append(sizes[0])
-            else:  # rows of no sequence are 0
-                whole = inputs[{"dk": "k", "dv": "v"}.get(name, "q")].shape[2]
-                rest = whole - sum(x.shape[2] for x in sizes)
-                both.append(torch.cat([*sizes, sizes[0].new_zeros(*sizes[0].shape[:2], rest, *sizes[0].shape[3:])], 2))
+            else:  # what belongs to no sequence is 0
+                length = inputs[{"dk": "k", "dv": "v"}.get(name, "q")].shape[2]
+                whole = sizes[0].new_zeros(*sizes[0].shape[:2], length, *sizes[0].shape[3:])
+                for one, own in zip(sequences, sizes, strict=True):
+                    whole[:, :, one.keys if name in ("dk", "dv") else one.rows] = own
+                both.append(whole)
         effects[name] = tuple(both)
     return effects
 
@@ -254,7 +256,8 @@ def check_attention(
 ) -> None:  # fmt: skip
     """Hold `fastattn.attention` on ``backend`` to the rule: out, lse and every gradient, from one call.
 
-    With ``cu_seqlens_q`` and ``cu_seqlens_k`` among the options the same for `fastattn.attention_varlen`.
+    With ``cu_seqlens_q`` and ``cu_seqlens_k`` among the options, and ``seqused_k``, the same for
+    `fastattn.attention_varlen`.
 
     Args:
         q, k, v: inputs as for the function, in the dtype under test.

@@ -16,6 +16,7 @@ from .dropout import dropout_row_keys
 from .gradients import delta_kernel, probabilities, tile_ds
 from .ranges import (
     key_range,
+    keys_of,
     locate,
     query_offset,
     query_range,
@@ -51,7 +52,7 @@ def dkdv_kernel(
     CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None)
     tile, _, batch, kv_head = locate(tl.program_id(0), packed.k, sequences, q_heads // group, kv_len, BLOCK_N)
     col = tile * BLOCK_N
-    entry, k_first, kv_len = rows_of(packed.k, batch, kv_len)
+    entry, k_first, kv_len = keys_of(packed, batch, kv_len)
     _, q_first, q_rows = rows_of(packed.q, batch, q_len)
     if packed.k is not None:
         if col >= kv_len:
@@ -141,7 +142,7 @@ def dq_kernel(
     row = tile * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
     entry, q_first, q_rows = rows_of(packed.q, batch, q_len)
-    _, k_first, kv_len = rows_of(packed.k, batch, kv_len)
+    _, k_first, kv_len = keys_of(packed, batch, kv_len)
     if packed.q is not None:
         if row >= q_rows:
             return

@@ -10,6 +10,7 @@ from . import launch, replay
 from .dropout import dropout_keep, dropout_row_keys
 from .ranges import (
     key_range,
+    keys_of,
     locate,
     query_offset,
     row_count,
@@ -58,7 +59,7 @@ def forward_kernel(
     if right is not None and packed.q is None:
         tile = tiles - 1 - tile  # the longest rows first, so that no program is left running alone
     entry, q_first, q_rows = rows_of(packed.q, batch, q_len)
-    k_entry, k_first, kv_len = rows_of(packed.k, batch, kv_len)
+    k_entry, k_first, kv_len = keys_of(packed, batch, kv_len)
     row = tile * BLOCK_M
     if packed.q is not None:
         if row >= q_rows:

@@ -167,7 +167,7 @@ class Call:
         if operands.seed is not None:
             part = operands.seed if operands.seed.numel() > 1 else None
             self.dropout = Dropout(operands.seed, part, float(options.dropout_p), keep_scale(options.dropout_p))
-        self.packed = Packed(cu_seqlens_q, operands.cu_seqlens_k)
+        self.packed = Packed(cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k)
         self.sizes = (
             self.sequences, self.q_heads, self.q_heads // self.kv_heads, self.q_len, self.kv_len, options.q_offset,
             options.left, options.right,

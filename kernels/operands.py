@@ -59,6 +59,8 @@ class Packed(NamedTuple):
 
     q: Any
     k: Any
+    used: Any
+    """int (sequences,), how many of its keys each one uses; or None"""
 
 
 class Sparse(NamedTuple):

@@ -63,6 +63,15 @@ def rows_of(cu_seqlens_ptr, batch, length):
 
 
 @triton.jit
+def keys_of(packed, batch, length):
+    """`rows_of` for keys: those behind what a packed sequence uses are none."""
+    entry, first, count = rows_of(packed.k, batch, length)
+    if packed.used is not None:
+        count = tl.minimum(tl.maximum(tl.load(packed.used + batch), 0), count).to(tl.int32)
+    return entry, first, count
+
+
+@triton.jit
 def tile_ranges(start, inner_start, inner_end, end, past_end, READS_SCORES: tl.constexpr, BLOCK: tl.constexpr):
     """Split the visible range ``start .. end`` into edge tiles, on both sides, and inner tiles, fully visible.
 

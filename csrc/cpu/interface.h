@@ -57,6 +57,7 @@ struct FastattnOperands {
   const int64_t* seed;      // one element, with dropout only
   const int64_t* dropout_origin; // where its bits begin: batch entry, head, row, step of rows, key, step of keys; or null
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (sequences + 1,)
+  const int32_t* seqused_k; // (sequences,): of its keys, how many a packed sequence uses, the first ones; or null
   int64_t sequences;        // "B" above then means this for all per-entry operands; q, k, v have one batch entry
   // The tensors of `fastattn.block_mask.BlockTensors`, contiguous.
   const int32_t *query_offsets, *query_entries, *key_offsets, *key_entries, *table;

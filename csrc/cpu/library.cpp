@@ -170,6 +170,7 @@ void check_operands(Checks& checks, const FastattnAttention& a, const FastattnOp
     checks.bounds("cu_seqlens_q", o.cu_seqlens_q, o.sequences, a.q_len);
     checks.bounds("cu_seqlens_k", o.cu_seqlens_k, o.sequences, a.kv_len);
   }
+  checks.expect(packed || o.seqused_k == nullptr, "seqused_k: expected none without packed sequences");
   checks.count("scores operands", entries, a.q_heads, 1, 1);
   if (o.bias.data != nullptr) {
     checks.size("bias_dtype", o.bias_dtype, FASTATTN_FLOAT32, FASTATTN_FLOAT64);

@@ -47,6 +47,7 @@ struct Problem {
       e.k_first = o.cu_seqlens_k[number];
       e.q_len = o.cu_seqlens_q[number + 1] - e.q_first;
       e.kv_len = o.cu_seqlens_k[number + 1] - e.k_first;
+      if (o.seqused_k != nullptr) e.kv_len = most(0, least(o.seqused_k[number], e.kv_len));
     }
     if (o.q_offset != nullptr) {
       e.offset = most(least(o.q_offset[number], int64_t(1) << 30), -(int64_t(1) << 30));

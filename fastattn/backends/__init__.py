@@ -167,6 +167,8 @@ def _describe(spec: AttentionSpec) -> list[str]:
         parts.append(f"{shape}, q_offset={offset if spec.q_offset_tensor is None else 'per batch entry'}")
     if spec.cu_seqlens_q is not None:
         parts.append(f"{spec.cu_seqlens_q.shape[0] - 1} packed sequences")
+    if spec.seqused_k is not None:
+        parts.append("some of their keys")
     parts += _describe_tensors(mask=spec.mask, bias=spec.bias, alibi_slopes=spec.alibi_slopes, sinks=spec.sinks)
     if spec.block_mask is not None:
         parts.append(repr(spec.block_mask))

@@ -122,8 +122,9 @@ def attention(
 @overload
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ..., *,
-    max_seqlen_q: int | Tensor | None = ..., max_seqlen_k: int | Tensor | None = ..., causal: bool = ...,
-    q_offset: int | Tensor | None = ..., window: tuple[int | None, int | None] | None = ...,
+    seqused_k: Tensor | None = ..., max_seqlen_q: int | Tensor | None = ...,
+    max_seqlen_k: int | Tensor | None = ..., causal: bool = ..., q_offset: int | Tensor | None = ...,
+    window: tuple[int | None, int | None] | None = ...,
     alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
     scale: float | None = ..., dropout_p: float = ...,
     return_lse: Literal[False] = ..., backend: Backend | None = ...,
@@ -131,8 +132,9 @@ def attention_varlen(
 @overload
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ..., *,
-    max_seqlen_q: int | Tensor | None = ..., max_seqlen_k: int | Tensor | None = ..., causal: bool = ...,
-    q_offset: int | Tensor | None = ..., window: tuple[int | None, int | None] | None = ...,
+    seqused_k: Tensor | None = ..., max_seqlen_q: int | Tensor | None = ...,
+    max_seqlen_k: int | Tensor | None = ..., causal: bool = ..., q_offset: int | Tensor | None = ...,
+    window: tuple[int | None, int | None] | None = ...,
     alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
     scale: float | None = ..., dropout_p: float = ...,
     return_lse: Literal[True], backend: Backend | None = ...,
@@ -144,6 +146,7 @@ def attention_varlen(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None = None,
     *,
+    seqused_k: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
     max_seqlen_k: int | Tensor | None = None,
     causal: bool = False,
@@ -170,6 +173,8 @@ def attention_varlen(
         v: (total_k, Hk, Dv).
         cu_seqlens_q: int32 or int64 (sequences + 1,), rising from 0 to at most total_q.
         cu_seqlens_k: likewise for the keys; None means ``cu_seqlens_q``.
+        seqused_k: int32 or int64 (sequences,): how many of its keys a sequence uses, the first ones; None is all of
+            them. The others cost nothing, may be NaN, and have gradients 0. Positions count from what is used.
         max_seqlen_q, max_seqlen_k: taken so that calls written for other packages run; not needed, not read.
         causal, window: as in `attention`, positions counted within each sequence.
         q_offset: position of the first query of each sequence: an int, or an integer tensor (sequences,). None lines
@@ -182,17 +187,18 @@ def attention_varlen(
         out (total_q, Hq, Dv) in the dtype of q; with ``return_lse`` also lse (Hq, total_q), natural logarithm.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. The values of ``cu_seqlens`` are
-            checked on CPU only, where reading them does not wait.
+        TypeError, ValueError: naming the argument, what was expected and what came. The values of ``cu_seqlens`` and
+            ``seqused_k`` are checked on CPU only, where reading them does not wait; elsewhere a ``seqused_k`` beyond
+            the keys of its sequence is cut to them.
 
     Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691); padding-free training: Zeng et al., 2022 (arXiv:2208.08124).
     """
     if unknown:
         keywords.refuse(attention_varlen, unknown)
     spec = _varlen_spec(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), causal=causal, q_offset=q_offset,
-        window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
-        return_lse=return_lse,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), seqused_k=seqused_k, causal=causal,
+        q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
+        dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     out, lse = ops.attention(spec, backends.choose(spec, backend))
     out = out.squeeze(0).transpose(0, 1)  # whose gradient is a view: that of an index is a copy
@@ -224,19 +230,19 @@ def _varlen_spec(
 
 def explain_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *,
-    max_seqlen_q: int | Tensor | None = None, max_seqlen_k: int | Tensor | None = None, causal: bool = False,
-    q_offset: int | Tensor | None = None, window: tuple[int | None, int | None] | None = None,
-    alibi_slopes: Tensor | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    scale: float | None = None, dropout_p: float = 0.0, return_lse: bool = False, backend: Backend | None = None,
-    **unknown: Any,
+    seqused_k: Tensor | None = None, max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None, causal: bool = False, q_offset: int | Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None, alibi_slopes: Tensor | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
+    return_lse: bool = False, backend: Backend | None = None, **unknown: Any,
 ) -> Explanation:  # fmt: skip
     """`explain` for `attention_varlen`, with its arguments."""
     if unknown:
         keywords.refuse(explain_varlen, unknown)
     spec = _varlen_spec(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), causal=causal, q_offset=q_offset,
-        window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
-        return_lse=return_lse,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), seqused_k=seqused_k, causal=causal,
+        q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
+        dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     return backends.explain(spec, backend)
 

@@ -51,8 +51,11 @@ def differentiate(call: Backward) -> Gradients:
     gradients = call_gradients(call)
     starts_q, starts_k = call.operands.cu_seqlens_q, call.operands.cu_seqlens_k
     if starts_q is not None and starts_k is not None:
-        for gradient, starts in zip(gradients[:3], (starts_q, starts_k, starts_k), strict=True):
-            gradient[:, :, _unwritten(starts, call.backend)].zero_()
+        rows, keys = _unwritten(starts_q, call.backend), _unwritten(starts_k, call.backend)
+        if call.operands.seqused_k is not None:  # between the sequences too
+            keys = slice(None)
+        for gradient, own in zip(gradients[:3], (rows, keys, keys), strict=True):
+            gradient[:, :, own].zero_()
     with without_autocast(call.q.device):
         backends.module(call.backend).backward(
             gradients, call.dout, call.dlse, call.q, call.k, call.v, call.out, call.statistics, call.operands,

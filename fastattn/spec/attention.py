@@ -19,6 +19,7 @@ from fastattn.spec.checks import (
     check_qkv,
     check_scale,
     check_scores,
+    check_seqused_k,
     check_sinks,
     check_softcap,
     check_window,
@@ -62,6 +63,8 @@ class AttentionSpec(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     block_mask: BlockMask | None = None
     """(B or 1, Hq or 1, Lq, Lk)"""
+    seqused_k: Tensor | None = None
+    """int (sequences,): how many keys of each packed sequence, its first ones, take part; None is all"""
 
     @property
     def causal(self) -> bool:
@@ -78,7 +81,7 @@ class AttentionSpec(NamedTuple):
         blocks = [] if self.block_mask is None else list(self.block_mask.tensors)
         return Operands(
             self.mask, self.bias, self.alibi_slopes, self.sinks, self.q_offset_tensor, seed, self.cu_seqlens_q,
-            self.cu_seqlens_k, blocks,
+            self.cu_seqlens_k, self.seqused_k, blocks,
         )  # fmt: skip
 
     @property
@@ -105,6 +108,7 @@ def make_spec(
     return_lse: bool = False,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     block_mask: BlockMask | None = None,
     names: tuple[str, str, str, str, str, str] = ("q", "k", "v", "mask", "bias", "causal"),
 ) -> AttentionSpec:
@@ -128,6 +132,8 @@ def make_spec(
                 f"got {tuple(cu_seqlens_k.shape)}"
             )
         batch = cu_seqlens_q.shape[0] - 1
+        if seqused_k is not None:
+            seqused_k = check_seqused_k(seqused_k, cu_seqlens_k)
     check_flag(names[5], causal)
     for name, operand in ((names[3], mask), (names[4], bias)):
         if (offset := causal_bias_offset(name, operand, q_len, kv_len)) is not None:
@@ -164,7 +170,7 @@ def make_spec(
     scale = check_scale(scale, head_dim)
     return AttentionSpec(
         q, k, v, mask, bias, alibi_slopes, sinks, offset_tensor, left, right, q_offset, scale, softcap, dropout_p,
-        return_lse, cu_seqlens_q, cu_seqlens_k, block_mask,
+        return_lse, cu_seqlens_q, cu_seqlens_k, block_mask, seqused_k,
     )  # fmt: skip
 
 

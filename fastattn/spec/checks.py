@@ -191,6 +191,25 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> Te
     return cu_seqlens.contiguous()
 
 
+def check_seqused_k(seqused_k: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    """How many of its keys each packed sequence uses, against where `check_cu_seqlens` has found them."""
+    if not isinstance(seqused_k, Tensor):
+        raise TypeError(f"seqused_k: expected a Tensor or None, got {type(seqused_k).__name__}")
+    if seqused_k.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"seqused_k.dtype: expected int32 or int64, got {seqused_k.dtype}")
+    check_plain("seqused_k", seqused_k)
+    sequences = cu_seqlens_k.shape[0] - 1
+    if seqused_k.shape != (sequences,):
+        raise ValueError(f"seqused_k.shape: expected (sequences,) == ({sequences},), got {tuple(seqused_k.shape)}")
+    if seqused_k.device != cu_seqlens_k.device:
+        raise ValueError(f"seqused_k.device: expected {cu_seqlens_k.device}, got {seqused_k.device}")
+    if readable(seqused_k) and readable(cu_seqlens_k):
+        for number, (used, given) in enumerate(zip(seqused_k.tolist(), cu_seqlens_k.diff().tolist(), strict=True)):
+            if not 0 <= used <= given:
+                raise ValueError(f"seqused_k: expected 0 to the {given} keys of sequence {number}, got {used}")
+    return seqused_k.contiguous()
+
+
 def check_scores(name: str, x: Tensor, q: Tensor, kv_len: int, dtypes: tuple[torch.dtype, ...]) -> Tensor:
     """A mask or bias as a 4-D view."""
     expected = (q.shape[0], q.shape[1], q.shape[2], kv_len)

@@ -27,6 +27,8 @@ class Operands(NamedTuple):
     cu_seqlens_q: Tensor | None = None
     """int (sequences + 1,): where each packed sequence begins in q, and the end of the last; B = 1"""
     cu_seqlens_k: Tensor | None = None
+    seqused_k: Tensor | None = None
+    """int (sequences,): how many keys of each packed sequence, its first ones, take part; None is all"""
     block_mask: list[Tensor] = []  # noqa: RUF012  (a field's default: nobody appends to it)
     """the tensors of a `fastattn.BlockMask`, or empty"""
 

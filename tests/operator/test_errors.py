@@ -111,6 +111,8 @@ WRONG = {
         "v": tensors((LK, HK, D), normal(LK + 1, HK, D)),
         "cu_seqlens_q": [None, [0, 4, 6], STARTS.float(), STARTS[None], STARTS[:0], STARTS.to("meta")],
         "cu_seqlens_k": [[0, 9, 10], STARTS.float(), STARTS[:-1], STARTS.to("meta")],
+        "seqused_k": [[9, 1], STARTS[:2].float(), STARTS, STARTS[:2].to("meta"), torch.tensor([10, 1]),
+                      torch.tensor([9, -1])],
         "max_seqlen_q": ["6"],
         "max_seqlen_k": ["6"],
         **SHARED,

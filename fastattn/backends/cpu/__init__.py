@@ -18,7 +18,7 @@ _WIDEST = 1 << 16
 
 # The structs of the interface: every field has 8 bytes.
 _ATTENTION = struct.Struct("@2q20q2q8q3q3d")
-_OPERANDS = struct.Struct("@10q5q3q3q2q1q6q2q")
+_OPERANDS = struct.Struct("@10q5q3q3q3q1q6q2q")
 _GRADIENTS = struct.Struct("@5q1q15q3q")
 _DECODE = struct.Struct("@2q20q8q6q3q3q2d")
 _APPEND = struct.Struct("@2q20q4q5q3q")
@@ -198,16 +198,16 @@ def _pack_attention(
 
 def _pack_operands(operands: Operands, q: Tensor, k: Tensor) -> tuple[bytes | None, list[Tensor]]:
     """(the struct, or None without operands; the tensors it points to, to be kept until the call returns)."""
-    mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, blocks = operands
-    if not blocks and all(x is None for x in operands[:8]):
+    mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, seqused_k, blocks = operands
+    if not blocks and all(x is None for x in operands[:-1]):
         return None, []
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     slopes = None if slopes is None else _compute(slopes, compute)
     sinks = None if sinks is None else _compute(sinks, compute)
     q_offset = None if q_offset is None else q_offset.to(torch.int64).contiguous()
-    cu_seqlens_q, cu_seqlens_k = (
-        None if x is None else x.to(torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k)
+    cu_seqlens_q, cu_seqlens_k, seqused_k = (
+        None if x is None else x.to(torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k, seqused_k)
     )
     blocks = [x.contiguous() for x in blocks]
     table = blocks[4] if blocks else None
@@ -216,12 +216,12 @@ def _pack_operands(operands: Operands, q: Tensor, k: Tensor) -> tuple[bytes | No
         *_view(mask, full), *_view(bias, full), 0 if bias is None else _DTYPES[bias.dtype],
         *((0,) * 4 if bias is None else bias.shape), _address(slopes),
         0 if slopes is None or slopes.shape[0] == 1 else slopes.shape[1], _address(sinks), _address(q_offset),
-        _address(seed), dropout_origin, _address(cu_seqlens_q), _address(cu_seqlens_k),
+        _address(seed), dropout_origin, _address(cu_seqlens_q), _address(cu_seqlens_k), _address(seqused_k),
         0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
         *(map(_address, blocks) if blocks else (0,) * 6), *((0, 0) if table is None else table.shape[:2]),
     )  # fmt: skip
-    kept = [x for x in (mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k) if x is not None]
-    return packed, kept + blocks
+    tensors = (mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    return packed, [x for x in tensors if x is not None] + blocks
 
 
 def _view(operand: Tensor | None, full: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,7 +21,10 @@ def packed_sequences(operands: Operands, options: Options) -> Iterator[PackedSeq
     """Each sequence and what belongs to it. Reads the lengths, so it waits for a GPU."""
     assert operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None
     rows = itertools.pairwise(operands.cu_seqlens_q.tolist())
-    keys = itertools.pairwise(operands.cu_seqlens_k.tolist())
+    keys = list(itertools.pairwise(operands.cu_seqlens_k.tolist()))
+    if operands.seqused_k is not None:
+        used = zip(keys, operands.seqused_k.tolist(), strict=True)
+        keys = [(start, start + min(max(count, 0), end - start)) for (start, end), count in used]
     slopes, offsets = operands.alibi_slopes, operands.q_offset_tensor
     for number, ((row, row_end), (key, key_end)) in enumerate(zip(rows, keys, strict=True)):
         own = slice(number, number + 1)
