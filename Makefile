@@ -19,7 +19,7 @@ TRITON_STAMP := .stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementatio
 TRITONS := $(FASTATTN_TRITON_3_6)/$(TRITON_STAMP) $(FASTATTN_TRITON_3_9)/$(TRITON_STAMP)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test quick demo demo-quick demo-dates demo-charlm lint types docs compile-report ext ext-cpu sanitize dist \
+.PHONY: help env test quick demo demo-quick demo-dates demo-charlm lint types docs compile-report resources ext ext-cpu sanitize dist \
 	bench-overhead gpu-first gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
@@ -67,6 +67,9 @@ docs: $(VENV)/.stamp-docs  ## the documentation site, into build/docs
 
 compile-report: $(VENV)/.stamp-test $(TRITONS)  ## compile every kernel for every target, no GPU needed
 	$(BIN)/python -m benchmarks.tools.compile_report
+
+resources: $(VENV)/.stamp-test $(TRITONS)  ## renew the table of what every kernel needs of a GPU, after a change to kernels/
+	$(BIN)/python -m benchmarks.tools.resources --memory .cache/compiled
 
 ext-cpu: $(CPU_LIBRARY)  ## compile csrc/cpu with a C++ compiler, in place; an install does so by itself
 

@@ -1,12 +1,15 @@
 """What a figure was measured on and with: stored in every row, so that an old number shows as one."""
 
+import ast
 import datetime
 import functools
 import hashlib
 import importlib.metadata
+import io
 import os
 import platform
 import subprocess
+import tokenize
 from pathlib import Path
 
 import torch
@@ -41,6 +44,29 @@ def digest(root: Path = ROOT) -> str:
                 hasher.update(path.relative_to(root).as_posix().encode() + b"\0")
                 hasher.update(path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return hasher.hexdigest()[:12]
+
+
+def code_digest(root: Path = ROOT) -> str:
+    """Of the Triton kernels' code alone: comments, docstrings and empty lines do not count."""
+    hasher = hashlib.sha256()
+    for path in sorted((root / "kernels").glob("*.py")):
+        hasher.update(path.name.encode() + b"\0" + code(path.read_text(encoding="utf-8")).encode() + b"\0")
+    return hasher.hexdigest()[:12]
+
+
+def code(source: str) -> str:
+    """A Python file without comments, strings that stand alone, and empty lines; the same on every Python."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            lines[line - 1] = lines[line - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            first, last = node.lineno - 1, node.end_lineno or node.lineno
+            if "\n".join(lines[first:last]).strip() == ast.get_source_segment(source, node):  # nothing else beside it
+                lines[first:last] = [""] * (last - first)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def revision(root: Path = ROOT) -> tuple[str, str]:

@@ -40,12 +40,21 @@ RESOURCE_FIELDS = (
     "digest",
 )
 
+COMPILED_KEY = ("kernel", "feature", "head_dim")
+COMPILED_FIELDS = (
+    *COMPILED_KEY, "dtype", "config", "error", "registers", "spills", "local", "local_edge", "shared", "wgmma",
+    "serialised", "smallest_n", "mma_sync", "prefetch", "size", "instructions", "share", "smaller",
+)  # fmt: skip
+SOURCES_KEY = ("arch", "triton")
+SOURCES_FIELDS = (*SOURCES_KEY, "commit", "dirty", "digest")
+
 LAYOUTS = {
     "parity": (CHECK_KEY, CHECK_FIELDS), "tune": (TUNE_KEY, TUNE_FIELDS), "resources": (TUNE_KEY, RESOURCE_FIELDS),
+    "compiled": (COMPILED_KEY, COMPILED_FIELDS), "sources": (SOURCES_KEY, SOURCES_FIELDS),
 }  # fmt: skip
 """Files that are not benchmark suites: key columns and all columns."""
 
-NO_DEVICES = ("dry-run", "predictions")
+NO_DEVICES = ("dry-run", "predictions", "resources")
 """Folders beside those of devices."""
 
 Row = dict[str, str]

@@ -12,30 +12,33 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import gzip
+import hashlib
 import io
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
-import torch
 import triton
 from triton import knobs
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastattn.kernels import append, backward, config, decode, forward, launch
-from fastattn.spec import CacheSpec, Gradients, Operands, Options
+from fastattn.kernels import config, launch
 
 from . import sass
+from .calls import FEATURES, launch_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,52 +50,6 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 DIMS = (64, 128, 256)
 
 
-@dataclasses.dataclass(frozen=True)
-class Feature:
-    """What one call asks for, as far as the compiled code depends on it. Lengths and head groups do not show."""
-
-    dtype: torch.dtype = torch.bfloat16
-    causal: bool = False
-    window: bool = False
-    mask: str = ""  # "full", "padding" or none
-    bias: bool = False
-    alibi: bool = False
-    softcap: bool = False
-    sinks: bool = False
-    dropout: bool = False
-    part: bool = False  # of a larger call, whose dropout bits it has
-    q_offset_tensor: bool = False
-    packed: bool = False
-    block_mask: bool = False
-    page: int = 0  # of a KV cache, 0 if it is contiguous
-    queries: int = 1  # for each key head of a KV cache there are twice as many rows
-    odd_dim: bool = False  # five columns fewer: no power of two, and rows that start at no multiple of 16 bytes
-
-
-FEATURES = {
-    "plain": Feature(),
-    "causal": Feature(causal=True),
-    "window": Feature(causal=True, window=True),
-    "mask": Feature(mask="full"),
-    "padding": Feature(mask="padding"),
-    "bias": Feature(bias=True),
-    "alibi": Feature(causal=True, alibi=True),
-    "softcap": Feature(causal=True, softcap=True),
-    "sinks": Feature(causal=True, sinks=True),
-    "dropout": Feature(dropout=True),
-    "dropout_part": Feature(dropout=True, part=True),
-    "q_offset": Feature(causal=True, q_offset_tensor=True),
-    "packed": Feature(causal=True, packed=True),
-    "block_mask": Feature(block_mask=True),
-    "paged": Feature(page=16),  # as one query needs it, which is the last: causal forbids nothing
-    "chunk": Feature(causal=True, queries=64),
-    "odd_dim": Feature(odd_dim=True),
-    "fp32": Feature(dtype=torch.float32),
-    "everything": Feature(
-        causal=True, window=True, mask="full", bias=True, alibi=True, softcap=True, sinks=True, dropout=True,
-        q_offset_tensor=True, block_mask=True, page=16, queries=64,
-    ),
-}  # fmt: skip
 DEFAULT_FEATURES = ["plain", "causal", "bias"]
 
 
@@ -109,7 +66,8 @@ class Case:
 
 @dataclasses.dataclass
 class Result(Case):
-    """What the compiler made of a case. Spills are bytes per thread; ``arrive`` counts WARPGROUP.ARRIVE.
+    """What the compiler made of a case. Spills are bytes per thread; ``arrive`` counts WARPGROUP.ARRIVE,
+    ``size`` all instructions.
 
     From ``instructions`` on, on sm_90: the inner main loop, see `sass.Counts`; ``per_1000`` are instructions of warps
     for 1,000 scores.
@@ -122,6 +80,7 @@ class Result(Case):
     shared: int = 0
     wgmma: int = 0
     arrive: int = 0
+    size: int = 0
     serialised: bool = False
     seconds: float = 0.0
     instructions: int = 0
@@ -163,16 +122,67 @@ def kernel_name(function: JITFunction, args: tuple[Any, ...]) -> str:
     return function.__name__.removesuffix("_kernel")
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel: tile, warps and stages as ``128x64 w4 s3``, bytes of shared memory, what ptxas said of it, and
+    where that is read its machine code as text.
+    """
+
+    config: str
+    shared: int
+    log: str
+    code: str
+
+
+def compile_kernel(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
+    """Compile what Triton is about to compile, here and now."""
+    knobs.compilation.always_compile = True  # a kernel from Triton's cache comes without ptxas's log
+    knobs.compilation.store_binary_only = target.backend == "cuda"
+    knobs.nvidia.dump_ptxas_log = True
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        kernel = triton.compile(source, target, options)
+    code = kernel.asm.get("amdgcn", "")
+    if target == TARGETS["sm_90"]:
+        code = sass.disassemble(kernel.asm["cubin"])
+    return Compiled(describe_config(kernel), kernel.metadata.shared, log.getvalue(), code)
+
+
+def remembered(memory: Path, source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
+    """`compile_kernel`, but for what the folder ``memory`` holds: by the kernel's intermediate code, which a change
+    elsewhere in its file leaves alone.
+    """
+    context = ir.context()
+    backend: Any = make_backend(target)
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    parsed = backend.parse_options(dict(options))
+    codegen = backend.get_codegen_implementation(parsed)
+    module = source.make_ir(target, parsed, codegen, backend.get_module_map(), context)
+    key = f"{triton.__version__} {target} {parsed} {module.str_nodebug()}"
+    path = memory / f"{hashlib.sha256(key.encode()).hexdigest()}.json.gz"
+    if path.exists():
+        return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
+    compiled = compile_kernel(source, target, options)
+    memory.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(compiled)).encode()))
+    part.replace(path)
+    return compiled
+
+
 @contextlib.contextmanager
-def compiling_for(arch: str, kernel: str) -> Iterator[list[CompiledKernel]]:
+def compiling_for(arch: str, kernel: str, memory: Path | None) -> Iterator[list[Compiled]]:
     """Inside, launches of ``kernel`` are compiled for ``arch`` and collected, and other launches do nothing."""
-    compiled: list[CompiledKernel] = []
+    compiled: list[Compiled] = []
+    compiler = functools.partial(remembered, memory) if memory else compile_kernel
 
     def launcher(jit_function: JITFunction, grid: tuple[int, ...]) -> Any:
         def compile_only(*args: Any, **kwargs: Any) -> None:
             if kernel_name(jit_function, args) == kernel:
-                jit_function.device_caches.clear()  # what an earlier case has compiled comes without ptxas's log
-                compiled.append(cast(CompiledKernel, jit_function.run(*args, grid=grid, warmup=True, **kwargs)))
+                jit_function.device_caches.clear()  # in memory; it also makes Triton take the compiler anew
+                with mock.patch.object(triton.compiler, "compile", compiler):
+                    compiled.append(cast(Compiled, jit_function.run(*args, grid=grid, warmup=True, **kwargs)))
 
         return compile_only
 
@@ -184,102 +194,22 @@ def compiling_for(arch: str, kernel: str) -> Iterator[list[CompiledKernel]]:
         yield compiled
 
 
-def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
-    """`launch_kernels` for those that work on a KV cache."""
-    empty = functools.partial(torch.empty, device="meta", dtype=feature.dtype)
-    batch, heads, kv_heads, length = 2, 4, 2, 1008
-    dim -= 5 if feature.odd_dim else 0
-    shape = (batch, length, kv_heads, dim)
-    table = None
-    if feature.page:
-        shape = (batch * length // feature.page, feature.page, kv_heads, dim)
-        table = empty(batch, length // feature.page, dtype=torch.int32)
-    k_cache, v_cache = empty(shape), empty(shape)
-    lens = empty(batch, dtype=torch.int32)
-    if kernel == "append":
-        k, v = empty(batch, kv_heads, 1, dim), empty(batch, kv_heads, 1, dim)
-        append.kv_cache_append(k_cache, v_cache, k, v, lens, table)
-        return
-    q = empty(batch, heads, feature.queries, dim)
-    spec = CacheSpec(
-        q, k_cache, v_cache, None, None, empty(1, heads, dtype=torch.float32) if feature.alibi else None,
-        empty(heads, dtype=torch.float32) if feature.sinks else None, lens, table, added=1, length=None,
-        left=256 if feature.window else None, right=0 if feature.causal else None, scale=dim**-0.5,
-        softcap=30.0 if feature.softcap else None, num_splits=4 if kernel == "combine" else 1, return_lse=True,
-    )  # fmt: skip
-    decode.attention_kvcache(torch.empty_like(q), empty(q.shape[:3], dtype=torch.float32), spec)
-
-
-def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
-    """Call the launcher that ``kernel`` belongs to, with arguments that have shapes and strides but no memory."""
-    if kernel in ("decode", "combine", "append"):
-        launch_cache_kernels(kernel, dim, feature)
-        return
-    empty = functools.partial(torch.empty, device="meta", dtype=feature.dtype)
-    batch, heads, kv_heads, length = 2, 4, 2, 1001
-    dim -= 5 if feature.odd_dim else 0
-    entries = 1 if feature.packed else batch
-    q, out = (empty(entries, heads, length, dim) for _ in range(2))
-    k, v = (empty(entries, kv_heads, length, dim) for _ in range(2))
-    statistics = empty(2, entries, heads, length, dtype=torch.float32)
-    given: dict[str, Any] = {}
-    if feature.packed:
-        given |= {name: empty(batch + 1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
-    if feature.block_mask:
-        index = functools.partial(torch.empty, device="meta", dtype=torch.int32)
-        lines, cells, table = index(1, 1, 8, 3), index(64, 2), index(1, 1, 8, 8)
-        given["block_mask"] = [lines, cells, lines, cells, table, index(66, 128, 128).to(torch.uint8)]
-    if feature.mask:
-        given["mask"] = empty(batch, 1, length if feature.mask == "full" else 1, length, dtype=torch.bool)
-    if feature.bias:
-        given["bias"] = empty(1, heads, length, length)
-    if feature.alibi:
-        given["alibi_slopes"] = empty(1, heads, dtype=torch.float32)
-    if feature.sinks:
-        given["sinks"] = empty(heads, dtype=torch.float32)
-    if feature.q_offset_tensor:
-        given["q_offset_tensor"] = empty(batch, dtype=torch.int64)
-    if feature.dropout:
-        given["seed"] = empty(7 if feature.part else 1, dtype=torch.int64)
-    operands = Operands(**given)
-    options = Options(
-        left=256 if feature.window else None, right=0 if feature.causal else None,
-        q_offset=None if feature.packed else 0, scale=dim**-0.5, softcap=30.0 if feature.softcap else None,
-        dropout_p=0.1 if feature.dropout else 0.0,
-    )  # fmt: skip
-    if kernel == "forward":
-        forward.attention_forward(out, statistics[0], statistics, q, k, v, operands, options)
-        return
-    learned = (operands.bias, operands.alibi_slopes, operands.sinks)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    gradients = Gradients(dq, dk, dv, *(None if x is None else torch.empty_like(x) for x in learned))
-    backward.attention_backward(gradients, out, statistics[0], q, k, v, out, statistics, operands, options)
-
-
-def compile_case(case: Case) -> Result:
-    """Compile one case and read the resources that it needs."""
+def compile_case(case: Case, memory: Path | None = None) -> Result:
+    """Compile one case, but for what ``memory`` holds from an earlier time, and read the resources that it needs."""
     result = Result(**dataclasses.asdict(case))
-    knobs.compilation.always_compile = True  # a cached kernel comes without ptxas's log
-    knobs.nvidia.dump_ptxas_log = True
-    log = io.StringIO()
+    tile = config.LaunchConfig(*cast(Any, map(int, case.override.split(",")))) if case.override else None
     start = time.perf_counter()
     try:
-        tile = config.LaunchConfig(*cast(Any, map(int, case.override.split(",")))) if case.override else None
-        with (
-            compiling_for(case.arch, case.kernel) as compiled,
-            contextlib.redirect_stdout(log),
-            config.override(tile),
-        ):
+        with compiling_for(case.arch, case.kernel, memory) as compiled, config.override(tile):
             launch_kernels(case.kernel, case.dim, FEATURES[case.feature])
-        result.seconds = time.perf_counter() - start
         (kernel,) = compiled
     except Exception as error:  # whatever a compiler raises is what is to be reported
         result.error = f"{type(error).__name__}: {error}".splitlines()[0]
         return result
-    result.config = describe_config(kernel)
-    result.shared = kernel.metadata.shared
+    result.seconds = time.perf_counter() - start
+    result.config, result.shared = kernel.config, kernel.shared
     if TARGETS[case.arch].backend == "cuda":
-        read_nvidia(result, kernel, log.getvalue())
+        read_nvidia(result, kernel)
     else:
         read_amd(result, kernel)
     if result.shared > SHARED_LIMIT[case.arch]:
@@ -295,13 +225,14 @@ def describe_config(kernel: CompiledKernel) -> str:
     return f"{tile} w{kernel.metadata.num_warps} s{kernel.metadata.num_stages}"
 
 
-def read_nvidia(result: Result, kernel: CompiledKernel, log: str) -> None:
+def read_nvidia(result: Result, kernel: Compiled) -> None:
     """Registers and spills from ptxas's log, wgmma from the disassembly."""
+    log, code = kernel.log, kernel.code
     result.registers = int(re.findall(r"Used (\d+) registers", log)[-1])
     result.spills = int(re.findall(r"(\d+) bytes spill stores", log)[-1])
     if result.arch != "sm_90":
         return
-    code = sass.disassemble(kernel.asm["cubin"])
+    result.size = len(re.findall(r"/\*[0-9a-f]{4,}\*/", code))
     result.wgmma = len(re.findall(r"\bHGMMA\b", code))
     result.arrive = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", code))
     # Products in flight together share one arrive. ptxas announces that it gave up on that, under these two codes.
@@ -315,10 +246,10 @@ def read_nvidia(result: Result, kernel: CompiledKernel, log: str) -> None:
         result.smallest_n, result.mma_sync, result.prefetch = counts.smallest_n, counts.mma_sync, counts.prefetch
 
 
-def read_amd(result: Result, kernel: CompiledKernel) -> None:
+def read_amd(result: Result, kernel: Compiled) -> None:
     """Vector registers and scratch memory from the metadata at the end of the assembly."""
-    result.registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", kernel.asm["amdgcn"])[-1])
-    result.spills = int(re.findall(r"\.private_segment_fixed_size:\s+(\d+)", kernel.asm["amdgcn"])[-1])
+    result.registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", kernel.code)[-1])
+    result.spills = int(re.findall(r"\.private_segment_fixed_size:\s+(\d+)", kernel.code)[-1])
 
 
 def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], features: list[str]) -> list[Case]:
@@ -345,18 +276,27 @@ def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], f
     return cases
 
 
+def in_processes(function: Callable[[Any], Any], items: Sequence[Any], jobs: int, label: str = "") -> list[Any]:
+    """``function`` of every item, in order: in a pool of fresh processes, or here for one job. Says how far it is."""
+    end, each = ("", 1) if sys.stderr.isatty() else ("\n", 20)
+    results = []
+    with contextlib.ExitStack() as stack:
+        if jobs > 1:
+            context = multiprocessing.get_context("spawn")
+            done = stack.enter_context(concurrent.futures.ProcessPoolExecutor(jobs, context)).map(function, items)
+        else:
+            done = map(function, items)
+        for result in done:
+            results.append(result)
+            if len(results) % each == 0 or len(results) == len(items):
+                print(f"\r{label}{len(results)} of {len(items)}", end=end, file=sys.stderr, flush=True)
+    print(file=sys.stderr, end="" if end else "\n")
+    return results
+
+
 def compile_all(cases: list[Case], jobs: int) -> list[Result]:
     """Compile in a pool of fresh processes; the order of the results is that of the cases."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-        results = []
-        for result in pool.map(compile_case, cases):
-            results.append(result)
-            if sys.stderr.isatty():
-                print(f"\r{len(results)} of {len(cases)}", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    return results
+    return in_processes(compile_case, cases, jobs)
 
 
 def table(results: list[Result]) -> str:

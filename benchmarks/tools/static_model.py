@@ -24,7 +24,7 @@ import triton
 from benchmarks.harness import predictions, provenance, results
 from fastattn.kernels import config, launch
 
-from . import compile_report
+from . import calls, compile_report
 from .sass import Instruction, Loop
 
 # One H100 multiprocessor: NVIDIA's figures for throughput, published microbenchmarks for latencies.
@@ -233,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
     parser.add_argument("--dims", nargs="+", type=int, default=list(compile_report.DIMS))
-    parser.add_argument("--features", nargs="+", choices=compile_report.FEATURES, default=["plain", "causal"])
+    parser.add_argument("--features", nargs="+", choices=calls.FEATURES, default=["plain", "causal"])
     parser.add_argument("--problem", nargs=3, type=int, default=(4, 16, 4096), metavar=("BATCH", "HEADS", "LENGTH"))
     parser.add_argument(
         "--tile", help="instead of the shipped one: block_m,block_n,warps,stages[,split_programs,pipelined]"

@@ -1,0 +1,51 @@
+"""What every kernel needs of a GPU, as compiled ahead of time: `results/resources/compiled-*.csv`, one file for each
+target and Triton version. `sources.csv` beside them says from which sources each was made.
+
+`python -m benchmarks.tools.resources` writes them, tests/kernels/test_resources.py holds them to the limits.
+"""
+
+import hashlib
+from pathlib import Path
+
+from . import provenance, results
+
+HERE = results.HERE / "resources"
+RENEW = "make resources"
+TRITONS = ("3.6.0", "3.7.1", "3.9.0")
+"""That of the oldest supported PyTorch, that of `constraints.txt`, and the newest."""
+
+
+def path(arch: str, version: str, folder: Path = HERE) -> Path:
+    """The file of one target and Triton version."""
+    return folder / f"compiled-{arch}-{version}.csv"
+
+
+def key(row: results.Row) -> tuple[str, ...]:
+    """What tells one row of a file from another."""
+    return tuple(row[name] for name in results.COMPILED_KEY)
+
+
+def stamp(arch: str, version: str, folder: Path = HERE) -> results.Row:
+    """From which sources a file was made; empty values where there is none."""
+    rows = results.read(folder / "sources.csv")
+    found = (row for row in rows if (row["arch"], row["triton"]) == (arch, version))
+    return next(found, dict.fromkeys(results.SOURCES_FIELDS, ""))
+
+
+def write(arch: str, version: str, rows: list[results.Row], folder: Path = HERE) -> None:
+    """Put these rows in place of a whole file, and say of which sources they are."""
+    path(arch, version, folder).unlink(missing_ok=True)
+    results.upsert(path(arch, version, folder), rows)
+    commit, dirty = provenance.revision()
+    made = {"arch": arch, "triton": version, "commit": commit, "dirty": dirty, "digest": provenance.code_digest()}
+    results.upsert(folder / "sources.csv", [made])
+
+
+def sample(rows: list[results.Row], seed: str) -> list[results.Row]:
+    """One row of each kernel, another with each ``seed``. Of three that are drawn it is the one with the shortest code,
+    which is the quickest to compile.
+    """
+    drawn: dict[str, list[results.Row]] = {}
+    for row in sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {key(row)}".encode()).digest()):
+        drawn.setdefault(row["kernel"], []).append(row)
+    return [min(of_kernel[:3], key=lambda row: int(row["size"])) for of_kernel in drawn.values()]
