@@ -37,12 +37,13 @@ CPU_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-
 # the linker would merge across instruction sets.
 ENGINE_SOURCES = ("forward.cpp", "backward.cpp", "decode.cpp")
 ENGINE_FLAGS = ["-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"]
-VARIANTS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
-}
-TEST_VARIANT = ("wide", ["-mavx2", "-mfma", "-mf16c", "-DFASTATTN_VECTOR_BYTES=64"])  # avx512's logic on AVX2
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+VARIANTS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
+# Products of bfloat16 pairs alone: what else a call may be is handed to the engine beside it.
+BESIDE = ("avx512_bf16", [*AVX512, "-mavx512bf16", "-DFASTATTN_BESIDE=avx512"])
+BESIDE_SOURCES = ("forward.cpp", "backward.cpp")
+TEST_VARIANT = ("wide", [*AVX2, "-DFASTATTN_VECTOR_BYTES=64", "-DFASTATTN_EMULATE_DOTS"])  # avx512_bf16's logic on AVX2
 
 
 def switch(name: str) -> bool | None:
@@ -93,13 +94,17 @@ def cpu_library() -> list[Extension]:
 
 def cpu_objects(test_variants: bool) -> list[tuple[str, str, list[str]]]:
     """(object, source, flags) of every compilation, the longest first."""
-    variants = dict(VARIANTS) if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    variants = [(name, flags, ENGINE_SOURCES) for name, flags in VARIANTS.items() if x86 or not flags]
+    if x86:
+        variants.append((*BESIDE, BESIDE_SOURCES))
     if test_variants:
-        variants.update([TEST_VARIANT])
+        variants.append((*TEST_VARIANT, ENGINE_SOURCES))
     engines = [
         (f"{Path(source).stem}_{name}.o", f"csrc/cpu/{source}", [*ENGINE_FLAGS, *flags, f"-DFASTATTN_VARIANT={name}"])
         for source in sorted(ENGINE_SOURCES, reverse=True)
-        for name, flags in reversed(variants.items())
+        for name, flags, sources in reversed(variants)
+        if source in sources
     ]
     others = {Path(source) for source in glob("csrc/cpu/*.cpp")} - {Path("csrc/cpu", name) for name in ENGINE_SOURCES}
     return [*engines, *((f"{path.stem}.o", str(path), []) for path in sorted(others))]

@@ -46,44 +46,44 @@ inline bool owns_dbias(const FastattnAttention& a, const FastattnOperands& o, co
          o.bias_size[2] == a.q_len && o.bias_size[3] == a.kv_len;
 }
 
-// How a task divides its memory.
-template <class T>
+// How a task divides its memory. What is summed over keys or queries ("steps") has a layout of its own where a lane holds two
+// elements, or is the same memory as rows.
+template <class T, class Step>
 struct Memory {
-  int64_t q_width, v_width;  // padded head dims
-  T *key_rows, *key_panels, *value_panels, *dk, *dv;  // of all keys of the task
-  T *q, *dout, *dq, *delta;                           // of all queries of one head
-  T *p, *ds, *cap;                                    // a tile: queries x keys; gradients of the cap of a row
-  T* rows;                                            // values of one block, or a row of out
-  T* dbias;                                           // of one head, where `reduces_dbias`
-  RowKeys* row_keys;                                  // of all queries of one head, with dropout
+  int64_t q_width, v_width, q_lanes, v_lanes;                // padded head dims; lanes of a row of q or k, and of dout or v
+  T *key_steps, *key_panels, *value_panels, *dk, *dv;        // of all keys of the task
+  T *q, *dout, *q_steps, *dout_steps, *dq, *delta;           // of all queries of one head
+  T *p, *ds, *ds_rows, *cap;                                 // a tile: queries x keys; gradients of the cap of a row
+  T* rows;                                                   // keys or values of one block, or a row of out
+  T* dbias;                                                  // of one head, where `reduces_dbias`
+  RowKeys* row_keys;                                         // of all queries of one head, with dropout
+  int64_t size;                                              // elements of all
 
-  static int64_t size(const FastattnAttention& a, const FastattnOperands& o, int64_t queries, int64_t keys) {
-    const int64_t q_width = round_up(a.head_dim, kLanes<T>), v_width = round_up(a.v_dim, kLanes<T>);
-    const int64_t dbias = reduces_dbias(o) ? o.bias_size[2] * o.bias_size[3] : 0;
-    const int64_t of_queries = 2 * q_width + v_width + 1 + int64_t(sizeof(RowKeys) / sizeof(T));
-    return keys * (3 * q_width + 2 * v_width) + queries * of_queries + 2 * kQueries * kPitch<T> + kKeys +
-           kKeys * v_width + dbias;
-  }
-
-  Memory(const FastattnAttention& a, int64_t queries, int64_t keys, T* data)
-      : q_width(round_up(a.head_dim, kLanes<T>)), v_width(round_up(a.v_dim, kLanes<T>)) {
-    T* free = data;
-    const auto take = [&free](int64_t count) { return (free += count) - count; };
-    key_rows = take(keys * q_width);
-    key_panels = take(keys * q_width);
-    value_panels = take(keys * v_width);
+  Memory(const FastattnAttention& a, const FastattnOperands& o, int64_t queries, int64_t keys, T* data)
+      : q_width(round_up(a.head_dim, kLanes<T>)), v_width(round_up(a.v_dim, kLanes<T>)),
+        q_lanes(round_up(lanes_for<Step>(a.head_dim), kLanes<T>)), v_lanes(round_up(lanes_for<Step>(a.v_dim), kLanes<T>)) {
+    int64_t taken = 0;
+    const auto take = [&](int64_t count) { return data == nullptr ? (taken += count, data) : data + ((taken += count) - count); };
+    const int64_t of_queries = lanes_for<Step>(queries);
+    key_steps = take(keys / Step::kParts * q_width);
+    key_panels = take(keys * q_lanes);
+    value_panels = take(keys * v_lanes);
     dk = take(keys * q_width);
     dv = take(keys * v_width);
-    q = take(queries * q_width);
-    dout = take(queries * v_width);
+    q = take(queries * q_lanes);
+    dout = take(queries * v_lanes);
+    q_steps = Step::kParts == 1 ? q : take(of_queries * q_width);
+    dout_steps = Step::kParts == 1 ? dout : take(of_queries * v_width);
     dq = take(queries * q_width);
     p = take(kQueries * kPitch<T>);
     ds = take(kQueries * kPitch<T>);
+    ds_rows = take(Step::kParts == 1 ? 0 : kTileRows * kPitch<T>);
     cap = take(kKeys);
-    rows = take(kKeys * v_width);
+    rows = take(kKeys * most(q_width, v_width));
     row_keys = reinterpret_cast<RowKeys*>(take(queries * int64_t(sizeof(RowKeys) / sizeof(T))));
     delta = take(queries);
-    dbias = free;
+    dbias = take(reduces_dbias(o) ? o.bias_size[2] * o.bias_size[3] : 0);
+    size = taken;
   }
 };
 
@@ -92,14 +92,15 @@ void fill(T* x, int64_t count, T value) {
   for (int64_t i = 0; i < count; i++) x[i] = value;
 }
 
-template <class T>
+template <class T, class Step>
 class Backward {
  public:
   Backward(const Problem<T>& problem, const FastattnGradients& g, const Results<T>& results, const Task& task,
            const Turns& turns)
       : problem_(problem), a_(problem.a), o_(problem.o), g_(g), results_(results), task_(task), turns_(turns),
         entry_(problem.entry(task.entry)), keep_scale_(problem.keep_scale()),
-        threshold_(dropout_threshold(problem.a.dropout_p)), owns_dbias_(owns_dbias(a_, o_, g)) {
+        threshold_(dropout_threshold(problem.a.dropout_p)), owns_dbias_(owns_dbias(a_, o_, g)),
+        q_steps_(lanes_for<Step>(problem.a.head_dim)), v_steps_(lanes_for<Step>(problem.a.v_dim)) {
     const int64_t blocks = (entry_.kv_len + kKeys - 1) / kKeys;
     keys_ = {blocks * task.piece / results.pieces * kKeys, blocks * (task.piece + 1) / results.pieces * kKeys};
   }
@@ -107,9 +108,9 @@ class Backward {
   // False where memory ran out.
   bool run() {
     const int64_t keys = keys_.end - keys_.begin;
-    T* data = scratch<T>(Memory<T>::size(a_, o_, entry_.q_len, keys));
+    T* data = scratch<T>(Memory<T, Step>(a_, o_, entry_.q_len, keys, nullptr).size);
     if (data == nullptr) return false;
-    Memory<T> memory(a_, entry_.q_len, keys, data);
+    Memory<T, Step> memory(a_, o_, entry_.q_len, keys, data);
     memory_ = &memory;
     pack_keys();
     const int64_t used = least(keys, entry_.kv_len - keys_.begin);
@@ -127,13 +128,17 @@ class Backward {
     keys_poisoned_ = false;
     for (int64_t key = keys_.begin; key < keys_.end; key += kKeys) {
       const int64_t count = least(kKeys, entry_.kv_len - key), place = key - keys_.begin;
-      T* rows = memory_->key_rows + place * memory_->q_width;
-      keys_poisoned_ |= k.read(key, count, rows, memory_->q_width);
-      pack_panels(rows, count, a_.head_dim, memory_->q_width, memory_->key_panels + place * a_.head_dim);
-      keys_poisoned_ |= v.read(key, count, memory_->rows, memory_->v_width);
-      pack_panels(memory_->rows, count, a_.v_dim, memory_->v_width, memory_->value_panels + place * a_.v_dim);
+      T* rows = key_steps(place);
+      keys_poisoned_ |= Step::read_steps(k, key, count, rows, memory_->q_width);
+      if constexpr (Step::kParts == 2) Step::read(k, key, count, rows = memory_->rows, memory_->q_lanes);
+      pack_panels(rows, count, q_steps_, memory_->q_lanes, memory_->key_panels + place * q_steps_);
+      keys_poisoned_ |= Step::read(v, key, count, memory_->rows, memory_->v_lanes);
+      pack_panels(memory_->rows, count, v_steps_, memory_->v_lanes, memory_->value_panels + place * v_steps_);
     }
   }
+
+  // Those of the key at a place, where a lane begins.
+  T* key_steps(int64_t place) const { return memory_->key_steps + place / Step::kParts * memory_->q_width; }
 
   void write_keys() {
     const Rows<T> dk = problem_.k_rows(g_.dk, entry_, task_.kv_head, a_.head_dim);
@@ -168,16 +173,23 @@ class Backward {
     const Rows<T> dout = problem_.q_rows(g_.dout, entry_, head_, a_.v_dim);
     const Rows<T> out = problem_.q_rows(a_.out, entry_, head_, a_.v_dim);
     const Rows<T> q = problem_.q_rows(a_.q, entry_, head_, a_.head_dim);
-    queries_poisoned_ = q.read(0, entry_.q_len, memory_->q, memory_->q_width);
-    queries_poisoned_ |= dout.read(0, entry_.q_len, memory_->dout, memory_->v_width);
+    queries_poisoned_ = Step::read(q, 0, entry_.q_len, memory_->q, memory_->q_lanes);
+    queries_poisoned_ |= Step::read(dout, 0, entry_.q_len, memory_->dout, memory_->v_lanes);
+    if constexpr (Step::kParts == 2) {
+      Step::read_steps(q, 0, entry_.q_len, memory_->q_steps, memory_->q_width);
+      Step::read_steps(dout, 0, entry_.q_len, memory_->dout_steps, memory_->v_width);
+    }
     double dsink = 0.0;
     T delta_poison = T(0);
     for (int64_t row = 0; row < entry_.q_len; row++) {
       out.read(row, 1, memory_->rows, memory_->v_width);
-      Vec<T> sum{};
-      for (int64_t i = 0; i < memory_->v_width; i += kLanes<T>) {
-        sum += load(memory_->rows + i) * load(memory_->dout + row * memory_->v_width + i);
+      const T* dout_row = memory_->dout + row * memory_->v_lanes;
+      if constexpr (Step::kParts == 2) {
+        dout.read(row, 1, memory_->rows + memory_->v_width, memory_->v_width);
+        dout_row = memory_->rows + memory_->v_width;
       }
+      Vec<T> sum{};
+      for (int64_t i = 0; i < memory_->v_width; i += kLanes<T>) sum += load(memory_->rows + i) * load(dout_row + i);
       const int64_t at = problem_.row_index(entry_, head_, row);
       T delta = sum_lanes(sum);
       if (g_.dlse != nullptr) delta -= static_cast<const T*>(g_.dlse)[at];
@@ -254,6 +266,9 @@ class Backward {
     for (int64_t r = 0; r < count; r += kTileRows) {
       const int rows = int(least(kTileRows, count - r));
       row_group(scores, row, r, rows, key, block, visible, begin, end);
+      if constexpr (Step::kParts == 2) {
+        for (T* tile : {memory_->p, memory_->ds}) round_steps(tile, r, rows, begin, end);
+      }
     }
     if (shared) turns_.pass(position(member_, row, key));
     add_to_keys(row, count, key, visible, begin, int(seen.end));
@@ -288,30 +303,40 @@ class Backward {
     if (seen.empty()) return;
     const int64_t place = key - keys_.begin;
     prefetch_ahead<0>(scores, row + at, key);
-    product<T, Layout::kRows>(
-        rows, memory_->q + (row + at) * memory_->q_width, memory_->q_width,
-        memory_->key_panels + (place + first) * a_.head_dim, kTileColumns<T> * a_.head_dim, kTileColumns<T>, p + first,
-        kPitch<T>, last - first, a_.head_dim, false);
+    product<Step, Layout::kRows>(
+        rows, memory_->q + (row + at) * memory_->q_lanes, memory_->q_lanes,
+        memory_->key_panels + (place + first) * q_steps_, kTileColumns<T> * q_steps_, kTileColumns<T>, p + first,
+        kPitch<T>, last - first, q_steps_, false);
     prefetch_ahead<1>(scores, row + at, key);
-    product<T, Layout::kRows>(
-        rows, memory_->dout + (row + at) * memory_->v_width, memory_->v_width,
-        memory_->value_panels + (place + first) * a_.v_dim, kTileColumns<T> * a_.v_dim, kTileColumns<T>, ds + first,
-        kPitch<T>, last - first, a_.v_dim, false);
+    product<Step, Layout::kRows>(
+        rows, memory_->dout + (row + at) * memory_->v_lanes, memory_->v_lanes,
+        memory_->value_panels + (place + first) * v_steps_, kTileColumns<T> * v_steps_, kTileColumns<T>, ds + first,
+        kPitch<T>, last - first, v_steps_, false);
     for (int r = 0; r < rows; r++) {
       finish_row(scores, row + at + r, key, visible[at + r], block, first, last, p + r * kPitch<T>,
                  ds + r * kPitch<T>);
     }
     prefetch_ahead<2>(scores, row + at, key);
-    const T* keys = memory_->key_rows + (place + first) * memory_->q_width;
+    const T *keys = key_steps(place + first), *weights = ds + first;
+    if constexpr (Step::kParts == 2) {
+      for (int r = 0; r < rows; r++) Step::round_row(ds + r * kPitch<T>, first, last, memory_->ds_rows + r * kPitch<T>);
+      weights = memory_->ds_rows + first / Step::kParts;
+    }
     T* dq = memory_->dq + (row + at) * memory_->q_width;
+    const int64_t width = memory_->q_width, steps = lanes_for<Step>(seen.end - first);
     if (keys_poisoned_) {
-      careful_product<T, Layout::kRows>(
-          rows, ds + first, kPitch<T>, keys, memory_->q_width, dq, memory_->q_width, memory_->q_width,
-          seen.end - first);
+      careful_product<Step, Layout::kRows>(rows, weights, kPitch<T>, keys, width, dq, width, width, steps);
     } else {
-      product<T, Layout::kRows>(
-          rows, ds + first, kPitch<T>, keys, kTileColumns<T>, memory_->q_width, dq, memory_->q_width, memory_->q_width,
-          seen.end - first, true);
+      product<Step, Layout::kRows>(
+          rows, weights, kPitch<T>, keys, kTileColumns<T>, width, dq, width, width, steps, true);
+    }
+  }
+
+  // Rows `at .. at + rows` of a tile, in twos, to the front of the tile: behind rows that were rounded before.
+  static void round_steps(T* tile, int64_t at, int rows, int begin, int end) {
+    for (int64_t r = at; r < at + rows; r += 2) {
+      const T* second = r + 1 < at + rows ? tile + (r + 1) * kPitch<T> : nullptr;
+      Step::round_rows(tile + r * kPitch<T>, second, begin, end, tile + r / 2 * kPitch<T>);
     }
   }
 
@@ -435,10 +460,10 @@ class Backward {
   // dV += P^T dO and dK += dS^T Q for the keys of a tile: one after the other, so that dO and Q have the cache in turn.
   void add_to_keys(int64_t row, int64_t count, int64_t key, const Range* visible, int begin, int end) {
     const int64_t place = key - keys_.begin, q_width = memory_->q_width, v_width = memory_->v_width;
-    add_to_keys(memory_->p, memory_->dout + row * v_width, memory_->dv + place * v_width, v_width, count, key, visible,
-                begin, end);
-    add_to_keys(memory_->ds, memory_->q + row * q_width, memory_->dk + place * q_width, q_width, count, key, visible,
-                begin, end);
+    add_to_keys(memory_->p, memory_->dout_steps + row / Step::kParts * v_width, memory_->dv + place * v_width, v_width,
+                count, key, visible, begin, end);
+    add_to_keys(memory_->ds, memory_->q_steps + row / Step::kParts * q_width, memory_->dk + place * q_width, q_width,
+                count, key, visible, begin, end);
   }
 
   // sums (keys x width) += weights^T (keys x rows) values (rows x width).
@@ -450,14 +475,14 @@ class Backward {
       while (low < count && visible[low].end <= key + k) low++;
       while (high < count && visible[high].begin < key + k + keys) high++;
       if (low >= high) continue;
-      const T* own = weights + low * kPitch<T> + k;
+      const int64_t first = low / Step::kParts, steps = lanes_for<Step>(high) - first;
+      const T *own = weights + first * kPitch<T> + k, *from = values + first * width;
       if (queries_poisoned_) {
-        careful_product<T, Layout::kColumns>(
-            keys, own, kPitch<T>, values + low * width, width, sums + k * width, width, width, high - low);
+        careful_product<Step, Layout::kColumns>(
+            keys, own, kPitch<T>, from, width, sums + k * width, width, width, steps);
       } else {
-        product<T, Layout::kColumns>(
-            keys, own, kPitch<T>, values + low * width, kTileColumns<T>, width, sums + k * width, width, width,
-            high - low, true);
+        product<Step, Layout::kColumns>(
+            keys, own, kPitch<T>, from, kTileColumns<T>, width, sums + k * width, width, width, steps, true);
       }
     }
   }
@@ -476,8 +501,9 @@ class Backward {
   T keep_scale_;
   uint32_t threshold_;
   bool owns_dbias_;
+  int64_t q_steps_, v_steps_;  // of a score, and of its gradient
   Range keys_;
-  Memory<T>* memory_ = nullptr;
+  Memory<T, Step>* memory_ = nullptr;
   int64_t member_ = 0, head_ = 0;
   T* dbias_ = nullptr;
   double dslope_ = 0.0;
@@ -527,7 +553,7 @@ inline bool shares_dbias(const FastattnAttention& a, const FastattnOperands& o, 
   return g.dbias != nullptr && ((o.bias_size[0] == 1 && a.batch > 1) || (o.bias_size[1] == 1 && a.kv_heads > 1));
 }
 
-template <class T>
+template <class T, class Step>
 bool backward_as(
     const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g, const Team& team) {
   const Problem<T> problem{a, o};
@@ -555,7 +581,7 @@ bool backward_as(
   const bool done = team.run(tasks, [&](int64_t number) {
     const Turns own(results.turns, number);
     const Task task{number % heads / a.kv_heads, number % a.kv_heads, number / heads};
-    return Backward<T>(problem, g, results, task, own).run();
+    return Backward<T, Step>(problem, g, results, task, own).run();
   });
   if (!done || (pieces > 1 && !add_pieces(problem, g, results, team))) return false;
   add_learned(problem, g, results);
@@ -565,7 +591,15 @@ bool backward_as(
 }  // namespace
 
 bool backward(const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g, const Team& team) {
-  return a.dtype == FASTATTN_FLOAT64 ? backward_as<double>(a, o, g, team) : backward_as<float>(a, o, g, team);
+#if FASTATTN_DOTS
+  if (a.dtype == FASTATTN_BFLOAT16) return backward_as<float, Dot>(a, o, g, team);
+#endif
+#ifdef FASTATTN_BESIDE
+  return FASTATTN_BESIDE::backward(a, o, g, team);
+#else
+  if (a.dtype == FASTATTN_FLOAT64) return backward_as<double, Multiply<double>>(a, o, g, team);
+  return backward_as<float, Multiply<float>>(a, o, g, team);
+#endif
 }
 
 }  // namespace fastattn::cpu::FASTATTN_VARIANT

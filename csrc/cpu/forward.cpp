@@ -15,33 +15,34 @@ struct Task {
 };
 
 // How a task divides its memory.
-template <class T>
+template <class T, class Step>
 struct Memory {
-  int64_t q_width, v_width;          // padded head dims
+  int64_t q_width, v_width;          // lanes of a row of q or k, and of v
   T *rows, *panels, *values;         // keys as rows (one block), keys, values
   T *q, *out, *scores;               // a tile of queries, its output, the scores of some rows
 
-  static int64_t size(const FastattnAttention& a, int64_t keys) {
-    const int64_t q_width = round_up(a.head_dim, kLanes<T>), v_width = round_up(a.v_dim, kLanes<T>);
-    return kKeys * q_width + keys * (q_width + v_width) + kQueries * (q_width + v_width) + kTileRows * kKeys;
-  }
+  int64_t size;                      // elements of all
 
   Memory(const FastattnAttention& a, int64_t keys, T* data)
-      : q_width(round_up(a.head_dim, kLanes<T>)), v_width(round_up(a.v_dim, kLanes<T>)) {
-    rows = data;
-    panels = rows + kKeys * q_width;
-    values = panels + keys * q_width;
-    q = values + keys * v_width;
-    out = q + kQueries * q_width;
-    scores = out + kQueries * v_width;
+      : q_width(round_up(lanes_for<Step>(a.head_dim), kLanes<T>)), v_width(round_up(a.v_dim, kLanes<T>)) {
+    int64_t taken = 0;
+    const auto take = [&](int64_t count) { return data == nullptr ? (taken += count, data) : data + ((taken += count) - count); };
+    rows = take(kKeys * q_width);
+    panels = take(keys * q_width);
+    values = take(keys / Step::kParts * v_width);
+    q = take(kQueries * q_width);
+    out = take(kQueries * v_width);
+    scores = take(kTileRows * kKeys);
+    size = taken;
   }
 };
 
-template <class T>
+template <class T, class Step>
 class Forward {
  public:
   Forward(const Problem<T>& problem, const Task& task)
-      : problem_(problem), a_(problem.a), task_(task), entry_(problem.entry(task.entry)) {}
+      : problem_(problem), a_(problem.a), task_(task), entry_(problem.entry(task.entry)),
+        q_steps_(lanes_for<Step>(problem.a.head_dim)) {}
 
   // False where memory ran out.
   bool run() {
@@ -50,9 +51,9 @@ class Forward {
     keys.begin = keys.begin / kKeys * kKeys;
     keys.end = round_up(keys.end, kKeys);
     if (problem_.o.table != nullptr) keys = {0, round_up(entry_.kv_len, kKeys)};
-    T* data = scratch<T>(Memory<T>::size(a_, keys.end - keys.begin));
+    T* data = scratch<T>(Memory<T, Step>(a_, keys.end - keys.begin, nullptr).size);
     if (data == nullptr) return false;
-    Memory<T> memory(a_, keys.end - keys.begin, data);
+    Memory<T, Step> memory(a_, keys.end - keys.begin, data);
     memory_ = &memory;
     first_key_ = keys.begin;
     pack(keys);
@@ -71,9 +72,9 @@ class Forward {
     poisoned_ = false;
     for (int64_t key = keys.begin; key < keys.end; key += kKeys) {
       const int64_t count = least(kKeys, entry_.kv_len - key), place = key - keys.begin;
-      k.read(key, count, memory_->rows, memory_->q_width);
-      pack_panels(memory_->rows, count, a_.head_dim, memory_->q_width, memory_->panels + place * a_.head_dim);
-      poisoned_ |= v.read(key, count, memory_->values + place * memory_->v_width, memory_->v_width);
+      Step::read(k, key, count, memory_->rows, memory_->q_width);
+      pack_panels(memory_->rows, count, q_steps_, memory_->q_width, memory_->panels + place * q_steps_);
+      poisoned_ |= Step::read_steps(v, key, count, values(place), memory_->v_width);
     }
   }
 
@@ -83,7 +84,7 @@ class Forward {
     states.clear();
     Range visible[kQueries];
     RowKeys keys[kQueries];
-    problem_.q_rows(a_.q, entry_, head, a_.head_dim).read(row, count, memory_->q, memory_->q_width);
+    Step::read(problem_.q_rows(a_.q, entry_, head, a_.head_dim), row, count, memory_->q, memory_->q_width);
     for (int64_t i = 0; i < count * memory_->v_width; i++) memory_->out[i] = T(0);
     for (int64_t i = 0; i < count; i++) visible[i] = problem_.visible(entry_, row + i);
     if (problem_.o.seed != nullptr) {
@@ -114,9 +115,9 @@ class Forward {
     const int64_t place = key - first_key_;
     T* s = memory_->scores;
     prefetch_ahead<0>(scores, row - at, at, count, key);
-    product<T, Layout::kRows>(
-        rows, memory_->q + at * memory_->q_width, memory_->q_width, memory_->panels + (place + begin) * a_.head_dim,
-        kTileColumns<T> * a_.head_dim, kTileColumns<T>, s + begin, kKeys, end - begin, a_.head_dim, false);
+    product<Step, Layout::kRows>(
+        rows, memory_->q + at * memory_->q_width, memory_->q_width, memory_->panels + (place + begin) * q_steps_,
+        kTileColumns<T> * q_steps_, kTileColumns<T>, s + begin, kKeys, end - begin, q_steps_, false);
     T* out = memory_->out + at * memory_->v_width;
     for (int r = 0; r < rows; r++) scores.finish_scores(s + r * kKeys, row + r, key, begin, end, visible[r], block, nullptr);
     prefetch_ahead<1>(scores, row - at, at, count, key);
@@ -131,16 +132,23 @@ class Forward {
       for (int r = 0; r < rows; r++) drop(s + r * kKeys, key, begin, end, keys[r]);
     }
     prefetch_ahead<2>(scores, row - at, at, count, key);
-    const T* values = memory_->values + (place + begin) * memory_->v_width;
+    if constexpr (Step::kParts == 2) {
+      for (int r = 0; r < rows; r++) Step::round_row(s + r * kKeys, begin, end, s + r * kKeys);
+    }
+    const T* weights = s + begin / Step::kParts;
+    const int64_t steps = lanes_for<Step>(last - begin);
     if (poisoned_) {
-      careful_product<T, Layout::kRows>(
-          rows, s + begin, kKeys, values, memory_->v_width, out, memory_->v_width, memory_->v_width, last - begin);
+      careful_product<Step, Layout::kRows>(
+          rows, weights, kKeys, values(place + begin), memory_->v_width, out, memory_->v_width, memory_->v_width, steps);
     } else {
-      product<T, Layout::kRows>(
-          rows, s + begin, kKeys, values, kTileColumns<T>, memory_->v_width, out, memory_->v_width, memory_->v_width,
-          last - begin, true);
+      product<Step, Layout::kRows>(
+          rows, weights, kKeys, values(place + begin), kTileColumns<T>, memory_->v_width, out, memory_->v_width,
+          memory_->v_width, steps, true);
     }
   }
+
+  // Those of the key at a place, where a lane begins.
+  T* values(int64_t place) const { return memory_->values + place / Step::kParts * memory_->v_width; }
 
   // A third of what the next rows of the tile of queries at `tile` will read, or its first rows from the next block: in
   // thirds, since more lines than a processor waits for at once would hold up the loads of a product.
@@ -200,7 +208,8 @@ class Forward {
   const FastattnAttention& a_;
   Task task_;
   Entry entry_;
-  Memory<T>* memory_ = nullptr;
+  int64_t q_steps_;  // of a score
+  Memory<T, Step>* memory_ = nullptr;
   int64_t first_key_ = 0;
   bool poisoned_ = false;
 };
@@ -218,7 +227,7 @@ void for_tasks(const Problem<T>& problem, int64_t pieces, Visit visit) {
   }
 }
 
-template <class T>
+template <class T, class Step>
 bool forward_as(const FastattnAttention& a, const FastattnOperands& o, const Team& team) {
   const Problem<T> problem{a, o};
   // Rows do not depend on each other, so heads may be divided as the number of threads wants it.
@@ -232,13 +241,21 @@ bool forward_as(const FastattnAttention& a, const FastattnOperands& o, const Tea
   if (tasks == nullptr) return false;
   int64_t at = 0;
   for_tasks(problem, pieces, [&](Task task) { tasks[at++] = task; });
-  return team.run(count, [&](int64_t task) { return Forward<T>(problem, tasks[task]).run(); });
+  return team.run(count, [&](int64_t task) { return Forward<T, Step>(problem, tasks[task]).run(); });
 }
 
 }  // namespace
 
 bool forward(const FastattnAttention& a, const FastattnOperands& o, const Team& team) {
-  return a.dtype == FASTATTN_FLOAT64 ? forward_as<double>(a, o, team) : forward_as<float>(a, o, team);
+#if FASTATTN_DOTS
+  if (a.dtype == FASTATTN_BFLOAT16) return forward_as<float, Dot>(a, o, team);
+#endif
+#ifdef FASTATTN_BESIDE
+  return FASTATTN_BESIDE::forward(a, o, team);
+#else
+  if (a.dtype == FASTATTN_FLOAT64) return forward_as<double, Multiply<double>>(a, o, team);
+  return forward_as<float, Multiply<float>>(a, o, team);
+#endif
 }
 
 }  // namespace fastattn::cpu::FASTATTN_VARIANT

@@ -29,6 +29,8 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 bool always() { return true; }
 
@@ -45,12 +47,13 @@ struct Engine {
 // The best one first.
 const Engine kEngines[] = {
 #if defined(__x86_64__) && !defined(FASTATTN_ONE_ENGINE)
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16::forward, avx512_bf16::backward, avx512::decode},
     ENGINE(avx512, has_avx512),
     ENGINE(avx2, has_avx2),
 #endif
     ENGINE(baseline, always),
 #if defined(FASTATTN_TEST_VARIANTS)
-    ENGINE(wide, has_avx2),  // behind one that always serves: by name only
+    ENGINE(wide, has_avx2),  // after one that always serves: by name only
 #endif
 };
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "dropout.h"
-#include "pack.h"
+#include "operand.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {

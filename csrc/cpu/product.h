@@ -24,7 +24,7 @@ template <class T>
 #endif
 }
 
-template <class T, Layout layout, int rows, int vectors>
+template <class Step, class T, Layout layout, int rows, int vectors>
 [[gnu::always_inline]] inline void product_tile(
     const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t steps, bool add) {
   Vec<T> sums[rows][vectors];
@@ -54,7 +54,7 @@ template <class T, Layout layout, int rows, int vectors>
       const int64_t away = r % 4 == 3 ? a_thrice : r % 4 * a_stride;
       const T weight = layout == Layout::kRows ? weights[r / 4][away] : weights[0][r];
 #pragma GCC unroll 2
-      for (int n = 0; n < vectors; n++) sums[r][n] += weight * row[n];
+      for (int n = 0; n < vectors; n++) sums[r][n] = Step::add(sums[r][n], weight, row[n]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < (layout == Layout::kRows ? fours : 1); i++) weights[i] += layout == Layout::kRows ? 1 : a_stride;
@@ -67,42 +67,46 @@ template <class T, Layout layout, int rows, int vectors>
 }
 
 // B in panels of two vectors, `b_panel` elements apart; a last panel of one vector may follow.
-template <class T, Layout layout, int rows>
+template <class Step, class T, Layout layout, int rows>
 void product_rows(
     const T* a, int64_t a_stride, const T* b, int64_t b_panel, int64_t b_stride, T* c, int64_t c_stride,
     int64_t columns, int64_t steps, bool add) {
   int64_t column = 0;
   for (; column + kTileColumns<T> <= columns; column += kTileColumns<T>, b += b_panel) {
-    product_tile<T, layout, rows, 2>(a, a_stride, b, b_stride, c + column, c_stride, steps, add);
+    product_tile<Step, T, layout, rows, 2>(a, a_stride, b, b_stride, c + column, c_stride, steps, add);
   }
-  if (column < columns) product_tile<T, layout, rows, 1>(a, a_stride, b, b_stride, c + column, c_stride, steps, add);
+  if (column < columns) product_tile<Step, T, layout, rows, 1>(a, a_stride, b, b_stride, c + column, c_stride, steps, add);
 }
 
-// `rows` is at most kTileRows; `columns` a multiple of a vector's lanes.
-template <class T, Layout layout, int most = kTileRows>
+// `rows` is at most kTileRows; `columns` a multiple of a vector's lanes. `Step` says what a lane of A and of B adds to a sum
+// (operand.h); `steps` and all strides count lanes.
+template <class Step, Layout layout, int most = kTileRows, class T>
 inline void product(
     int rows, const T* a, int64_t a_stride, const T* b, int64_t b_panel, int64_t b_stride, T* c, int64_t c_stride,
     int64_t columns, int64_t steps, bool add) {
   if constexpr (most > 1) {
     if (rows < most) {
-      return product<T, layout, most - 1>(
+      return product<Step, layout, most - 1>(
           rows, a, a_stride, b, b_panel, b_stride, c, c_stride, columns, steps, add);
     }
   }
-  product_rows<T, layout, most>(a, a_stride, b, b_panel, b_stride, c, c_stride, columns, steps, add);
+  product_rows<Step, T, layout, most>(a, a_stride, b, b_panel, b_stride, c, c_stride, columns, steps, add);
 }
 
 // The same for plain rows of B, where a weight of 0 keeps out whatever stands in B: for tiles with NaN or infinity.
-template <class T, Layout layout>
+template <class Step, Layout layout, class T>
 void careful_product(
     int rows, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t columns,
     int64_t steps) {
   for (int r = 0; r < rows; r++) {
     for (int64_t step = 0; step < steps; step++) {
-      const T weight = layout == Layout::kRows ? a[r * a_stride + step] : a[step * a_stride + r];
-      if (weight == T(0)) continue;
-      for (int64_t column = 0; column < columns; column++) {
-        c[r * c_stride + column] += weight * b[step * b_stride + column];
+      const T weights = layout == Layout::kRows ? a[r * a_stride + step] : a[step * a_stride + r];
+      for (int part = 0; part < Step::kParts; part++) {
+        const T weight = Step::part(weights, part);
+        if (weight == T(0)) continue;
+        for (int64_t column = 0; column < columns; column++) {
+          c[r * c_stride + column] += weight * Step::part(b[step * b_stride + column], part);
+        }
       }
     }
   }

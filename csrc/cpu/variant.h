@@ -16,7 +16,8 @@ FASTATTN_DECLARE_ENGINE(baseline)
 #if defined(__x86_64__)
 FASTATTN_DECLARE_ENGINE(avx2)
 FASTATTN_DECLARE_ENGINE(avx512)
+FASTATTN_DECLARE_ENGINE(avx512_bf16)  // products of pairs, beside avx512, which does the rest
 #endif
 #ifdef FASTATTN_TEST_VARIANTS
-FASTATTN_DECLARE_ENGINE(wide)  // the 16 lanes of avx512 on AVX2
+FASTATTN_DECLARE_ENGINE(wide)  // the 16 lanes of avx512_bf16, and its products of pairs, on AVX2
 #endif

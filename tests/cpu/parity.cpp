@@ -13,7 +13,7 @@ namespace {
 using Numbers = std::vector<float>;
 
 struct Case {
-  int64_t q_len, kv_len, head_dim, v_dim, left, right;
+  int64_t dtype, q_len, kv_len, head_dim, v_dim, left, right;
   double softcap;
   bool bias;
   int64_t threads;
@@ -33,114 +33,7 @@ Numbers numbers(int64_t count, bool random) {
   return x;
 }
 
-FastattnView view(Numbers& x, int64_t heads, int64_t length, int64_t width) {
-  return {x.data(), {heads * length * width, length * width, width, 1}};
-}
-
-bool same(const char* name, const Numbers& ours, const std::vector<double>& theirs, const Case& c) {
-  double largest = 1.0, error = 0.0;
-  for (size_t i = 0; i < ours.size(); i++) {
-    largest = std::fmax(largest, std::fabs(theirs[i]));
-    const double difference = std::fabs(double(ours[i]) - theirs[i]);
-    error = difference <= error ? error : difference;  // NaN counts
-  }
-  if (error <= 1e-5 * largest) return true;
-  std::printf("%s of Lq=%lld Lk=%lld D=%lld Dv=%lld: error %g\n", name, (long long)c.q_len, (long long)c.kv_len,
-              (long long)c.head_dim, (long long)c.v_dim, error);
-  return false;
-}
-
-bool check(const Case& c) {
-  const int64_t q_count = kBatch * kQHeads * c.q_len, k_count = kBatch * kKvHeads * c.kv_len;
-  Numbers q = numbers(q_count * c.head_dim, true), k = numbers(k_count * c.head_dim, true);
-  Numbers v = numbers(k_count * c.v_dim, true), dout = numbers(q_count * c.v_dim, true);
-  Numbers bias = numbers(kQHeads * c.q_len * c.kv_len, true);
-  Numbers out = numbers(q_count * c.v_dim, false), lse = numbers(q_count, false), statistics = numbers(2 * q_count, false);
-  Numbers dq = numbers(int64_t(q.size()), false), dk = numbers(int64_t(k.size()), false);
-  Numbers dv = numbers(int64_t(v.size()), false), dbias = numbers(int64_t(bias.size()), false);
-  const double scale = 0.3;
-
-  FastattnAttention a{};
-  a.team = {c.threads, nullptr};
-  a.q = view(q, kQHeads, c.q_len, c.head_dim);
-  a.k = view(k, kKvHeads, c.kv_len, c.head_dim);
-  a.v = view(v, kKvHeads, c.kv_len, c.v_dim);
-  a.out = view(out, kQHeads, c.q_len, c.v_dim);
-  a.lse = lse.data();
-  a.statistics = statistics.data();
-  a.batch = kBatch, a.q_heads = kQHeads, a.kv_heads = kKvHeads, a.q_len = c.q_len, a.kv_len = c.kv_len;
-  a.head_dim = c.head_dim, a.v_dim = c.v_dim, a.left = c.left, a.right = c.right;
-  a.scale = scale, a.softcap = c.softcap;
-  FastattnOperands o{};
-  FastattnGradients g{};
-  if (c.bias) {
-    o.bias = {bias.data(), {0, c.q_len * c.kv_len, c.kv_len, 1}};
-    o.bias_size[0] = 1, o.bias_size[1] = kQHeads, o.bias_size[2] = c.q_len, o.bias_size[3] = c.kv_len;
-    g.dbias = dbias.data();
-  }
-  g.dout = view(dout, kQHeads, c.q_len, c.v_dim);
-  g.dq = view(dq, kQHeads, c.q_len, c.head_dim);
-  g.dk = view(dk, kKvHeads, c.kv_len, c.head_dim);
-  g.dv = view(dv, kKvHeads, c.kv_len, c.v_dim);
-  if (fastattn_cpu_forward(&a, &o) != 0 || fastattn_cpu_backward(&a, &o, &g) != 0) {
-    std::printf("refused: %s\n", fastattn_cpu_last_error());
-    return false;
-  }
-
-  using Doubles = std::vector<double>;
-  Doubles out2(out.size()), dq2(q.size()), dk2(k.size()), dv2(v.size()), dbias2(bias.size());
-  Doubles s(static_cast<size_t>(c.kv_len)), slope(static_cast<size_t>(c.kv_len)), dp(static_cast<size_t>(c.kv_len));
-  for (int64_t b = 0; b < kBatch; b++) {
-    for (int64_t h = 0; h < kQHeads; h++) {
-      for (int64_t i = 0; i < c.q_len; i++) {
-        const int64_t row = (b * kQHeads + h) * c.q_len + i;
-        const int64_t first = (b * kKvHeads + h / (kQHeads / kKvHeads)) * c.kv_len;
-        double top = -INFINITY, sum = 0.0, delta = 0.0;
-        for (int64_t j = 0; j < c.kv_len; j++) {
-          const bool seen = (c.left == FASTATTN_OPEN || j >= i - c.left) && (c.right == FASTATTN_OPEN || j <= i + c.right);
-          double x = 0.0;
-          for (int64_t d = 0; d < c.head_dim; d++) x += double(q[row * c.head_dim + d]) * k[(first + j) * c.head_dim + d];
-          x *= scale, slope[j] = 1.0;
-          if (c.softcap > 0.0) {
-            const double t = std::tanh(x / c.softcap);
-            x = t * c.softcap, slope[j] = 1.0 - t * t;
-          }
-          if (c.bias) x += bias[(h * c.q_len + i) * c.kv_len + j];
-          s[j] = seen ? x : -INFINITY;
-          top = std::fmax(top, s[j]);
-        }
-        if (top == -INFINITY) continue;
-        for (double& x : s) sum += x = std::exp(x - top);
-        for (int64_t j = 0; j < c.kv_len; j++) {
-          s[j] /= sum, dp[j] = 0.0;
-          for (int64_t d = 0; d < c.v_dim; d++) {
-            out2[row * c.v_dim + d] += s[j] * v[(first + j) * c.v_dim + d];
-            dp[j] += double(dout[row * c.v_dim + d]) * v[(first + j) * c.v_dim + d];
-            dv2[(first + j) * c.v_dim + d] += s[j] * dout[row * c.v_dim + d];
-          }
-          delta += s[j] * dp[j];
-        }
-        for (int64_t j = 0; j < c.kv_len; j++) {
-          const double ds = s[j] * (dp[j] - delta);
-          if (c.bias) dbias2[(h * c.q_len + i) * c.kv_len + j] += ds;
-          for (int64_t d = 0; d < c.head_dim; d++) {
-            dq2[row * c.head_dim + d] += scale * ds * slope[j] * k[(first + j) * c.head_dim + d];
-            dk2[(first + j) * c.head_dim + d] += scale * ds * slope[j] * q[row * c.head_dim + d];
-          }
-        }
-      }
-    }
-  }
-  return same("out", out, out2, c) & same("dq", dq, dq2, c) & same("dk", dk, dk2, c) & same("dv", dv, dv2, c) &
-         (!c.bias || same("dbias", dbias, dbias2, c));
-}
-
-// Appends all but the first `held` keys to a cache, paged or not, then decodes, both in `dtype`. A number of half precision
-// is stored as the upper half of a float (bfloat16), or is a small integer (float16 too).
-struct CacheCase {
-  int64_t dtype, q_len, held, added, head_dim, v_dim, page_size, threads;
-};
-
+// Of a number that float16 has too.
 uint16_t half(float x, int64_t dtype) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -159,21 +52,135 @@ float whole(uint16_t x, int64_t dtype) {
   return value;
 }
 
-// The elements of a tensor of `dtype`, in memory exactly as large; numbers are eighths, which every dtype has.
+// The elements of a tensor of `dtype`, in memory exactly as large: eighths, which every dtype has, or NaN.
 struct Elements {
   int64_t dtype;
   Numbers wide;
   std::vector<uint16_t> narrow;
 
-  Elements(int64_t dtype, int64_t count) : dtype(dtype) {
+  Elements(int64_t dtype, int64_t count, bool random = true) : dtype(dtype) {
     for (int64_t i = 0; i < count; i++) {
-      const float x = std::floor(random_number() * 8.0f) / 8.0f;
+      const float x = random ? std::floor(random_number() * 8.0f) / 8.0f : NAN;
       dtype == FASTATTN_FLOAT32 ? wide.push_back(x) : narrow.push_back(half(x, dtype));
     }
     wide.shrink_to_fit(), narrow.shrink_to_fit();
   }
   void* data() { return dtype == FASTATTN_FLOAT32 ? static_cast<void*>(wide.data()) : narrow.data(); }
+  int64_t count() const { return int64_t(wide.size() + narrow.size()); }
   double at(int64_t i) const { return dtype == FASTATTN_FLOAT32 ? wide[i] : whole(narrow[i], dtype); }
+};
+
+FastattnView view(Elements& x, int64_t heads, int64_t length, int64_t width) {
+  return {x.data(), {heads * length * width, length * width, width, 1}};
+}
+
+// What a result may be off by: 1e-5, or an eps of half precision.
+double unit(int64_t dtype) {
+  return dtype == FASTATTN_FLOAT32 ? 1e-5 : dtype == FASTATTN_FLOAT16 ? 1.0 / 1024 : 1.0 / 128;
+}
+
+bool same(const char* name, const Elements& ours, const std::vector<double>& theirs, const Case& c) {
+  double largest = 1.0, error = 0.0;
+  for (int64_t i = 0; i < ours.count(); i++) {
+    largest = std::fmax(largest, std::fabs(theirs[i]));
+    const double difference = std::fabs(ours.at(i) - theirs[i]);
+    error = difference <= error ? error : difference;  // NaN counts
+  }
+  if (error <= unit(c.dtype) * largest) return true;
+  std::printf("%s in dtype %lld of Lq=%lld Lk=%lld D=%lld Dv=%lld: error %g\n", name, (long long)c.dtype, (long long)c.q_len, (long long)c.kv_len,
+              (long long)c.head_dim, (long long)c.v_dim, error);
+  return false;
+}
+
+bool check(const Case& c) {
+  const int64_t q_count = kBatch * kQHeads * c.q_len, k_count = kBatch * kKvHeads * c.kv_len;
+  Elements q(c.dtype, q_count * c.head_dim), k(c.dtype, k_count * c.head_dim), v(c.dtype, k_count * c.v_dim);
+  Elements dout(c.dtype, q_count * c.v_dim), out(c.dtype, q_count * c.v_dim, false);
+  Elements dq(c.dtype, q.count(), false), dk(c.dtype, k.count(), false), dv(c.dtype, v.count(), false);
+  Elements bias(FASTATTN_FLOAT32, kQHeads * c.q_len * c.kv_len), dbias(FASTATTN_FLOAT32, bias.count(), false);
+  Numbers lse = numbers(q_count, false), statistics = numbers(2 * q_count, false);
+  const double scale = 0.3;
+
+  FastattnAttention a{};
+  a.team = {c.threads, nullptr};
+  a.q = view(q, kQHeads, c.q_len, c.head_dim);
+  a.k = view(k, kKvHeads, c.kv_len, c.head_dim);
+  a.v = view(v, kKvHeads, c.kv_len, c.v_dim);
+  a.out = view(out, kQHeads, c.q_len, c.v_dim);
+  a.lse = lse.data();
+  a.statistics = statistics.data();
+  a.dtype = c.dtype;
+  a.batch = kBatch, a.q_heads = kQHeads, a.kv_heads = kKvHeads, a.q_len = c.q_len, a.kv_len = c.kv_len;
+  a.head_dim = c.head_dim, a.v_dim = c.v_dim, a.left = c.left, a.right = c.right;
+  a.scale = scale, a.softcap = c.softcap;
+  FastattnOperands o{};
+  FastattnGradients g{};
+  if (c.bias) {
+    o.bias = {bias.data(), {0, c.q_len * c.kv_len, c.kv_len, 1}};
+    o.bias_size[0] = 1, o.bias_size[1] = kQHeads, o.bias_size[2] = c.q_len, o.bias_size[3] = c.kv_len;
+    o.bias_dtype = FASTATTN_FLOAT32;
+    g.dbias = dbias.data();
+  }
+  g.dout = view(dout, kQHeads, c.q_len, c.v_dim);
+  g.dq = view(dq, kQHeads, c.q_len, c.head_dim);
+  g.dk = view(dk, kKvHeads, c.kv_len, c.head_dim);
+  g.dv = view(dv, kKvHeads, c.kv_len, c.v_dim);
+  if (fastattn_cpu_forward(&a, &o) != 0 || fastattn_cpu_backward(&a, &o, &g) != 0) {
+    std::printf("refused: %s\n", fastattn_cpu_last_error());
+    return false;
+  }
+
+  using Doubles = std::vector<double>;
+  Doubles out2(q_count * c.v_dim), dq2(q.count()), dk2(k.count()), dv2(v.count()), dbias2(bias.count());
+  Doubles s(static_cast<size_t>(c.kv_len)), slope(static_cast<size_t>(c.kv_len)), dp(static_cast<size_t>(c.kv_len));
+  for (int64_t b = 0; b < kBatch; b++) {
+    for (int64_t h = 0; h < kQHeads; h++) {
+      for (int64_t i = 0; i < c.q_len; i++) {
+        const int64_t row = (b * kQHeads + h) * c.q_len + i;
+        const int64_t first = (b * kKvHeads + h / (kQHeads / kKvHeads)) * c.kv_len;
+        double top = -INFINITY, sum = 0.0, delta = 0.0;
+        for (int64_t j = 0; j < c.kv_len; j++) {
+          const bool seen = (c.left == FASTATTN_OPEN || j >= i - c.left) && (c.right == FASTATTN_OPEN || j <= i + c.right);
+          double x = 0.0;
+          for (int64_t d = 0; d < c.head_dim; d++) x += q.at(row * c.head_dim + d) * k.at((first + j) * c.head_dim + d);
+          x *= scale, slope[j] = 1.0;
+          if (c.softcap > 0.0) {
+            const double t = std::tanh(x / c.softcap);
+            x = t * c.softcap, slope[j] = 1.0 - t * t;
+          }
+          if (c.bias) x += bias.at((h * c.q_len + i) * c.kv_len + j);
+          s[j] = seen ? x : -INFINITY;
+          top = std::fmax(top, s[j]);
+        }
+        if (top == -INFINITY) continue;
+        for (double& x : s) sum += x = std::exp(x - top);
+        for (int64_t j = 0; j < c.kv_len; j++) {
+          s[j] /= sum, dp[j] = 0.0;
+          for (int64_t d = 0; d < c.v_dim; d++) {
+            out2[row * c.v_dim + d] += s[j] * v.at((first + j) * c.v_dim + d);
+            dp[j] += dout.at(row * c.v_dim + d) * v.at((first + j) * c.v_dim + d);
+            dv2[(first + j) * c.v_dim + d] += s[j] * dout.at(row * c.v_dim + d);
+          }
+          delta += s[j] * dp[j];
+        }
+        for (int64_t j = 0; j < c.kv_len; j++) {
+          const double ds = s[j] * (dp[j] - delta);
+          if (c.bias) dbias2[(h * c.q_len + i) * c.kv_len + j] += ds;
+          for (int64_t d = 0; d < c.head_dim; d++) {
+            dq2[row * c.head_dim + d] += scale * ds * slope[j] * k.at((first + j) * c.head_dim + d);
+            dk2[(first + j) * c.head_dim + d] += scale * ds * slope[j] * q.at(row * c.head_dim + d);
+          }
+        }
+      }
+    }
+  }
+  return same("out", out, out2, c) & same("dq", dq, dq2, c) & same("dk", dk, dk2, c) & same("dv", dv, dv2, c) &
+         (!c.bias || same("dbias", dbias, dbias2, c));
+}
+
+// Appends all but the first `held` keys to a cache, paged or not, then decodes, both in `dtype`.
+struct CacheCase {
+  int64_t dtype, q_len, held, added, head_dim, v_dim, page_size, threads;
 };
 
 bool check_cache(const CacheCase& c) {
@@ -214,7 +221,6 @@ bool check_cache(const CacheCase& c) {
     std::printf("refused: %s\n", fastattn_cpu_last_error());
     return false;
   }
-  const double unit = c.dtype == FASTATTN_FLOAT32 ? 1e-5 : c.dtype == FASTATTN_FLOAT16 ? 1.0 / 1024 : 1.0 / 128;
   double error = 0.0;
   for (int64_t b = 0; b < kBatch; b++) {
     for (int64_t h = 0; h < kQHeads; h++) {
@@ -248,7 +254,7 @@ bool check_cache(const CacheCase& c) {
       }
     }
   }
-  if (error <= unit) return true;
+  if (error <= unit(c.dtype)) return true;
   std::printf("decode in dtype %lld, Lq=%lld Lk=%lld page %lld: error %g\n", (long long)c.dtype, (long long)c.q_len,
               (long long)length, (long long)c.page_size, error);
   return false;
@@ -258,13 +264,12 @@ bool check_cache(const CacheCase& c) {
 
 int main() {
   constexpr int64_t open = FASTATTN_OPEN;
-  const Case cases[] = {
-      {1, 1, 1, 1, open, open, 0.0, false, 1},    {65, 100, 40, 24, open, 0, 0.0, true, 3},
-      {130, 257, 33, 7, 70, 5, 2.0, false, 3},    {17, 300, 64, 64, open, open, 0.0, true, 2},
-      {200, 60, 16, 48, open, 0, 5.0, true, 3},   {70, 33, 8, 129, 3, -2, 0.0, false, 2},
-  };
   bool good = true;
-  for (const Case& c : cases) good &= check(c);
+  for (const int64_t dtype : {FASTATTN_FLOAT32, FASTATTN_BFLOAT16}) {
+    good &= check({dtype, 1, 1, 1, 1, open, open, 0.0, false, 1}) & check({dtype, 65, 100, 40, 24, open, 0, 0.0, true, 3}) &
+            check({dtype, 130, 257, 33, 7, 70, 5, 2.0, false, 3}) & check({dtype, 17, 300, 64, 64, open, open, 0.0, true, 2}) &
+            check({dtype, 200, 60, 16, 48, open, 0, 5.0, true, 3}) & check({dtype, 70, 33, 8, 129, 3, -2, 0.0, false, 2});
+  }
   for (const int64_t dtype : {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16}) {
     good &= check_cache({dtype, 1, 700, 1, 64, 64, 0, 3}) & check_cache({dtype, 3, 90, 5, 40, 24, 16, 2});
   }

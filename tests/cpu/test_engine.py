@@ -182,7 +182,7 @@ def test_workers_of_a_data_loader():
 # --- Instruction sets ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "wide"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "wide"])
 def variant(request):
     library = cpu_library.load()
     before = library.fastattn_cpu_variant()

@@ -1,0 +1,165 @@
+// What products are made of: elements in the compute type, or pairs of bfloat16 where the processor multiplies those.
+//
+// `Multiply` has one element in a lane. `Dot` has two, of steps side by side, and a sum in float takes both products at
+// once: twice the rate, and half of the memory. What is summed over decides which two: along a row (`read`, `round_rows`)
+// or from two rows (`read_steps`, `round_steps`).
+#pragma once
+
+#include "pack.h"
+
+#if defined(__AVX512BF16__) || defined(FASTATTN_EMULATE_DOTS)
+#define FASTATTN_DOTS 1
+#else
+#define FASTATTN_DOTS 0
+#endif
+
+namespace fastattn::cpu::FASTATTN_VARIANT {
+namespace {
+
+template <class T>
+struct Multiply {
+  static constexpr int kParts = 1;
+
+  static Vec<T> add(Vec<T> sum, T weight, Vec<T> row) { return sum + weight * row; }
+
+  static T part(T lane, int) { return lane; }
+
+  static bool read(const Rows<T>& rows, int64_t row, int64_t count, T* to, int64_t padded) {
+    return rows.read(row, count, to, padded);
+  }
+
+  static bool read_steps(const Rows<T>& rows, int64_t row, int64_t count, T* to, int64_t padded) {
+    return rows.read(row, count, to, padded);
+  }
+};
+
+#if FASTATTN_DOTS
+struct Dot {
+  static constexpr int kParts = 2;
+
+  static Vec<float> add(Vec<float> sum, float weight, Vec<float> row) {
+    const uint32_t pair = bits_of(weight);
+#if defined(__AVX512BF16__)
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(pair)), (__m512bh)row);
+#else
+    const VecBits bits = (VecBits)row, weights = VecBits{} + pair;
+    sum += (Vec<float>)(weights << 16) * (Vec<float>)(bits << 16);
+    return sum + (Vec<float>)(weights & kHigh) * (Vec<float>)(bits & kHigh);
+#endif
+  }
+
+  static float part(float lane, int number) {
+    const uint32_t bits = number == 0 ? bits_of(lane) << 16 : bits_of(lane) & kHigh;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+
+  // Side by side: (count, padded) lanes. Returns whether there is a NaN or an infinity.
+  static bool read(const Rows<float>& rows, int64_t row, int64_t count, float* to, int64_t padded) {
+    PoisonCheck<float> poison;
+    const Placement place = rows.place;
+    for (int64_t r = row; r < row + count; r++, to += padded) {
+      const bfloat16* from = source(rows, r);
+      bfloat16* elements = reinterpret_cast<bfloat16*>(to);
+      if (place.step == 1) {
+        prefetch(from + kRowsAhead * place.stride, place.width);
+        std::memcpy(elements, from, size_t(place.width) * sizeof *from);
+      } else {
+        for (int64_t i = 0; i < place.width; i++) elements[i] = from[i * place.step];
+      }
+      std::memset(elements + place.width, 0, size_t(2 * padded - place.width) * sizeof *from);
+      for (int64_t i = 0; i < padded; i += kLanes<float>) add_pairs(poison, (VecBits)load(to + i));
+    }
+    return poison.found();
+  }
+
+  // Rows in twos: (count / 2, padded) lanes, each the elements of a column in both.
+  static bool read_steps(const Rows<float>& rows, int64_t row, int64_t count, float* to, int64_t padded) {
+    PoisonCheck<float> poison;
+    const Placement place = rows.place;
+    for (int64_t r = row; r < row + count; r += 2, to += padded) {
+      const bfloat16* low = source(rows, r);
+      const bfloat16* high = r + 1 < row + count ? source(rows, r + 1) : nullptr;
+      int64_t i = 0;
+      if (place.step == 1) {
+        prefetch(low + kRowsAhead * place.stride, place.width);
+        prefetch(low + (kRowsAhead + 1) * place.stride, place.width);
+        for (; i + kLanes<float> <= place.width; i += kLanes<float>) {
+          const VecBits second = high == nullptr ? VecBits{} : load_bits(&high[i].bits);
+          store(to + i, (Vec<float>)(load_bits(&low[i].bits) | second << 16));
+        }
+      }
+      for (; i < padded; i++) {
+        uint32_t pair = 0;
+        if (i < place.width) {
+          pair = low[i * place.step].bits | (high == nullptr ? 0 : uint32_t(high[i * place.step].bits) << 16);
+        }
+        std::memcpy(to + i, &pair, sizeof pair);
+      }
+      for (i = 0; i < padded; i += kLanes<float>) add_pairs(poison, (VecBits)load(to + i));
+    }
+    return poison.found();
+  }
+
+  // Elements `begin .. end` of a row, whole vectors, to pairs along the row; `to` may be `from`.
+  static void round_row(const float* from, int begin, int end, float* to) {
+    for (int i = begin; i < end; i += kLanes<float>) {
+      store_narrow(reinterpret_cast<bfloat16*>(to) + i, load(from + i));
+    }
+  }
+
+  // Elements `begin .. end` of two rows, whole vectors, to pairs of a column; `second` may be null, for zeros, and `to` may
+  // be `first`.
+  static void round_rows(const float* first, const float* second, int begin, int end, float* to) {
+    for (int i = begin; i < end; i += kLanes<float>) {
+      store(to + i, pairs(load(first + i), second == nullptr ? Vec<float>{} : load(second + i)));
+    }
+  }
+
+ private:
+  static constexpr uint32_t kHigh = 0xffff0000u;
+
+  static uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+  }
+
+  static const bfloat16* source(const Rows<float>& rows, int64_t row) {
+    return static_cast<const bfloat16*>(rows.data) + rows.base + row * rows.place.stride;
+  }
+
+  static void prefetch(const bfloat16* from, int64_t width) {
+    for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof *from)) __builtin_prefetch(from + i);
+  }
+
+  static void add_pairs(PoisonCheck<float>& poison, VecBits bits) {
+    poison.add((Vec<float>)(bits & kHigh));
+    poison.add((Vec<float>)(bits << 16));
+  }
+
+  // Lanes of a in the low halves, of b in the high ones.
+  static Vec<float> pairs(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512BF16__)
+    const __m512i order = (__m512i)(VecBits{0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                                            0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f});
+    return (Vec<float>)_mm512_maskz_permutexvar_epi16(~0u, order, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+#else
+    bfloat16 low[kLanes<float>], high[kLanes<float>];
+    store_narrow(low, a);
+    store_narrow(high, b);
+    return (Vec<float>)(load_bits(&low->bits) | load_bits(&high->bits) << 16);
+#endif
+  }
+};
+#endif
+
+// Lanes for so many steps.
+template <class Step>
+constexpr int64_t lanes_for(int64_t steps) {
+  return (steps + Step::kParts - 1) / Step::kParts;
+}
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_VARIANT
