@@ -2,17 +2,21 @@
 
 from fastattn.distributed.context import context_parallel_attention, explain
 from fastattn.distributed.cost import Choice, Cost, Link
-from fastattn.distributed.shards import positions, shard, unshard
+from fastattn.distributed.models import ContextParallel, context_parallel
+from fastattn.distributed.shards import positions, shard, shard_batch, unshard
 from fastattn.distributed.tensor_parallel import tensor_parallel_plan
 
 __all__ = [
     "Choice",
+    "ContextParallel",
     "Cost",
     "Link",
+    "context_parallel",
     "context_parallel_attention",
     "explain",
     "positions",
     "shard",
+    "shard_batch",
     "tensor_parallel_plan",
     "unshard",
 ]

@@ -93,14 +93,24 @@ class Peers:
         """`start`, and wait."""
         self.start(sends, receives).wait()
 
+    def gather(self, own: Tensor, sizes: list[int] | None = None) -> list[Tensor]:
+        """What every rank has, on every rank, in their order.
+
+        ``own``: contiguous, one dimension; of the same length on every rank, unless ``sizes`` says each one's.
+        """
+        found = [own if r == self.rank else own.new_empty(sizes[r] if sizes else len(own)) for r in range(self.size)]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        self.exchange(
+            [Message(own, rank) for rank in others if own.numel()],
+            [Message(found[rank], rank) for rank in others if found[rank].numel()],
+        )
+        return found
+
     def headers(self, numbers: list[int], text: str) -> list[tuple[list[int], str]]:
         """What every rank says of its call: some numbers, and a text of at most 480 bytes of UTF-8."""
         raw = text.encode()[:_TEXT].ljust(_TEXT, b"\0")
         own = torch.tensor([*numbers, *raw], dtype=torch.int64, device=self._device)
-        all_headers = [own if rank == self.rank else torch.empty_like(own) for rank in range(self.size)]
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        self.exchange([Message(own, rank) for rank in others], [Message(all_headers[rank], rank) for rank in others])
-        values = torch.stack(all_headers).tolist()
+        values = torch.stack(self.gather(own)).tolist()
         return [
             (row[: len(numbers)], bytes(row[len(numbers) :]).rstrip(b"\0").decode(errors="ignore")) for row in values
         ]

@@ -183,13 +183,18 @@ def _agree(
     return _Call(peers, spec, rows, keys, sizes, _choose(sizes, link or Link(), strategy, spec), seed)
 
 
+def check_how(strategy: str | None, balance: str) -> None:
+    """Raise ValueError unless there are such."""
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
+    check_balance(balance)
+
+
 def _check(
     q: Tensor, k: Tensor, v: Tensor, peers: Peers, strategy: str | None, balance: str, backend: str | None,
     options: dict[str, Any],
 ) -> AttentionSpec:  # fmt: skip
-    if strategy is not None and strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
-    check_balance(balance)
+    check_how(strategy, balance)
     if isinstance(options["q_offset"], Tensor):
         raise TypeError("q_offset: expected an int or None where the sequence is divided, got a Tensor")
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]

@@ -1,10 +1,13 @@
 """A batch cut among the ranks of a mesh dimension, and put together again."""
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastattn.distributed.comm import Message, Peers
+from fastattn.distributed.comm import Peers
 from fastattn.distributed.layout import Balance, check_balance, length_of, pieces
 from fastattn.distributed.ring import placed
 
@@ -71,14 +74,54 @@ def unshard(
                 f"balance={balance!r}, got {lengths[rank]}"
             )
     x = x.movedim(dim, 0).contiguous()
-    parts = [x if rank == peers.rank else x.new_empty((lengths[rank], *x.shape[1:])) for rank in range(peers.size)]
-    others = [rank for rank in range(peers.size) if rank != peers.rank]
-    peers.exchange(
-        [Message(x, rank) for rank in others if x.numel()],
-        [Message(parts[rank], rank) for rank in others if parts[rank].numel()],
-    )
+    raw = x.view(torch.uint8) if x.dtype == torch.bool else x  # which gloo does not send
+    each = math.prod(raw.shape[1:])
+    parts = peers.gather(raw.view(-1), [length * each for length in lengths])
     whole = x.new_empty((sum(lengths), *x.shape[1:]))
     for part, own in zip(parts, cut, strict=True):
         for where, piece in placed(own):
-            whole[piece.positions] = part[where]
+            whole[piece.positions] = part.view(-1, *x.shape[1:])[where].view(x.dtype)
     return whole.movedim(0, dim)
+
+
+def shard_batch(
+    batch: Mapping[str, Tensor], *, mesh: DeviceMesh, dim: int = 1, balance: Balance = "contiguous"
+) -> dict[str, Tensor]:
+    """This rank's part of a batch that every rank has, for a model inside of `context_parallel`; no messages.
+
+    Args:
+        batch: the model's arguments by name; each has its tokens in ``dim``.
+        mesh, balance: as in `shard`.
+        dim: that of the tokens.
+
+    Returns:
+        A part of each. With ``input_ids``, as the models of transformers take them, also ``position_ids``, and with
+        ``labels`` ``shift_labels`` and ``num_items_in_batch``: those models count and shift for themselves, and know
+        nothing of shards. The mean of the ranks' losses is then the loss, and that of their gradients its gradient.
+
+    Raises:
+        ValueError: tensors of different lengths.
+    """
+    lengths = {name: x.shape[dim] for name, x in batch.items()}
+    if len({*lengths.values()}) > 1:
+        raise ValueError(f"batch: expected the same length in dimension {dim} of each, got {lengths}")
+    whole = dict(batch)
+    if "input_ids" in batch:
+        tokens = batch["input_ids"]
+        if "position_ids" not in batch:
+            whole["position_ids"] = torch.arange(tokens.shape[dim], device=tokens.device).expand_as(tokens)
+        if "labels" in batch:
+            whole["shift_labels"] = next_labels(batch["labels"])
+    parts = {name: shard(x, mesh=mesh, dim=dim, balance=balance) for name, x in whole.items()}
+    if "shift_labels" in whole:
+        parts["num_items_in_batch"] = (whole["shift_labels"] != IGNORED).sum() / mesh.size()
+    return parts
+
+
+IGNORED = -100
+"""A label that has no loss, PyTorch's default."""
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """The label behind that of each token; `IGNORED` behind the last. labels: whole, (..., L)."""
+    return torch.nn.functional.pad(labels[..., 1:], (0, min(labels.shape[-1], 1)), value=IGNORED)

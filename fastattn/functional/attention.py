@@ -9,7 +9,7 @@ from torch import Tensor
 from fastattn import backends, ops
 from fastattn.backends import Explanation
 from fastattn.block_mask import BlockMask
-from fastattn.functional import keywords, remembered
+from fastattn.functional import divided, keywords, remembered
 from fastattn.spec import AttentionSpec, make_spec
 
 Backend = Literal["triton", "cuda", "cpu", "torch", "reference"]
@@ -95,6 +95,12 @@ def attention(
     """
     if unknown:
         keywords.refuse(attention, unknown)
+    if (division := divided.current()) is not None:
+        return division.attention(
+            q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, block_mask=block_mask, bias=bias,
+            alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
+            return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     key = None
     if (
         window is block_mask is bias is alibi_slopes is softcap is sinks is backend is None
@@ -195,6 +201,7 @@ def attention_varlen(
     """
     if unknown:
         keywords.refuse(attention_varlen, unknown)
+    divided.refuse("cu_seqlens_q", "packed sequences")
     spec = _varlen_spec(
         q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), seqused_k=seqused_k, causal=causal,
         q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
@@ -316,7 +323,8 @@ def scaled_dot_product_attention(
     if unknown:
         keywords.refuse(scaled_dot_product_attention, unknown)
     known = None
-    if type(dropout_p) is float and dropout_p == 0.0:
+    division = divided.current()
+    if division is None and type(dropout_p) is float and dropout_p == 0.0:
         known, out = remembered.attention(query, key, value, attn_mask, is_causal, 0, scale, enable_gqa)
         if out is not None:
             return out
@@ -337,6 +345,10 @@ def scaled_dot_product_attention(
             raise TypeError(
                 f"attn_mask.dtype: expected bool (True takes part) or a floating-point dtype, got {attn_mask.dtype}"
             )
+    if division is not None:
+        options: Any = {"causal": is_causal, "q_offset": 0, "scale": scale, "dropout_p": dropout_p}
+        out = division.attention(query, key, value, mask=mask, bias=bias, **options)
+        return out if leading is None else out.reshape(*leading, *out.shape[-2:])
     spec = make_spec(
         query, key, value, causal=is_causal, q_offset=0, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p,
         names=_NAMES,

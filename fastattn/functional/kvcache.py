@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastattn import backends, ops
 from fastattn.backends import Explanation
-from fastattn.functional import keywords
+from fastattn.functional import divided, keywords
 from fastattn.functional.attention import Backend
 from fastattn.spec import make_cache_spec
 from fastattn.spec.cache import PAGE_MULTIPLE as PAGE_MULTIPLE
@@ -89,6 +89,7 @@ def attention_with_kvcache(
     """
     if unknown:
         keywords.refuse(attention_with_kvcache, unknown)
+    divided.refuse("k_cache", "a KV cache")
     spec = make_cache_spec(
         q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, causal=causal, window=window,
         softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits,

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.library import Library
 
 from fastattn import backends, ops
+from fastattn.functional import divided
 from fastattn.functional.attention import Backend
 from fastattn.spec import AttentionSpec, make_spec
 
@@ -60,6 +61,7 @@ class _Flash:
         return {"CUDA": cuda} if self.backend is None else {"CUDA": cuda, "CPU": cpu}
 
     def _forward(self, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+        divided.refuse("query", "PyTorch's function under fastattn.activate(); call fastattn's own")
         seed = ops.draw_seed(spec.q.device) if spec.dropout_p > 0.0 else None
         call = ops.Forward(
             spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backends.choose(spec, self.backend)

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from fastattn.functional import attention
+from fastattn.functional import attention, divided
 from fastattn.integrations.huggingface_eager import attention_with_weights, weights_are_collected
-from fastattn.integrations.huggingface_mask import PatternMask, hands_masks_on, pattern_mask
+from fastattn.integrations.huggingface_mask import PatternMask, hands_masks_on, pattern_mask, without_packing
 
 NAME = "fastattn"
 
@@ -26,7 +26,7 @@ NAME = "fastattn"
 _NOT_FOR_ATTENTION = frozenset(
     {
         "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "position_ids",
-        "return_dict", "seq_idx", "use_cache",
+        "return_dict", "seq_idx", "shift_labels", "use_cache",
     }
 )
 # fmt: on
@@ -134,12 +134,17 @@ def mask(
     config = kwargs.get("config")
     declared = config is None or hands_masks_on(config)
     function: Any = masking_utils.causal_mask_function if mask_function is None else mask_function
+    if (division := divided.current()) is not None:
+        function = without_packing(function)
     dense = use_vmap or is_tracing(q_offset if isinstance(q_offset, Tensor) else attention_mask)
     if declared and not dense:
         found = pattern_mask(
             batch_size, q_length, kv_length, int(q_offset), kv_offset, function, attention_mask, device
         )
-        return None if allow_is_bidirectional_skip and _forbids_nothing(attention_mask, kwargs, kv_length) else found
+        if not allow_is_bidirectional_skip:
+            return found
+        length = kv_length if division is None else division.whole(kv_length)
+        return None if _forbids_nothing(attention_mask, kwargs, length) else found
     make: Any = masking_utils.sdpa_mask if declared else masking_utils.eager_mask
     return make(
         batch_size=batch_size,
@@ -258,7 +263,8 @@ def _implied(q_len: int, kv_len: int, is_causal: bool, sliding_window: int | Non
     if is_causal:
         window = None if sliding_window is None else (sliding_window - 1, 0)
         return {"causal": True, "window": window, "q_offset": 0 if q_len > 1 else kv_len - 1}  # one query is the newest
-    if sliding_window is not None and max(q_len, kv_len) > sliding_window:
+    division, longest = divided.current(), max(q_len, kv_len)
+    if sliding_window is not None and (longest if division is None else division.whole(longest)) > sliding_window:
         # models differ in what a window means to both sides: the mask says it
         raise ValueError(
             f"attention_mask: expected a mask where sliding_window == {sliding_window} is shorter than the sequence "

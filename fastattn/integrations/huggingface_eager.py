@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.functional import divided
+
 
 def weights_are_collected() -> bool:
     """Whether ``output_attentions=True`` was asked of a model that does not tell its attention layers."""
@@ -28,6 +30,7 @@ def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, options: d
     Returns:
         (B, Hq, Lq, Dv), and the weights after dropout (B, Hq, Lq, Lk).
     """
+    divided.refuse("output_attentions", "True")
     if not torch.compiler.is_compiling():
         _warn()
     groups = query.shape[1] // key.shape[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastattn.block_mask import BLOCK, BlockMask
+from fastattn.functional import divided
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Batch entry, head, query and key, each an index tensor, to a bool tensor to which they broadcast."""
@@ -89,6 +90,7 @@ class PatternMask(Tensor):
         """Arguments of `fastattn.attention` that say what the mask says."""
         if self._plain is not None:
             return self._plain
+        divided.refuse("attention_mask", "padding, or another pattern than causal order and a window")
         if self.shape[2] <= BLOCK:  # one row of tiles: as small as it gets
             return {"mask": self.dense()}
         shape: Any = tuple(self.shape)
@@ -152,6 +154,17 @@ def pattern_mask(
         plain["q_offset"] = q_offset - kv_offset
     shape = (batch_size, 1, q_length, kv_length)
     return PatternMask(shape, torch.device(device), predicate, plain)
+
+
+def without_packing(mask_function: Predicate) -> Predicate:
+    """Without what transformers takes for packed sequences: the jumps of ``position_ids`` where shards meet."""
+    from transformers import masking_utils as own
+
+    parts = _enclosed(mask_function, own.and_masks()).get("mask_functions", ())
+    if len(parts) != 2:
+        return mask_function
+    remap: Any = own.remap_positions_for_packed_sequence
+    return _enclosed(parts[1], remap(None, None)).get("mask_function", mask_function)
 
 
 def _plain(mask_function: Predicate) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.functional import attention
+from fastattn.functional import attention, divided
 from fastattn.nn.cache import KVCache
 from fastattn.nn.tracing import fx_leaf, refuse_torchscript
 
@@ -341,6 +341,7 @@ def _attention_with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     """Attention that returns its weights (N, H, L, S), hence unfused. Dropout draws what torch.nn's layer draws."""
+    divided.refuse("need_weights", "True")
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, H, L, S)
     if mask is not None:
         additive = _additive(mask, scores.dtype)

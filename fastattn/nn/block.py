@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import _check as check
-from fastattn.functional import attention, attention_varlen
+from fastattn.functional import attention, attention_varlen, divided
 from fastattn.nn.cache import KVCache
 from fastattn.nn.config import TransformerConfig
 from fastattn.nn.position import ALiBi, RoPE, rotate
@@ -229,4 +229,6 @@ def positions(x: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None
         return index - cu_seqlens[sequence]
     if cache is not None:
         return cache.positions(x.shape[1])
+    if (division := divided.current()) is not None:
+        return division.positions(x.shape[1], x.device)[None]
     return torch.arange(x.shape[1], device=x.device)[None]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastattn import _check as check
+from fastattn.functional import divided
 from fastattn.nn.block import Block, make_norm, positions
 from fastattn.nn.cache import KVCache, allocate, escaped
 from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig
@@ -83,6 +84,8 @@ class _Stack(nn.Module):
             rotary = rope.tables(positions(x, cu_seqlens, cache), self.config.dim_per_head, x.dtype)
         elif self.position is not None:
             length = x.shape[-2] + (0 if cache is None else cache.length)
+            if cu_seqlens is None and (division := divided.current()) is not None:
+                length = division.whole(length)
             if cu_seqlens is None and length > (most := self.position.table.shape[0]):
                 raise ValueError(f"x: expected at most max_len == {most} positions, got {length}")
             x = x + self.position.at(positions(x, cu_seqlens, cache), x)
@@ -412,6 +415,7 @@ def prefill(model: Callable[..., Tensor], tokens: Tensor, cache: KVCache, length
 
 def last_elements(h: Tensor, lengths: Tensor | None) -> Tensor:
     """The last element of each row of h (N, L, E) before its padding: (N, 1, E)."""
+    divided.refuse("last", "True")
     if lengths is None:
         return h[:, -1:]
     return h[torch.arange(h.shape[0], device=h.device), (lengths - 1).clamp(min=0)][:, None]
@@ -424,9 +428,16 @@ def next_token_loss(logits: Tensor, tokens: Tensor, labels: Tensor, cu_seqlens: 
         raise ValueError(f"labels.shape: expected tokens.shape == {tuple(tokens.shape)}, got {tuple(labels.shape)}")
     if cu_seqlens is not None:  # nothing says what a sequence begins with
         labels = labels.index_fill(0, cu_seqlens[:-1].long().clamp(max=labels.shape[0] - 1), -100)
-    logits, labels = logits[..., :-1, :], labels[..., 1:]
+    division = divided.current()
+    if division is None:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    else:
+        labels = division.next_labels(labels)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=-100)
+    logits, labels = logits.flatten(0, -2), labels.flatten().long()
+    if division is None:
+        return F.cross_entropy(logits, labels, ignore_index=-100)
+    return division.mean(F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), (labels != -100).sum())
 
 
 def padding_mask(
@@ -452,7 +463,7 @@ def padding_mask(
         return value
     if value.is_floating_point() or value.dtype == torch.bool:
         raise TypeError(f"{given[0]}.dtype: expected an integer type, got {value.dtype}")
-    return torch.arange(x.shape[1], device=x.device) < value[:, None]
+    return positions(x) < value[:, None]
 
 
 def _for_keys(keep: Tensor | None) -> Tensor | None:

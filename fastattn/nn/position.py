@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import _check as check
+from fastattn.functional import divided
 
 __all__ = [
     "ALiBi",
@@ -143,9 +144,15 @@ class PositionalEncoding(nn.Module):
             raise ValueError(f"expected x to be 2-D or 3-D with x.shape[-1] == {d_model}, got {tuple(x.shape)}")
         seq_dim = 1 if x.dim() == 3 and self.batch_first else 0
         L = x.shape[seq_dim]
-        if offset < 0 or offset + L > max_len:
-            raise ValueError(f"expected 0 <= offset and offset + length <= max_len == {max_len}, got {offset} + {L}")
-        encoding = self._exact_table(x)[offset : offset + L].to(x.dtype)  # (L, d_model)
+        division = divided.current()
+        whole = L if division is None else division.whole(L)
+        if offset < 0 or offset + whole > max_len:
+            text = f"expected 0 <= offset and offset + length <= max_len == {max_len}, got {offset} + {whole}"
+            raise ValueError(text)
+        if division is None:
+            encoding = self._exact_table(x)[offset : offset + L].to(x.dtype)  # (L, d_model)
+        else:
+            encoding = self.at(division.positions(L, x.device) + offset, x)
         if x.dim() == 3 and not self.batch_first:
             encoding = encoding.unsqueeze(1)  # (L, 1, d_model)
         return self.dropout(x + encoding)

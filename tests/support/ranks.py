@@ -46,7 +46,7 @@ class Ranks:
 
     def __init__(self):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fastattn.distributed", "fastattn.testing", "tests.support.ranks_work"])
+        context.set_forkserver_preload(["fastattn.distributed", "fastattn.testing", "tests.support.ranks_models"])
         self._folder = tempfile.TemporaryDirectory()
         self._processes, self._connections = [], []
         for rank in range(WORLD):

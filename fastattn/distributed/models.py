@@ -1,0 +1,152 @@
+"""Models whose sequence is divided among ranks, without a change of theirs."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from fastattn.distributed.comm import Peers
+from fastattn.distributed.context import check_how, context_parallel_attention
+from fastattn.distributed.cost import Link, Strategy
+from fastattn.distributed.layout import Balance, length_of, pieces
+from fastattn.distributed.shards import next_labels, positions, shard, unshard
+from fastattn.functional import divided
+
+
+def context_parallel(
+    mesh: DeviceMesh,
+    *,
+    strategy: Strategy | None = None,
+    balance: Balance = "contiguous",
+    link: Link | None = None,
+    timeout: float | None = None,
+) -> contextlib.AbstractContextManager[None]:
+    """Inside of ``with``, every call of `fastattn.attention` is `context_parallel_attention` over the ranks of a mesh.
+
+    So are the calls of `fastattn.nn`'s layers, of what `fastattn.convert` made, of `fastattn.compat` and of models of
+    transformers with ``attn_implementation="fastattn"``. Models get this rank's tokens, as `shard` or `shard_batch`
+    cuts them. Layers of `fastattn.nn` count positions in the whole, ``lengths`` too; a mask by keys alone,
+    (B, 1, 1, this rank's keys), is completed. ``CausalLM(tokens, labels=...)`` is the loss of the whole on every rank,
+    and its gradients are to be averaged over the ranks, as data parallelism does. A backward pass that computes anew
+    (activation checkpointing) belongs inside, too. KV caches and attention weights are refused.
+
+    Args:
+        mesh, strategy, balance, link, timeout: as in `context_parallel_attention`.
+
+    Raises:
+        TypeError, ValueError: not such a mesh, strategy or balance.
+    """
+    return divided.entered(_Division(mesh, strategy, balance, link, timeout))
+
+
+class ContextParallel(ParallelStyle):
+    """What `context_parallel` does, as a property of a model: for PyTorch's `parallelize_module`.
+
+    ``parallelize_module(model, mesh["cp"], ContextParallel(balance="zigzag"))``. Every call of the model or of a part
+    of it is then inside, also one by which activation checkpointing computes anew. In place; parameters and state dict
+    stay as they are.
+
+    Args:
+        strategy, balance, link, timeout: as in `context_parallel`.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: Strategy | None = None,
+        balance: Balance = "contiguous",
+        link: Link | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__()
+        self._how = (strategy, balance, link, timeout)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        division = _Division(device_mesh, *self._how)
+
+        def enter(*_: Any) -> None:
+            divided.enter(division)
+
+        def leave(*_: Any) -> None:
+            divided.leave(division)
+
+        for part in (module, *(x for x in module.modules() if x is not module and next(x.children(), None))):
+            part.register_forward_pre_hook(enter)
+            part.register_forward_hook(leave, always_call=True)
+        return module
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _not_compiled(function: _Function) -> _Function:
+    """Messages between processes are no part of a compiled graph: it ends before and goes on behind."""
+    return cast(_Function, torch.compiler.disable(function))
+
+
+class _Division:
+    """`fastattn.functional.divided.Division` by the ranks of a mesh."""
+
+    def __init__(
+        self, mesh: DeviceMesh, strategy: Strategy | None, balance: Balance, link: Link | None, timeout: float | None
+    ) -> None:
+        check_how(strategy, balance)
+        self._peers = Peers(mesh, timeout)
+        self._where: dict[str, Any] = {"mesh": mesh, "balance": balance}
+        self._how = {**self._where, "strategy": strategy, "link": link, "timeout": timeout}
+        self._timeout = timeout
+
+    @_not_compiled
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        if options.pop("block_mask", None) is not None:
+            divided.refuse("block_mask", "a BlockMask")
+        mask = options.get("mask")
+        if isinstance(mask, Tensor) and mask.ndim > 1 and mask.shape[-2] == 1 and mask.shape[-1] in (1, k.shape[2]):
+            own = mask.expand(*mask.shape[:-1], k.shape[2])  # of keys alone, which are this rank's as any tokens are
+            options["mask"] = unshard(own, dim=-1, timeout=self._timeout, **self._where)
+        return context_parallel_attention(q, k, v, **options, **self._how)
+
+    @_not_compiled
+    def whole(self, length: int) -> int:
+        lengths = [numbers[0] for numbers, _ in self._peers.headers([length], "")]
+        expected = [length_of(own) for own in pieces(self._where["balance"], sum(lengths), self._peers.size)]
+        if lengths != expected:
+            raise ValueError(
+                f"tokens: expected {expected} on ranks 0 to {len(lengths) - 1}, as shard cuts them with balance="
+                f"{self._where['balance']!r}, got {lengths}"
+            )
+        return sum(lengths)
+
+    @_not_compiled
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        return positions(self.whole(length), **self._where).to(device)
+
+    @_not_compiled
+    def next_labels(self, labels: Tensor) -> Tensor:
+        whole = unshard(labels, dim=-1, timeout=self._timeout, **self._where)
+        return shard(next_labels(whole), dim=-1, **self._where)
+
+    @_not_compiled
+    def mean(self, total: Tensor, count: Tensor) -> Tensor:
+        own = torch.stack([total.detach().double(), count.double()])
+        totals, counts = torch.stack(self._peers.gather(own)).unbind(1)
+        return _Mean.apply(total, totals.sum() / counts.sum(), self._peers.size / counts.sum())  # pyright: ignore[reportReturnType]
+
+
+class _Mean(torch.autograd.Function):
+    """The mean of the whole, alike on every rank; the gradient of a rank's share, times the number of ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, mean: Tensor, weight: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(weight)
+        return mean.to(total.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weight,) = ctx.saved_tensors
+        return gradient * weight.to(gradient.dtype), None, None

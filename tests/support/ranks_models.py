@@ -1,0 +1,167 @@
+"""What the processes of `tests.support.ranks` are asked to do with models, and what one process computes."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.parallel import parallelize_module
+
+import fastattn
+import fastattn.distributed as fd
+from fastattn.integrations import huggingface
+from fastattn.nn import ALiBi, CausalLM, CausalLMConfig, Encoder, Learned, RoPE, Sinusoidal, TransformerConfig
+
+LENGTH = 23
+MODELS = {
+    "rope": {"position": RoPE(), "num_kv_heads": 2},
+    "learned": {"position": Learned(max_len=LENGTH), "qk_norm": True},
+    "sinusoidal": {"position": Sinusoidal(max_len=LENGTH), "softcap": 5.0},
+    "alibi": {"position": ALiBi(learned=True), "window": (9, None)},
+    "sinks": {"position": RoPE(), "sinks": True, "window": (6, None), "num_kv_heads": 1},
+}
+
+
+def make_lm(name, dtype=torch.float32, **changes):
+    torch.manual_seed(1)
+    config = CausalLMConfig(vocab_size=17, d_model=32, num_layers=2, num_heads=4, **MODELS[name], **changes)
+    tokens = torch.randint(0, 17, (2, LENGTH))
+    labels = tokens.masked_fill(torch.rand(tokens.shape) < 0.2, -100)
+    return CausalLM(config).to(dtype), {"tokens": tokens, "labels": labels}
+
+
+def averaged(mesh, gradients):
+    """As data parallelism does it."""
+    for gradient in gradients.values():
+        dist.all_reduce(gradient, group=mesh.get_group())
+        gradient /= mesh.size()
+    return gradients
+
+
+def gradients_of(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def whole_step(name, dtype=torch.float32):
+    """(loss, gradients by name) in one process."""
+    model, batch = make_lm(name, dtype)
+    model(**batch).backward()
+    return model(**batch).detach(), gradients_of(model)
+
+
+def divided_step(mesh, name, strategy, balance, way="with"):
+    """The same on ranks; by the context, or as a property of the model, with or without what computes anew."""
+    model, batch = make_lm(name, checkpoint=way == "checkpoint")
+    how = {"strategy": strategy, "balance": balance}
+    part = fd.shard_batch(batch, mesh=mesh, balance=balance)
+    if way == "with":
+        with fd.context_parallel(mesh, **how):
+            loss = model(**part)
+    else:
+        parallelize_module(model, mesh, fd.ContextParallel(**how))
+        loss = (torch.compile(model, backend="eager") if way == "compile" else model)(**part)
+    loss.backward()
+    return loss.detach(), averaged(mesh, gradients_of(model))
+
+
+def make_encoder(dtype=torch.float32):
+    torch.manual_seed(2)
+    config = TransformerConfig(d_model=32, num_layers=2, num_heads=4, position=Learned(max_len=LENGTH))
+    model = Encoder(config).to(dtype)
+    return model, torch.randn(2, LENGTH, 32).to(dtype), torch.tensor([LENGTH, 11])
+
+
+def encode(mesh, balance):
+    """What an encoder makes of padded sequences, whole."""
+    model, x, lengths = make_encoder()
+    with fd.context_parallel(mesh, balance=balance):
+        part = model(fd.shard(x, mesh=mesh, dim=1, balance=balance), lengths=lengths)
+    return fd.unshard(part.detach(), mesh=mesh, dim=1, balance=balance)
+
+
+def make_layers(dtype=torch.float32):
+    """Layers of torch.nn, converted, behind a module of positions."""
+    torch.manual_seed(3)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    model = torch.nn.Sequential(
+        fastattn.nn.PositionalEncoding(32, dropout=0.0, batch_first=True), torch.nn.TransformerEncoder(layer, 2)
+    )
+    fastattn.convert(model)
+    return model.to(dtype), torch.randn(2, LENGTH, 32).to(dtype)
+
+
+def run_layers(mesh, balance):
+    model, x = make_layers()
+    with fd.context_parallel(mesh, balance=balance):
+        part = model(fd.shard(x, mesh=mesh, dim=1, balance=balance))
+    return fd.unshard(part.detach(), mesh=mesh, dim=1, balance=balance)
+
+
+def make_llama(kind, dtype=torch.float32):
+    sys.modules.setdefault("kernels", None)  # an optional package of its own, not the folder of this repository
+    import transformers
+
+    huggingface.register()
+    torch.manual_seed(4)
+    sizes = {
+        "vocab_size": 19, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "fastattn",
+        "pad_token_id": 0, "use_cache": False,
+    }  # fmt: skip
+    if kind == "mistral":
+        sizes["sliding_window"] = 7
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastattn").to(dtype)
+    tokens = torch.randint(0, 19, (2, LENGTH))
+    return model, {"input_ids": tokens, "labels": tokens}
+
+
+def whole_llama(kind, dtype=torch.float32):
+    model, batch = make_llama(kind, dtype)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients_of(model)
+
+
+def divided_llama(mesh, kind, balance):
+    model, batch = make_llama(kind)
+    with fd.context_parallel(mesh, balance=balance):
+        loss = model(**fd.shard_batch(batch, mesh=mesh, balance=balance)).loss
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=mesh.get_group())
+    return total / mesh.size(), averaged(mesh, gradients_of(model))
+
+
+def refused_inside(mesh, kind):
+    """A call that counts on a rank having the whole."""
+    q = torch.randn(1, 2, 4, 8)
+    with fd.context_parallel(mesh):
+        if kind == "weights":
+            return fastattn.nn.MultiheadAttention(8, 2)(*torch.randn(3, 4, 1, 8))
+        if kind == "cache":
+            return fastattn.attention_with_kvcache(q.transpose(1, 2), *torch.zeros(2, 1, 8, 2, 8), cache_lens=4)
+        if kind == "last":
+            return make_lm("rope")[0](torch.zeros(1, 4, dtype=torch.int64), last=True)
+        if kind == "length":
+            length = 5 if mesh.get_local_rank() else 4
+            return make_lm("rope")[0](torch.zeros(1, length, dtype=torch.int64))
+        assert kind == "mask"
+        return fastattn.attention(q, q, q, mask=torch.ones(4, 4, dtype=torch.bool))
+
+
+def outside_after_an_error(mesh):
+    """Whether an error inside ends the division, in both ways."""
+    q = torch.randn(1, 2, 4, 8)
+    model, batch = make_lm("rope")
+    parallelize_module(model, mesh, fd.ContextParallel())
+    errors = 0
+    for wrong in (lambda: model(batch["tokens"].float()), lambda: refused_inside(mesh, "cache")):
+        try:
+            wrong()
+        except (TypeError, ValueError):
+            errors += 1
+    return errors == 2 and fastattn.attention(q, q, q).shape == q.shape
+
+
+def shard_a_batch(mesh, batch):
+    return fd.shard_batch(batch, mesh=mesh)
