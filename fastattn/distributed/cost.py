@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 
 from fastattn.distributed.layout import Balance, length_of, pieces, relation
 from fastattn.distributed.ring import Route, find_routes, steps_of
-from fastattn.distributed.ulysses import key_heads, query_heads
+from fastattn.distributed.ulysses import query_heads
 from fastattn.flops import allowed_pairs
+from fastattn.functional.sharded import key_heads
 
 Strategy = Literal["ring", "all_gather", "ulysses"]
 STRATEGIES: tuple[Strategy, ...] = ("ring", "all_gather", "ulysses")
@@ -166,7 +167,7 @@ def _cost_of_routes(sizes: Sizes, link: Link, strategy: str) -> Cost:
 
 def _cost_of_ulysses(sizes: Sizes, link: Link) -> Cost:
     own = query_heads(sizes.q_heads, sizes.ranks)
-    shared = key_heads(own, sizes.q_heads // sizes.kv_heads)
+    shared = [key_heads(heads, sizes.q_heads // sizes.kv_heads) for heads in own]
     mine, keys = own[0].stop - own[0].start, max(x.stop - x.start for x in shared)
     row = sizes.batch * sizes.element
     whole = sizes.q_len * mine * sizes.head_dim * row + sizes.kv_len * keys * (sizes.head_dim + sizes.v_dim) * row

@@ -13,6 +13,7 @@ from fastattn import backends, ops
 from fastattn.distributed.comm import Message, Peers
 from fastattn.distributed.layout import Piece, length_of, pieces
 from fastattn.distributed.ring import placed
+from fastattn.functional.sharded import heads_of, key_heads
 from fastattn.spec import AttentionSpec
 
 
@@ -32,11 +33,6 @@ def query_heads(heads: int, ranks: int) -> list[slice]:
     return [run.positions for (run,) in pieces("contiguous", heads, ranks)]
 
 
-def key_heads(own: list[slice], group: int) -> list[slice]:
-    """The key heads that serve them, ``group`` query heads each."""
-    return [slice(x.start // group, -(-x.stop // group)) if x.stop > x.start else slice(0, 0) for x in own]
-
-
 def run(
     peers: Peers,
     rows: list[list[Piece]],
@@ -52,7 +48,7 @@ def run(
     q_heads = spec.q.shape[1]
     group = q_heads // spec.k.shape[1]
     own = query_heads(q_heads, peers.size)
-    shared = key_heads(own, group)
+    shared = [key_heads(heads, group) for heads in own]
     tensors, swaps = [spec.q, spec.k, spec.v], [Swap(own, rows), Swap(shared, keys), Swap(shared, keys)]
     for scores in (spec.bias, spec.mask):
         if scores is not None:
@@ -70,7 +66,7 @@ def run(
         out = lse[..., None].expand(*q.shape[:3], v.shape[3]).to(q.dtype)
         lse = lse.to(torch.promote_types(q.dtype, torch.float32))
     else:
-        k, v = (_heads_of(x, mine, group, shared[peers.rank].start) for x in (k, v))
+        k, v = (heads_of(x, mine, group, shared[peers.rank].start) for x in (k, v))
         slopes, sinks = spec.alibi_slopes, spec.sinks
         local = spec._replace(
             q=q, k=k, v=v, bias=bias, mask=mask,
@@ -81,15 +77,6 @@ def run(
         assert lse is not None
     out, lse = _SwapBack.apply(peers, Swap(own, rows), out, lse[..., None])  # pyright: ignore[reportGeneralTypeIssues]
     return out, lse[..., 0]
-
-
-def _heads_of(x: Tensor, mine: slice, group: int, first: int) -> Tensor:
-    """The key heads for this rank's query heads: in groups as they are if these are whole, else one for each."""
-    whole = mine.start % group == 0 and mine.stop % group == 0
-    inside = mine.start // group == (mine.stop - 1) // group
-    if whole or inside:
-        return x
-    return x[:, [head // group - first for head in range(mine.start, mine.stop)]]
 
 
 def _to_heads(peers: Peers, swaps: list[Swap], tensors: tuple[Tensor, ...]) -> list[Tensor]:

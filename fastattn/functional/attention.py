@@ -9,8 +9,8 @@ from torch import Tensor
 from fastattn import backends, ops
 from fastattn.backends import Explanation
 from fastattn.block_mask import BlockMask
-from fastattn.functional import divided, keywords, remembered
-from fastattn.spec import AttentionSpec, make_spec
+from fastattn.functional import divided, keywords, leading, remembered
+from fastattn.spec import AttentionSpec, is_dtensor, make_spec
 
 Backend = Literal["triton", "cuda", "cpu", "torch", "reference"]
 
@@ -116,13 +116,30 @@ def attention(
         alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
         return_lse=return_lse,
     )  # fmt: skip
-    chosen = backends.choose(spec, backend)
-    remembered.remember(key, spec, chosen)
-    out, lse = ops.attention(spec, chosen)
+    out, lse = _run(spec, backend, key)
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
+
+
+def _run(spec: AttentionSpec, backend: str | None, key: Any = None) -> tuple[Tensor, Tensor | None]:
+    """(out, lse); ``key`` is what `remembered` called it."""
+    if is_dtensor(spec.q):
+        from fastattn.functional import sharded
+
+        return sharded.attention(spec, backend)
+    chosen = backends.choose(spec, backend)
+    remembered.remember(key, spec, chosen)
+    return ops.attention(spec, chosen)
+
+
+def _explain(spec: AttentionSpec, backend: str | None) -> Explanation:
+    if is_dtensor(spec.q):
+        from fastattn.functional import sharded
+
+        return sharded.explain(spec, backend)
+    return backends.explain(spec, backend)
 
 
 @overload
@@ -207,7 +224,7 @@ def attention_varlen(
         q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
         dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
-    out, lse = ops.attention(spec, backends.choose(spec, backend))
+    out, lse = _run(spec, backend)
     out = out.squeeze(0).transpose(0, 1)  # whose gradient is a view: that of an index is a copy
     if not return_lse:
         return out
@@ -251,7 +268,7 @@ def explain_varlen(
         q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
         dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
-    return backends.explain(spec, backend)
+    return _explain(spec, backend)
 
 
 def explain(
@@ -285,7 +302,7 @@ def explain(
         alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
         return_lse=return_lse,
     )  # fmt: skip
-    return backends.explain(spec, backend)
+    return _explain(spec, backend)
 
 
 def scaled_dot_product_attention(
@@ -328,11 +345,11 @@ def scaled_dot_product_attention(
         known, out = remembered.attention(query, key, value, attn_mask, is_causal, 0, scale, enable_gqa)
         if out is not None:
             return out
-    leading = None
+    lead = None
     if not isinstance(enable_gqa, bool):
         raise TypeError(f"enable_gqa: expected a bool, got {type(enable_gqa).__name__}")
-    if not _is_4d(query, key, value, enable_gqa):
-        query, key, value, attn_mask, leading = _to_4d(query, key, value, attn_mask, enable_gqa)
+    if not leading.is_4d(query, key, value, enable_gqa):
+        query, key, value, attn_mask, lead = leading.to_4d(query, key, value, attn_mask, enable_gqa)
     mask = bias = None
     if attn_mask is not None:
         if not isinstance(attn_mask, Tensor):
@@ -348,16 +365,13 @@ def scaled_dot_product_attention(
     if division is not None:
         options: Any = {"causal": is_causal, "q_offset": 0, "scale": scale, "dropout_p": dropout_p}
         out = division.attention(query, key, value, mask=mask, bias=bias, **options)
-        return out if leading is None else out.reshape(*leading, *out.shape[-2:])
+        return out if lead is None else out.reshape(*lead, *out.shape[-2:])
     spec = make_spec(
         query, key, value, causal=is_causal, q_offset=0, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p,
-        names=_NAMES,
+        names=leading.NAMES,
     )  # fmt: skip
-    chosen = backends.choose(spec)
-    if leading is None:
-        remembered.remember(known, spec, chosen)
-    out, _ = ops.attention(spec, chosen)
-    return out if leading is None else out.reshape(*leading, *out.shape[-2:])
+    out, _ = _run(spec, None, known if lead is None else None)
+    return out if lead is None else out.reshape(*lead, *out.shape[-2:])
 
 
 # PyTorch's signature, for whoever looks: the keywords that are only there to be refused are not part of it.
@@ -366,65 +380,3 @@ scaled_dot_product_attention.__signature__ = (  # pyright: ignore[reportFunction
         parameters=[p for p in _signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     )
 )
-
-_NAMES = ("query", "key", "value", "attn_mask", "attn_mask", "is_causal")
-
-
-def _is_4d(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """Whether nothing needs to be broadcast, inserted or merged before (length, head_dim)."""
-    try:
-        q_shape, k_shape, v_shape = query.shape, key.shape, value.shape
-    except (AttributeError, RuntimeError):  # no tensor, or nested without a shape: validation follows
-        return all(isinstance(t, Tensor) for t in (query, key, value))
-    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
-        return False
-    (q_batch, q_heads, _, _), (k_batch, k_heads, _, _), (v_batch, v_heads, _, _) = q_shape, k_shape, v_shape
-    return q_batch == k_batch == v_batch and (enable_gqa or q_heads == k_heads == v_heads)
-
-
-def _to_4d(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
-    """Broadcast the dimensions before (length, head_dim) as torch does, and merge them into batch and heads.
-
-    With ``enable_gqa`` each tensor keeps its own number of heads. The last result is what goes before
-    (length, head_dim) in the output.
-    """
-    leads = []
-    for name, tensor in zip(_NAMES, (query, key, value), strict=False):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-        if tensor.ndim < 2:
-            raise ValueError(
-                f"{name}: expected at least 2 dimensions (length, head_dim), got shape {tuple(tensor.shape)}"
-            )
-        leads.append(tuple(tensor.shape[:-2]))
-    for name, lead in zip(_NAMES[1:], leads[1:], strict=False):
-        if not _broadcastable(leads[0][:-1], lead[:-1]) or not (enable_gqa or _broadcastable(leads[0], lead)):
-            hint = "" if enable_gqa or leads[0][:-1] != lead[:-1] else " unless enable_gqa=True"
-            raise ValueError(
-                f"{name}.shape[:-2]: expected broadcastable with query.shape[:-2] == {leads[0]}{hint}, got {lead}"
-            )
-    if enable_gqa:
-        batch = torch.broadcast_shapes(*(lead[:-1] for lead in leads))
-        full = [(*batch, *lead[-1:]) for lead in leads]
-    else:
-        full = [torch.broadcast_shapes(*leads)] * 3
-    q, k, v = (_merge(t.expand(*lead, *t.shape[-2:])) for t, lead in zip((query, key, value), full, strict=True))
-    if isinstance(attn_mask, Tensor) and attn_mask.ndim > 3 and len(full[0]) > 2:
-        if not _broadcastable(attn_mask.shape[:-3], full[0][:-1]):
-            raise ValueError(
-                f"attn_mask.shape[:-3]: expected broadcastable to {tuple(full[0][:-1])}, "
-                f"got {tuple(attn_mask.shape[:-3])}"
-            )
-        attn_mask = _merge(attn_mask.expand(*full[0][:-1], *attn_mask.shape[-3:]))
-    return q, k, v, attn_mask, full[0]
-
-
-def _broadcastable(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return all(x == y or x == 1 or y == 1 for x, y in zip(reversed(a), reversed(b), strict=False))
-
-
-def _merge(tensor: Tensor) -> Tensor:
-    """4-D: the dimensions before the last three merged, or dimensions of size 1 put in front."""
-    return tensor.flatten(0, -4) if tensor.ndim > 4 else tensor[(None,) * (4 - tensor.ndim)]

@@ -133,7 +133,7 @@ def make_spec(
             )
         batch = cu_seqlens_q.shape[0] - 1
         if seqused_k is not None:
-            seqused_k = check_seqused_k(seqused_k, cu_seqlens_k)
+            seqused_k = check_seqused_k(seqused_k, cu_seqlens_k, k)
     check_flag(names[5], causal)
     for name, operand in ((names[3], mask), (names[4], bias)):
         if (offset := causal_bias_offset(name, operand, q_len, kv_len)) is not None:
@@ -151,7 +151,7 @@ def make_spec(
     if q_offset is None:
         q_offset = kv_len - q_len if cu_seqlens_q is None else None
     elif isinstance(q_offset, Tensor):
-        offset_tensor, q_offset = check_q_offset_tensor(q_offset, batch, q.device), 0
+        offset_tensor, q_offset = check_q_offset_tensor(q_offset, batch, q), 0
     elif isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
         raise TypeError(f"q_offset: expected an int or an integer tensor, got {type(q_offset).__name__}")
     elif not -MAX_POSITION <= q_offset <= MAX_POSITION:

@@ -17,6 +17,7 @@ from fastattn.spec.checks import (
     check_sinks,
     check_softcap,
     check_window,
+    is_dtensor,
     known,
     readable,
 )
@@ -125,7 +126,7 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str) -> None:
     if x.is_nested or x.layout is not torch.strided:
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise TypeError(f"{name}: expected a dense strided tensor, got {kind}")
-    check_plain(name, x)
+    check_plain(name, x, q)
     if x.ndim != 4:
         raise ValueError(f"{name}: expected 4 dimensions {layout}, got shape {tuple(x.shape)}")
     if x.dtype != q.dtype:
@@ -137,6 +138,8 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str) -> None:
 def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None) -> None:
     if not isinstance(q, Tensor):
         raise TypeError(f"q: expected a Tensor, got {type(q).__name__}")
+    if is_dtensor(q):
+        raise TypeError("q: expected a plain Tensor, got a DTensor; each rank attends over a cache of its own heads")
     _check_tensor("q", q, q, "(batch, heads, length, head_dim)")
     if q.dtype not in FLOAT_DTYPES:
         raise TypeError(f"q.dtype: expected float16, bfloat16, float32 or float64, got {q.dtype}")

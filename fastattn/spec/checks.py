@@ -31,13 +31,22 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
-def check_plain(name: str, x: Tensor) -> None:
-    """Refuse a subclass that says in Python what its memory does not hold, such as MaskedTensor."""
+def is_dtensor(x: Tensor) -> bool:
+    """Whether it is a DTensor; by name, since to import the class takes half a second."""
+    kind = type(x)
+    return kind is not Tensor and kind.__name__ == "DTensor"
+
+
+def check_plain(name: str, x: Tensor, q: Tensor) -> None:
+    """Refuse a subclass that says in Python what its memory does not hold, such as MaskedTensor; and a DTensor where
+    the queries are none."""
     kind = type(x)
     if kind is Tensor or kind is torch.nn.Parameter:
         return
     function = kind.__torch_function__
     if function is torch._C._disabled_torch_function_impl:  # FakeTensor, DTensor: the dispatcher knows them
+        if is_dtensor(x) and not is_dtensor(q):
+            raise TypeError(f"{name}: expected a plain Tensor as the query is, got a DTensor")
         return
     if getattr(function, "__func__", None) is not Tensor.__torch_function__.__func__:
         raise TypeError(f"{name}: expected a plain Tensor, got {kind.__module__}.{kind.__name__}")
@@ -82,7 +91,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> N
         _explain_qkv(q, k, v, names)
     if not type(q) is type(k) is type(v) is Tensor:
         for name, tensor in zip(names, (q, k, v), strict=True):
-            check_plain(name, tensor)
+            check_plain(name, tensor, q)
 
 
 def _explain_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
@@ -126,7 +135,7 @@ def check_head_vector(name: str, x: Tensor, q: Tensor, shapes: tuple[tuple[int, 
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}.dtype: expected a floating-point dtype, got {x.dtype}")
-    check_plain(name, x)
+    check_plain(name, x, q)
     if x.device != q.device:
         raise ValueError(f"{name}.device: expected {q.device}, got {x.device}")
     if tuple(x.shape) not in shapes:
@@ -160,14 +169,14 @@ def check_window(window: tuple[int | None, int | None] | None, causal: bool) -> 
     return left, right
 
 
-def check_q_offset_tensor(q_offset: Tensor, batch: int, device: torch.device) -> Tensor:
+def check_q_offset_tensor(q_offset: Tensor, batch: int, q: Tensor) -> Tensor:
     if q_offset.dtype not in INTEGER_DTYPES:
         raise TypeError(f"q_offset.dtype: expected int32 or int64, got {q_offset.dtype}")
-    check_plain("q_offset", q_offset)
+    check_plain("q_offset", q_offset, q)
     if q_offset.shape != (batch,):
         raise ValueError(f"q_offset.shape: expected (B,) == ({batch},), got {tuple(q_offset.shape)}")
-    if q_offset.device != device:
-        raise ValueError(f"q_offset.device: expected {device}, got {q_offset.device}")
+    if q_offset.device != q.device:
+        raise ValueError(f"q_offset.device: expected {q.device}, got {q_offset.device}")
     return q_offset.contiguous()
 
 
@@ -177,7 +186,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> Te
         raise TypeError(f"{name}: expected a Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name}.dtype: expected int32 or int64, got {cu_seqlens.dtype}")
-    check_plain(name, cu_seqlens)
+    check_plain(name, cu_seqlens, packed)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{name}.shape: expected (sequences + 1,) with a sequence at least, got {tuple(cu_seqlens.shape)}"
@@ -191,13 +200,13 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> Te
     return cu_seqlens.contiguous()
 
 
-def check_seqused_k(seqused_k: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+def check_seqused_k(seqused_k: Tensor, cu_seqlens_k: Tensor, packed: Tensor) -> Tensor:
     """How many of its keys each packed sequence uses, against where `check_cu_seqlens` has found them."""
     if not isinstance(seqused_k, Tensor):
         raise TypeError(f"seqused_k: expected a Tensor or None, got {type(seqused_k).__name__}")
     if seqused_k.dtype not in INTEGER_DTYPES:
         raise TypeError(f"seqused_k.dtype: expected int32 or int64, got {seqused_k.dtype}")
-    check_plain("seqused_k", seqused_k)
+    check_plain("seqused_k", seqused_k, packed)
     sequences = cu_seqlens_k.shape[0] - 1
     if seqused_k.shape != (sequences,):
         raise ValueError(f"seqused_k.shape: expected (sequences,) == ({sequences},), got {tuple(seqused_k.shape)}")
@@ -217,7 +226,7 @@ def check_scores(name: str, x: Tensor, q: Tensor, kv_len: int, dtypes: tuple[tor
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense strided tensor, got layout {x.layout}")
-    check_plain(name, x)
+    check_plain(name, x, q)
     if x.dtype not in dtypes:
         kinds = "bool (True takes part)" if dtypes == (torch.bool,) else "a floating-point dtype"
         cure = ""

@@ -21,7 +21,7 @@ KEYS = ("dk", "dv")
 def make_inputs(case):
     """(q, k, v, dout, dlse by name, options), the whole, the same in every process."""
     g = torch.Generator().manual_seed(case.get("seed", 0))
-    batch, q_heads, kv_heads = 2, case.get("q_heads", 4), case.get("kv_heads", 4)
+    batch, q_heads, kv_heads = case.get("batch", 2), case.get("q_heads", 4), case.get("kv_heads", 4)
     q_len, kv_len, dim, v_dim = case.get("q_len", 37), case.get("kv_len", 37), 8, case.get("v_dim", 8)
     dtype = case.get("dtype", torch.float32)
 
