@@ -88,7 +88,7 @@ def dkdv_kernel(
                         pool_tile = sparse_pool_tile(number, start, sparse, BLOCK_M)
                 else:
                     row = tile_position(number, start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_M)
-                rows = row + tl.arange(0, BLOCK_M)
+                rows = tl.cast(row, tl.int32) + tl.arange(0, BLOCK_M)
                 q_tile = load_tile(q_ptr, row, q_stride, q_rows, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
                 s, cap_gradient = finish_scores(
                     dot(k_tile, tl.trans(q_tile), None, PRECISION), rows[None, :], cols, q_rows, kv_len, offset, left,
@@ -188,7 +188,7 @@ def dq_kernel(
                 EDGE == 1, EDGE == 1 or CHECK_FULL_TILES, PRECISION, HEAD_DIM, V_DIM, BLOCK_N,
             )  # fmt: skip
             if dslopes_ptr is not None:
-                distance = tl.abs(rows[:, None] + offset - (col + tl.arange(0, BLOCK_N))[None, :])
+                distance = tl.abs(rows[:, None] + offset - (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :])
                 dslope -= tl.sum(ds * distance.to(tl.float32), 1)
             dq_acc = dot(cast(ds * cap_gradient, k_tile.dtype), k_tile, dq_acc, PRECISION)
     dq_ptr, dq_stride = head_rows(dq, entry, head, q_first, UNIT)

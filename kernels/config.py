@@ -106,9 +106,8 @@ _SINGLE = {"sm_90": _table(dkdv={128: (16, 64, 8, 1)}, dq={128: (32, 32, 8, 1)})
 # Where tiles are found through memory and twice the stages would not fit into shared memory.
 _INDIRECT = {"sm_90": _table(dk={256: (32, 128, 8, 3)}, dq={256: (128, 32, 8, 3)})}
 
-# At which padded head dims the forward kernel is `pipelined`, where nothing beside q, k and v takes registers. At 64
-# the second score tile leaves no room for a second program on the multiprocessor, which hides more.
-_PIPELINED = {"sm_90": (128,)}
+# At which padded head dims the forward kernel is `pipelined`, where nothing beside q, k and v takes registers.
+_PIPELINED = {"sm_90": (64, 128)}
 
 _override: LaunchConfig | None = None
 

@@ -101,10 +101,10 @@ def forward_kernel(
                     pool_tile = sparse_pool_tile(number, start, sparse, BLOCK_N)
             else:
                 col = tile_position(number, start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_N)
-            cols = (col + tl.arange(0, BLOCK_N))[None, :]
+            cols = (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :]
             k_col = col
             if PIPELINED and EDGE == 0:
-                k_col = inner_start + tl.minimum(number + 1, inners - 1) * BLOCK_N
+                k_col = tl.minimum(col + BLOCK_N, right_start - BLOCK_N)
             k_tile = load_tile(k_ptr, k_col, k_stride, kv_len, EDGE == 1, HEAD_DIM, BLOCK_N, BLOCK_D)
             products = dot(q_tile, tl.trans(k_tile), None, PRECISION)
             if PIPELINED and EDGE == 0:

@@ -47,7 +47,7 @@ def tile_ds(
     """(dS, d capped / d uncapped, K) of one tile of queries by keys."""
     BLOCK_D: tl.constexpr = q_tile.shape[1]
     BLOCK_DV: tl.constexpr = dout_tile.shape[1]
-    cols = (col + tl.arange(0, BLOCK_N))[None, :]
+    cols = (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :]
     k_tile = load_tile(k_ptr, col, k_stride, kv_len, EDGE, HEAD_DIM, BLOCK_N, BLOCK_D)
     s, cap_gradient = finish_scores(
         dot(q_tile, tl.trans(k_tile), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right, terms,

@@ -134,11 +134,14 @@ def query_range(
 
 @triton.jit
 def tile_position(tile, start, edges_left, right_start, inner_start, EDGE: tl.constexpr, BLOCK: tl.constexpr):
-    """Where tile number ``tile`` of the edge or the inner tiles begins."""
+    """Where tile number ``tile`` of the edge or the inner tiles begins.
+
+    Inner tiles in 64 bits from the start: only then does the compiler see addresses that grow by a constant.
+    """
     if EDGE:
         return tl.where(tile < edges_left, start + tile * BLOCK, right_start + (tile - edges_left) * BLOCK)
     else:
-        return inner_start + tile * BLOCK
+        return tl.cast(inner_start, tl.int64) + tl.cast(tile, tl.int64) * BLOCK
 
 
 @triton.jit

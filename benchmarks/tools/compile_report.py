@@ -218,11 +218,12 @@ def compile_case(case: Case, memory: Path | None = None) -> Result:
 
 
 def describe_config(kernel: CompiledKernel) -> str:
-    """Tile, warps and stages with which a kernel was compiled: ``128x64 w4 s3``."""
+    """Tile, warps and stages with which a kernel was compiled: ``128x64 w4 s3``, and ``pipelined`` where it is."""
     names = kernel.src.fn.arg_names
     constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     tile = "x".join(str(constants[name]) for name in ("BLOCK_M", "BLOCK_N") if name in constants)
-    return f"{tile} w{kernel.metadata.num_warps} s{kernel.metadata.num_stages}"
+    pipelined = " pipelined" if constants.get("PIPELINED") else ""
+    return f"{tile} w{kernel.metadata.num_warps} s{kernel.metadata.num_stages}{pipelined}"
 
 
 def read_nvidia(result: Result, kernel: Compiled) -> None:
@@ -302,14 +303,14 @@ def compile_all(cases: list[Case], jobs: int) -> list[Result]:
 def table(results: list[Result]) -> str:
     """The results as text, one line each."""
     lines = [
-        f"{'target':7} {'kernel':8} {'dim':>4} {'features':11} {'config':16} {'registers':>9} {'spills':>6} "
+        f"{'target':7} {'kernel':8} {'dim':>4} {'features':11} {'config':22} {'registers':>9} {'spills':>6} "
         f"{'shared':>7} {'wgmma':>6} {'arrive':>6} {'seconds':>7} | {'per 1000':>8} {'local':>5} {'edge':>5} {'n':>3} "
         f"{'mma':>4} {'prefetch':>8}"
     ]
     for r in results:
         note = f"  {r.error}" if r.error else "  serialised" if r.serialised else ""
         lines.append(
-            f"{r.arch:7} {r.kernel:8} {r.dim:4} {r.feature:11} {r.config:16} {r.registers:9} {r.spills:6} "
+            f"{r.arch:7} {r.kernel:8} {r.dim:4} {r.feature:11} {r.config:22} {r.registers:9} {r.spills:6} "
             f"{r.shared:7} {r.wgmma:6} {r.arrive:6} {r.seconds:7.1f} | {r.per_1000:8} {r.local:5} {r.local_edge:5} "
             f"{r.smallest_n:3} {r.mma_sync:4} {r.prefetch:8.1f}{note}"
         )

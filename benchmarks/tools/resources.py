@@ -46,11 +46,12 @@ def share(result: Result) -> float:
 def smaller_share(result: Result, memory: Path | None) -> float:
     """The best that is predicted with half of the tile."""
     block_m, block_n, warps = result.tile()
-    stages = re.findall(r"s(\d+)$", result.config)[0]
+    stages, pipelined = re.findall(r" s(\d+)( pipelined)?$", result.config)[0]
+    rest = f"{warps},{stages},2,1" if pipelined else f"{warps},{stages}"
     shares = [0.0]
     for m, n in ((block_m // 2, block_n), (block_m, block_n // 2)):
         if min(m, n) >= 16:
-            case = Case(result.arch, result.kernel, result.dim, result.feature, f"{m},{n},{warps},{stages}")
+            case = Case(result.arch, result.kernel, result.dim, result.feature, f"{m},{n},{rest}")
             shares.append(share(compile_report.compile_case(case, memory)))
     return max(shares)
 

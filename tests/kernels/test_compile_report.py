@@ -38,12 +38,13 @@ def report(tmp_path, *arguments, python_path=()):
 
 def predicted_share(tmp_path, row, block_m, block_n, python_path):
     """What the static model says of the row's kernel with another tile: 0 where that does not compile or fit."""
-    numbers = re.fullmatch(r"\d+x\d+ w(\d+) s(\d+)", row["config"])
+    warps, stages, pipelined = re.fullmatch(r"\d+x\d+ w(\d+) s(\d+)( pipelined)?", row["config"]).groups()
     path = tmp_path / "shares.csv"
     path.unlink(missing_ok=True)
     run(
-        tmp_path, "static_model", "--csv", str(path), "--tile", f"{block_m},{block_n},{numbers[1]},{numbers[2]}",
-        "--kernel", row["kernel"], "--dims", str(row["dim"]), "--features", row["feature"], python_path=python_path,
+        tmp_path, "static_model", "--csv", str(path),
+        "--tile", f"{block_m},{block_n},{warps},{stages},2,{int(bool(pipelined))}", "--kernel", row["kernel"],
+        "--dims", str(row["dim"]), "--features", row["feature"], python_path=python_path,
     )  # fmt: skip
     return float(next(csv.DictReader(path.open()))["share"]) if path.exists() else 0.0
 
@@ -115,8 +116,6 @@ def test_the_cache_kernels_spill_nothing(arch, tmp_path):
         assert not row["error"] and row["spills"] == 0, describe(row)
 
 
-SERIALISED = {("3.6.0", "forward", "alibi")}
-"""Where ptxas lets the products of a tile wait for each other; a tile that does not is wanted."""
 KERNEL_GROUPS = [("forward",), ("dkdv",), ("dq",), ("dbias", "delta", "decode", "combine", "append")]
 
 
@@ -133,4 +132,4 @@ def test_every_feature_compiles_with_the_oldest_and_the_newest_triton(version, k
     for row in rows:
         assert not row["error"], describe(row)
         assert_spills_cost_nothing(tmp_path, row, [folder])
-        assert row["serialised"] == ((version, row["kernel"], row["feature"]) in SERIALISED), describe(row)
+        assert not row["serialised"], describe(row)
