@@ -41,37 +41,40 @@ class Pending:
                 work.wait(self._peers.timeout) if self._peers.timeout else work.wait()
             except Exception as error:
                 what, rank = self._messages[index] if single else ("messages with", -1)
-                name = f"rank {rank}" if single else "the other ranks"
+                name = f"rank {self._peers.number(rank)}" if single else "the other ranks"
                 raise RuntimeError(
-                    f"context parallel, rank {self._peers.rank} of {self._peers.size}: {what} {name} did not come "
+                    f"context parallel, {self._peers}: {what} {name} did not come "
                     f"through: {name} raised, ended, or did not make this call ({str(error).splitlines()[0][:200]})"
                 ) from error
         self._works, self._tensors = [], []
 
 
 class Peers:
-    """The ranks of a one-dimensional mesh, as this one sees them.
+    """The ranks along one dimension of a mesh, as this one sees them.
 
     Args:
-        mesh: one dimension.
+        mesh: of one or two dimensions.
+        dim: which of them.
         timeout: seconds to wait for a message; None is the group's own.
-
-    Raises:
-        TypeError, ValueError: not a mesh of one dimension with this rank in it.
     """
 
-    def __init__(self, mesh: DeviceMesh, timeout: float | None = None) -> None:
-        if not isinstance(mesh, DeviceMesh):
-            raise TypeError(f"mesh: expected a DeviceMesh, got {type(mesh).__name__}")
-        if mesh.ndim != 1:
-            names = mesh.mesh_dim_names
-            cure = f"; mesh[{names[0]!r}], say" if names else ""
-            raise ValueError(f"mesh: expected one dimension, got shape {tuple(mesh.shape)}{cure}")
-        self.group = mesh.get_group()
-        self.size: int = mesh.size()
-        self.rank: int = mesh.get_local_rank()
+    def __init__(self, mesh: DeviceMesh, dim: int, timeout: float | None) -> None:
+        self.group = mesh.get_group(dim)
+        self.size: int = mesh.size(dim)
+        self.rank: int = mesh.get_local_rank(dim)
         self.timeout = None if timeout is None else timedelta(seconds=timeout)
-        self._device = mesh.device_type
+        self._step = mesh.size(1) if mesh.ndim == 2 and dim == 0 else 1
+        self._first = mesh.get_local_rank(1) if self._step > 1 else 0
+        if mesh.ndim == 2 and dim == 1:
+            self._first = mesh.get_local_rank(0) * self.size
+        self._whole: int = mesh.size()
+
+    def number(self, rank: int) -> int:
+        """A rank's number in the mesh."""
+        return self._first + rank * self._step
+
+    def __str__(self) -> str:
+        return f"rank {self.number(self.rank)} of {self._whole}"
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """Send and receive without waiting; the tensors must stay as they are until `Pending.wait`."""
@@ -105,6 +108,48 @@ class Peers:
             [Message(found[rank], rank) for rank in others if found[rank].numel()],
         )
         return found
+
+
+class Ranks:
+    """All ranks of a mesh of one or two dimensions, as this one sees them, row by row.
+
+    Args:
+        mesh: one dimension; or two, along the second of which tokens and heads change places.
+        timeout: seconds to wait for a message; None is the group's own.
+
+    Raises:
+        TypeError, ValueError: not such a mesh.
+    """
+
+    def __init__(self, mesh: DeviceMesh, timeout: float | None = None) -> None:
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh: expected a DeviceMesh, got {type(mesh).__name__}")
+        if mesh.ndim not in (1, 2):
+            names = mesh.mesh_dim_names
+            cure = f"; mesh[{names[0]!r}], say" if names else ""
+            raise ValueError(f"mesh: expected one dimension or two, got shape {tuple(mesh.shape)}{cure}")
+        self.outer = Peers(mesh, 0, timeout)
+        self.inner = Peers(mesh, 1, timeout) if mesh.ndim == 2 else None
+        self.width = 1 if self.inner is None else self.inner.size
+        self.size = self.outer.size * self.width
+        self.rank = self.outer.number(self.outer.rank)
+        self._device = mesh.device_type
+
+    def __str__(self) -> str:
+        return str(self.outer)
+
+    def row(self, number: int) -> slice:
+        """The ranks of a row of the mesh, of one rank where it has one dimension."""
+        return slice(number * self.width, (number + 1) * self.width)
+
+    def gather(self, own: Tensor, sizes: list[int] | None = None) -> list[Tensor]:
+        """As `Peers.gather`: along the rows of the mesh, then from row to row."""
+        if self.inner is None:
+            return self.outer.gather(own, sizes)
+        sizes = [len(own)] * self.size if sizes is None else sizes
+        row = torch.cat(self.inner.gather(own, sizes[self.row(self.outer.rank)]))
+        rows = self.outer.gather(row, [sum(sizes[self.row(i)]) for i in range(self.outer.size)])
+        return list(torch.cat(rows).split(sizes))
 
     def headers(self, numbers: list[int], text: str) -> list[tuple[list[int], str]]:
         """What every rank says of its call: some numbers, and a text of at most 480 bytes of UTF-8."""

@@ -8,9 +8,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fastattn import backends, ops
 from fastattn.distributed import ring, ulysses
-from fastattn.distributed.comm import Peers
-from fastattn.distributed.cost import STRATEGIES, Choice, Link, Sizes, Strategy, costs, routes_of
-from fastattn.distributed.layout import Balance, Piece, check_balance, length_of, pieces, relation
+from fastattn.distributed.comm import Ranks
+from fastattn.distributed.cost import STRATEGIES, Choice, Link, Sizes, Strategy, costs, routes_of, rows_of
+from fastattn.distributed.layout import Balance, Piece, check_balance, joined, length_of, pieces, relation
 from fastattn.functional import Backend, keywords
 from fastattn.spec import AttentionSpec, make_spec
 from fastattn.spec.checks import FLOAT_DTYPES, autocast, check_window
@@ -51,7 +51,8 @@ def context_parallel_attention(
         q: (B, Hq, Lq, D), this rank's queries.
         k: (B, Hk, Lk, D), this rank's keys; Lk may differ from Lq.
         v: (B, Hk, Lk, Dv).
-        mesh: one dimension; `mesh["cp"]` of a larger mesh.
+        mesh: one dimension, `mesh["cp"]` of a larger mesh; or two, `mesh["ring", "heads"]`: along the second, best
+            within a machine, tokens and heads change places, along the first goes the strategy, for some of the heads.
         strategy: ``"ring"`` passes keys and values on while it computes; ``"all_gather"`` sends them to every rank that
             needs them at once; ``"ulysses"`` exchanges tokens for heads. None chooses, as `explain` shows.
         balance: how tokens are divided: ``"contiguous"``; ``"zigzag"`` or ``"striped"``, which give all ranks the same
@@ -83,15 +84,7 @@ def context_parallel_attention(
         mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
         dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
-    if call.choice.strategy == "ulysses":
-        out, lse = ulysses.run(call.peers, call.rows, call.keys, call.spec, backend, call.seed)
-    else:
-        with_lse = call.spec._replace(return_lse=True)
-        plan = ring.Plan(
-            call.peers, call.choice.strategy, call.rows, routes_of(call.sizes), call.spec.options,
-            backends.choose(with_lse, backend), call.seed,
-        )  # fmt: skip
-        out, lse = ring.run(plan, with_lse)
+    out, lse = _run(call, backend)
     return (out, lse) if return_lse else out
 
 
@@ -132,8 +125,32 @@ def explain(
     ).choice  # fmt: skip
 
 
+def _run(call: "_Call", backend: str | None) -> tuple[Tensor, Tensor]:
+    peers = call.peers
+
+    def over_all_keys(spec: AttentionSpec, head: int) -> tuple[Tensor, Tensor | None]:
+        seed = None if call.seed is None else ops.seed_of_part(call.seed, head=head)
+        return ops.attention(spec, backends.choose(spec, backend), seed)
+
+    def over_rows_of_the_mesh(spec: AttentionSpec, head: int) -> tuple[Tensor, Tensor]:
+        spec = spec._replace(return_lse=True)
+        plan = ring.Plan(
+            peers.outer, call.choice.strategy, rows_of(call.sizes), routes_of(call.sizes), spec.options,
+            backends.choose(spec, backend), call.seed, head,
+        )  # fmt: skip
+        return ring.run(plan, spec)
+
+    if call.choice.strategy == "ulysses":
+        return ulysses.run(peers.outer, call.rows, call.keys, call.spec, over_all_keys)
+    if peers.inner is None:
+        return over_rows_of_the_mesh(call.spec, 0)
+    row = peers.row(peers.outer.rank)
+    rows, keys = (joined(x[row])[1] for x in (call.rows, call.keys))
+    return ulysses.run(peers.inner, rows, keys, call.spec, over_rows_of_the_mesh)
+
+
 class _Call(NamedTuple):
-    peers: Peers
+    peers: Ranks
     spec: AttentionSpec
     """this rank's tensors; window and q_offset of the whole"""
     rows: list[list[Piece]]
@@ -149,7 +166,7 @@ def _agree(
     timeout: float | None, backend: str | None, **options: Any,
 ) -> _Call:  # fmt: skip
     """Check this rank's arguments, then those of all ranks against each other: all go on, or all raise."""
-    peers = Peers(mesh, timeout)
+    peers = Ranks(mesh, timeout)
     problem: Exception | None = None
     spec, numbers, text = None, [0] * 11, ""
     try:
@@ -163,7 +180,7 @@ def _agree(
         raise problem
     for rank, (their, words) in enumerate(headers):
         if their[0] == 0:
-            raise RuntimeError(f"context parallel, rank {peers.rank} of {peers.size}: rank {rank} raised {words}")
+            raise RuntimeError(f"context parallel, {peers}: rank {rank} raised {words}")
     assert spec is not None
     q_total, kv_total = _check_together(headers, balance)
     left, right = check_window(options["window"], options["causal"])
@@ -177,7 +194,7 @@ def _agree(
     batch, q_heads, _, head_dim = q.shape
     sizes = Sizes(
         peers.size, balance, batch, q_heads, k.shape[1], q_total, kv_total, head_dim, v.shape[3],
-        spec.q.element_size(), offset, left, right, scores * batch * q_heads * q_total * kv_total,
+        spec.q.element_size(), offset, left, right, scores * batch * q_heads * q_total * kv_total, peers.width,
     )  # fmt: skip
     rows, keys = (pieces(balance, total, peers.size) for total in (q_total, kv_total))
     return _Call(peers, spec, rows, keys, sizes, _choose(sizes, link or Link(), strategy, spec), seed)
@@ -191,7 +208,7 @@ def check_how(strategy: str | None, balance: str) -> None:
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, peers: Peers, strategy: str | None, balance: str, backend: str | None,
+    q: Tensor, k: Tensor, v: Tensor, peers: Ranks, strategy: str | None, balance: str, backend: str | None,
     options: dict[str, Any],
 ) -> AttentionSpec:  # fmt: skip
     check_how(strategy, balance)
@@ -204,13 +221,17 @@ def _check(
     width = max(_width(options), 1)
     wide = (x.new_empty(1).expand(*x.shape[:2], width, x.shape[3]) for x in (k, v))
     spec = make_spec(q, *wide, **{**options, **offset})._replace(k=k, v=v)
-    if balance == "striped" and spec.alibi_slopes is not None and peers.size > 1 and strategy in ("ring", "all_gather"):
+    if strategy == "ulysses" and peers.inner is not None:
+        raise ValueError(f"strategy: expected 'ring', 'all_gather' or None, got 'ulysses'; {_BY_HEADS}")
+    routed = strategy in ("ring", "all_gather") or peers.inner is not None
+    if balance == "striped" and spec.alibi_slopes is not None and peers.size > 1 and routed:
         raise ValueError(f"alibi_slopes: expected None with striped shards and strategy {strategy!r}; {_STRIPED_ALIBI}")
     if strategy != "ulysses":
         backends.choose(spec._replace(return_lse=True), backend)
     return spec
 
 
+_BY_HEADS = "the second dimension of the mesh divides heads"
 _STRIPED_ALIBI = "distances in stripes are no multiples of one slope: take 'ulysses', or zigzag shards"
 
 
@@ -284,6 +305,8 @@ def _choose(sizes: Sizes, link: Link, strategy: str | None, spec: AttentionSpec)
     refused: dict[str, str] = {}
     if sizes.balance == "striped" and spec.alibi_slopes is not None and sizes.ranks > 1:
         refused.update((name, _STRIPED_ALIBI) for name in ("ring", "all_gather"))
+    if sizes.width > 1:
+        refused["ulysses"] = _BY_HEADS
     found = costs(sizes, link)
     possible = [name for name in STRATEGIES if name not in refused]
     chosen = strategy or min(possible, key=lambda name: (found[name].seconds, found[name].memory))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from typing import Literal, NamedTuple
 
-from fastattn.distributed.layout import Balance, length_of, pieces, relation
+from fastattn.distributed.layout import Balance, Piece, joined, length_of, pieces, relation
 from fastattn.distributed.ring import Route, find_routes, steps_of
 from fastattn.distributed.ulysses import query_heads
 from fastattn.flops import allowed_pairs
@@ -47,7 +47,9 @@ class Sizes(NamedTuple):
     left: int | None
     right: int | None
     bias: int = 0
-    """bytes of bias and mask of all heads, rows and keys, where "ulysses" would have to move them"""
+    """bytes of bias and mask of all heads, rows and keys, where heads are divided and they would have to move"""
+    width: int = 1
+    """ranks in a row of the mesh, which divide heads"""
 
     @property
     def kv_row(self) -> int:
@@ -111,11 +113,22 @@ class Choice:
         return "\n".join(lines)
 
 
+def _rows_of_mesh(sizes: Sizes, total: int) -> list[list[Piece]]:
+    own, width = pieces(sizes.balance, total, sizes.ranks), sizes.width
+    return [joined(own[i : i + width])[0] if width > 1 else own[i] for i in range(0, sizes.ranks, width)]
+
+
+@functools.lru_cache(maxsize=256)
+def rows_of(sizes: Sizes) -> list[list[Piece]]:
+    """The pieces of queries of each row of the mesh, of each rank where it has one dimension."""
+    return _rows_of_mesh(sizes, sizes.q_len)
+
+
 @functools.lru_cache(maxsize=256)
 def routes_of(sizes: Sizes) -> list[Route]:
-    """The routes of a call's keys and values."""
-    rows, keys = (pieces(sizes.balance, total, sizes.ranks) for total in (sizes.q_len, sizes.kv_len))
-    return find_routes(rows, keys, sizes.q_offset, sizes.left, sizes.right)
+    """The routes of a call's keys and values, from row to row of the mesh."""
+    keys = _rows_of_mesh(sizes, sizes.kv_len)
+    return find_routes(rows_of(sizes), keys, sizes.q_offset, sizes.left, sizes.right)
 
 
 @functools.lru_cache(maxsize=256)
@@ -132,9 +145,35 @@ def _seconds(sizes: Sizes, link: Link, pairs: int, heads: int) -> float:
     return 2.0 * sizes.batch * heads * pairs * (sizes.head_dim + sizes.v_dim) / link.flops
 
 
+class _Swap(NamedTuple):
+    """Tokens for heads, there and back, in a row of ranks: for the first of them, which has most heads."""
+
+    bytes: int
+    """received"""
+    memory: int
+    heads: int
+    kv_heads: int
+    """what the rank then has of them"""
+
+
+def _swap(sizes: Sizes, ranks: int, q_len: int, kv_len: int) -> _Swap:
+    own = query_heads(sizes.q_heads, ranks)
+    shared = [key_heads(heads, sizes.q_heads // sizes.kv_heads) for heads in own]
+    mine, keys = own[0].stop - own[0].start, max(x.stop - x.start for x in shared)
+    if ranks == 1:
+        return _Swap(0, 0, mine, keys)
+    row = sizes.batch * sizes.element
+    whole = q_len * mine * sizes.head_dim * row + kv_len * keys * (sizes.head_dim + sizes.v_dim) * row
+    whole += sizes.bias * mine * q_len // (sizes.q_heads * max(sizes.q_len, 1))
+    back = -(-q_len // ranks) * sizes.q_heads * sizes.v_dim * row
+    return _Swap((whole + back) * (ranks - 1) // ranks, whole, mine, keys)
+
+
 def _cost_of_routes(sizes: Sizes, link: Link, strategy: str) -> Cost:
-    routes = routes_of(sizes)
-    rows = pieces(sizes.balance, sizes.q_len, sizes.ranks)
+    routes, rows = routes_of(sizes), rows_of(sizes)
+    ranks = len(rows)
+    swap = _swap(sizes, sizes.width, max(map(length_of, rows)), max(map(length_of, _rows_of_mesh(sizes, sizes.kv_len))))
+    kv_row = sizes.kv_row * swap.kv_heads // sizes.kv_heads
 
     def work(rank: int, route: Route) -> int:
         total = 0
@@ -144,38 +183,34 @@ def _cost_of_routes(sizes: Sizes, link: Link, strategy: str) -> Cost:
                 total += allowed_pairs(piece.length, route.piece.length, pair.left, pair.right, pair.q_offset)
         return total
 
-    own = [0] * sizes.ranks
+    own = [0] * ranks
     for route in routes:
         own[route.source] += work(route.source, route)
-    busy, received = [own], [[0] * sizes.ranks]
+    busy, received = [own], [[0] * ranks]
     for hops in steps_of(routes, strategy):
-        busy.append([0] * sizes.ranks)
-        received.append([0] * sizes.ranks)
+        busy.append([0] * ranks)
+        received.append([0] * ranks)
         for hop in hops:
             busy[-1][hop.receiver] += work(hop.receiver, hop.route)
-            received[-1][hop.receiver] += hop.route.piece.length * sizes.kv_row
-    each = [_seconds(sizes, link, max(step), sizes.q_heads) for step in busy]
+            received[-1][hop.receiver] += hop.route.piece.length * kv_row
+    each = [_seconds(sizes, link, max(step), swap.heads) for step in busy]
     exposed = sum(
         max(0.0, link.latency + max(step) / link.bandwidth - before)
         for step, before in zip(received[1:], each, strict=False)
     )
+    hops = 2 if sizes.width > 1 else 0
     largest = sorted((max(step) for step in received), reverse=True)
     return Cost(
-        max(map(sum, zip(*received, strict=True))), len(received) - 1, sum(largest[:2]), sum(each), exposed
+        swap.bytes + max(map(sum, zip(*received, strict=True))), hops + len(received) - 1,
+        swap.memory + sum(largest[:2]), sum(each), exposed + hops * link.latency + swap.bytes / link.bandwidth,
     )  # fmt: skip
 
 
 def _cost_of_ulysses(sizes: Sizes, link: Link) -> Cost:
-    own = query_heads(sizes.q_heads, sizes.ranks)
-    shared = [key_heads(heads, sizes.q_heads // sizes.kv_heads) for heads in own]
-    mine, keys = own[0].stop - own[0].start, max(x.stop - x.start for x in shared)
-    row = sizes.batch * sizes.element
-    whole = sizes.q_len * mine * sizes.head_dim * row + sizes.kv_len * keys * (sizes.head_dim + sizes.v_dim) * row
-    whole += sizes.bias * mine // sizes.q_heads
-    back = length_of(pieces(sizes.balance, sizes.q_len, sizes.ranks)[0]) * sizes.q_heads * sizes.v_dim * row
-    moved = (whole + back) * (sizes.ranks - 1) // sizes.ranks
+    swap = _swap(sizes, sizes.ranks, sizes.q_len, sizes.kv_len)
     hops = 2 if sizes.ranks > 1 else 0
     pairs = allowed_pairs(sizes.q_len, sizes.kv_len, sizes.left, sizes.right, sizes.q_offset)
     return Cost(
-        moved, hops, whole, _seconds(sizes, link, pairs, mine), hops * link.latency + moved / link.bandwidth
+        swap.bytes, hops, swap.memory, _seconds(sizes, link, pairs, swap.heads),
+        hops * link.latency + swap.bytes / link.bandwidth,
     )  # fmt: skip

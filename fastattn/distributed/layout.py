@@ -58,6 +58,22 @@ def _runs(total: int, count: int) -> list[Piece]:
     return [Piece(start, end - start) for start, end in itertools.pairwise(starts)]
 
 
+def joined(of_ranks: list[list[Piece]]) -> tuple[list[Piece], list[list[Piece]]]:
+    """What some ranks hold together: (pieces in order, runs that adjoin made one; where each rank's lie among them)."""
+    pieces_of_all = sorted((piece, rank, i) for rank, own in enumerate(of_ranks) for i, piece in enumerate(own))
+    found: list[Piece] = []
+    places: list[list[Piece]] = [[Piece(0, 0)] * len(own) for own in of_ranks]
+    start = 0
+    for piece, rank, i in pieces_of_all:
+        places[rank][i] = Piece(start, piece.length)
+        start += piece.length
+        if found and piece.stride == found[-1].stride == 1 and found[-1].start + found[-1].length == piece.start:
+            found[-1] = Piece(found[-1].start, found[-1].length + piece.length)
+        else:
+            found.append(piece)
+    return found, places
+
+
 def length_of(own: list[Piece]) -> int:
     """How many tokens a rank holds."""
     return sum(piece.length for piece in own)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from fastattn.distributed.comm import Peers
+from fastattn.distributed.comm import Ranks
 from fastattn.distributed.context import check_how, context_parallel_attention
 from fastattn.distributed.cost import Link, Strategy
 from fastattn.distributed.layout import Balance, length_of, pieces
@@ -95,7 +95,7 @@ class _Division:
         self, mesh: DeviceMesh, strategy: Strategy | None, balance: Balance, link: Link | None, timeout: float | None
     ) -> None:
         check_how(strategy, balance)
-        self._peers = Peers(mesh, timeout)
+        self._peers = Ranks(mesh, timeout)
         self._where: dict[str, Any] = {"mesh": mesh, "balance": balance}
         self._how = {**self._where, "strategy": strategy, "link": link, "timeout": timeout}
         self._timeout = timeout

@@ -55,6 +55,8 @@ class Plan(NamedTuple):
     backend: str
     seed: Tensor | None
     """of dropout, the same on every rank"""
+    head: int = 0
+    """the first of the query heads, among those of the whole"""
 
     @property
     def own_rows(self) -> list[tuple[slice, Piece]]:
@@ -179,7 +181,7 @@ def _pair_call(
     """Operands and options of one pair of pieces, from those of the whole."""
     seed = plan.seed
     if seed is not None:
-        seed = ops.seed_of_part(seed, rows=(rows.start, rows.stride), keys=(keys.start, keys.stride))
+        seed = ops.seed_of_part(seed, head=plan.head, rows=(rows.start, rows.stride), keys=(keys.start, keys.stride))
     own = of_all._replace(mask=_cut(of_all.mask, where, keys), bias=_cut(of_all.bias, where, keys), seed=seed)
     return own, plan.options._replace(q_offset=pair.q_offset, left=pair.left, right=pair.right)
 

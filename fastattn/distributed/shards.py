@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastattn.distributed.comm import Peers
+from fastattn.distributed.comm import Ranks
 from fastattn.distributed.layout import Balance, check_balance, length_of, pieces
 from fastattn.distributed.ring import placed
 
@@ -17,14 +17,14 @@ def shard(x: Tensor, *, mesh: DeviceMesh, dim: int, balance: Balance = "contiguo
 
     Args:
         x: any tensor.
-        mesh: one dimension.
+        mesh: as in `context_parallel_attention`.
         dim: that of the tokens.
         balance: as in `context_parallel_attention`; lengths need not divide by ranks.
 
     Returns:
         x's shape but for ``dim``; a copy.
     """
-    peers = Peers(mesh)
+    peers = Ranks(mesh)
     check_balance(balance)
     own = pieces(balance, x.shape[dim], peers.size)[peers.rank]
     index = torch.cat([torch.arange(x.shape[dim], device=x.device)[piece.positions] for piece in own])
@@ -56,7 +56,7 @@ def unshard(
         ValueError: parts of other lengths than `shard` cuts, on every rank.
         RuntimeError: another rank raised, ended or made another call; it is named.
     """
-    peers = Peers(mesh, timeout)
+    peers = Ranks(mesh, timeout)
     check_balance(balance)
     dim = dim % x.ndim
     headers = peers.headers([x.shape[dim]], f"{(*x.shape[:dim], None, *x.shape[dim + 1 :])} {x.dtype}")

@@ -4,12 +4,12 @@ Source: Jacobs et al., DeepSpeed Ulysses, 2023 (arXiv:2309.14509). Here a key he
 its query heads, so there may be fewer key heads than ranks, and heads need not divide by ranks.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastattn import backends, ops
 from fastattn.distributed.comm import Message, Peers
 from fastattn.distributed.layout import Piece, length_of, pieces
 from fastattn.distributed.ring import placed
@@ -33,17 +33,16 @@ def query_heads(heads: int, ranks: int) -> list[slice]:
     return [run.positions for (run,) in pieces("contiguous", heads, ranks)]
 
 
+Attend = Callable[[AttentionSpec, int], tuple[Tensor, Tensor | None]]
+"""(out, lse) of a call with some of the heads, and the number of the first among all."""
+
+
 def run(
-    peers: Peers,
-    rows: list[list[Piece]],
-    keys: list[list[Piece]],
-    spec: AttentionSpec,
-    backend: str | None,
-    seed: Tensor | None,
+    peers: Peers, rows: list[list[Piece]], keys: list[list[Piece]], spec: AttentionSpec, attend: Attend
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of this rank's rows, differentiable. The spec's bias and mask are for its rows and all keys.
 
-    ``seed`` is dropout's, the same on every rank.
+    ``rows`` and ``keys`` say where the tokens of each of these ranks lie in the tensors that ``attend`` gets.
     """
     q_heads = spec.q.shape[1]
     group = q_heads // spec.k.shape[1]
@@ -72,8 +71,7 @@ def run(
             q=q, k=k, v=v, bias=bias, mask=mask,
             alibi_slopes=None if slopes is None else slopes[:, mine], sinks=None if sinks is None else sinks[mine],
         )  # fmt: skip
-        seed = None if seed is None else ops.seed_of_part(seed, head=mine.start)
-        out, lse = ops.attention(local, backends.choose(local, backend), seed)
+        out, lse = attend(local, mine.start)
         assert lse is not None
     out, lse = _SwapBack.apply(peers, Swap(own, rows), out, lse[..., None])  # pyright: ignore[reportGeneralTypeIssues]
     return out, lse[..., 0]

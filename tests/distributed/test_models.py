@@ -13,6 +13,7 @@ BALANCES = ("contiguous", "zigzag", "striped")
 STEPS = [
     ("rope", "ring", "zigzag", 2), ("rope", "all_gather", "striped", 3), ("rope", None, "contiguous", 3),
     ("learned", "ring", "striped", 2), ("sinusoidal", "ulysses", "zigzag", 3), ("alibi", "ring", "zigzag", 3),
+    ("sinks", "ring", "zigzag", "2x2"),
     ("alibi", "ulysses", "striped", 2), ("sinks", "all_gather", "zigzag", 3), ("sinks", "ulysses", "contiguous", 2),
 ]  # fmt: skip
 

@@ -30,11 +30,13 @@ def _serve(rank, rendezvous, connection):
         timeout=datetime.timedelta(seconds=PATIENCE / 2),
     )  # fmt: skip
     meshes = {n: DeviceMesh("cpu", list(range(n)), mesh_dim_names=("cp",)) for n in range(1, WORLD + 1)}
+    meshes["2x2"] = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("ring", "heads"))
     while (request := connection.recv_bytes()) != b"":
         function, ranks, arguments = pickle.loads(request)
         try:
             torch.manual_seed(0)
-            answer = (True, function(meshes[ranks], *arguments)) if rank < ranks else (True, None)
+            mesh = meshes[ranks]
+            answer = (True, function(mesh, *arguments)) if rank < mesh.size() else (True, None)
         except BaseException as error:
             answer = (False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         connection.send_bytes(pickle.dumps(answer))
@@ -60,7 +62,10 @@ class Ranks:
             self._connections.append(ours)
 
     def answers(self, function, *arguments, ranks=WORLD):
-        """(whether it went well, result or error text) of each of the first ranks, called with their mesh."""
+        """(whether it went well, result or error text) of each of the first ranks, called with their mesh.
+
+        ``ranks``: how many, or "2x2" for a mesh of two dimensions.
+        """
         request, deadline = pickle.dumps((function, ranks, arguments)), time.monotonic() + PATIENCE
         for connection in self._connections:
             connection.send_bytes(request)
@@ -70,7 +75,7 @@ class Ranks:
                 self.stop()
                 pytest.fail(f"rank {rank} hangs in {function.__name__}{arguments}")
             found.append(pickle.loads(connection.recv_bytes()))
-        return found[:ranks]
+        return found if ranks == "2x2" else found[:ranks]
 
     def run(self, function, *arguments, ranks=WORLD):
         """The results, where all go well."""

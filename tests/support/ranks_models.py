@@ -32,7 +32,8 @@ def make_lm(name, dtype=torch.float32, **changes):
 def averaged(mesh, gradients):
     """As data parallelism does it."""
     for gradient in gradients.values():
-        dist.all_reduce(gradient, group=mesh.get_group())
+        for dim in range(mesh.ndim):
+            dist.all_reduce(gradient, group=mesh.get_group(dim))
         gradient /= mesh.size()
     return gradients
 

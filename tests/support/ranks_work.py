@@ -46,7 +46,7 @@ def make_inputs(case):
 
 def attend(mesh, case):
     """This rank's out, lse and gradients."""
-    torch.manual_seed(mesh.get_local_rank())  # dropout goes by what rank 0 draws
+    torch.manual_seed(mesh.get_rank())  # dropout goes by what rank 0 draws
     inputs, options = make_inputs(case)
     inputs = {name: x.detach() for name, x in inputs.items()}
     how = {"mesh": mesh, "balance": case["balance"]}
@@ -105,7 +105,7 @@ def check(case, parts):
 def attend_twice(mesh, case):
     """Whether the same call gives the same bits, though messages come when they please."""
     first = attend(mesh, case)
-    if mesh.get_local_rank() == 1:
+    if mesh.get_rank() == 1:
         time.sleep(0.05)
     second = attend(mesh, case)
     return all(torch.equal(x, second[name]) for name, x in first.items())
@@ -134,7 +134,7 @@ def model_of_traffic(mesh, options):
 
 def differing(mesh, kind):
     """Rank 1 calls with something else than the others."""
-    odd = mesh.get_local_rank() == 1
+    odd = mesh.get_rank() == 1
     if kind == "length":
         return small_call(mesh, 7 if odd else 6)
     if kind == "dtype":
