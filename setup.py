@@ -186,8 +186,8 @@ class EditableByPath(editable_wheel):
     """An editable install that type checkers see: a folder on the path, with nothing in it but a link to the package.
 
     By itself setuptools installs an import hook here, since the device code has a folder of its own; type checkers
-    follow paths only. The checkout itself must not be on the path: transformers would import its ``kernels``. Where a
-    system has no symbolic links, the hook remains.
+    follow paths only. The checkout itself must not be on the path: its other folders would be packages too. Where a
+    system has no symbolic links, setuptools links file by file instead: a new file needs a new install there.
     """
 
     def finalize_options(self) -> None:
@@ -199,9 +199,11 @@ class EditableByPath(editable_wheel):
             if not link.is_symlink():
                 link.symlink_to(Path("..", "fastattn"), target_is_directory=True)
         except OSError:
-            return
-        if (link / "kernels" / "__init__.py").is_file():
+            pass
+        if (link / "kernels").is_dir():
             self.package_dir = {"": str(folder)}
+        else:
+            self.mode = "strict"  # the hook does not know packages without an __init__.py
 
 
 setup(

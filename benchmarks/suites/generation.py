@@ -9,7 +9,6 @@ import copy
 import functools
 import itertools
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +66,6 @@ def make_own(size: Size) -> CausalLM:
 def make_transformers(size: Size, own: CausalLM, length: int) -> nn.Module:
     """Its Llama with our weights, on the device and in the dtype of `own`."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # It looks for an optional package `kernels`, and would find this repository's folder of that name.
-    sys.modules.setdefault("kernels", None)  # pyright: ignore
     import transformers
 
     from fastattn.integrations import huggingface_weights

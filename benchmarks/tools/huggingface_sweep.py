@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-sys.modules.setdefault("kernels", None)  # pyright: ignore[reportArgumentType] (or transformers finds this repository's)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 RESULTS = Path(__file__).parents[1] / "results" / "huggingface.json"

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,11 +53,10 @@ def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
 
 @functools.cache
 def _launchers() -> Any:
-    """`fastattn.kernels`, with the modules that launch."""
-    from fastattn import kernels
-    from fastattn.kernels import append, backward, decode, forward  # noqa: F401  (so that they are attributes)
+    """The modules of `fastattn.kernels` that launch."""
+    from fastattn.kernels import append, backward, decode, forward
 
-    return kernels
+    return SimpleNamespace(append=append, backward=backward, decode=decode, forward=forward)
 
 
 def statistics_unit(operands: Operands) -> float:

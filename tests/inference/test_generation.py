@@ -5,7 +5,6 @@ import functools
 import itertools
 import math
 import os
-import sys
 
 import pytest
 import torch
@@ -499,8 +498,6 @@ def test_one_beam_is_greedy_search(model, prompt):
 def llama():
     """The same random Llama here and there: (model, that of transformers)."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
-    # transformers looks for an optional package `kernels`, and would find this repository's folder of that name.
-    sys.modules.setdefault("kernels", None)
     transformers = pytest.importorskip(
         "transformers", reason="transformers is not installed: pip install 'fastattn[hf]'"
     )

@@ -4,14 +4,11 @@ import copy
 import dataclasses
 import functools
 import os
-import sys
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
-# transformers looks for an optional package `kernels`, and would find this repository's folder of that name.
-sys.modules.setdefault("kernels", None)
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
 
 from fastattn.integrations import huggingface_weights  # noqa: E402

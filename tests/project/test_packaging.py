@@ -1,5 +1,6 @@
 """What is shipped: files of the sdist and the wheel, installs outside the checkout, the native libraries."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -28,8 +29,9 @@ SITE_PACKAGES = sysconfig.get_path("purelib")
 
 IMPORT_EVERYTHING = """
     import importlib, pkgutil, sys
-    import fastattn
+    import fastattn, fastattn.kernels
     names = [module.name for module in pkgutil.walk_packages(fastattn.__path__, "fastattn.")]
+    names += [module.name for module in pkgutil.iter_modules(fastattn.kernels.__path__, "fastattn.kernels.")]
     names.remove("fastattn.__main__")
     for name in names:
         importlib.import_module(name)
@@ -218,7 +220,7 @@ def test_type_checkers_see_the_package(checker, kind, wheel, source, tmp_path):
 
 
 def test_an_editable_install_puts_nothing_else_on_the_path(source, tmp_path):
-    """Not the checkout, whose `kernels` transformers would import; and new files are seen at once."""
+    """Not the checkout, whose other folders would be packages too; and new files are seen at once."""
     python = make_venv(tmp_path / "venv")
     pip_install(python, "--editable", source, cwd=tmp_path)
     (added,) = [line for path in (tmp_path / "venv").rglob("__editable__*.pth") for line in path.read_text().split()]
@@ -232,13 +234,13 @@ def test_an_editable_install_puts_nothing_else_on_the_path(source, tmp_path):
 
 
 def test_an_editable_install_without_the_symlink(tmp_path):
-    """As on a system without links: by setuptools' import hook."""
+    """As on a system without links to folders: file by file."""
     source = copy_sources(tmp_path / "source")
     (source / "fastattn" / "kernels").unlink()
     python = make_venv(tmp_path / "venv")
     pip_install(python, "--editable", source, cwd=tmp_path)
     code = "import fastattn.kernels.config as module; print(module.__file__)"
-    assert run(python, "-c", code, cwd=tmp_path).stdout.strip() == str(source / "kernels" / "config.py")
+    assert Path(run(python, "-c", code, cwd=tmp_path).stdout.strip()).samefile(source / "kernels" / "config.py")
 
 
 def test_wheel_works_without_the_symlink(tmp_path):
@@ -248,10 +250,21 @@ def test_wheel_works_without_the_symlink(tmp_path):
     assert expected_modules() <= names
 
 
-def test_bare_kernels_name_is_refused():
-    result = run(sys.executable, "-c", "import kernels", cwd=ROOT, check=False)
-    assert result.returncode
-    assert "expected the import name 'fastattn.kernels', got 'kernels'" in result.stderr
+def test_the_folder_kernels_does_not_hide_the_package(tmp_path):
+    """A Python started in the root finds PyPI's `kernels` where that is installed."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '7.0'")
+    code = "import sys; sys.path.append(sys.argv[1]); import kernels; print(kernels.__version__)"
+    assert run(sys.executable, "-c", code, tmp_path, cwd=ROOT).stdout == "7.0\n"
+
+
+def test_the_folder_kernels_does_not_pass_for_the_package():
+    """transformers, which looks for it, finds none where none is installed."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
+    if "site-packages" in str(getattr(importlib.util.find_spec("kernels"), "origin", "")):
+        pytest.skip("the package kernels is installed")
+    code = "from transformers.utils.import_utils import is_kernels_available; print(is_kernels_available())"
+    assert run(sys.executable, "-c", code, cwd=ROOT).stdout == "False\n"
 
 
 class TestCpuLibrary:
