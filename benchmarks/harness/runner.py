@@ -24,7 +24,10 @@ from .parity import ParityCase
 from .problems import DTYPES
 from .provenance import ROOT, conditions, provenance
 
-SUITES = ("forward", "backward", "features", "decode", "layers", "generation", "overhead", "launch", "memory", "cpu")
+SUITES = (
+    "forward", "backward", "features", "decode", "layers", "generation", "huggingface", "overhead", "launch", "memory",
+    "cpu",
+)  # fmt: skip
 RESERVE = 10.0
 """Seconds kept at the end of a budget for the last cell and the table."""
 

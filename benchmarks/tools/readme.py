@@ -130,6 +130,8 @@ BLOCKS: dict[str, Callable[[Data], str]] = {
     "cpu": suite_block("cpu", gpu=False),
     "generation": suite_block("generation", gpu=True),
     "generation-cpu": suite_block("generation", gpu=False),
+    "huggingface": suite_block("huggingface", gpu=True),
+    "huggingface-cpu": suite_block("huggingface", gpu=False),
     "overhead": overhead_block,
     "first-call": first_call_block,
     "overhead-us": added_microseconds("sdpa"),

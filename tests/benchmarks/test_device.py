@@ -32,6 +32,22 @@ def test_calls_take_turns_and_rotate():
     assert [name for name, _ in measured[:4]] == ["a", "b", "b", "a"]
 
 
+def test_memory_of_a_call_on_a_cpu():
+    """What is held at once, and the largest buffer: not what was there before, nor the sum of all that came."""
+    before = torch.ones(1 << 22)
+
+    def call():
+        for _ in range(3):
+            first = torch.ones(1 << 18)
+            first = first + torch.ones(1 << 18)
+        return before + 1
+
+    found = device.allocations(call)
+    assert found.largest == 1 << 24
+    assert 1 << 24 <= found.peak < (1 << 24) + (4 << 20)
+    assert Device().peak_memory(call) == pytest.approx(found.peak / 2**20, rel=0.01)
+
+
 def test_blocks_of_short_calls_are_divided():
     count = Counter()
     timings = Device().time({"a": lambda repeat: count.update("a")}, seconds=0.02, block_seconds=1e-3)

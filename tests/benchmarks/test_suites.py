@@ -21,6 +21,7 @@ EXPECTED = {
     "decode": {"fastattn", "sdpa", "flex", "torch"},
     "layers": {"fastattn", "torch", "torch-compile", "sdpa", "sdpa-flash"},
     "generation": {"fastattn", "torch"} | ({"transformers", "transformers-static"} if TRANSFORMERS else set()),
+    "huggingface": {"torch"} | ({"fastattn", "sdpa", "eager"} if TRANSFORMERS else set()),
     "memory": {"fastattn", "sdpa-flash", "sdpa-math", "torch"},
     "overhead": {"fastattn", "sdpa", "torch"},
     "launch": {"fastattn", "triton-binder", "torch"},
@@ -56,7 +57,9 @@ def test_the_grid_is_the_fields():
 
 
 def test_suites_by_device():
-    assert {c.suite for c in runner.cells_of(runner.SUITES, Device())} == {"generation", "overhead", "launch", "cpu"}
+    assert {c.suite for c in runner.cells_of(runner.SUITES, Device())} == {
+        *("generation", "huggingface", "overhead", "launch", "cpu")
+    }
     assert {c.suite for c in runner.cells_of(runner.SUITES, CudaDevice())} == set(runner.SUITES) - {"cpu"}
     priorities = [c.priority for c in runner.cells_of(runner.SUITES, CudaDevice())]
     assert priorities == sorted(priorities) and priorities[0] == 0

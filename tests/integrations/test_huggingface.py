@@ -13,8 +13,6 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
-# transformers looks for an optional package `kernels`, and would find this repository's folder of that name.
-sys.modules.setdefault("kernels", None)
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
 
 import fastattn  # noqa: E402
@@ -375,17 +373,6 @@ def test_mask_of_both_sides():
     assert both()[0] is None and both(attention_mask=torch.ones(2, 200, dtype=torch.bool))[0] is None
     mask, expected = both(attention_mask=PADDED)
     assert torch.equal(mask.dense(), expected)
-
-
-def test_no_tile_is_visited_that_is_not_needed():
-    """Left padding and packing: at most 1.15 times the tiles that hold something."""
-    padding = torch.arange(1024) >= torch.tensor([[0], [700]])
-    packed = torch.cat([torch.arange(400), torch.arange(624)]).expand(2, -1)
-    for changes in ({"attention_mask": padding}, {"packed": packed, "window": 60}):
-        mask, expected = described(q_length=1024, kv_length=1024, **changes)
-        tiles = expected.view(2, 8, 128, 8, 128).any(4).any(2)
-        visited = 1 - mask.operands()["block_mask"].sparsity
-        assert visited <= 1.15 * tiles.double().mean().item() < 0.5
 
 
 def test_mask_added_to_scores_is_an_error():
