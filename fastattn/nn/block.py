@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastattn import _check as check
 from fastattn.functional import attention, attention_varlen, divided
+from fastattn.functional.parts import for_own_heads, own_part
 from fastattn.nn.cache import KVCache
 from fastattn.nn.config import TransformerConfig
 from fastattn.nn.position import ALiBi, RoPE, rotate
@@ -42,7 +43,7 @@ class HeadNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
-        return F.rms_norm(x, tuple(self.normalized_shape), self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, tuple(self.normalized_shape), for_own_heads(self.weight).to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -58,7 +59,8 @@ class Attention(nn.Module):
         check.instance("config", config, TransformerConfig)
         super().__init__()
         E, D = config.d_model, config.dim_per_head
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.kv_heads, D
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.kv_heads, D  # of this rank
+        self.all_heads, self.first_head = config.num_heads, 0
         self.q_proj = nn.Linear(E, config.num_heads * D, bias=config.bias)
         self.k_proj = nn.Linear(E, config.kv_heads * D, bias=config.bias)
         self.v_proj = nn.Linear(E, config.kv_heads * D, bias=config.bias)
@@ -111,7 +113,10 @@ class Attention(nn.Module):
             raise ValueError("cu_seqlens_k: expected None without cu_seqlens, got a Tensor")
         q = self.queries(x)  # (N, L, H, D), packed (total, H, D)
         dropout_p = self.dropout if self.training else 0.0
-        options: dict[str, Any] = {"softcap": self.softcap, "sinks": self.sinks}
+        options: dict[str, Any] = {
+            "softcap": self.softcap,
+            "sinks": None if self.sinks is None else own_part(self.sinks),
+        }
         if self.cross:
             if cache is not None and cache.memory is not None:
                 k, v = (t.to(q.dtype) for t in cache.memory[self.layer])  # (N, K, S, D)
@@ -124,8 +129,7 @@ class Attention(nn.Module):
             k, v = self.keys_values(x)
             options.update(causal=causal, window=self.window)
             if self.alibi is not None:
-                slopes = self.alibi_slopes
-                options["alibi_slopes"] = self.alibi.slopes(self.num_heads, x.device) if slopes is None else slopes
+                options["alibi_slopes"] = self._slopes(self.alibi, x.device)
             if self.rope is not None:
                 if rotary is None:
                     rotary = self.rope.tables(positions(x, cu_seqlens, cache), self.head_dim, x.dtype)
@@ -141,6 +145,11 @@ class Attention(nn.Module):
         else:
             out = attention(q, k, v, mask=mask, dropout_p=dropout_p, **options)
         return self.out_proj(out.transpose(1, 2).flatten(-2))
+
+    def _slopes(self, alibi: ALiBi, device: torch.device) -> Tensor:
+        if (slopes := own_part(self.alibi_slopes)) is not None:
+            return slopes
+        return alibi.slopes(self.all_heads, device)[self.first_head : self.first_head + self.num_heads]
 
     def queries(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., H, D), normalised if the layer normalises; under tensor parallelism H are this rank's."""

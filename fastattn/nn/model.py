@@ -217,7 +217,7 @@ class Decoder(_Stack):
         """
         config = self.config
         cache = allocate(
-            kind, (config.num_layers, batch, capacity, config.kv_heads, config.dim_per_head),
+            kind, (config.num_layers, batch, capacity, self._kv_heads(), config.dim_per_head),
             like=next(self.parameters()), model_window=None if config.window is None else config.window[0], dtype=dtype,
             **options,
         )  # fmt: skip
@@ -229,6 +229,12 @@ class Decoder(_Stack):
             keep = padding_mask(memory, memory_lengths, memory_mask, None, "memory_")
             cache.memory_mask = None if keep is None else escaped(keep)
         return cache
+
+    def _kv_heads(self) -> int:
+        """Those of this rank, where a plan divides them."""
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        return block.self_attn.num_kv_heads
 
 
 class CausalLM(Pretrained):

@@ -4,10 +4,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import parallelize_module
 
-import fastattn
 import fastattn.distributed as fd
 from fastattn import testing
 from fastattn.distributed import comm
@@ -190,25 +187,3 @@ def traffic(mesh, options):
     finally:
         comm.Peers.start = seen
     return sum(received), len(received)
-
-
-def make_model(dtype=torch.float32):
-    torch.manual_seed(1)
-    config = fastattn.nn.CausalLMConfig(
-        vocab_size=17, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, position=fastattn.nn.RoPE()
-    )
-    return fastattn.nn.CausalLM(config).to(dtype), torch.randint(0, 17, (2, 9))
-
-
-def train_step(model, tokens):
-    """(loss, gradients by name), whole."""
-    loss = model(tokens, labels=tokens)
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
-
-
-def tensor_parallel_step(mesh):
-    model, tokens = make_model()
-    parallelize_module(model, mesh, fd.tensor_parallel_plan(model, mesh.size()))
-    return train_step(model, tokens)
