@@ -282,6 +282,17 @@ int missing(const char* name) {
   return FASTATTN_CPU_BAD_ARGUMENT;
 }
 
+// Large pages for a result (B, heads, rows, width), unless its rows are spread over memory that is not its own.
+void expect_result(const FastattnView& x, int64_t dtype, int64_t batch, int64_t heads, int64_t rows, int64_t width) {
+  const int64_t size[] = {batch, heads, rows, width};
+  uint64_t count = 1, last = 0;
+  for (int dim = 0; dim < 4; dim++) {
+    count *= uint64_t(size[dim]);
+    last += uint64_t(size[dim] - 1) * uint64_t(x.stride[dim]);
+  }
+  if (count > 0 && last == count - 1) ask_for_large_pages(x.data, size_t(count) * size_t(element_bytes(dtype)));
+}
+
 }  // namespace
 }  // namespace fastattn::cpu
 
@@ -311,6 +322,8 @@ int fastattn_cpu_forward(const FastattnAttention* attention, const FastattnOpera
   check_attention(checks, *attention);
   check_operands(checks, *attention, o);
   if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  const FastattnAttention& a = *attention;
+  expect_result(a.out, a.dtype, a.batch, a.q_heads, a.q_len, a.v_dim);
   return status(engine().forward(*attention, o, team_for(attention->team, operations(*attention))));
 }
 
@@ -324,6 +337,16 @@ int fastattn_cpu_backward(
   check_operands(checks, *attention, o);
   check_gradients(checks, *attention, o, *gradients);
   if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  const FastattnAttention& a = *attention;
+  const FastattnGradients& g = *gradients;
+  expect_result(g.dq, a.dtype, a.batch, a.q_heads, a.q_len, a.head_dim);
+  expect_result(g.dk, a.dtype, a.batch, a.kv_heads, a.kv_len, a.head_dim);
+  expect_result(g.dv, a.dtype, a.batch, a.kv_heads, a.kv_len, a.v_dim);
+  if (g.dbias != nullptr) {
+    const int64_t* size = o.bias_size;
+    const FastattnView dbias{g.dbias, {size[1] * size[2] * size[3], size[2] * size[3], size[3], 1}};
+    expect_result(dbias, a.dtype == FASTATTN_FLOAT64 ? FASTATTN_FLOAT64 : FASTATTN_FLOAT32, size[0], size[1], size[2], size[3]);
+  }
   return status(engine().backward(*attention, o, *gradients, team_for(attention->team, 2.5 * operations(*attention))));
 }
 

@@ -2,13 +2,10 @@
 #pragma once
 
 #include "problem.h"
+#include "variant.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
-
-inline int64_t element_bytes(int64_t dtype) {
-  return dtype == FASTATTN_FLOAT64 ? 8 : dtype == FASTATTN_FLOAT32 ? 4 : 2;
-}
 
 // Starts loading elements `begin .. end`.
 template <class E>
@@ -25,16 +22,25 @@ inline Vec<T> bias_in_base_2(Vec<T> bias) {
   return bias - bias == T(0) ? kept : scaled;
 }
 
-// s[i] += bias[i] for `count` elements, `step` apart.
+// s[i] = s[i] * factor + bias[i], for `count` elements, `step` apart.
 template <class T, class Element>
-void add_bias_row(const void* bias, int64_t first, int64_t step, T* s, int64_t count) {
+void add_bias_row(const void* bias, int64_t first, int64_t step, T* s, int64_t count, T factor) {
   const Element* from = static_cast<const Element*>(bias) + first;
   constexpr bool same_lanes = sizeof(T) == 4 ? sizeof(Element) <= 4 : sizeof(Element) == 8;
   using Wide = std::conditional_t<sizeof(Element) == 8, double, float>;
   int64_t i = 0;
   if constexpr (same_lanes) {
+    Vec<T> beyond{};  // 0, or NaN: only then is there something that must be kept finite
     for (; step == 1 && i + kLanes<T> <= count; i += kLanes<T>) {
-      store(s + i, load(s + i) + bias_in_base_2<T>(load<T>(from + i)));
+      const Vec<T> scaled = load<T>(from + i) * T(kLog2E);
+      beyond += scaled * T(0);
+      store(s + i, load(s + i) * factor + scaled);
+    }
+    if (sum_lanes(beyond) != T(0)) {
+      for (int64_t n = 0; n < i; n += kLanes<T>) {
+        const Vec<T> x = load<T>(from + n), kept = bias_in_base_2<T>(x);
+        store(s + n, x * T(kLog2E) == kept ? load(s + n) : kept);
+      }
     }
   }
   for (; i < count; i += kLanes<T>) {
@@ -42,12 +48,12 @@ void add_bias_row(const void* bias, int64_t first, int64_t step, T* s, int64_t c
     Vec<T> x{};
     for (int64_t n = 0; n < lanes; n++) x[n] = T(widen<Wide>(from[(i + n) * step]));
     x = bias_in_base_2<T>(x);
-    for (int64_t n = 0; n < lanes; n++) s[i + n] += x[n];
+    for (int64_t n = 0; n < lanes; n++) s[i + n] = s[i + n] * factor + x[n];
   }
 }
 
 template <class T>
-using AddBiasRow = void (*)(const void* bias, int64_t first, int64_t step, T* s, int64_t count);
+using AddBiasRow = void (*)(const void* bias, int64_t first, int64_t step, T* s, int64_t count, T factor);
 
 template <class T>
 AddBiasRow<T> add_bias_row_of(int64_t dtype) {
@@ -95,12 +101,16 @@ class Scores {
     const int low = int(least(most(visible.begin - column, begin), end));
     const int high = int(most(least(visible.end - column, end), low));
     if (!plain_) {
+      T factor = scale_ * T(kLog2E);
       if (softcap_ != T(0)) {
         cap(s, begin, end, cap_gradient);
-      } else {
-        for (int i = begin; i < end; i++) s[i] *= scale_ * T(kLog2E);
+        factor = T(1);
       }
-      if (o_.bias.data != nullptr) add_bias(s, row, column, low, high);
+      if (o_.bias.data != nullptr) {  // what lies outside is forbidden below
+        add_bias(s, row, column, low, high, factor);
+      } else if (factor != T(1)) {
+        for (int i = begin; i < end; i++) s[i] *= factor;
+      }
       if (has_slope_) subtract_distance(s, row, column, begin, end);
     }
     if (o_.mask.data != nullptr) apply_mask(s, row, column, low, high);
@@ -143,9 +153,9 @@ class Scores {
     }
   }
 
-  void add_bias(T* s, int64_t row, int64_t column, int low, int high) const {
+  void add_bias(T* s, int64_t row, int64_t column, int low, int high, T factor) const {
     const int64_t step = o_.bias.stride[3];
-    add_bias_row_(o_.bias.data, bias_row(row) + (column + low) * step, step, s + low, high - low);
+    add_bias_row_(o_.bias.data, bias_row(row) + (column + low) * step, step, s + low, high - low, factor);
   }
 
   void subtract_distance(T* s, int64_t row, int64_t column, int begin, int end) const {

@@ -2,8 +2,12 @@
 #include "threads.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 
 namespace fastattn::cpu {
@@ -105,6 +109,16 @@ void* scratch_bytes(size_t bytes) {
     if (has_at_exit) pthread_setspecific(at_exit, &arena);
   }
   return arena.data;
+}
+
+void ask_for_large_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLarge = 2 << 20;
+  const uintptr_t first = (uintptr_t(data) + kLarge - 1) / kLarge * kLarge, end = (uintptr_t(data) + bytes) / kLarge * kLarge;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: refused where there are none
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 Shared::Shared(size_t bytes) : data_(allocate(bytes)) {}

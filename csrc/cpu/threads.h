@@ -37,6 +37,9 @@ T* scratch(int64_t count) {
   return static_cast<T*>(scratch_bytes(size_t(count) * sizeof(T)));
 }
 
+// Asks for large pages, where `bytes` are many: a new tensor has no pages yet, and each small one would be a fault.
+void ask_for_large_pages(void* data, size_t bytes);
+
 // Memory that the threads of one call share.
 class Shared {
  public:

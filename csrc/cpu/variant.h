@@ -4,6 +4,16 @@
 #include "interface.h"
 #include "threads.h"
 
+namespace fastattn::cpu {
+namespace {
+
+constexpr int64_t element_bytes(int64_t dtype) {
+  return dtype == FASTATTN_FLOAT64 ? 8 : dtype == FASTATTN_FLOAT32 ? 4 : 2;
+}
+
+}  // namespace
+}  // namespace fastattn::cpu
+
 // Calls whose sizes library.cpp has checked. They return false where memory ran out.
 #define FASTATTN_DECLARE_ENGINE(VARIANT)                                                                            \
   namespace fastattn::cpu::VARIANT {                                                                                \
