@@ -13,6 +13,7 @@ is not known here.
 
 import contextlib
 import functools
+import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -128,12 +129,10 @@ def replayed(launcher: Callable[..., None]) -> Callable[..., None]:
         facts: list[Any] = []
         _survey(arguments, tensors, facts)
         addresses = [x.data_ptr() for x in tensors]
-        low_bits = 0
-        for address in addresses:
-            low_bits |= address
-        if low_bits % 16:
+        if functools.reduce(operator.or_, addresses) % 16:
             facts.append(tuple(address % 16 == 0 for address in addresses))
-        layout = (*facts, *_surroundings(tensors[0]))
+        facts += _surroundings(tensors[0])
+        layout = tuple(facts)
         plan = layouts.get(layout)
         if type(plan) is Plan:
             _repeat(plan, tensors[0], addresses)
@@ -157,22 +156,22 @@ def _watched() -> bool:
 
 def _survey(arguments: Any, tensors: list[Tensor], facts: list[Any]) -> None:
     """Collect the tensors, and what of the arguments a layout consists of."""
-    note = facts.append
     for x in arguments:
-        if x is None:
-            note(None)
+        if type(x) in _NUMBERS:
+            facts.append(x)
         elif isinstance(x, Tensor):
             tensors.append(x)
-            note(x.shape)
-            note(x.stride())
-            note(x.dtype)
+            facts += (x.shape, x.stride(), x.dtype)
         elif isinstance(x, tuple):
             _survey(x, tensors, facts)
         elif isinstance(x, list):
-            note(len(x))
+            facts.append(len(x))
             _survey(x, tensors, facts)
         else:
-            note(x)
+            facts.append(x)
+
+
+_NUMBERS = frozenset((type(None), int, float, bool))
 
 
 def _surroundings(tensor: Tensor) -> tuple[Any, ...]:

@@ -176,11 +176,11 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, wanted: Learn
     q, k, v, out, statistics, operands = _saved(ctx, 5)
     if dout is None:
         dout = torch.zeros_like(out)
+    if _differentiating():  # out and statistics count as constants
+        out, statistics = out.detach(), statistics.detach()
     dq, dk, dv, *learned = _call_backward(
-        Backward(
-            dout, dlse, q, k, v, out.detach(), statistics.detach(), operands, ctx.options, ctx.backend, list(wanted)
-        )
-    )  # fmt: skip
+        Backward(dout, dlse, q, k, v, out, statistics, operands, ctx.options, ctx.backend, list(wanted))
+    )
     return dq, dk, dv, *(x if want else None for x, want in zip(learned, wanted, strict=True))
 
 

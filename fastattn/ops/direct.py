@@ -75,7 +75,7 @@ def way(operands: Iterable[object]) -> Way:
             if _dispatch_keys(x).raw_repr() not in _plain and not _is_plain(x):  # the usual answer without a call
                 return Way.DISPATCHER
             recorded = recorded or x.requires_grad
-        elif isinstance(x, list) and not all(_is_plain(item) for item in x if isinstance(item, Tensor)):
+        elif x and isinstance(x, list) and not all(_is_plain(item) for item in x if isinstance(item, Tensor)):
             return Way.DISPATCHER
     return Way.AUTOGRAD if recorded and torch.is_grad_enabled() else Way.AT_ONCE
 
