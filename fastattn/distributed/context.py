@@ -1,5 +1,6 @@
 """Attention over a sequence that is divided among ranks: the public function, and what every rank agrees on first."""
 
+import zlib
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from fastattn import backends, ops
 from fastattn.distributed import ring, ulysses
 from fastattn.distributed.comm import Ranks
 from fastattn.distributed.cost import STRATEGIES, Choice, Link, Sizes, Strategy, costs, routes_of, rows_of
-from fastattn.distributed.layout import Balance, Piece, check_balance, joined, length_of, pieces, relation
+from fastattn.distributed.layout import Balance, Piece, Starts, View, check_balance, joined, length_of, pieces, relation
 from fastattn.functional import Backend, keywords
 from fastattn.spec import AttentionSpec, make_spec
 from fastattn.spec.checks import FLOAT_DTYPES, autocast, check_window
@@ -24,6 +25,8 @@ def context_parallel_attention(
     mesh: DeviceMesh,
     strategy: Strategy | None = None,
     balance: Balance = "contiguous",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     causal: bool = False,
     q_offset: int | None = None,
     window: tuple[int | None, int | None] | None = None,
@@ -56,7 +59,11 @@ def context_parallel_attention(
         strategy: ``"ring"`` passes keys and values on while it computes; ``"all_gather"`` sends them to every rank that
             needs them at once; ``"ulysses"`` exchanges tokens for heads. None chooses, as `explain` shows.
         balance: how tokens are divided: ``"contiguous"``; ``"zigzag"`` or ``"striped"``, which give all ranks the same
-            work under causal order.
+            work under causal order; ``"documents"``, which does so within packed documents.
+        cu_seqlens_q: int32 or int64 (documents + 1,), where each packed document begins, and the end of the last, of
+            the whole and the same on every rank; B is 1. Then all counts within documents, as in `attention_varlen`;
+            ``alibi_slopes`` may be (documents, Hq), and there is no ``mask`` and no ``bias``. Shards may cut documents.
+        cu_seqlens_k: likewise for the keys; None means ``cu_seqlens_q``.
         causal, window, softcap, scale, return_lse: as in `fastattn.attention`.
         q_offset: position of query 0 of the whole; None is the whole's Lk - Lq.
         mask: bool, broadcastable to (B, Hq, Lq, whole Lk): this rank's rows, all keys in the order of the whole.
@@ -80,9 +87,10 @@ def context_parallel_attention(
     if unknown:
         keywords.refuse(context_parallel_attention, unknown)
     call = _agree(
-        q, k, v, mesh, strategy, balance, link, timeout, backend, causal=causal, q_offset=q_offset, window=window,
-        mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
-        dropout_p=dropout_p, return_lse=return_lse,
+        q, k, v, mesh, strategy, balance, link, timeout, backend, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, mask=mask, bias=bias,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
+        return_lse=return_lse,
     )  # fmt: skip
     out, lse = _run(call, backend)
     return (out, lse) if return_lse else out
@@ -96,6 +104,8 @@ def explain(
     mesh: DeviceMesh,
     strategy: Strategy | None = None,
     balance: Balance = "contiguous",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     causal: bool = False,
     q_offset: int | None = None,
     window: tuple[int | None, int | None] | None = None,
@@ -119,9 +129,10 @@ def explain(
     if unknown:
         keywords.refuse(explain, unknown)
     return _agree(
-        q, k, v, mesh, strategy, balance, link, timeout, backend, causal=causal, q_offset=q_offset, window=window,
-        mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
-        dropout_p=dropout_p, return_lse=return_lse,
+        q, k, v, mesh, strategy, balance, link, timeout, backend, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, mask=mask, bias=bias,
+        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
+        return_lse=return_lse,
     ).choice  # fmt: skip
 
 
@@ -135,8 +146,8 @@ def _run(call: "_Call", backend: str | None) -> tuple[Tensor, Tensor]:
     def over_rows_of_the_mesh(spec: AttentionSpec, head: int) -> tuple[Tensor, Tensor]:
         spec = spec._replace(return_lse=True)
         plan = ring.Plan(
-            peers.outer, call.choice.strategy, rows_of(call.sizes), routes_of(call.sizes), spec.options,
-            backends.choose(spec, backend), call.seed, head,
+            peers.outer, call.choice.strategy, rows_of(call.sizes), routes_of(call.sizes), call.sizes.view,
+            spec.options, backends.choose(spec, backend), call.seed, spec.q.device, head,
         )  # fmt: skip
         return ring.run(plan, spec)
 
@@ -168,11 +179,11 @@ def _agree(
     """Check this rank's arguments, then those of all ranks against each other: all go on, or all raise."""
     peers = Ranks(mesh, timeout)
     problem: Exception | None = None
-    spec, numbers, text = None, [0] * 11, ""
+    spec, documents, numbers, text = None, None, [0] * 11, ""
     try:
-        spec = _check(q, k, v, peers, strategy, balance, backend, options)
+        spec, documents = _check(q, k, v, peers, strategy, balance, backend, options)
         numbers = [1, *_numbers(spec, q, k, v, options)]
-        text = _describe(spec, strategy, balance, options)
+        text = _describe(spec, documents, strategy, balance, options)
     except Exception as error:
         problem, text = error, f"{type(error).__name__}: {error}"
     headers = peers.headers(numbers, text)
@@ -182,21 +193,26 @@ def _agree(
         if their[0] == 0:
             raise RuntimeError(f"context parallel, {peers}: rank {rank} raised {words}")
     assert spec is not None
-    q_total, kv_total = _check_together(headers, balance)
-    left, right = check_window(options["window"], options["causal"])
-    offset = kv_total - q_total if options["q_offset"] is None else options["q_offset"]
-    pair = relation(Piece(0, q_total), Piece(0, kv_total), offset, left, right)
-    if pair is not None:  # a side that forbids nothing is open
-        left, right = pair.left, pair.right
-    spec = spec._replace(left=left, right=right, q_offset=offset)
+    q_total, kv_total = _check_together(headers, balance, documents)
+    view = View(options["q_offset"], *check_window(options["window"], options["causal"]), documents)
+    if documents is None:
+        offset = kv_total - q_total if view.q_offset is None else view.q_offset
+        view = view._replace(q_offset=offset)
+        pair = relation(Piece(0, q_total), Piece(0, kv_total), offset, view.left, view.right)
+        if pair is not None:  # a side that forbids nothing is open
+            view = view._replace(left=pair.left, right=pair.right)
+    spec = spec._replace(left=view.left, right=view.right, q_offset=view.q_offset)
     seed = torch.tensor(headers[0][0][10:], device=q.device) if spec.dropout_p else None
     scores = sum(x.element_size() for x in (spec.bias, spec.mask) if x is not None)
     batch, q_heads, _, head_dim = q.shape
     sizes = Sizes(
         peers.size, balance, batch, q_heads, k.shape[1], q_total, kv_total, head_dim, v.shape[3],
-        spec.q.element_size(), offset, left, right, scores * batch * q_heads * q_total * kv_total, peers.width,
+        spec.q.element_size(), view, scores * batch * q_heads * q_total * kv_total, peers.width,
     )  # fmt: skip
-    rows, keys = (pieces(balance, total, peers.size) for total in (q_total, kv_total))
+    of_both = documents or (None, None)
+    rows, keys = (
+        pieces(balance, total, peers.size, own) for total, own in zip((q_total, kv_total), of_both, strict=True)
+    )  # fmt: skip
     return _Call(peers, spec, rows, keys, sizes, _choose(sizes, link or Link(), strategy, spec), seed)
 
 
@@ -210,17 +226,27 @@ def check_how(strategy: str | None, balance: str) -> None:
 def _check(
     q: Tensor, k: Tensor, v: Tensor, peers: Ranks, strategy: str | None, balance: str, backend: str | None,
     options: dict[str, Any],
-) -> AttentionSpec:  # fmt: skip
+) -> tuple[AttentionSpec, tuple[Starts, Starts] | None]:  # fmt: skip
     check_how(strategy, balance)
     if isinstance(options["q_offset"], Tensor):
         raise TypeError("q_offset: expected an int or None where the sequence is divided, got a Tensor")
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
     offset = {"q_offset": options["q_offset"] or 0}
-    make_spec(q, k, v, **{**options, "mask": None, "bias": None, **offset})
-    # The operands are checked against all keys: as many as they have, which the ranks then compare.
-    width = max(_width(options), 1)
-    wide = (x.new_empty(1).expand(*x.shape[:2], width, x.shape[3]) for x in (k, v))
-    spec = make_spec(q, *wide, **{**options, **offset})._replace(k=k, v=v)
+    documents = None
+    if options["cu_seqlens_q"] is not None:
+        spec, documents = _check_documents(q, k, v, options)
+    else:
+        if options["cu_seqlens_k"] is not None:
+            raise ValueError("cu_seqlens_k: expected None without cu_seqlens_q, got a Tensor")
+        if balance == "documents":
+            raise ValueError(
+                "balance: expected 'contiguous', 'zigzag' or 'striped' without cu_seqlens_q, got 'documents'"
+            )
+        make_spec(q, k, v, **{**options, "mask": None, "bias": None, **offset})
+        # The operands are checked against all keys: as many as they have, which the ranks then compare.
+        width = max(_width(options), 1)
+        wide = (_of_length(x, width) for x in (k, v))
+        spec = make_spec(q, *wide, **{**options, **offset})._replace(k=k, v=v)
     if strategy == "ulysses" and peers.inner is not None:
         raise ValueError(f"strategy: expected 'ring', 'all_gather' or None, got 'ulysses'; {_BY_HEADS}")
     routed = strategy in ("ring", "all_gather") or peers.inner is not None
@@ -228,7 +254,30 @@ def _check(
         raise ValueError(f"alibi_slopes: expected None with striped shards and strategy {strategy!r}; {_STRIPED_ALIBI}")
     if strategy != "ulysses":
         backends.choose(spec._replace(return_lse=True), backend)
-    return spec
+    return spec, documents
+
+
+def _of_length(x: Tensor, length: int) -> Tensor:
+    """A tensor for checks, with as many tokens."""
+    return x.new_empty(1).expand(*x.shape[:2], length, x.shape[3])
+
+
+def _check_documents(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> tuple[AttentionSpec, tuple[Starts, Starts]]:
+    if options["cu_seqlens_k"] is None:
+        options = {**options, "cu_seqlens_k": options["cu_seqlens_q"]}
+    make_spec(q, k, v, scale=options["scale"])
+    if q.shape[0] != 1:
+        raise ValueError(f"q.shape[0]: expected 1 with cu_seqlens_q, all documents in one row, got {q.shape[0]}")
+    for name in ("mask", "bias"):
+        if options[name] is not None:
+            raise ValueError(f"{name}: expected None with cu_seqlens_q, got a Tensor")
+    given = [options[name] for name in ("cu_seqlens_q", "cu_seqlens_k")]
+    ends = [int(x[-1]) if isinstance(x, Tensor) and x.ndim == 1 and x.numel() else 0 for x in given]
+    spec = make_spec(*(_of_length(x, end) for x, end in zip((q, k, v), (*ends, ends[1]), strict=True)), **options)
+    starts = (tuple(x.tolist()) for x in given)
+    return spec._replace(q=q, k=k, v=v), (next(starts), next(starts))
 
 
 _BY_HEADS = "the second dimension of the mesh divides heads"
@@ -250,19 +299,23 @@ def _numbers(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, options: dict
     return [*q.shape, k.shape[1], k.shape[2], v.shape[3], dtype, _width(options), seed]
 
 
-def _describe(spec: AttentionSpec, strategy: str | None, balance: str, options: dict[str, Any]) -> str:
+def _describe(spec: AttentionSpec, documents: Any, strategy: str | None, balance: str, options: dict[str, Any]) -> str:
     """What must be the same on every rank, beside shapes."""
     names = ("causal", "window", "q_offset", "softcap", "scale", "dropout_p")
     parts = [f"strategy={strategy!r}", f"balance={balance!r}", *(f"{name}={options[name]!r}" for name in names)]
     tensors = {"mask": spec.mask, "bias": spec.bias, "alibi_slopes": spec.alibi_slopes, "sinks": spec.sinks}
     parts += [name for name, x in tensors.items() if x is not None]
+    if documents is not None:
+        parts.append(f"documents {zlib.crc32(repr(documents).encode()):08x}")
     if torch.is_grad_enabled():
         tensors |= {"q": spec.q, "k": spec.k, "v": spec.v}
         parts += [f"{name}.requires_grad" for name, x in tensors.items() if x is not None and x.requires_grad]
     return ", ".join(parts)
 
 
-def _check_together(headers: list[tuple[list[int], str]], balance: Balance) -> tuple[int, int]:
+def _check_together(
+    headers: list[tuple[list[int], str]], balance: Balance, documents: tuple[Starts, Starts] | None
+) -> tuple[int, int]:
     """(all queries, all keys); raises the same on every rank."""
     first, words = headers[0]
     shape = [0, 1, 2, 4, 5, 7, 8]  # all but lengths
@@ -277,9 +330,14 @@ def _check_together(headers: list[tuple[list[int], str]], balance: Balance) -> t
                 f"expected the same options on every rank, got {words} on rank 0 and {said} on rank {rank}"
             )
     totals = []
-    for name, column in (("q", 3), ("k", 6)):
+    for name, column, starts in zip("qk", (3, 6), documents or (None, None), strict=True):
         lengths = [their[column] for their, _ in headers]
-        expected = [length_of(own) for own in pieces(balance, sum(lengths), len(headers))]
+        if starts is not None and starts[-1] > sum(lengths):
+            raise ValueError(
+                f"cu_seqlens_{name}: expected to end at the {sum(lengths)} tokens of all ranks or before, "
+                f"got {starts[-1]}"
+            )
+        expected = [length_of(own) for own in pieces(balance, sum(lengths), len(headers), starts)]
         if lengths != expected:
             raise ValueError(
                 f"{name}.shape[2]: expected {expected} tokens on ranks 0 to {len(lengths) - 1} with "
@@ -314,7 +372,10 @@ def _choose(sizes: Sizes, link: Link, strategy: str | None, spec: AttentionSpec)
         f"{sizes.ranks} ranks, {sizes.balance}; whole q {(sizes.batch, sizes.q_heads, sizes.q_len, sizes.head_dim)} "
         f"k {(sizes.batch, sizes.kv_heads, sizes.kv_len, sizes.head_dim)} {str(spec.q.dtype).removeprefix('torch.')}"
     ]
-    if sizes.left is not None or sizes.right is not None:
-        parts.append("causal" if spec.causal else f"window ({sizes.left}, {sizes.right})")
-        parts.append(f"q_offset={sizes.q_offset}")
+    view = sizes.view
+    if view.left is not None or view.right is not None:
+        parts.append("causal" if spec.causal else f"window ({view.left}, {view.right})")
+        parts.append(f"q_offset={view.q_offset}")
+    if view.documents is not None:
+        parts.append(f"{len(view.documents[0]) - 1} documents")
     return Choice(chosen, found, refused, ", ".join(parts), link, strategy is not None)

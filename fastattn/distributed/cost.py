@@ -4,10 +4,9 @@ import dataclasses
 import functools
 from typing import Literal, NamedTuple
 
-from fastattn.distributed.layout import Balance, Piece, joined, length_of, pieces, relation
+from fastattn.distributed.layout import Balance, Piece, Starts, View, joined, length_of, pairs_of, parts, pieces
 from fastattn.distributed.ring import Route, find_routes, steps_of
 from fastattn.distributed.ulysses import query_heads
-from fastattn.flops import allowed_pairs
 from fastattn.functional.sharded import key_heads
 
 Strategy = Literal["ring", "all_gather", "ulysses"]
@@ -43,9 +42,7 @@ class Sizes(NamedTuple):
     v_dim: int
     element: int
     """bytes of a number"""
-    q_offset: int
-    left: int | None
-    right: int | None
+    view: View
     bias: int = 0
     """bytes of bias and mask of all heads, rows and keys, where heads are divided and they would have to move"""
     width: int = 1
@@ -113,22 +110,26 @@ class Choice:
         return "\n".join(lines)
 
 
-def _rows_of_mesh(sizes: Sizes, total: int) -> list[list[Piece]]:
-    own, width = pieces(sizes.balance, total, sizes.ranks), sizes.width
+def _rows_of_mesh(sizes: Sizes, total: int, documents: Starts | None) -> list[list[Piece]]:
+    own, width = pieces(sizes.balance, total, sizes.ranks, documents), sizes.width
     return [joined(own[i : i + width])[0] if width > 1 else own[i] for i in range(0, sizes.ranks, width)]
 
 
 @functools.lru_cache(maxsize=256)
 def rows_of(sizes: Sizes) -> list[list[Piece]]:
     """The pieces of queries of each row of the mesh, of each rank where it has one dimension."""
-    return _rows_of_mesh(sizes, sizes.q_len)
+    return _rows_of_mesh(sizes, sizes.q_len, sizes.view.documents and sizes.view.documents[0])
+
+
+def keys_of(sizes: Sizes) -> list[list[Piece]]:
+    """Likewise of keys."""
+    return _rows_of_mesh(sizes, sizes.kv_len, sizes.view.documents and sizes.view.documents[1])
 
 
 @functools.lru_cache(maxsize=256)
 def routes_of(sizes: Sizes) -> list[Route]:
     """The routes of a call's keys and values, from row to row of the mesh."""
-    keys = _rows_of_mesh(sizes, sizes.kv_len)
-    return find_routes(rows_of(sizes), keys, sizes.q_offset, sizes.left, sizes.right)
+    return find_routes(rows_of(sizes), keys_of(sizes), sizes.view)
 
 
 @functools.lru_cache(maxsize=256)
@@ -172,16 +173,11 @@ def _swap(sizes: Sizes, ranks: int, q_len: int, kv_len: int) -> _Swap:
 def _cost_of_routes(sizes: Sizes, link: Link, strategy: str) -> Cost:
     routes, rows = routes_of(sizes), rows_of(sizes)
     ranks = len(rows)
-    swap = _swap(sizes, sizes.width, max(map(length_of, rows)), max(map(length_of, _rows_of_mesh(sizes, sizes.kv_len))))
+    swap = _swap(sizes, sizes.width, max(map(length_of, rows)), max(map(length_of, keys_of(sizes))))
     kv_row = sizes.kv_row * swap.kv_heads // sizes.kv_heads
 
     def work(rank: int, route: Route) -> int:
-        total = 0
-        for piece in rows[rank]:
-            pair = relation(piece, route.piece, sizes.q_offset, sizes.left, sizes.right)
-            if pair is not None:
-                total += allowed_pairs(piece.length, route.piece.length, pair.left, pair.right, pair.q_offset)
-        return total
+        return sum(pairs_of(part) for piece in rows[rank] for part in parts(piece, route.piece, sizes.view))
 
     own = [0] * ranks
     for route in routes:
@@ -209,7 +205,8 @@ def _cost_of_routes(sizes: Sizes, link: Link, strategy: str) -> Cost:
 def _cost_of_ulysses(sizes: Sizes, link: Link) -> Cost:
     swap = _swap(sizes, sizes.ranks, sizes.q_len, sizes.kv_len)
     hops = 2 if sizes.ranks > 1 else 0
-    pairs = allowed_pairs(sizes.q_len, sizes.kv_len, sizes.left, sizes.right, sizes.q_offset)
+    whole = parts(Piece(0, sizes.q_len), Piece(0, sizes.kv_len), sizes.view)
+    pairs = sum(map(pairs_of, whole))
     return Cost(
         swap.bytes, hops, swap.memory, _seconds(sizes, link, pairs, swap.heads),
         hops * link.latency + swap.bytes / link.bandwidth,

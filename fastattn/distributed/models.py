@@ -12,8 +12,8 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from fastattn.distributed.comm import Ranks
 from fastattn.distributed.context import check_how, context_parallel_attention
 from fastattn.distributed.cost import Link, Strategy
-from fastattn.distributed.layout import Balance, length_of, pieces
-from fastattn.distributed.shards import next_labels, positions, shard, unshard
+from fastattn.distributed.layout import Balance, length_of
+from fastattn.distributed.shards import cut_of, next_labels, positions, shard, unshard
 from fastattn.functional import divided
 
 
@@ -111,9 +111,20 @@ class _Division:
         return context_parallel_attention(q, k, v, **options, **self._how)
 
     @_not_compiled
-    def whole(self, length: int) -> int:
+    def attention_varlen(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        if options.pop("seqused_k") is not None:
+            divided.refuse("seqused_k", "a Tensor")
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        found = context_parallel_attention(q, k, v, **options, **self._how)
+        if isinstance(found, tuple):
+            return found[0].squeeze(0).transpose(0, 1), found[1].squeeze(0)
+        return found.squeeze(0).transpose(0, 1)
+
+    @_not_compiled
+    def whole(self, length: int, cu_seqlens: Tensor | None = None) -> int:
         lengths = [numbers[0] for numbers, _ in self._peers.headers([length], "")]
-        expected = [length_of(own) for own in pieces(self._where["balance"], sum(lengths), self._peers.size)]
+        cut = cut_of(self._where["balance"], sum(lengths), self._peers.size, cu_seqlens)
+        expected = [length_of(own) for own in cut]
         if lengths != expected:
             raise ValueError(
                 f"tokens: expected {expected} on ranks 0 to {len(lengths) - 1}, as shard cuts them with balance="
@@ -122,13 +133,15 @@ class _Division:
         return sum(lengths)
 
     @_not_compiled
-    def positions(self, length: int, device: torch.device) -> Tensor:
-        return positions(self.whole(length), **self._where).to(device)
+    def positions(self, length: int, device: torch.device, cu_seqlens: Tensor | None = None) -> Tensor:
+        whole = self.whole(length, cu_seqlens)
+        return positions(whole, cu_seqlens=cu_seqlens, **self._where).to(device)
 
     @_not_compiled
-    def next_labels(self, labels: Tensor) -> Tensor:
-        whole = unshard(labels, dim=-1, timeout=self._timeout, **self._where)
-        return shard(next_labels(whole), dim=-1, **self._where)
+    def next_labels(self, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        how = {"dim": -1, "cu_seqlens": cu_seqlens, **self._where}
+        whole = unshard(labels, timeout=self._timeout, **how)
+        return shard(next_labels(whole, cu_seqlens), **how)
 
     @_not_compiled
     def mean(self, total: Tensor, count: Tensor) -> Tensor:

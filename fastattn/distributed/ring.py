@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastattn import backends, ops
 from fastattn.distributed.comm import Message, Peers, Pending
-from fastattn.distributed.layout import Pair, Piece, relation
+from fastattn.distributed.layout import Part, Piece, View, parts
 from fastattn.functional import merge
 from fastattn.spec import AttentionSpec, Operands, Options
 
@@ -50,11 +50,13 @@ class Plan(NamedTuple):
     rows: list[list[Piece]]
     """of each rank"""
     routes: list[Route]
+    view: View
     options: Options
-    """window and q_offset of the whole"""
+    """of the whole"""
     backend: str
     seed: Tensor | None
     """of dropout, the same on every rank"""
+    device: torch.device
     head: int = 0
     """the first of the query heads, among those of the whole"""
 
@@ -63,8 +65,30 @@ class Plan(NamedTuple):
         """Where each piece of this rank's queries lies in q."""
         return placed(self.rows[self.peers.rank])
 
-    def pair(self, rows: Piece, keys: Piece) -> Pair | None:
-        return relation(rows, keys, self.options.q_offset or 0, self.options.left, self.options.right)
+    def of_rows(self, sinks: Tensor, lse: Tensor) -> Tensor:
+        """The sink of each row, as lse has them; those behind the last document have none."""
+        found = sinks.to(lse.dtype)[:, None].expand_as(lse)
+        if self.view.documents is None:
+            return found
+        places = [x.start + x.stride * torch.arange(x.length, device=lse.device) for _, x in self.own_rows]
+        return found.masked_fill(torch.cat(places) >= self.view.documents[0][-1], -torch.inf)
+
+    def calls(self, route: Route) -> Iterator[tuple[tuple[int, int, int], "_Call"]]:
+        """What this rank computes with a piece of keys; each with a name."""
+        for index, (where, rows) in enumerate(self.own_rows):
+            for number, part in enumerate(parts(rows, route.piece, self.view)):
+                own = slice(where.start + part.rows.start, where.start + part.rows.stop)
+                yield (route.number, index, number), _Call(own, part.keys, part, rows, route.piece)
+
+
+class _Call(NamedTuple):
+    rows: slice
+    """in q"""
+    keys: slice
+    """in the keys of the piece"""
+    part: Part
+    of_rows: Piece
+    of_keys: Piece
 
 
 def placed(own: list[Piece]) -> list[tuple[slice, Piece]]:
@@ -76,16 +100,14 @@ def placed(own: list[Piece]) -> list[tuple[slice, Piece]]:
     return found
 
 
-def find_routes(
-    rows: list[list[Piece]], keys: list[list[Piece]], q_offset: int, left: int | None, right: int | None
-) -> list[Route]:
+def find_routes(rows: list[list[Piece]], keys: list[list[Piece]], view: View) -> list[Route]:
     """The route of every piece that is not empty; ranks whose rows see nothing of it are not on it."""
     ranks, found = len(rows), []
     for source, own in enumerate(keys):
         for piece in own:
             if piece.length:
                 others = [(source + step) % ranks for step in range(1, ranks)]
-                stops = [r for r in others if any(relation(x, piece, q_offset, left, right) for x in rows[r])]
+                stops = [r for r in others if any(parts(x, piece, view) for x in rows[r])]
                 found.append(Route(len(found), piece, source, tuple(stops)))
     return found
 
@@ -175,15 +197,31 @@ def placed_of(routes: list[Route], rank: int) -> list[tuple[slice, Piece]]:
     return placed([route.piece for route in routes if route.source == rank])
 
 
-def _pair_call(
-    plan: Plan, of_all: Operands, where: slice, rows: Piece, keys: Piece, pair: Pair
-) -> tuple[Operands, Options]:
-    """Operands and options of one pair of pieces, from those of the whole."""
-    seed = plan.seed
-    if seed is not None:
-        seed = ops.seed_of_part(seed, head=plan.head, rows=(rows.start, rows.stride), keys=(keys.start, keys.stride))
-    own = of_all._replace(mask=_cut(of_all.mask, where, keys), bias=_cut(of_all.bias, where, keys), seed=seed)
-    return own, plan.options._replace(q_offset=pair.q_offset, left=pair.left, right=pair.right)
+def _operator_call(plan: Plan, of_all: Operands, call: _Call) -> tuple[Operands, Options]:
+    """Operands and options of one call, from those of the whole."""
+    part, rows, keys = call.part, call.of_rows, call.of_keys
+    own = of_all._replace(mask=_cut(of_all.mask, call.rows, keys), bias=_cut(of_all.bias, call.rows, keys))
+    if plan.seed is not None:
+        at = {"rows": (part.first_row, rows.stride), "keys": (part.first_key, keys.stride)}
+        own = own._replace(seed=ops.seed_of_part(plan.seed, batch=part.document, head=plan.head, **at))
+    if plan.view.documents is not None and of_all.alibi_slopes is not None:
+        own = own._replace(alibi_slopes=of_all.alibi_slopes[_documents(part, of_all.alibi_slopes)])
+    offset: int | None = part.q_offsets[0]
+    if part.starts is not None:
+        starts = (torch.tensor(x, dtype=torch.int32, device=plan.device) for x in part.starts)
+        own = own._replace(**dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts, strict=True)))
+        if len({*part.q_offsets}) > 1:
+            own = own._replace(
+                q_offset_tensor=torch.tensor(part.q_offsets, dtype=torch.int32, device=plan.device)
+            )  # fmt: skip
+            offset = 0
+    return own, plan.options._replace(q_offset=offset, left=part.left, right=part.right)
+
+
+def _documents(part: Part, slopes: Tensor) -> slice:
+    """Whose slopes a call has, where documents have their own."""
+    count = 1 if part.starts is None else len(part.starts[0]) - 1
+    return slice(part.document, part.document + count) if slopes.shape[0] > 1 else slice(0, 1)
 
 
 def _cut(x: Tensor | None, rows: slice, keys: Piece) -> Any:
@@ -203,28 +241,26 @@ class _ContextParallel(torch.autograd.Function):
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         total = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=dtype)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
-        calls: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        calls: dict[tuple[int, int, int], tuple[slice, Tensor, Tensor]] = {}
         for _, arrived in _arrivals(plan, k, v):
             for route, own_k, own_v in arrived:
-                for index, (where, rows) in enumerate(plan.own_rows):
-                    pair = plan.pair(rows, route.piece)
-                    if pair is None:
-                        continue
-                    operands, options = _pair_call(plan, of_all, where, rows, route.piece, pair)
-                    call = ops.Forward(q[:, :, where], own_k, own_v, operands, options, plan.backend)
-                    part, part_lse, statistics = _FORWARD(*ops.flatten(call))
-                    calls[route.number, index] = statistics, part_lse
+                for name, call in plan.calls(route):
+                    where = call.rows
+                    operands, options = _operator_call(plan, of_all, call)
+                    own_keys = own_k[:, :, call.keys], own_v[:, :, call.keys]
+                    forward = ops.Forward(q[:, :, where], *own_keys, operands, options, plan.backend)
+                    part, part_lse, statistics = _FORWARD(*ops.flatten(forward))
+                    calls[name] = where, statistics, part_lse
                     own = total[:, :, where], lse[:, :, where]
                     total[:, :, where], lse[:, :, where] = merge(*own, part, part_lse)
         if sinks is not None:  # a part without values
-            total, lse = merge(total, lse, torch.zeros_like(total), sinks.to(dtype)[:, None].expand_as(lse))
+            total, lse = merge(total, lse, torch.zeros_like(total), plan.of_rows(sinks, lse))
         out = total.to(q.dtype)
         # For the probabilities of the whole, the softmax of each pair is told what the others added.
         statistics = []
-        for (_number, index), (of_pair, part_lse) in calls.items():
-            more = lse[:, :, plan.own_rows[index][0]] - part_lse
-            more = more.masked_fill(part_lse == -torch.inf, 0.0)
-            statistics.append(backends.statistics_within(of_pair, more, plan.backend))
+        for where, of_part, part_lse in calls.values():
+            more = (lse[:, :, where] - part_lse).masked_fill(part_lse == -torch.inf, 0.0)
+            statistics.append(backends.statistics_within(of_part, more, plan.backend))
         ctx.plan, ctx.calls = plan, {at: i for i, at in enumerate(calls)}
         ctx.save_for_backward(q, k, v, mask, bias, slopes, sinks, out, lse, *statistics)
         ctx.set_materialize_grads(False)
@@ -242,24 +278,23 @@ class _ContextParallel(torch.autograd.Function):
         for step, arrived in _arrivals(plan, k, v):
             for route, own_k, own_v in arrived:
                 into = sums.keys_of(route)
-                for index, (where, rows) in enumerate(plan.own_rows):
-                    pair = plan.pair(rows, route.piece)
-                    if pair is None:
-                        continue
-                    operands, options = _pair_call(plan, of_all, where, rows, route.piece, pair)
-                    call = ops.Backward(
-                        dout[:, :, where], None if dlse is None else dlse[:, :, where], q[:, :, where], own_k, own_v,
-                        out[:, :, where], statistics[ctx.calls[route.number, index]], operands, options, plan.backend,
-                        [*wanted, False],
+                for name, call in plan.calls(route):
+                    where = call.rows
+                    operands, options = _operator_call(plan, of_all, call)
+                    backward = ops.Backward(
+                        dout[:, :, where], None if dlse is None else dlse[:, :, where], q[:, :, where],
+                        own_k[:, :, call.keys], own_v[:, :, call.keys], out[:, :, where], statistics[ctx.calls[name]],
+                        operands, options, plan.backend, [*wanted, False],
                     )  # fmt: skip
-                    sums.add(where, route.piece, into, _BACKWARD(*ops.flatten(call)))
+                    sums.add(call, into, _BACKWARD(*ops.flatten(backward)))
             sums.send_on(step, [route for route, _, _ in arrived])
         dk, dv = sums.finish()
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[7]:
             delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
             delta = delta if dlse is None else delta - dlse
-            dsinks = -(torch.exp(sinks.to(lse.dtype)[:, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
+            weights = torch.exp(plan.of_rows(sinks, lse) - lse).masked_fill(lse == -torch.inf, 0.0)
+            dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
         learned = (
             None if total is None else total.to(x.dtype)
             for total, x in ((sums.dbias, bias), (sums.dslopes, slopes))
@@ -293,16 +328,17 @@ class _Sums:
         self._mine[route.number] = self._new(route)
         return self._views(route, self._mine[route.number])
 
-    def add(self, where: slice, keys: Piece, into: tuple[Tensor, Tensor], gradients: tuple[Tensor, ...]) -> None:
-        """Take in the gradients of one pair of pieces."""
+    def add(self, call: _Call, into: tuple[Tensor, Tensor], gradients: tuple[Tensor, ...]) -> None:
+        """Take in the gradients of one call."""
         dq, dk, dv, dbias, dslopes, _ = gradients
-        self.dq[:, :, where] += dq
-        into[0].add_(dk)
-        into[1].add_(dv)
+        self.dq[:, :, call.rows] += dq
+        into[0][:, :, call.keys] += dk
+        into[1][:, :, call.keys] += dv
         if self.dbias is not None:
-            _cut(self.dbias, where, keys).add_(dbias)
+            _cut(self.dbias, call.rows, call.of_keys).add_(dbias)
         if self.dslopes is not None:
-            self.dslopes.add_(dslopes)
+            documents = self._plan.view.documents is not None
+            self.dslopes[_documents(call.part, self.dslopes) if documents else slice(None)] += dslopes
 
     def send_on(self, step: int, computed: list[Route]) -> None:
         """After the pieces of a step: join what came with them, and send it on its way."""

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastattn.distributed.comm import Ranks
-from fastattn.distributed.layout import Balance, check_balance, length_of, pieces
+from fastattn.distributed.layout import Balance, Piece, check_balance, length_of, pieces
 from fastattn.distributed.ring import placed
 
 
-def shard(x: Tensor, *, mesh: DeviceMesh, dim: int, balance: Balance = "contiguous") -> Tensor:
+def shard(
+    x: Tensor, *, mesh: DeviceMesh, dim: int, balance: Balance = "contiguous", cu_seqlens: Tensor | None = None
+) -> Tensor:
     """This rank's part of ``x``, which every rank has: tokens, labels, masks by rows, ... Differentiable; no messages.
 
     Args:
@@ -20,36 +23,50 @@ def shard(x: Tensor, *, mesh: DeviceMesh, dim: int, balance: Balance = "contiguo
         mesh: as in `context_parallel_attention`.
         dim: that of the tokens.
         balance: as in `context_parallel_attention`; lengths need not divide by ranks.
+        cu_seqlens: where documents begin, as there; read with ``"documents"`` alone.
 
     Returns:
         x's shape but for ``dim``; a copy.
     """
     peers = Ranks(mesh)
-    check_balance(balance)
-    own = pieces(balance, x.shape[dim], peers.size)[peers.rank]
+    own = cut_of(balance, x.shape[dim], peers.size, cu_seqlens)[peers.rank]
     index = torch.cat([torch.arange(x.shape[dim], device=x.device)[piece.positions] for piece in own])
     return x.index_select(dim, index)
 
 
-def positions(length: int, *, mesh: DeviceMesh, balance: Balance = "contiguous") -> Tensor:
+def cut_of(balance: Balance, total: int, ranks: int, cu_seqlens: Tensor | None) -> list[list[Piece]]:
+    """The pieces of each rank, where ``cu_seqlens`` are known if they decide about it."""
+    check_balance(balance)
+    if balance != "documents":
+        return pieces(balance, total, ranks)
+    if cu_seqlens is None:
+        raise ValueError("cu_seqlens: expected a Tensor with balance='documents', got None")
+    return pieces(balance, total, ranks, tuple(cu_seqlens.tolist()))
+
+
+def positions(
+    length: int, *, mesh: DeviceMesh, balance: Balance = "contiguous", cu_seqlens: Tensor | None = None
+) -> Tensor:
     """Where each of this rank's tokens stands in the whole, int64 (own tokens,); for rotary embeddings and labels.
 
     Args:
         length: of the whole.
-        mesh, balance: as in `shard`.
+        mesh, balance, cu_seqlens: as in `shard`.
     """
-    return shard(torch.arange(length, device=mesh.device_type), mesh=mesh, dim=0, balance=balance)
+    whole = torch.arange(length, device=mesh.device_type)
+    return shard(whole, mesh=mesh, dim=0, balance=balance, cu_seqlens=cu_seqlens)
 
 
 @torch.no_grad()
 def unshard(
-    x: Tensor, *, mesh: DeviceMesh, dim: int, balance: Balance = "contiguous", timeout: float | None = None
-) -> Tensor:
+    x: Tensor, *, mesh: DeviceMesh, dim: int, balance: Balance = "contiguous", cu_seqlens: Tensor | None = None,
+    timeout: float | None = None,
+) -> Tensor:  # fmt: skip
     """The whole from every rank's part, on every rank; what `shard` undoes. Without gradient.
 
     Args:
         x: this rank's part.
-        mesh, dim, balance: as in `shard`.
+        mesh, dim, balance, cu_seqlens: as in `shard`.
         timeout: seconds to wait for a message; None is the process group's own.
 
     Raises:
@@ -57,11 +74,10 @@ def unshard(
         RuntimeError: another rank raised, ended or made another call; it is named.
     """
     peers = Ranks(mesh, timeout)
-    check_balance(balance)
     dim = dim % x.ndim
     headers = peers.headers([x.shape[dim]], f"{(*x.shape[:dim], None, *x.shape[dim + 1 :])} {x.dtype}")
     lengths = [numbers[0] for numbers, _ in headers]
-    cut = pieces(balance, sum(lengths), peers.size)
+    cut = cut_of(balance, sum(lengths), peers.size, cu_seqlens)
     for rank, (_, words) in enumerate(headers):
         if words != headers[0][1]:
             raise ValueError(
@@ -85,14 +101,15 @@ def unshard(
 
 
 def shard_batch(
-    batch: Mapping[str, Tensor], *, mesh: DeviceMesh, dim: int = 1, balance: Balance = "contiguous"
-) -> dict[str, Tensor]:
+    batch: Mapping[str, Tensor], *, mesh: DeviceMesh, dim: int = -1, balance: Balance = "contiguous",
+    cu_seqlens: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """This rank's part of a batch that every rank has, for a model inside of `context_parallel`; no messages.
 
     Args:
         batch: the model's arguments by name; each has its tokens in ``dim``.
-        mesh, balance: as in `shard`.
-        dim: that of the tokens.
+        mesh, balance, cu_seqlens: as in `shard`. The model is given ``cu_seqlens`` as they are, those of the whole.
+        dim: that of the tokens; the last, unless said.
 
     Returns:
         A part of each. With ``input_ids``, as the models of transformers take them, also ``position_ids``, and with
@@ -109,10 +126,14 @@ def shard_batch(
     if "input_ids" in batch:
         tokens = batch["input_ids"]
         if "position_ids" not in batch:
-            whole["position_ids"] = torch.arange(tokens.shape[dim], device=tokens.device).expand_as(tokens)
+            place = torch.arange(tokens.shape[dim], device=tokens.device)
+            if cu_seqlens is not None:
+                place = place - cu_seqlens[torch.bucketize(place, cu_seqlens[1:-1], right=True)]
+            whole["position_ids"] = place.expand_as(tokens)
         if "labels" in batch:
-            whole["shift_labels"] = next_labels(batch["labels"])
-    parts = {name: shard(x, mesh=mesh, dim=dim, balance=balance) for name, x in whole.items()}
+            whole["shift_labels"] = next_labels(batch["labels"], cu_seqlens)
+    how: dict[str, Any] = {"mesh": mesh, "dim": dim, "balance": balance, "cu_seqlens": cu_seqlens}
+    parts = {name: shard(x, **how) for name, x in whole.items()}
     if "shift_labels" in whole:
         parts["num_items_in_batch"] = (whole["shift_labels"] != IGNORED).sum() / mesh.size()
     return parts
@@ -122,6 +143,8 @@ IGNORED = -100
 """A label that has no loss, PyTorch's default."""
 
 
-def next_labels(labels: Tensor) -> Tensor:
-    """The label behind that of each token; `IGNORED` behind the last. labels: whole, (..., L)."""
+def next_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The label behind that of each token; `IGNORED` behind the last, of each document. labels: whole, (..., L)."""
+    if cu_seqlens is not None and labels.shape[-1]:
+        labels = labels.index_fill(-1, cu_seqlens[:-1].long().clamp(max=labels.shape[-1] - 1), IGNORED)
     return torch.nn.functional.pad(labels[..., 1:], (0, min(labels.shape[-1], 1)), value=IGNORED)

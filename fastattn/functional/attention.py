@@ -218,7 +218,12 @@ def attention_varlen(
     """
     if unknown:
         keywords.refuse(attention_varlen, unknown)
-    divided.refuse("cu_seqlens_q", "packed sequences")
+    if (division := divided.current()) is not None:
+        return division.attention_varlen(
+            q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, causal=causal,
+            q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
+            dropout_p=dropout_p, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     spec = _varlen_spec(
         q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), seqused_k=seqused_k, causal=causal,
         q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,

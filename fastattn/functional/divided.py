@@ -19,16 +19,23 @@ class Division(Protocol):
         """`fastattn.attention` of this process's queries over all keys."""
         ...
 
-    def whole(self, length: int) -> int:
+    def attention_varlen(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        """`fastattn.attention_varlen`, likewise; ``cu_seqlens`` are those of the whole, here and below."""
+        ...
+
+    def whole(self, length: int, cu_seqlens: Tensor | None = None) -> int:
         """The tokens of all processes, where this one has ``length``."""
         ...
 
-    def positions(self, length: int, device: torch.device) -> Tensor:
+    def positions(self, length: int, device: torch.device, cu_seqlens: Tensor | None = None) -> Tensor:
         """Where each of this process's tokens stands in the whole, int64 (length,)."""
         ...
 
-    def next_labels(self, labels: Tensor) -> Tensor:
-        """The label behind that of each token, wherever it is kept; -100 behind the last. labels: (..., length)."""
+    def next_labels(self, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The label behind that of each token, wherever it is kept; -100 behind the last of a document or of all.
+
+        labels: (..., length).
+        """
         ...
 
     def mean(self, total: Tensor, count: Tensor) -> Tensor:

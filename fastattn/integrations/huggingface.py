@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from fastattn.functional import attention, divided
+from fastattn.functional import attention, attention_varlen, divided
 from fastattn.integrations.huggingface_eager import attention_with_weights, weights_are_collected
 from fastattn.integrations.huggingface_mask import PatternMask, hands_masks_on, pattern_mask, without_packing
 
@@ -226,7 +226,11 @@ def attention_forward(
         options = _implied(query.shape[2], key.shape[2], bool(is_causal), sliding_window)
     else:
         options = _given(attention_mask)
-    if cu_seq_lens_q is not None:
+    division = divided.current()
+    if division is not None and cu_seq_lens_q is not None:
+        if not {*options} <= {"causal", "window", "q_offset"} or query.shape[0] != 1:
+            divided.refuse("attention_mask", "padding, or another pattern than causal order and a window")
+    elif cu_seq_lens_q is not None:
         mask = _stated(options, query, key) if attention_mask is None else attention_mask
         options = _given(_within(mask, cu_seq_lens_q, cu_seq_lens_k, query, key))
     if position_bias is not None:
@@ -235,6 +239,10 @@ def attention_forward(
     weights = None
     if output_attentions or weights_are_collected():
         out, weights = attention_with_weights(query, key, value, options)
+    elif division is not None and cu_seq_lens_q is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        options.pop("q_offset", None)
+        return attention_varlen(q, k, v, cu_seq_lens_q, cu_seq_lens_k, **options)[None].contiguous(), None
     else:
         out = attention(query, key, value, **options)
     return out.transpose(1, 2).contiguous(), weights

@@ -233,7 +233,10 @@ class Block(nn.Module):
 def positions(x: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
     """Where each element of x (N, L, E) stands, (N or 1, L); of packed x (total, E), (total,)."""
     if cu_seqlens is not None:
-        index = torch.arange(x.shape[0], device=x.device)
+        if (division := divided.current()) is None:
+            index = torch.arange(x.shape[0], device=x.device)
+        else:
+            index = division.positions(x.shape[0], x.device, cu_seqlens)
         sequence = torch.bucketize(index, cu_seqlens[1:-1], right=True)
         return index - cu_seqlens[sequence]
     if cache is not None:

@@ -432,13 +432,13 @@ def next_token_loss(logits: Tensor, tokens: Tensor, labels: Tensor, cu_seqlens: 
     check.tokens("labels", labels)
     if labels.shape != tokens.shape:
         raise ValueError(f"labels.shape: expected tokens.shape == {tuple(tokens.shape)}, got {tuple(labels.shape)}")
-    if cu_seqlens is not None:  # nothing says what a sequence begins with
-        labels = labels.index_fill(0, cu_seqlens[:-1].long().clamp(max=labels.shape[0] - 1), -100)
     division = divided.current()
+    if cu_seqlens is not None and division is None:  # nothing says what a sequence begins with
+        labels = labels.index_fill(0, cu_seqlens[:-1].long().clamp(max=labels.shape[0] - 1), -100)
     if division is None:
         logits, labels = logits[..., :-1, :], labels[..., 1:]
     else:
-        labels = division.next_labels(labels)
+        labels = division.next_labels(labels, cu_seqlens)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits, labels = logits.flatten(0, -2), labels.flatten().long()
     if division is None:

@@ -146,7 +146,7 @@ def test_a_rank_that_raises_does_not_hang_the_others(ranks, when):
     [
         ({"dropout_p": 1.1}, "dropout_p: expected"),
         ({"strategy": "star"}, "strategy: expected one of 'ring', 'all_gather', 'ulysses' or None, got 'star'"),
-        ({"balance": "even"}, "balance: expected one of 'contiguous', 'zigzag', 'striped', got 'even'"),
+        ({"balance": "even"}, "balance: expected one of 'contiguous', 'zigzag', 'striped', 'documents', got 'even'"),
         ({"q_offset": torch.zeros(1, dtype=torch.int64)}, "q_offset: expected an int or None"),
         ({"is_causal": True}, "unexpected keyword argument 'is_causal'; here it is causal"),
         ({"backend": "torch", "strategy": "ring"}, "backend 'torch' cannot serve this call: it does not return lse"),

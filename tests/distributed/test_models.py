@@ -33,6 +33,19 @@ def test_a_step_of_training(ranks, name, strategy, balance, count):
     assert all(torch.equal(loss, parts[0][0]) for loss, _ in parts)
 
 
+@pytest.mark.parametrize(
+    ("name", "strategy", "balance", "count"),
+    [
+        ("rope", "ring", "documents", 3),
+        ("learned", "ulysses", "zigzag", 2),
+        ("alibi", "all_gather", "contiguous", "2x2"),
+    ],
+)
+def test_packed_documents(ranks, name, strategy, balance, count):
+    parts = ranks.run(work.divided_packed_step, name, strategy, balance, ranks=count)
+    check_step(parts, work.whole_packed_step(name, torch.float64), work.whole_packed_step(name))
+
+
 @pytest.mark.parametrize("way", ["plain", "checkpoint", "compile"])
 def test_as_a_property_of_the_model(ranks, way):
     count = 1 if way == "compile" else 2  # each process that compiles takes seconds to begin
@@ -60,7 +73,9 @@ def test_layers_of_torch(ranks):
         assert_parity(out, whole(torch.float64), whole(torch.float32))
 
 
-@pytest.mark.parametrize(("kind", "balance", "count"), [("llama", "zigzag", 2), ("mistral", "striped", 3)])
+@pytest.mark.parametrize(
+    ("kind", "balance", "count"), [("llama", "zigzag", 2), ("llama", "documents", 3), ("mistral", "striped", 3)]
+)
 def test_models_of_transformers(ranks, kind, balance, count):
     pytest.importorskip("transformers")
     parts = ranks.run(work.divided_llama, kind, balance, ranks=count)
@@ -89,7 +104,7 @@ def test_an_error_ends_it(ranks):
 def test_a_batch_of_different_lengths(ranks):
     batch = {"tokens": torch.zeros(1, 4), "labels": torch.zeros(1, 5)}
     for good, answer in ranks.answers(work.shard_a_batch, batch, ranks=2):
-        assert not good and "batch: expected the same length in dimension 1 of each, got {'tokens': 4" in answer
+        assert not good and "batch: expected the same length in dimension -1 of each, got {'tokens': 4" in answer
 
 
 def test_what_there_is_not():

@@ -49,6 +49,30 @@ def whole_step(name, dtype=torch.float32):
     return model(**batch).detach(), gradients_of(model)
 
 
+DOCUMENTS = torch.tensor([0, 3, 3, 14, 15, 21])
+
+
+def packed(batch):
+    """Of its first row, documents; the last tokens are of none."""
+    return {name: x[0] for name, x in batch.items()}
+
+
+def whole_packed_step(name, dtype=torch.float32):
+    model, batch = make_lm(name, dtype)
+    loss = model(**packed(batch), cu_seqlens=DOCUMENTS)
+    loss.backward()
+    return loss.detach(), gradients_of(model)
+
+
+def divided_packed_step(mesh, name, strategy, balance):
+    model, batch = make_lm(name)
+    part = fd.shard_batch(packed(batch), mesh=mesh, balance=balance, cu_seqlens=DOCUMENTS)
+    with fd.context_parallel(mesh, strategy=strategy, balance=balance):
+        loss = model(**part, cu_seqlens=DOCUMENTS)
+    loss.backward()
+    return loss.detach(), averaged(mesh, gradients_of(model))
+
+
 def divided_step(mesh, name, strategy, balance, way="with"):
     """The same on ranks; by the context, or as a property of the model, with or without what computes anew."""
     model, batch = make_lm(name, checkpoint=way == "checkpoint")
@@ -116,17 +140,32 @@ def make_llama(kind, dtype=torch.float32):
     return model, {"input_ids": tokens, "labels": tokens}
 
 
+def packing(kind, batch):
+    """(the batch, what else the model is given)."""
+    if kind != "llama":
+        return batch, {}
+    ends = torch.tensor([0, 5, 14, LENGTH])
+    return {name: x[:1] for name, x in batch.items()}, {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+
+
 def whole_llama(kind, dtype=torch.float32):
     model, batch = make_llama(kind, dtype)
-    loss = model(**batch).loss
+    batch, more = packing(kind, batch)
+    if more:
+        ends = more["cu_seq_lens_q"]
+        batch["position_ids"] = torch.cat([torch.arange(n) for n in ends.diff().tolist()])[None]
+        batch["labels"] = batch["labels"].index_fill(1, ends[:-1], -100)
+    loss = model(**batch, **more).loss
     loss.backward()
     return loss.detach(), gradients_of(model)
 
 
 def divided_llama(mesh, kind, balance):
     model, batch = make_llama(kind)
+    batch, more = packing(kind, batch)
+    part = fd.shard_batch(batch, mesh=mesh, balance=balance, cu_seqlens=more.get("cu_seq_lens_q"))
     with fd.context_parallel(mesh, balance=balance):
-        loss = model(**fd.shard_batch(batch, mesh=mesh, balance=balance)).loss
+        loss = model(**part, **more).loss
     loss.backward()
     total = loss.detach().clone()
     dist.all_reduce(total, group=mesh.get_group())

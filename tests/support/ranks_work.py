@@ -18,7 +18,12 @@ KEYS = ("dk", "dv")
 def make_inputs(case):
     """(q, k, v, dout, dlse by name, options), the whole, the same in every process."""
     g = torch.Generator().manual_seed(case.get("seed", 0))
-    batch, q_heads, kv_heads = case.get("batch", 2), case.get("q_heads", 4), case.get("kv_heads", 4)
+    documents = case.get("documents")
+    batch, q_heads, kv_heads = (
+        case.get("batch", 2 if documents is None else 1),
+        case.get("q_heads", 4),
+        case.get("kv_heads", 4),
+    )
     q_len, kv_len, dim, v_dim = case.get("q_len", 37), case.get("kv_len", 37), 8, case.get("v_dim", 8)
     dtype = case.get("dtype", torch.float32)
 
@@ -34,6 +39,12 @@ def make_inputs(case):
         options["mask"] = torch.rand(batch, 1, q_len, kv_len, generator=g) < 0.7
     if case.get("alibi"):
         options["alibi_slopes"] = torch.rand(q_heads, generator=g).mul(0.2).requires_grad_()
+    if documents is not None:
+        options["cu_seqlens_q"] = torch.tensor(documents)
+        options["cu_seqlens_k"] = torch.tensor(case.get("key_documents", documents))
+        if case.get("slopes_of_documents"):
+            slopes = torch.rand(len(documents) - 1, q_heads, generator=g).mul(0.2)
+            options["alibi_slopes"] = slopes.requires_grad_()
     if case.get("sinks"):
         options["sinks"] = torch.randn(q_heads, generator=g).requires_grad_()
     inputs = {"q": q, "k": k, "v": v, "dout": draw(batch, q_heads, q_len, v_dim).detach()}
@@ -47,14 +58,15 @@ def attend(mesh, case):
     inputs, options = make_inputs(case)
     inputs = {name: x.detach() for name, x in inputs.items()}
     how = {"mesh": mesh, "balance": case["balance"]}
-    own = {name: fd.shard(x, dim=2, **how) for name, x in inputs.items()}
+    of_rows, of_keys = ({**how, "dim": 2, "cu_seqlens": options.get(f"cu_seqlens_{name}")} for name in "qk")
+    own = {name: fd.shard(x, **(of_keys if name in "kv" else of_rows)) for name, x in inputs.items()}
     leaves = [own[name].requires_grad_() for name in ("q", "k", "v")]
     names = ["dq", "dk", "dv"]
     for name in ("mask", "bias", "alibi_slopes", "sinks"):
         if (x := options.get(name)) is not None:
             x = x.detach()
             if x.ndim == 4 and x.shape[2] > 1:
-                x = fd.shard(x, dim=2, **how)
+                x = fd.shard(x, **of_rows)
             if x.is_floating_point():
                 leaves.append(x.requires_grad_())
                 names.append(f"d{name}")
@@ -86,7 +98,9 @@ def together(case, parts):
         shape = list(found[0].shape)
         shape[2] = total
         whole[name] = found[0].new_empty(shape)
-        for x, own in zip(found, pieces(case["balance"], total, len(parts)), strict=True):
+        starts = case.get("documents") if rows else case.get("key_documents", case.get("documents"))
+        cut = pieces(case["balance"], total, len(parts), starts)
+        for x, own in zip(found, cut, strict=True):
             assert x.shape[2] == length_of(own)
             for where, piece in placed(own):
                 whole[name][:, :, piece.positions] = x[:, :, where]
@@ -140,6 +154,8 @@ def differing(mesh, kind):
     if kind == "heads":
         x = torch.randn(1, 4 if odd else 2, 6, 8)
         return fd.context_parallel_attention(x, x, x, mesh=mesh)
+    if kind == "documents":
+        return small_call(mesh, cu_seqlens_q=torch.tensor([0, 4 if odd else 5, 12]))
     if kind == "options":
         return small_call(mesh, causal=odd)
     if kind == "keys":
