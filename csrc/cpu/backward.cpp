@@ -5,10 +5,8 @@
 //
 // One task has one key head of one batch entry: it computes the scores once, and all sums are its own. Where there are few
 // heads the keys are divided into pieces, as the sizes alone say, whose shares of dQ are added up in a fixed order.
-#include <cstring>
-
+#include "bias_gradient.h"
 #include "softmax.h"
-#include "turns.h"
 #include "variant.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
@@ -36,16 +34,6 @@ struct Results {
   int64_t* turns;   // of each task, or null
 };
 
-// Whether rows or keys share elements of dbias: a head then adds up its own before they join the others.
-inline bool reduces_dbias(const FastattnOperands& o) { return o.bias_size[2] == 1 || o.bias_size[3] == 1; }
-
-// Whether every element of dbias belongs to one pair of one head, whose tile can write it without a look at what is there.
-// Tiles that a block mask leaves out are not visited.
-inline bool owns_dbias(const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g) {
-  return g.dbias != nullptr && o.table == nullptr && o.bias_size[0] == a.batch && o.bias_size[1] == a.q_heads &&
-         o.bias_size[2] == a.q_len && o.bias_size[3] == a.kv_len;
-}
-
 // How a task divides its memory. What is summed over keys or queries ("steps") has a layout of its own where a lane holds two
 // elements, or is the same memory as rows.
 template <class T, class Step>
@@ -55,11 +43,11 @@ struct Memory {
   T *q, *dout, *q_steps, *dout_steps, *dq, *delta;           // of all queries of one head
   T *p, *ds, *ds_rows, *cap;                                 // a tile: queries x keys; gradients of the cap of a row
   T* rows;                                                   // keys or values of one block, or a row of out
-  T* dbias;                                                  // of one head, where `reduces_dbias`
+  T* dbias;                                                  // of one head, where rows or keys share it
   RowKeys* row_keys;                                         // of all queries of one head, with dropout
   int64_t size;                                              // elements of all
 
-  Memory(const FastattnAttention& a, const FastattnOperands& o, int64_t queries, int64_t keys, T* data)
+  Memory(const FastattnAttention& a, const BiasSharing& bias, int64_t queries, int64_t keys, T* data)
       : q_width(round_up(a.head_dim, kLanes<T>)), v_width(round_up(a.v_dim, kLanes<T>)),
         q_lanes(round_up(lanes_for<Step>(a.head_dim), kLanes<T>)), v_lanes(round_up(lanes_for<Step>(a.v_dim), kLanes<T>)) {
     int64_t taken = 0;
@@ -82,24 +70,19 @@ struct Memory {
     rows = take(kKeys * most(q_width, v_width));
     row_keys = reinterpret_cast<RowKeys*>(take(queries * int64_t(sizeof(RowKeys) / sizeof(T))));
     delta = take(queries);
-    dbias = take(reduces_dbias(o) ? o.bias_size[2] * o.bias_size[3] : 0);
+    dbias = take(bias.reduced ? bias.elements_of_head : 0);
     size = taken;
   }
 };
-
-template <class T>
-void fill(T* x, int64_t count, T value) {
-  for (int64_t i = 0; i < count; i++) x[i] = value;
-}
 
 template <class T, class Step>
 class Backward {
  public:
   Backward(const Problem<T>& problem, const FastattnGradients& g, const Results<T>& results, const Task& task,
            const Turns& turns)
-      : problem_(problem), a_(problem.a), o_(problem.o), g_(g), results_(results), task_(task), turns_(turns),
+      : problem_(problem), a_(problem.a), o_(problem.o), g_(g), results_(results), task_(task),
         entry_(problem.entry(task.entry)), keep_scale_(problem.keep_scale()),
-        threshold_(dropout_threshold(problem.a.dropout_p)), owns_dbias_(owns_dbias(a_, o_, g)),
+        threshold_(dropout_threshold(problem.a.dropout_p)), bias_(problem, g, entry_, turns),
         q_steps_(lanes_for<Step>(problem.a.head_dim)), v_steps_(lanes_for<Step>(problem.a.v_dim)) {
     const int64_t blocks = (entry_.kv_len + kKeys - 1) / kKeys;
     keys_ = {blocks * task.piece / results.pieces * kKeys, blocks * (task.piece + 1) / results.pieces * kKeys};
@@ -108,9 +91,9 @@ class Backward {
   // False where memory ran out.
   bool run() {
     const int64_t keys = keys_.end - keys_.begin;
-    T* data = scratch<T>(Memory<T, Step>(a_, o_, entry_.q_len, keys, nullptr).size);
+    T* data = scratch<T>(Memory<T, Step>(a_, bias_.sharing(), entry_.q_len, keys, nullptr).size);
     if (data == nullptr) return false;
-    Memory<T, Step> memory(a_, o_, entry_.q_len, keys, data);
+    Memory<T, Step> memory(a_, bias_.sharing(), entry_.q_len, keys, data);
     memory_ = &memory;
     pack_keys();
     const int64_t used = least(keys, entry_.kv_len - keys_.begin);
@@ -157,11 +140,9 @@ class Backward {
     pack_queries();
     fill(memory_->dq, entry_.q_len * memory_->q_width, T(0));
     dslope_ = 0.0;
-    const bool dbias_apart = g_.dbias != nullptr && !owns_dbias_ && reduces_dbias(o_);
-    if (dbias_apart) fill(memory_->dbias, o_.bias_size[2] * o_.bias_size[3], T(0));
-    dbias_ = dbias_apart ? memory_->dbias : dbias_of_head();
+    bias_.begin(member_, head, memory_->dbias);
     for (int64_t key = keys_.begin; key < keys_.end; key += kKeys) key_block(scores, key);
-    if (dbias_apart) join_dbias();
+    bias_.end();
     if (results_.dslopes != nullptr) {
       results_.dslopes[(task_.piece * problem_.entries() + entry_.number) * a_.q_heads + head] = T(-dslope_);
     }
@@ -228,8 +209,7 @@ class Backward {
       return;
     }
     // Partial tiles come before full ones: turns are for all rows at once.
-    const bool shared = g_.dbias != nullptr && !owns_dbias_ && !reduces_dbias(o_);
-    if (shared) turns_.wait(position(awaited(), entry_.q_len - 1, key));
+    bias_.begin_tiles(entry_.q_len - 1, key);
     const int64_t lines = (a_.kv_len + kKeys - 1) / kKeys;
     const int64_t line = ((o_.block_batch > 1 ? entry_.batch : 0) * o_.block_heads +
                           (o_.block_heads > 1 ? head_ : 0)) * lines + key / kKeys;
@@ -242,7 +222,7 @@ class Backward {
         tile(scores, half, key, block);
       }
     }
-    if (shared) turns_.pass(position(member_, entry_.q_len - 1, key));
+    bias_.end_tiles(entry_.q_len - 1, key);
   }
 
   void tile(const Scores<T>& scores, int64_t row, int64_t key, const uint8_t* block) {
@@ -255,14 +235,11 @@ class Backward {
       if (!own.empty()) seen = {least(seen.begin, own.begin), most(seen.end, own.end)};
     }
     if (seen.empty()) {
-      if (owns_dbias_) {
-        for (int64_t r = 0; r < count; r++) clear_dbias(row + r, key, 0, kKeys);
-      }
+      for (int64_t r = 0; r < count; r++) bias_.take_nothing(row + r, key, 0, kKeys);
       return;
     }
     const int begin = int(seen.begin / kTileColumns<T> * kTileColumns<T>), end = int(round_up(seen.end, kLanes<T>));
-    const bool shared = g_.dbias != nullptr && !owns_dbias_ && !reduces_dbias(o_) && o_.table == nullptr;
-    if (shared) turns_.wait(position(awaited(), row, key));
+    if (o_.table == nullptr) bias_.begin_tiles(row, key);
     for (int64_t r = 0; r < count; r += kTileRows) {
       const int rows = int(least(kTileRows, count - r));
       row_group(scores, row, r, rows, key, block, visible, begin, end);
@@ -270,7 +247,7 @@ class Backward {
         for (T* tile : {memory_->p, memory_->ds}) round_steps(tile, r, rows, begin, end);
       }
     }
-    if (shared) turns_.pass(position(member_, row, key));
+    if (o_.table == nullptr) bias_.end_tiles(row, key);
     add_to_keys(row, count, key, visible, begin, int(seen.end));
   }
 
@@ -295,10 +272,8 @@ class Backward {
         fill(x + begin, first - begin, T(0));
         fill(x + last, end - last, T(0));
       }
-      if (owns_dbias_) {
-        clear_dbias(row + at + r, key, 0, seen.empty() ? 0 : first);
-        clear_dbias(row + at + r, key, seen.empty() ? 0 : last, kKeys);
-      }
+      bias_.take_nothing(row + at + r, key, 0, seen.empty() ? 0 : first);
+      bias_.take_nothing(row + at + r, key, seen.empty() ? 0 : last, kKeys);
     }
     if (seen.empty()) return;
     const int64_t place = key - keys_.begin;
@@ -347,9 +322,7 @@ class Backward {
     const int64_t next = row + kTileRows;
     for (int64_t r = next + kTileRows * third / 3; r < least(next + kTileRows * (third + 1) / 3, entry_.q_len); r++) {
       scores.prefetch(r, key);
-      if (g_.dbias != nullptr && o_.bias_size[3] > 1) {
-        prefetch_line(dbias_row(r) + key, 0, least(kKeys, entry_.kv_len - key));
-      }
+      bias_.prefetch(r, key);
     }
   }
 
@@ -378,11 +351,7 @@ class Backward {
       }
     }
     if (keys_poisoned_ || queries_poisoned_) forget_forbidden(scores, row, key, visible, block, first, last, p, ds, cap);
-    if (owns_dbias_) {
-      store_dbias(row, key, first, last, ds);
-    } else if (g_.dbias != nullptr) {
-      add_dbias(row, key, within(visible, key), ds);
-    }
+    bias_.take(row, key, first, last, within(visible, key), ds);
     if (results_.dslopes != nullptr) add_dslope(scores, row, key, within(visible, key), ds);
     if (cap != nullptr) {
       for (int i = first; i < last; i += kLanes<T>) store(ds + i, load(ds + i) * load(cap + i));
@@ -401,54 +370,6 @@ class Backward {
       p[i] = ds[i] = T(0);
       if (cap != nullptr) cap[i] = T(0);
     }
-  }
-
-  // Where a tile of a head of the group comes in the order of all tiles of a task.
-  int64_t position(int64_t member, int64_t row, int64_t key) const {
-    const int64_t blocks = (entry_.kv_len + kKeys - 1) / kKeys, tiles = (entry_.q_len + kQueries - 1) / kQueries;
-    return (member * blocks + key / kKeys) * tiles + row / kQueries;
-  }
-
-  // The head whose tile the task before must have added: the last one of the group, if heads share dbias.
-  int64_t awaited() const { return o_.bias_size[1] > 1 ? member_ : problem_.group() - 1; }
-
-  T* dbias_of_head() const {
-    if (g_.dbias == nullptr) return nullptr;
-    const int64_t* size = o_.bias_size;
-    const int64_t index = (size[0] > 1 ? entry_.batch : 0) * size[1] + (size[1] > 1 ? head_ : 0);
-    return static_cast<T*>(g_.dbias) + index * size[2] * size[3];
-  }
-
-  T* dbias_row(int64_t row) const { return dbias_ + (o_.bias_size[2] > 1 ? row : 0) * o_.bias_size[3]; }
-
-  void add_dbias(int64_t row, int64_t key, Range seen, const T* ds) {
-    T* to = dbias_row(row);
-    if (o_.bias_size[3] > 1) {
-      for (int64_t i = seen.begin; i < seen.end; i++) to[key + i] += ds[i];
-    } else {
-      T sum = T(0);
-      for (int64_t i = seen.begin; i < seen.end; i++) sum += ds[i];
-      *to += sum;
-    }
-  }
-
-  // Of the only tile that has these elements: at places `first .. last`, as far as there are keys.
-  void store_dbias(int64_t row, int64_t key, int64_t first, int64_t last, const T* ds) {
-    last = least(last, entry_.kv_len - key);
-    if (first < last) std::memcpy(dbias_row(row) + key + first, ds + first, size_t(last - first) * sizeof(T));
-  }
-
-  void clear_dbias(int64_t row, int64_t key, int64_t first, int64_t last) {
-    last = least(last, entry_.kv_len - key);
-    fill(dbias_row(row) + key + first, last - first, T(0));
-  }
-
-  // Adds what the head has added up to what it shares with others.
-  void join_dbias() {
-    turns_.wait(position(awaited(), entry_.q_len - 1, entry_.kv_len - 1));
-    T* to = dbias_of_head();
-    for (int64_t i = 0; i < o_.bias_size[2] * o_.bias_size[3]; i++) to[i] += memory_->dbias[i];
-    turns_.pass(position(member_, entry_.q_len - 1, entry_.kv_len - 1));
   }
 
   void add_dslope(const Scores<T>& scores, int64_t row, int64_t key, Range seen, const T* ds) {
@@ -496,16 +417,14 @@ class Backward {
   const FastattnGradients& g_;
   const Results<T>& results_;
   Task task_;
-  const Turns& turns_;
   Entry entry_;
   T keep_scale_;
   uint32_t threshold_;
-  bool owns_dbias_;
+  BiasGradient<T> bias_;
   int64_t q_steps_, v_steps_;  // of a score, and of its gradient
   Range keys_;
   Memory<T, Step>* memory_ = nullptr;
   int64_t member_ = 0, head_ = 0;
-  T* dbias_ = nullptr;
   double dslope_ = 0.0;
   bool keys_poisoned_ = false, queries_poisoned_ = false;
 };
@@ -548,11 +467,6 @@ void add_learned(const Problem<T>& problem, const FastattnGradients& g, const Re
   }
 }
 
-// Whether several tasks add to the same elements of dbias.
-inline bool shares_dbias(const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g) {
-  return g.dbias != nullptr && ((o.bias_size[0] == 1 && a.batch > 1) || (o.bias_size[1] == 1 && a.kv_heads > 1));
-}
-
 template <class T, class Step>
 bool backward_as(
     const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g, const Team& team) {
@@ -572,11 +486,11 @@ bool backward_as(
   if (g.dalibi_slopes != nullptr) results.dslopes = learned.as<T>();
   if (g.dsinks != nullptr) results.dsinks = learned.as<T>() + all_heads * pieces;
   fill(learned.as<T>(), all_heads * (pieces + 1), T(0));
-  if (g.dbias != nullptr) {
-    const int64_t* size = o.bias_size;
-    if (!owns_dbias(a, o, g)) fill(static_cast<T*>(g.dbias), size[0] * size[1] * size[2] * size[3], T(0));
+  const BiasSharing bias(a, o, g);
+  if (bias.wanted) {
+    if (!bias.own) fill(static_cast<T*>(g.dbias), bias.elements, T(0));
     fill(turns.as<int64_t>(), tasks, int64_t(-1));
-    if (shares_dbias(a, o, g)) results.turns = turns.as<int64_t>();
+    if (bias.tasks) results.turns = turns.as<int64_t>();
   }
   const bool done = team.run(tasks, [&](int64_t number) {
     const Turns own(results.turns, number);
