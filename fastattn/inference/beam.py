@@ -113,4 +113,5 @@ def beam_search(run: Decoding, beams: BeamSearch, pad: int) -> Generated:
 
     check_finite.check()
     lengths = best_lengths[:, 0]
-    return Generated(best_tokens[:, 0, : int(lengths.max())], lengths, best_scores[:, 0])
+    tokens = best_tokens[:, 0, : int(lengths.max())]
+    return Generated(tokens, lengths, best_scores[:, 0], "beam search has work of the host between steps")

@@ -21,11 +21,13 @@ class Generated:
         lengths: int64 (N,), new tokens of each row.
         scores: float32 (N,), log-probability of each row's tokens: by the model, whatever the sampling; of beam search
             divided by length ** length_penalty.
+        no_cuda_graph: why steps were launched one by one, or None where a CUDA graph was replayed.
     """
 
     tokens: Tensor
     lengths: Tensor
     scores: Tensor
+    no_cuda_graph: str | None = None
 
     def tolist(self) -> list[list[int]]:
         """The tokens of each row without padding."""
@@ -49,6 +51,8 @@ class Decoding:
     stop: Tensor | None
     keeps_cache: bool
     """The cache is the caller's: rows that have ended must not grow in it."""
+    no_cuda_graph: str | None = None
+    """Why steps are launched one by one; None: a graph may be replayed."""
 
 
 class NonFinite:

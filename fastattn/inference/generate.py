@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastattn import _check as check
 from fastattn.inference.beam import BeamSearch, beam_search
 from fastattn.inference.decoding import Decoding, Generated, NonFinite
+from fastattn.inference.graphs import DecodeSteps, reason_against
 from fastattn.inference.sampling import Sampling, TokenPicker
 from fastattn.nn import CausalLM, DynamicCache, EncoderDecoder, KVCache
 
@@ -59,6 +60,7 @@ def generate(
     sampling: Sampling | None = None,
     beams: BeamSearch | None = None,
     cache: KVCache | Callable[..., KVCache] = KVCache,
+    cuda_graph: bool = True,
 ) -> Generated:
     """Continue each prompt; or, by an encoder-decoder, answer each source.
 
@@ -81,6 +83,8 @@ def generate(
         cache: a kind of cache, made as large as needed: `KVCache`, `DynamicCache`, `PagedCache`, `SlidingWindowCache`,
             a subclass, or `functools.partial` of one with its options. Or a `CausalLM`'s cache, which the prompt
             continues: it then holds all tokens but the last of each row, with which the next prompt should begin.
+        cuda_graph: on a GPU, capture the step after the prompt once and replay it, where that can be done and pays. The
+            result's `no_cuda_graph` says why it was not; with beams it never is.
 
     Returns:
         `Generated`: tokens, their number per row, and scores.
@@ -89,7 +93,7 @@ def generate(
         TypeError, ValueError: naming the argument, what was expected and what came, before the model runs; and where a
             row's logits are NaN or infinite, naming it, on the CPU at once, on a GPU when the search has ended.
     """
-    run = _prepare(model, prompt, max_new_tokens, lengths, start, stop, sampling, cache)
+    run = _prepare(model, prompt, max_new_tokens, lengths, start, stop, sampling, cache, cuda_graph)
     if beams is not None:
         check.instance("beams", beams, BeamSearch, type(None))
         if sampling is not None:
@@ -107,7 +111,7 @@ def generate(
             tokens.append(token)
             alive.append(torch.ones_like(token, dtype=torch.bool) if running is None else running)
     kept = torch.stack(alive, 1)
-    return Generated(torch.stack(tokens, 1).where(kept, pad), kept.sum(1), scores)
+    return Generated(torch.stack(tokens, 1).where(kept, pad), kept.sum(1), scores, run.no_cuda_graph)
 
 
 @_keywords
@@ -122,13 +126,14 @@ def stream(
     pad: int = 0,
     sampling: Sampling | None = None,
     cache: KVCache | Callable[..., KVCache] = KVCache,
+    cuda_graph: bool = True,
 ) -> Iterator[Tensor]:
     """The tokens of `generate` while they are made: one int64 (N,) per step, `pad` in rows that have ended.
 
     The arguments are those of `generate`, and are checked at once; the model runs when a token is asked for, and
     between tokens is in the mode that you left it in.
     """
-    run = _prepare(model, prompt, max_new_tokens, lengths, start, stop, sampling, cache)
+    run = _prepare(model, prompt, max_new_tokens, lengths, start, stop, sampling, cache, cuda_graph)
     return _streamed(model, _steps(run, sampling), pad)
 
 
@@ -151,12 +156,14 @@ def _prepare(
     stop: int | Iterable[int] | None,
     sampling: Sampling | None,
     cache: KVCache | Callable[..., KVCache],
+    cuda_graph: bool,
 ) -> Decoding:
     origin = getattr(model, "_orig_mod", model)  # of torch.compile
     if not isinstance(origin, (CausalLM, EncoderDecoder)):
         raise TypeError(f"model: expected a CausalLM or an EncoderDecoder, got {type(model).__name__}")
     device = _input_device(origin, prompt)
     check.integer("max_new_tokens", max_new_tokens, 1)
+    check.instance("cuda_graph", cuda_graph, bool)
     prompt, lengths = _check_prompt(prompt, lengths, device)
     vocab_size = origin.head.out_features
     stops = _check_stop(stop, vocab_size, device)
@@ -204,7 +211,10 @@ def _prepare(
             memory = {"memory": encode(prompt, lengths=lengths), "memory_lengths": lengths}
         return origin.make_cache(prompt.shape[0], needed, cache, **memory)
 
-    return Decoding(origin.prefill, step, make_cache, target, target_lengths, max_new_tokens, vocab_size, stops, given)
+    no_graph = reason_against(origin, cuda_graph, origin is not model, device, max_new_tokens - 1)
+    return Decoding(
+        origin.prefill, step, make_cache, target, target_lengths, max_new_tokens, vocab_size, stops, given, no_graph
+    )  # fmt: skip
 
 
 def _input_device(model: CausalLM | EncoderDecoder, prompt: object) -> torch.device:
@@ -221,6 +231,7 @@ def _steps(run: Decoding, sampling: Sampling | None) -> Iterator[tuple[Tensor, T
     pick = TokenPicker(run, Sampling(temperature=0.0) if sampling is None else sampling)
     check_finite = NonFinite()
     cache = run.make_cache()
+    step = DecodeSteps(run.step, cache, run.no_cuda_graph)
     logits = run.prefill(run.target, cache, run.lengths)
     running = None if run.stop is None else torch.ones_like(run.target[:, 0], dtype=torch.bool)
     for index in range(run.max_new_tokens):
@@ -235,9 +246,8 @@ def _steps(run: Decoding, sampling: Sampling | None) -> Iterator[tuple[Tensor, T
             if not running.any():
                 break
         if index + 1 < run.max_new_tokens:
-            cache.reserve(1)  # before the model, which may be compiled: see PagedCache
-            kept = running if run.keeps_cache else None
-            logits = run.step(token[:, None], cache=cache, lengths=kept)[:, -1]
+            logits = step(token, running if run.keeps_cache else None)
+            run.no_cuda_graph = step.reason
     check_finite.check()
 
 

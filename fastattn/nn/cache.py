@@ -130,6 +130,10 @@ class KVCache:
         """Count what a step appended: `new` tokens; or for entry b the first `lengths[b]` of them, the rest being
         padding, which the next step overwrites."""
         self.lens += new if lengths is None else lengths.to(self.lens.dtype)
+        self.count(new)
+
+    def count(self, new: int) -> None:
+        """The host's share of `advance`: all that is left to do after a step that a CUDA graph has replayed."""
         self.length += new
 
     def crop(self, length: int) -> None:
@@ -325,8 +329,8 @@ class PagedCache(KVCache):
         rows = [own + [0] * (width - len(own)) for own in self._owned]
         self.block_table.copy_(torch.tensor(rows, dtype=torch.int32, device="cpu"))
 
-    def advance(self, new: int, lengths: Tensor | None = None) -> None:
-        super().advance(new, lengths)
+    def count(self, new: int) -> None:
+        super().count(new)
         self._room -= new
 
     def release(self, entry: int) -> None:

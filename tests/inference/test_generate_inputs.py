@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastattn
+import fastattn.testing
 from fastattn import BeamSearch, Sampling, generate, stream
 from fastattn.nn import (
     CausalLM,

@@ -342,7 +342,7 @@ def test_training_flags_are_restored_and_dropout_is_off(prompt):
 def test_no_graph_is_kept(model, prompt):
     for options in ({}, {"sampling": Sampling()}, {"beams": BeamSearch(2)}):
         result = generate(model, prompt, NEW, **options)
-        assert not any(x.requires_grad or x.is_inference() for x in vars(result).values())
+        assert not any(x.requires_grad or x.is_inference() for x in (result.tokens, result.lengths, result.scores))
     grad_enabled = []
     model.register_forward_hook(lambda *_: grad_enabled.append(torch.is_grad_enabled()))
     for _ in stream(model, prompt, 3):
