@@ -2,6 +2,7 @@
 
 from fastattn.distributed.context import context_parallel_attention, explain
 from fastattn.distributed.cost import Choice, Cost, Link
+from fastattn.distributed.data_parallel import fully_shard
 from fastattn.distributed.models import ContextParallel, context_parallel
 from fastattn.distributed.shards import positions, shard, shard_batch, unshard
 from fastattn.distributed.tensor_parallel import tensor_parallel_plan
@@ -14,6 +15,7 @@ __all__ = [
     "context_parallel",
     "context_parallel_attention",
     "explain",
+    "fully_shard",
     "positions",
     "shard",
     "shard_batch",

@@ -223,6 +223,11 @@ class Block(nn.Module):
             )  # fmt: skip
         return self._add(x, self.feed_forward_norm, self.feed_forward)
 
+    def memory_keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """`Attention.keys_values` of the cross-attention, for a cache."""
+        assert self.cross_attn is not None
+        return self.cross_attn.keys_values(memory)
+
     def _add(self, x: Tensor, norm: nn.Module | None, part: nn.Module, **inputs: Any) -> Tensor:
         assert norm is not None
         if self.norm_first:

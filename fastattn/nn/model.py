@@ -224,7 +224,7 @@ class Decoder(_Stack):
         if self.cross:
             if memory is None:
                 raise ValueError("memory: expected a Tensor for a decoder with cross-attention, got None")
-            pairs = [block.cross_attn.keys_values(memory) for block in self.blocks]  # pyright: ignore
+            pairs = [block.memory_keys_values(memory) for block in self.blocks]  # pyright: ignore
             cache.memory = [(escaped(k.transpose(1, 2)), escaped(v.transpose(1, 2))) for k, v in pairs]
             keep = padding_mask(memory, memory_lengths, memory_mask, None, "memory_")
             cache.memory_mask = None if keep is None else escaped(keep)
@@ -280,7 +280,7 @@ class CausalLM(Pretrained):
             (N, L, V), with `last` (N, 1, V); packed (total, V). With `labels` the mean cross-entropy, in nats, of every
             element given those before it in its sequence: one number, in float32 at least.
         """
-        h = self.hidden(tokens, lengths=lengths, cu_seqlens=cu_seqlens, cache=cache)
+        h = self._hidden(tokens, lengths=lengths, cu_seqlens=cu_seqlens, cache=cache)
         if labels is not None:
             if cache is not None or last:
                 raise ValueError("labels: expected None with a cache and with last, got a Tensor")
@@ -291,6 +291,9 @@ class CausalLM(Pretrained):
 
     def hidden(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """What `head` makes logits of: (N, L) -> (N, L, E). The arguments are those of `forward`."""
+        return self._hidden(tokens, **inputs)
+
+    def _hidden(self, tokens: Tensor, **inputs: Any) -> Tensor:  # `forward` calls no method that FSDP may wrap
         x = _embed("tokens", self.embedding, tokens, self.config.scale_embeddings)
         return self.decoder(x, **inputs)
 
@@ -372,10 +375,10 @@ class EncoderDecoder(Pretrained):
             got = "None without a cache" if source is None else "a Tensor with a cache, which has what it needs of it"
             raise ValueError(f"source: expected a Tensor or a cache, got {got}")
         if source is None:
-            h = self.hidden(target, lengths=lengths, cache=cache)
+            h = self._hidden(target, lengths=lengths, cache=cache)
             return self.head(last_elements(h, lengths) if last else h)
-        memory = self.encode(source, lengths=source_lengths, mask=source_mask, cu_seqlens=cu_seqlens_source)
-        h = self.hidden(
+        memory = self._encode(source, lengths=source_lengths, mask=source_mask, cu_seqlens=cu_seqlens_source)
+        h = self._hidden(
             target, memory=memory, memory_lengths=source_lengths, memory_mask=source_mask, cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens_source, lengths=lengths,
         )  # fmt: skip
@@ -383,14 +386,20 @@ class EncoderDecoder(Pretrained):
 
     def encode(self, source: Tensor, **inputs: Any) -> Tensor:
         """(N, S) -> (N, S, E). The arguments are those of `Encoder.forward`."""
+        return self._encode(source, **inputs)
+
+    def _encode(self, source: Tensor, **inputs: Any) -> Tensor:
         return self.encoder(_embed("source", self.source_embedding, source, self.config.scale_embeddings), **inputs)
 
     def decode(self, target: Tensor, memory: Tensor | None = None, **inputs: Any) -> Tensor:
         """Logits (N, L, V) of what comes after each target token. The arguments are those of `Decoder.forward`."""
-        return self.head(self.hidden(target, memory=memory, **inputs))
+        return self.head(self._hidden(target, memory=memory, **inputs))
 
     def hidden(self, target: Tensor, **inputs: Any) -> Tensor:
         """What `head` makes logits of: (N, L) -> (N, L, E). The arguments are those of `Decoder.forward`."""
+        return self._hidden(target, **inputs)
+
+    def _hidden(self, target: Tensor, **inputs: Any) -> Tensor:
         return self.decoder(_embed("target", self.target_embedding, target, self.config.scale_embeddings), **inputs)
 
     def prefill(self, target: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:

@@ -147,6 +147,10 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         x = self.norm2(x + self.dropout2(self.multihead_attn.step_cross(x, k, v, mask)))
         return self.norm3(x + self._ff_block(x))
 
+    def memory_keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """`MultiheadAttention.keys_values` of the cross-attention, for a cache."""
+        return self.multihead_attn.keys_values(memory)
+
 
 class TransformerEncoder(nn.TransformerEncoder):
     """Drop-in replacement for `torch.nn.TransformerEncoder`: a stack of copies of `encoder_layer`.
@@ -291,7 +295,7 @@ class TransformerDecoder(nn.TransformerDecoder):
                     f"memory_key_padding_mask.shape: expected {(N, S)}, got {tuple(memory_key_padding_mask.shape)}"
                 )
             cache.memory_mask = escaped(~memory_key_padding_mask)
-        pairs = [layer.multihead_attn.keys_values(memory) for layer in self.layers]  # pyright: ignore
+        pairs = [layer.memory_keys_values(memory) for layer in self.layers]  # pyright: ignore
         cache.memory = [(escaped(k), escaped(v)) for k, v in pairs]
         return cache
 
