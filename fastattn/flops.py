@@ -85,6 +85,9 @@ def _kvcache(*args: Any, **_: Any) -> int:
     """``fastattn::attention_kvcache``."""
     spec: Any = ops.unflatten(ops.CacheCall, args).spec
     batch, heads, q_len, head_dim = spec.q
+    if (starts := spec.cu_seqlens_q) is not None:
+        batch = starts[0] - 1
+        q_len = q_len // batch
     length = spec.length
     if length is None:
         length = spec.k_cache[1] * (1 if spec.block_table is None else spec.block_table[1])

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from . import config, launch, replay
 from .operands import Rows
+from .ranges import locate, rows_of
 from .tiles import decode_stride, head_rows
 
-RUNTIME = ("table_stride", "kv_heads", "new_len", "capacity", "pages")
+RUNTIME = ("table_stride", "entries", "kv_heads", "new_len", "capacity", "pages")
 
 
 @triton.jit
@@ -42,7 +43,8 @@ def copy_rows(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def append_kernel(
-    k_cache, v_cache, k, v, lens_ptr, table_ptr, table_stride, kv_heads, new_len, capacity, pages,
+    k_cache, v_cache, k, v, lens_ptr, table_ptr, cu_seqlens_ptr,
+    table_stride, entries, kv_heads, new_len, capacity, pages,
     PAGE: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M new rows of one batch entry, heads of one position side by side, as the cache has them.
@@ -51,19 +53,19 @@ def append_kernel(
     """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
-    tiles = tl.cdiv(new_len * kv_heads, BLOCK_M)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    packed = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile, _, batch, _ = locate(tl.program_id(0), cu_seqlens_ptr, entries, 1, new_len * kv_heads, BLOCK_M, kv_heads)
+    memory_entry, first, count = rows_of(cu_seqlens_ptr, batch, new_len)
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row, head = packed // kv_heads, (packed % kv_heads).to(tl.int64)
     position = tl.load(lens_ptr + batch).to(tl.int64) + row
-    inside = (row < new_len) & (position >= 0) & (position < capacity)
+    inside = (row < count) & (position >= 0) & (position < capacity)
     page, slot = batch, position
     if PAGE != 0:
         entry = table_ptr + batch * table_stride + position // PAGE
         page, slot = tl.load(entry, mask=inside, other=-1).to(tl.int64), position % PAGE
         inside = inside & (page >= 0) & (page < pages)
-    copy_rows(k_cache, k, batch, head, row, page, slot, inside, HEAD_DIM, UNIT, BLOCK_D)
-    copy_rows(v_cache, v, batch, head, row, page, slot, inside, V_DIM, UNIT, BLOCK_DV)
+    copy_rows(k_cache, k, memory_entry, head, first + row, page, slot, inside, HEAD_DIM, UNIT, BLOCK_D)
+    copy_rows(v_cache, v, memory_entry, head, first + row, page, slot, inside, V_DIM, UNIT, BLOCK_DV)
 
 
 def cache_unit(k_cache: Tensor, v_cache: Tensor, *others: Tensor) -> int:
@@ -92,34 +94,36 @@ def pages_of(cache: Tensor, block_table: Tensor | None) -> tuple[Tensor | None, 
 
 
 def append_rows(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
-) -> None:
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None = None,
+) -> None:  # fmt: skip
     """Write ``k`` (B, Hk, L, D) and ``v`` (B, Hk, L, Dv) into the caches, from position ``lens[b]`` on.
 
     Caches (B, Lmax, Hk, D) and (B, Lmax, Hk, Dv), or (pages, page_size, Hk, D) and (pages, page_size, Hk, Dv) with
     ``block_table`` int32 (B, max_pages); ``lens`` int32 or int64 (B,). Rows that have no place in the cache are left
-    out.
+    out. With ``cu_seqlens_q`` int (B + 1,) ``k`` and ``v`` are (1, Hk, total, D), one entry behind the other.
     """
-    batch, kv_heads, new_len, head_dim = k.shape
+    memory_entries, kv_heads, new_len, head_dim = k.shape
     k, v = launch.unit_last(k), launch.unit_last(v)
     unit = cache_unit(k_cache, v_cache, k, v)
     table, table_stride, page, capacity = pages_of(k_cache, block_table)
     cfg = config.lookup("append", launch.architecture(k.device), max(head_dim, v.shape[3]), k.element_size())
-    programs = triton.cdiv(new_len * kv_heads, cfg.block_m) * batch
+    programs = launch.tiles(new_len * kv_heads, cfg.block_m, cu_seqlens_q) * memory_entries
     if programs == 0:
         return
     with launch.on_device(k):
         arguments = (
             cache_rows(k_cache, unit), cache_rows(v_cache, unit), launch.rows(k, unit), launch.rows(v, unit),
-            lens.contiguous(), table, table_stride, kv_heads, new_len, capacity, k_cache.shape[0],
-            page, unit, head_dim, v.shape[3], cfg.block_m,
+            lens.contiguous(), table, cu_seqlens_q, table_stride, lens.shape[0], kv_heads, new_len, capacity,
+            k_cache.shape[0], page, unit, head_dim, v.shape[3], cfg.block_m,
         )  # fmt: skip
         replay.start(append_kernel, programs, arguments, cfg)
 
 
 @replay.replayed
 def kv_cache_append(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
-) -> None:
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None = None,
+) -> None:  # fmt: skip
     """`append_rows` by itself."""
-    append_rows(k_cache, v_cache, k, v, lens, block_table)
+    append_rows(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q)

@@ -14,7 +14,7 @@ from fastattn.spec.operands import Operands
 from . import config, launch, replay
 from .append import append_rows, cache_rows, cache_unit, cached_rows, columns, pages_of
 from .operands import Partial
-from .ranges import tile_position, tile_ranges
+from .ranges import locate, rows_of, tile_position, tile_ranges
 from .scores import (
     base_2,
     finish_scores,
@@ -29,9 +29,9 @@ from .scores import (
 from .tiles import cast, decode_stride, dot
 
 RUNTIME = (
-    "table_stride", "kv_heads", "group", "q_len", "added", "capacity", "pages", "splits", "left", "right",
+    "table_stride", "entries", "kv_heads", "group", "q_len", "added", "capacity", "pages", "splits", "left", "right",
 )  # fmt: skip
-COMBINE_RUNTIME = ("q_heads", "q_len", "total", "splits")
+COMBINE_RUNTIME = ("entries", "q_heads", "q_len", "total", "splits")
 
 
 @triton.jit
@@ -89,24 +89,27 @@ def head_row_offsets(x, batch, heads, rows, UNIT: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def decode_kernel(
-    q, k, v, out, lse_ptr, partial, lens_ptr, table_ptr, terms,
-    table_stride, kv_heads, group, q_len, added, capacity, pages, splits, left, right,
+    q, k, v, out, lse_ptr, partial, lens_ptr, table_ptr, cu_seqlens_ptr, terms,
+    table_stride, entries, kv_heads, group, q_len, added, capacity, pages, splits, left, right,
     PAGE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M rows of one key head against one split of the keys they see.
 
     Row r is query head r % group of the key head's group, at query position r // group. The result is final, or one of
-    ``splits`` partial ones where ``partial`` is not None.
+    ``splits`` partial ones where ``partial`` is not None. With ``cu_seqlens_ptr`` the queries are packed, and ``added``
+    None says that each entry has appended as many keys.
     """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
-    tiles = tl.cdiv(q_len * group, BLOCK_M)
     split, rest = tl.program_id(0) % splits, tl.program_id(0) // splits
-    tile, batch_head = rest % tiles, (rest // tiles).to(tl.int64)
-    batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
+    tile, tiles, batch, kv_head = locate(rest, cu_seqlens_ptr, entries, kv_heads, q_len * group, BLOCK_M, group)
+    memory_entry, q_first, q_rows = rows_of(cu_seqlens_ptr, batch, q_len)
+    if cu_seqlens_ptr is not None:
+        if tile * BLOCK_M >= q_rows * group:
+            return
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows, inside = packed // group, packed < q_len * group
+    rows, inside = packed // group, packed < q_rows * group
     heads = kv_head * group + packed % group
     if PAGE != 0:
         table_ptr += batch * table_stride
@@ -114,13 +117,13 @@ def decode_kernel(
     if terms.slopes is not None:
         slope = tl.load(terms.slopes + batch * kv_heads * group + heads)[:, None]
 
-    kv_len = cached_length(lens_ptr, batch, added, capacity)
-    offset = kv_len - q_len
+    kv_len = cached_length(lens_ptr, batch, q_rows if added is None else added, capacity)
+    offset = kv_len - q_rows
     start, edges_left, right_start, edges, inner_start, inners, own_start, end = split_range(
-        tile, split, splits, group, q_len, kv_len, left, right, BLOCK_M, BLOCK_N
+        tile, split, splits, group, q_rows, kv_len, left, right, BLOCK_M, BLOCK_N
     )
     q_cols, v_cols = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
-    q_offsets = head_row_offsets(q, batch, heads, rows, UNIT)
+    q_offsets = head_row_offsets(q, memory_entry, heads, q_first + rows, UNIT)
     q_tile = tl.load(q.ptr + (q_offsets[:, None] + q_cols), mask=inside[:, None] & (q_cols < HEAD_DIM), other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -134,8 +137,8 @@ def decode_kernel(
                 k, kv_head, page, slot, col, start, end, EDGE == 1, HEAD_DIM, UNIT, BLOCK_N, BLOCK_D
             )  # fmt: skip
             s, _ = finish_scores(
-                dot(q_tile, tl.trans(k_tile), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right,
-                terms, slope, batch, kv_head, None, EDGE == 1,
+                dot(q_tile, tl.trans(k_tile), None, PRECISION), rows[:, None], cols, q_rows, kv_len, offset, left,
+                right, terms, slope, batch, kv_head, None, EDGE == 1,
             )  # fmt: skip
             p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, terms, EDGE == 1)
             v_tile = load_keys(v, kv_head, page, slot, col, start, end, EDGE == 1, V_DIM, UNIT, BLOCK_N, BLOCK_DV)
@@ -149,10 +152,10 @@ def decode_kernel(
         acc, row_max, row_sum = merge_sink(sink, acc, row_max, row_sum, terms)
     row_max, row_sum, empty = finish_softmax(row_max, row_sum)
     acc = acc / row_sum[:, None]
-    index = (batch * kv_heads * group + heads) * q_len + rows
+    index = (memory_entry * kv_heads * group + heads) * q_len + (q_first + rows)
     stored = inside[:, None] & (v_cols < V_DIM)
     if partial.out is None:
-        offsets = head_row_offsets(out, batch, heads, rows, UNIT)
+        offsets = head_row_offsets(out, memory_entry, heads, q_first + rows, UNIT)
         tl.store(out.ptr + (offsets[:, None] + v_cols), cast(acc, out.ptr.dtype.element_ty), mask=stored)
         lse = natural(row_max, terms) + tl.log(row_sum)
         tl.store(lse_ptr + index, tl.where(empty, float("-inf"), lse), mask=inside)
@@ -195,13 +198,16 @@ def split_range(
 
 @triton.jit(do_not_specialize=COMBINE_RUNTIME)
 def combine_kernel(
-    partial, out, lse_ptr, terms, q_heads, q_len, total, splits, UNIT: tl.constexpr, V_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    partial, out, lse_ptr, cu_seqlens_ptr, terms, entries, q_heads, q_len, total, splits,
+    UNIT: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: one row of the result from its partial results, BLOCK_N splits at a time."""
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     index = tl.program_id(0).to(tl.int64)
     row, batch_head = index % q_len, index // q_len
+    if cu_seqlens_ptr is not None:
+        if row >= tl.load(cu_seqlens_ptr + entries):  # a row of no entry
+            return
     batch, head = batch_head // q_heads, batch_head % q_heads
     log_sums = partial.statistics + tl.cast(total, tl.int64) * splits
     cols = tl.arange(0, BLOCK_DV)
@@ -263,19 +269,21 @@ def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
 def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """``spec`` without its length, which changes with every step and nothing here reads."""
     if spec.k is not None and spec.v is not None:
-        append_rows(spec.k_cache, spec.v_cache, spec.k, spec.v, spec.lens, spec.block_table)
+        append_rows(spec.k_cache, spec.v_cache, spec.k, spec.v, spec.lens, spec.block_table, spec.cu_seqlens_q)
     k_cache, v_cache, left, right = spec.k_cache, spec.v_cache, spec.left, spec.right
-    batch, q_heads, q_len, head_dim = spec.q.shape
+    memory_entries, q_heads, q_len, head_dim = spec.q.shape
     kv_heads, v_dim = k_cache.shape[2], v_cache.shape[3]
     q, scale, _ = launch.positive_scale(launch.unit_last(spec.q), spec.scale)
     unit = cache_unit(k_cache, v_cache, q, out)
     table, table_stride, page, capacity = pages_of(k_cache, spec.block_table)
-    group, total = q_heads // kv_heads, batch * q_heads * q_len
+    group, total = q_heads // kv_heads, memory_entries * q_heads * q_len
+    entries, starts = spec.entries, spec.cu_seqlens_q
+    mean = q_len if starts is None else -(-q_len // entries)  # whether most entries are prompts or steps
     architecture, widest = launch.architecture(q.device), max(head_dim, v_dim)
     cfg = config.lookup(
-        "decode", architecture, widest, q.element_size(), rows=group * q_len, indirect=table is not None
+        "decode", architecture, widest, q.element_size(), rows=group * mean, indirect=table is not None
     )  # fmt: skip
-    programs = triton.cdiv(group * q_len, cfg.block_m) * batch * kv_heads
+    programs = launch.tiles(group * q_len, cfg.block_m, starts) * memory_entries * kv_heads
     if programs == 0:
         return
     splits = spec.num_splits
@@ -286,17 +294,19 @@ def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     if splits > 1:
         partial = Partial(replay.scratch((splits, total, v_dim), lse), replay.scratch((2, splits, total), lse))
     operands = Operands(alibi_slopes=spec.alibi_slopes, sinks=spec.sinks)
-    terms = launch.terms(operands, scale, spec.softcap, batch, (batch, q_heads, q_len, capacity))
+    terms = launch.terms(operands, scale, spec.softcap, entries, (entries, q_heads, q_len, capacity))
     out_rows = launch.rows(out, unit)
     with launch.on_device(q):
         arguments = (
             launch.rows(q, unit), cache_rows(k_cache, unit), cache_rows(v_cache, unit), out_rows, lse, partial,
-            spec.lens.contiguous(), table, terms if splits == 1 else terms._replace(sinks=None), table_stride, kv_heads,
-            group, q_len, spec.added, capacity, k_cache.shape[0], splits, left, right, page, unit,
+            spec.lens.contiguous(), table, starts, terms if splits == 1 else terms._replace(sinks=None), table_stride,
+            entries, kv_heads, group, q_len, spec.added, capacity, k_cache.shape[0], splits, left, right, page, unit,
             launch.dot_precision(q.dtype), head_dim, v_dim, cfg.block_m, cfg.block_n,
         )  # fmt: skip
         replay.start(decode_kernel, programs * splits, arguments, cfg)
         if splits > 1:
             cfg = config.lookup("combine", architecture, widest, q.element_size())
-            arguments = (partial, out_rows, lse, terms, q_heads, q_len, total, splits, unit, v_dim, cfg.block_n)
+            arguments = (
+                partial, out_rows, lse, starts, terms, entries, q_heads, q_len, total, splits, unit, v_dim, cfg.block_n,
+            )  # fmt: skip
             replay.start(combine_kernel, total, arguments, cfg)

@@ -21,8 +21,10 @@ def query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len):
 
 
 @triton.jit
-def locate(program, cu_seqlens_ptr, sequences, heads, length, BLOCK: tl.constexpr):
+def locate(program, cu_seqlens_ptr, sequences, heads, length, BLOCK: tl.constexpr, scale=1):
     """(tile, number of tiles, batch, head) of a program: tiles of ``length`` rows of each head of each batch entry.
+
+    A packed sequence has ``scale`` times the rows that ``cu_seqlens`` says.
 
     The grid for packed sequences is made without reading their lengths: sequence b has the slots from
     ``cu_seqlens[b] // BLOCK + b`` on, never fewer than its tiles, and a binary search finds the sequence of a slot.
@@ -38,10 +40,10 @@ def locate(program, cu_seqlens_ptr, sequences, heads, length, BLOCK: tl.constexp
         batch, above = slot * 0, slot * 0 + sequences
         while above - batch > 1:
             middle = (batch + above) // 2
-            before = tl.load(cu_seqlens_ptr + middle).to(tl.int32) // BLOCK + middle <= slot
+            before = tl.load(cu_seqlens_ptr + middle).to(tl.int32) * scale // BLOCK + middle <= slot
             batch = tl.where(before, middle, batch)
             above = tl.where(before, above, middle)
-        tile = slot - (tl.load(cu_seqlens_ptr + batch).to(tl.int32) // BLOCK + batch)
+        tile = slot - (tl.load(cu_seqlens_ptr + batch).to(tl.int32) * scale // BLOCK + batch)
         return tile, slots, batch.to(tl.int64), (program // slots).to(tl.int64)
 
 

@@ -34,18 +34,30 @@ struct Range {
   int64_t start, end;
 };
 
-// The keys that one row of batch entry `b` sees.
-Range visible(const FastattnDecode& d, int64_t length, int64_t query) {
-  const int64_t position = length - d.q_len + query;
-  Range range{0, length};
-  if (d.right != FASTATTN_OPEN) range.end = clamp(position + d.right + 1, 0, length);
-  if (d.left != FASTATTN_OPEN) range.start = clamp(position - d.left, 0, length);
+// A batch entry: its number, where its queries are in memory and how many, and its keys.
+struct Entry {
+  int64_t number, batch, first, q_len, length;
+
+  Entry(const FastattnDecode& d, int64_t b)
+      : number(b), batch(b), first(0), q_len(d.q_len), length(cached_length(d.lens, b, d.added, d.capacity, d.pages)) {
+    if (d.cu_seqlens_q == nullptr) return;
+    batch = 0, first = d.cu_seqlens_q[b], q_len = d.cu_seqlens_q[b + 1] - first;
+    if (q_len > d.most_queries) q_len = 0;
+  }
+};
+
+// The keys that one row of a batch entry sees.
+Range visible(const FastattnDecode& d, const Entry& e, int64_t query) {
+  const int64_t position = e.length - e.q_len + query;
+  Range range{0, e.length};
+  if (d.right != FASTATTN_OPEN) range.end = clamp(position + d.right + 1, 0, e.length);
+  if (d.left != FASTATTN_OPEN) range.start = clamp(position - d.left, 0, e.length);
   return range;
 }
 
 // The same for all its rows.
-Range visible(const FastattnDecode& d, int64_t length) {
-  return {visible(d, length, 0).start, visible(d, length, d.q_len - 1).end};
+Range visible(const FastattnDecode& d, const Entry& e) {
+  return {visible(d, e, 0).start, visible(d, e, e.q_len - 1).end};
 }
 
 int64_t split_keys(const FastattnDecode& d, int64_t element_size) {
@@ -53,8 +65,9 @@ int64_t split_keys(const FastattnDecode& d, int64_t element_size) {
   return clamp(kSplitBytes / key_bytes, 2 * kBlock, 64 * kBlock) / kBlock * kBlock;
 }
 
-int64_t split_count(const FastattnDecode& d, int64_t b, int64_t keys) {
-  const Range range = visible(d, cached_length(d.lens, b, d.added, d.capacity, d.pages));
+int64_t split_count(const FastattnDecode& d, const Entry& e, int64_t keys) {
+  if (e.q_len == 0) return 0;
+  const Range range = visible(d, e);
   return most<int64_t>((range.end - range.start + keys - 1) / keys, 1);
 }
 
@@ -194,15 +207,14 @@ int64_t padded(int64_t width) {
 template <class Element, class Compute>
 class Split {
  public:
-  Split(const FastattnDecode& d, int64_t b)
-      : d_(d), b_(b), group_(d.q_heads / d.kv_heads), rows_(group_ * d.q_len),
-        length_(cached_length(d.lens, b, d.added, d.capacity, d.pages)), k_width_(padded<Compute>(d.head_dim)),
+  Split(const FastattnDecode& d, const Entry& entry)
+      : d_(d), entry_(entry), group_(d.q_heads / d.kv_heads), rows_(group_ * entry.q_len), k_width_(padded<Compute>(d.head_dim)),
         v_width_(padded<Compute>(d.v_dim)), next_k_(kKeyTile * d.k_cache.stride[1] * int64_t(sizeof(Element))),
         next_v_(kKeyTile * d.v_cache.stride[1] * int64_t(sizeof(Element))) {}
 
   // Elements of type Compute, for `heads` key heads.
-  static int64_t scratch_size(const FastattnDecode& d, int64_t heads) {
-    const int64_t rows = heads * (d.q_heads / d.kv_heads) * d.q_len;
+  static int64_t scratch_size(const FastattnDecode& d, const Entry& entry, int64_t heads) {
+    const int64_t rows = heads * (d.q_heads / d.kv_heads) * entry.q_len;
     const int64_t k_width = padded<Compute>(d.head_dim), v_width = padded<Compute>(d.v_dim);
     return rows * (k_width + kBlock) + kKeyTile * most(k_width, v_width);
   }
@@ -219,8 +231,8 @@ class Split {
     Positions<Element> k, v;
     for (int64_t key = keys.start; key < keys.end; key += kBlock) {
       const int count = int(least<int64_t>(kBlock, keys.end - key));
-      k.find(d_, d_.k_cache, b_, key, count);
-      v.find(d_, d_.v_cache, b_, key, count);
+      k.find(d_, d_.k_cache, entry_.number, key, count);
+      v.find(d_, d_.v_cache, entry_.number, key, count);
       for (int j = 0; j < count; j += kKeyTile) {
         const int some = least(kKeyTile, count - j);
         for (int64_t h = head; h < head_end; h++) {
@@ -260,7 +272,7 @@ class Split {
   };
 
   Seen seen_by(int64_t r, int64_t key, int count) const {
-    const Range range = visible(d_, length_, query(r));
+    const Range range = visible(d_, entry_, query(r));
     return {int(clamp(range.start - key, 0, count)), int(clamp(range.end - key, 0, count))};
   }
 
@@ -271,8 +283,8 @@ class Split {
 
   void start(int64_t head, int64_t number, Compute* partial) const {
     for (int64_t r = 0; r < rows_; r++) {
-      const Element* from = static_cast<const Element*>(d_.q.data) + b_ * d_.q.stride[0] +
-                            q_head(head, r) * d_.q.stride[1] + query(r) * d_.q.stride[2];
+      const Element* from = static_cast<const Element*>(d_.q.data) + entry_.batch * d_.q.stride[0] +
+                            q_head(head, r) * d_.q.stride[1] + (entry_.first + query(r)) * d_.q.stride[2];
       Compute* to = q_ + (number * rows_ + r) * k_width_;
       for (int64_t c = 0; c < k_width_; c++) {
         to[c] = c < d_.head_dim ? widen<Compute>(from[c * d_.q.stride[3]]) : Compute(0);
@@ -321,8 +333,9 @@ class Split {
       for (int j = 0; j < count; j++) s[j] *= scale * kLog2e;
     }
     if (d_.alibi_slopes != nullptr) {
-      const Compute slope = static_cast<const Compute*>(d_.alibi_slopes)[b_ * d_.slopes_stride + q_head(head, r)] * kLog2e;
-      const int64_t distance = length_ - d_.q_len + query(r) - key;
+      const Compute slope =
+          static_cast<const Compute*>(d_.alibi_slopes)[entry_.number * d_.slopes_stride + q_head(head, r)] * kLog2e;
+      const int64_t distance = entry_.length - entry_.q_len + query(r) - key;
       for (int j = 0; j < count; j++) s[j] -= slope * Compute(distance < j ? j - distance : distance - j);
     }
   }
@@ -357,7 +370,8 @@ class Split {
   }
 
   const FastattnDecode& d_;
-  int64_t b_, group_, rows_, length_, k_width_, v_width_;
+  Entry entry_;
+  int64_t group_, rows_, k_width_, v_width_;
   int64_t next_k_, next_v_;  // bytes from a row to that of the next few keys
   Compute *q_ = nullptr, *scores_ = nullptr;
   Element* copy_ = nullptr;
@@ -367,7 +381,7 @@ class Split {
 
 // Merges `splits` partial results of each row of a key head, `step` elements apart, and writes out and lse.
 template <class Element, class Compute>
-void combine(const FastattnDecode& d, const Split<Element, Compute>& one, int64_t b, int64_t kv_head,
+void combine(const FastattnDecode& d, const Split<Element, Compute>& one, const Entry& e, int64_t kv_head,
              const Compute* partials, int64_t splits, int64_t step, int64_t stride, Compute* total) {
   constexpr Compute kLn2 = Compute(0.69314718055994530941723);
   const int64_t rows = one.rows();
@@ -392,10 +406,11 @@ void combine(const FastattnDecode& d, const Split<Element, Compute>& one, int64_
     }
     const bool empty = sum == 0;
     const Compute inverse = empty ? Compute(0) : 1 / sum;
-    Element* out = static_cast<Element*>(d.out.data) + b * d.out.stride[0] + head * d.out.stride[1] +
-                   one.query(r) * d.out.stride[2];
+    const int64_t row = e.first + one.query(r);
+    Element* out = static_cast<Element*>(d.out.data) + e.batch * d.out.stride[0] + head * d.out.stride[1] +
+                   row * d.out.stride[2];
     for (int64_t c = 0; c < d.v_dim; c++) out[c * d.out.stride[3]] = narrow<Element>(total[c] * inverse);
-    static_cast<Compute*>(d.lse)[(b * d.q_heads + head) * d.q_len + one.query(r)] =
+    static_cast<Compute*>(d.lse)[(e.batch * d.q_heads + head) * d.q_len + row] =
         empty ? -INFINITY : maximum * kLn2 + std::log(sum);
   }
 }
@@ -404,14 +419,19 @@ template <class Element, class Compute>
 bool decode_as(const FastattnDecode& d, const Team& team) {
   using Part = Split<Element, Compute>;
   const int64_t keys = split_keys(d, sizeof(Element));
-  const int64_t rows = d.q_heads / d.kv_heads * d.q_len, stride = padded<Compute>(d.v_dim);
-  const int64_t step = Partial<Compute>::size(rows, stride);
+  const int64_t stride = padded<Compute>(d.v_dim);
   // Splits of all batch entries, numbered through: entry b has first[b] .. first[b + 1].
   Shared numbers(size_t(d.batch + 1) * sizeof(int64_t));
   int64_t* first = numbers.as<int64_t>();
   if (first == nullptr) return false;
   first[0] = 0;
-  for (int64_t b = 0; b < d.batch; b++) first[b + 1] = first[b] + split_count(d, b, keys);
+  int64_t longest = 0;
+  for (int64_t b = 0; b < d.batch; b++) {
+    const Entry entry(d, b);
+    first[b + 1] = first[b] + split_count(d, entry, keys);
+    longest = most(longest, entry.q_len);
+  }
+  const int64_t step = Partial<Compute>::size(d.q_heads / d.kv_heads * longest, stride);
   const int64_t splits = first[d.batch];
   Shared partials(size_t(splits * d.kv_heads * step) * sizeof(Compute));
   Compute* results = partials.as<Compute>();
@@ -428,21 +448,24 @@ bool decode_as(const FastattnDecode& d, const Team& team) {
       const int64_t middle = (b + above) / 2;
       (first[middle] <= number ? b : above) = middle;
     }
-    const Range all = visible(d, cached_length(d.lens, b, d.added, d.capacity, d.pages));
+    const Entry entry(d, b);
+    const Range all = visible(d, entry);
     const int64_t start = all.start + (number - first[b]) * keys;
     const Range own{start, most(start, least(start + keys, all.end))};
     const int64_t head = task % parts * heads;
-    Compute* memory = scratch<Compute>(Part::scratch_size(d, heads));
+    Compute* memory = scratch<Compute>(Part::scratch_size(d, entry, heads));
     if (memory == nullptr) return false;
-    Part(d, b).run(own, head, least(head + heads, d.kv_heads), results + (number * d.kv_heads + head) * step, step, memory);
+    Part(d, entry).run(own, head, least(head + heads, d.kv_heads), results + (number * d.kv_heads + head) * step, step, memory);
     return true;
   });
   if (!good) return false;
   return Team(1, nullptr).run(d.batch * d.kv_heads, [&](int64_t task) {
     const int64_t b = task / d.kv_heads, head = task % d.kv_heads, own = first[b + 1] - first[b];
+    if (own == 0) return true;
+    const Entry entry(d, b);
     Compute* total = scratch<Compute>(d.v_dim);
     if (total == nullptr) return false;
-    combine<Element, Compute>(d, Part(d, b), b, head, results + (first[b] * d.kv_heads + head) * step, own,
+    combine<Element, Compute>(d, Part(d, entry), entry, head, results + (first[b] * d.kv_heads + head) * step, own,
                               d.kv_heads * step, stride, total);
     return true;
   });

@@ -219,7 +219,8 @@ template <class T, class Visit>
 void for_tasks(const Problem<T>& problem, int64_t pieces, Visit visit) {
   for (int64_t piece = pieces - 1; piece >= 0; piece--) {
     for (int64_t number = 0; number < problem.entries(); number++) {
-      const int64_t tiles = (problem.entry(number).q_len + kQueries - 1) / kQueries;
+      const int64_t queries = problem.entry(number).q_len, tiles = (queries + kQueries - 1) / kQueries;
+      if (queries < problem.o.least_queries) continue;
       const int64_t first = tiles * piece / pieces, last = tiles * (piece + 1) / pieces;
       if (first == last) continue;
       for (int64_t head = 0; head < problem.a.kv_heads; head++) visit(Task{number, head, first, last});

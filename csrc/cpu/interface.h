@@ -11,7 +11,7 @@
 extern "C" {
 
 // Counts changes of what is declared here.
-#define FASTATTN_CPU_ABI 1
+#define FASTATTN_CPU_ABI 2
 
 enum FastattnCpuDtype { FASTATTN_FLOAT32 = 0, FASTATTN_FLOAT16 = 1, FASTATTN_BFLOAT16 = 2, FASTATTN_FLOAT64 = 3 };
 
@@ -57,12 +57,17 @@ struct FastattnOperands {
   const int64_t* seed;      // one element, with dropout only
   const int64_t* dropout_origin; // where its bits begin: batch entry, head, row, step of rows, key, step of keys; or null
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (sequences + 1,)
-  const int32_t* seqused_k; // (sequences,): of its keys, how many a packed sequence uses, the first ones; or null
+  const int32_t* seqused_k; // (B,): of the keys of each entry, how many are used, the first ones; or null
   int64_t sequences;        // "B" above then means this for all per-entry operands; q, k, v have one batch entry
   // The tensors of `fastattn.block_mask.BlockTensors`, contiguous.
   const int32_t *query_offsets, *query_entries, *key_offsets, *key_entries, *table;
   const uint8_t* pool;
   int64_t block_batch, block_heads;  // sizes: 1 where it broadcasts
+  // Of a forward pass over a KV cache, with `seqused_k` and without `cu_seqlens_k`: k and v have a batch entry for each of
+  // B, or with a block table (B, kv_len / page_size) pages (pages, Hk, page_size, D). Entries with fewer than so many
+  // queries are left out.
+  const int32_t* block_table;
+  int64_t table_stride, pages, page_size, least_queries;
 };
 
 // What a backward pass reads and fills beside the above. dlse (B, Hq, Lq) contiguous. dbias has `bias_size`, dalibi_slopes
@@ -92,10 +97,14 @@ struct FastattnDecode {
   int64_t pages, page_size, capacity;  // page_size 0: contiguous; capacity in positions per batch entry
   int64_t added, left, right;
   double scale, softcap;
+  // (B + 1,): q, out and lse then are those of one batch entry with q_len rows, in which each entry has its own. Null: all
+  // have q_len rows.
+  const int32_t* cu_seqlens_q;
+  int64_t most_queries;        // packed entries with more are left out
 };
 
 // New rows k (B, Hk, L, D) and v (B, Hk, L, Dv), written into the caches from position lens[b] on; rows without a place are
-// left out.
+// left out. With `cu_seqlens_q` (B + 1,) k and v are those of one batch entry with L rows, in which each entry has its own.
 struct FastattnAppend {
   FastattnTeam team;
   FastattnView k, v, k_cache, v_cache;
@@ -105,6 +114,7 @@ struct FastattnAppend {
   int64_t element_size;
   int64_t batch, kv_heads, new_len, head_dim, v_dim;
   int64_t pages, page_size, capacity;
+  const int32_t* cu_seqlens_q;
 };
 
 #if defined(_WIN32)

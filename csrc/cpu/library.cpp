@@ -161,19 +161,27 @@ void check_attention(Checks& checks, const FastattnAttention& a) {
 void check_operands(Checks& checks, const FastattnAttention& a, const FastattnOperands& o) {
   const bool packed = o.cu_seqlens_q != nullptr || o.cu_seqlens_k != nullptr;
   const int64_t entries = packed ? o.sequences : a.batch;
-  checks.expect(packed || a.q_offset != FASTATTN_OPEN || o.q_offset != nullptr,
+  const bool cached = o.seqused_k != nullptr && o.cu_seqlens_k == nullptr;
+  checks.expect(packed || cached || a.q_offset != FASTATTN_OPEN || o.q_offset != nullptr,
                 "q_offset: expected a number without packed sequences");
   checks.expect(a.dropout_p == 0.0 || o.seed != nullptr, "seed: expected one with dropout, got null");
   if (packed) {
-    checks.expect(o.cu_seqlens_q != nullptr && o.cu_seqlens_k != nullptr, "cu_seqlens: expected both or neither");
-    checks.expect(o.mask.data == nullptr && o.bias.data == nullptr && o.table == nullptr,
-                  "mask, bias, block_mask: expected none with packed sequences");
+    checks.expect(o.cu_seqlens_q != nullptr && (o.cu_seqlens_k != nullptr || cached),
+                  "cu_seqlens: expected both or neither");
     checks.size("batch", a.batch, 1, 1);
     checks.size("sequences", o.sequences, 1, kFar);
     checks.bounds("cu_seqlens_q", o.cu_seqlens_q, o.sequences, a.q_len);
-    checks.bounds("cu_seqlens_k", o.cu_seqlens_k, o.sequences, a.kv_len);
+    if (!cached) checks.bounds("cu_seqlens_k", o.cu_seqlens_k, o.sequences, a.kv_len);
   }
-  checks.expect(packed || o.seqused_k == nullptr, "seqused_k: expected none without packed sequences");
+  if (packed || cached) {
+    checks.expect(o.mask.data == nullptr && o.bias.data == nullptr && o.table == nullptr,
+                  "mask, bias, block_mask: expected none with packed sequences or a cache");
+  }
+  checks.expect(o.block_table == nullptr || cached, "block_table: expected none without seqused_k");
+  if (o.block_table != nullptr) {
+    checks.size("page_size", o.page_size, 1, kFar);
+    checks.size("pages", o.pages, a.kv_len > 0 ? 1 : 0, kFar);
+  }
   checks.count("scores operands", entries, a.q_heads, 1, 1);
   if (o.bias.data != nullptr) {
     checks.size("bias_dtype", o.bias_dtype, FASTATTN_FLOAT32, FASTATTN_FLOAT64);
@@ -200,6 +208,7 @@ void check_operands(Checks& checks, const FastattnAttention& a, const FastattnOp
 }
 
 void check_gradients(Checks& checks, const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g) {
+  checks.expect(o.seqused_k == nullptr || o.cu_seqlens_k != nullptr, "seqused_k: expected cu_seqlens_k in a backward pass");
   checks.view("dout", g.dout, a.batch, a.q_heads, a.q_len, a.v_dim);
   checks.view("dq", g.dq, a.batch, a.q_heads, a.q_len, a.head_dim);
   checks.view("dk", g.dk, a.batch, a.kv_heads, a.kv_len, a.head_dim);
@@ -242,8 +251,10 @@ void check_decode(Checks& checks, const FastattnDecode& d) {
   checks.expect(d.softcap >= 0.0, "softcap: expected 0 (none) or more, got %g", d.softcap);
   checks.expect(d.slopes_stride == 0 || d.slopes_stride == d.q_heads, "slopes_stride: expected 0 or %lld, got %lld",
                 (long long)d.q_heads, (long long)d.slopes_stride);
-  checks.view("q", d.q, d.batch, d.q_heads, d.q_len, d.head_dim);
-  checks.view("out", d.out, d.batch, d.q_heads, d.q_len, d.v_dim);
+  const int64_t q_batch = d.cu_seqlens_q == nullptr ? d.batch : 1;
+  if (d.cu_seqlens_q != nullptr) checks.bounds("cu_seqlens_q", d.cu_seqlens_q, d.batch, d.q_len);
+  checks.view("q", d.q, q_batch, d.q_heads, d.q_len, d.head_dim);
+  checks.view("out", d.out, q_batch, d.q_heads, d.q_len, d.v_dim);
   checks.pointer("lse", d.lse);
 }
 
@@ -252,8 +263,10 @@ void check_append(Checks& checks, const FastattnAppend& a) {
   checks.size("new_len", a.new_len, 0, kFar);
   checks.expect(a.element_size == 2 || a.element_size == 4 || a.element_size == 8,
                 "element_size: expected 2, 4 or 8, got %lld", (long long)a.element_size);
-  checks.view("k", a.k, a.batch, a.kv_heads, a.new_len, a.head_dim);
-  checks.view("v", a.v, a.batch, a.kv_heads, a.new_len, a.v_dim);
+  const int64_t batch = a.cu_seqlens_q == nullptr ? a.batch : 1;
+  if (a.cu_seqlens_q != nullptr) checks.bounds("cu_seqlens_q", a.cu_seqlens_q, a.batch, a.new_len);
+  checks.view("k", a.k, batch, a.kv_heads, a.new_len, a.head_dim);
+  checks.view("v", a.v, batch, a.kv_heads, a.new_len, a.v_dim);
 }
 
 // -- Calls -----------------------------------------------------------------------------------------------------------
@@ -358,7 +371,7 @@ int fastattn_cpu_decode(const FastattnDecode* decode) {
   const FastattnDecode& d = *decode;
   if (d.batch == 0 || d.q_len == 0) return FASTATTN_CPU_OK;
   // Bound by memory, so a key costs a little more than its operations.
-  const double work = 8.0 * double(d.batch) * double(d.q_heads) * double(d.q_len) * double(d.capacity) *
+  const double work = 8.0 * double(d.cu_seqlens_q == nullptr ? d.batch : 1) * double(d.q_heads) * double(d.q_len) * double(d.capacity) *
                       double(d.head_dim + d.v_dim);
   return status(engine().decode(d, team_for(d.team, work)));
 }

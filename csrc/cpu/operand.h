@@ -127,7 +127,7 @@ struct Dot {
   }
 
   static const bfloat16* source(const Rows<float>& rows, int64_t row) {
-    return static_cast<const bfloat16*>(rows.data) + rows.base + row * rows.place.stride;
+    return static_cast<const bfloat16*>(rows.data) + rows.offset(row);
   }
 
   static void prefetch(const bfloat16* from, int64_t width) {

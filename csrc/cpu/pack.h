@@ -99,6 +99,17 @@ Format<T> format_of(int64_t dtype) {
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
+// The pages of a KV cache in which the rows of a batch entry lie, `size` in each, `stride` apart. Cut to those that exist.
+struct Pages {
+  const int32_t* table;
+  int64_t count, size, stride;
+
+  int64_t offset(int64_t row) const {
+    const int64_t page = table[row / size];
+    return (page < 0 ? 0 : page < count ? page : count - 1) * stride;
+  }
+};
+
 // The rows of one head, in memory that begins at `data`.
 template <class T>
 struct Rows {
@@ -106,10 +117,23 @@ struct Rows {
   void* data;
   int64_t base;
   Placement place;
+  Pages pages{};  // no table: the rows follow one another
+
+  // Where a row begins, in elements.
+  int64_t offset(int64_t row) const {
+    return pages.table == nullptr ? base + row * place.stride : base + pages.offset(row) + row % pages.size * place.stride;
+  }
 
   // Side by side: (count, padded). Returns whether there is a NaN or an infinity.
   bool read(int64_t row, int64_t count, T* to, int64_t padded) const {
-    return format.read_rows(data, base + row * place.stride, place, count, to, padded);
+    if (pages.table == nullptr) return format.read_rows(data, offset(row), place, count, to, padded);
+    bool poisoned = false;
+    for (int64_t end = row + count; row < end;) {
+      const int64_t left = pages.size - row % pages.size, some = left < end - row ? left : end - row;
+      poisoned |= format.read_rows(data, offset(row), place, some, to, padded);
+      row += some, to += some * padded;
+    }
+    return poisoned;
   }
 
   void write(int64_t row, const T* from, T factor) const {

@@ -26,7 +26,7 @@ inline Range common(Range a, Range b) { return {most(a.begin, b.begin), least(a.
 
 // One batch entry, or one packed sequence: its number, where it is in memory, its lengths and its position.
 struct Entry {
-  int64_t number, batch, q_first, k_first, q_len, kv_len, offset;
+  int64_t number, batch, k_batch, q_first, k_first, q_len, kv_len, offset;
 };
 
 template <class T>
@@ -40,15 +40,18 @@ struct Problem {
   int64_t group() const { return a.q_heads / a.kv_heads; }
 
   Entry entry(int64_t number) const {
-    Entry e{number, number, 0, 0, a.q_len, a.kv_len, a.q_offset};
+    Entry e{number, number, number, 0, 0, a.q_len, a.kv_len, a.q_offset};
     if (packed()) {
       e.batch = 0;
       e.q_first = o.cu_seqlens_q[number];
-      e.k_first = o.cu_seqlens_k[number];
       e.q_len = o.cu_seqlens_q[number + 1] - e.q_first;
-      e.kv_len = o.cu_seqlens_k[number + 1] - e.k_first;
-      if (o.seqused_k != nullptr) e.kv_len = most(0, least(o.seqused_k[number], e.kv_len));
     }
+    if (o.cu_seqlens_k != nullptr) {
+      e.k_batch = 0;
+      e.k_first = o.cu_seqlens_k[number];
+      e.kv_len = o.cu_seqlens_k[number + 1] - e.k_first;
+    }
+    if (o.seqused_k != nullptr) e.kv_len = most(0, least(o.seqused_k[number], e.kv_len));
     if (o.q_offset != nullptr) {
       e.offset = most(least(o.q_offset[number], int64_t(1) << 30), -(int64_t(1) << 30));
     } else if (e.offset == FASTATTN_OPEN) {
@@ -73,15 +76,19 @@ struct Problem {
     return keys.empty() ? Range{0, 0} : keys;
   }
 
-  Rows<T> rows(const FastattnView& view, const Entry& e, int64_t head, int64_t first, int64_t width) const {
-    const int64_t base = e.batch * view.stride[0] + head * view.stride[1] + first * view.stride[2];
+  Rows<T> rows(const FastattnView& view, int64_t batch, int64_t head, int64_t first, int64_t width) const {
+    const int64_t base = batch * view.stride[0] + head * view.stride[1] + first * view.stride[2];
     return {format, view.data, base, {view.stride[2], width, view.stride[3]}};
   }
   Rows<T> q_rows(const FastattnView& view, const Entry& e, int64_t head, int64_t width) const {
-    return rows(view, e, head, e.q_first, width);
+    return rows(view, e.batch, head, e.q_first, width);
   }
   Rows<T> k_rows(const FastattnView& view, const Entry& e, int64_t head, int64_t width) const {
-    return rows(view, e, head, e.k_first, width);
+    Rows<T> found = rows(view, o.block_table == nullptr ? e.k_batch : 0, head, e.k_first, width);
+    if (o.block_table != nullptr) {
+      found.pages = {o.block_table + e.number * o.table_stride, o.pages, o.page_size, view.stride[0]};
+    }
+    return found;
   }
 
   // Where a row of a head is in lse, and in each half of the statistics.

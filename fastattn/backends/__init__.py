@@ -188,9 +188,11 @@ def _describe_cache(spec: CacheSpec) -> list[str]:
     parts = [
         f"q {tuple(q.shape)} k_cache {tuple(k_cache.shape)} v_cache {tuple(v_cache.shape)} "
         f"{str(q.dtype).removeprefix('torch.')} on {q.device}",
-        f"{spec.added} appended",
+        f"{'its own' if spec.added is None else spec.added} appended",
         "lengths per batch entry" if spec.length is None else f"length {spec.length}",
     ]
+    if spec.cu_seqlens_q is not None:
+        parts.append(f"packed queries of {spec.entries} entries")
     if spec.left is not None or spec.right is not None:
         plain = spec.right == 0 and spec.left is None
         parts.append("causal" if plain else f"window ({spec.left}, {spec.right})")

@@ -60,6 +60,8 @@ def reasons(spec: AttentionSpec) -> list[str]:
 def cache_reasons(spec: CacheSpec) -> list[str]:
     """What keeps PyTorch's kernel on a slice of the cache from computing exactly this."""
     reasons = []
+    if spec.cu_seqlens_q is not None:
+        return ["it has no packed queries"]
     if spec.block_table is not None:
         reasons.append("it has no block_table")
     if spec.length is None:

@@ -37,9 +37,10 @@ def backward(
 
 
 def kv_cache_append(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
-) -> None:
-    _launchers().append.kv_cache_append(k_cache, v_cache, k, v, lens, block_table)
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None = None,
+) -> None:  # fmt: skip
+    _launchers().append.kv_cache_append(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q)
 
 
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:

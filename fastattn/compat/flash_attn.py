@@ -9,10 +9,10 @@
 - lse has a gradient, and is -inf where a row sees nothing; flash-attention has +inf there.
 - ``return_attn_probs=True`` gives ``(out, lse, None)``: weights are never stored.
 - ``deterministic`` is taken and means nothing: the backward always is.
-- ``cu_seqlens`` are read on the device, ``max_seqlen`` bounds the copy where keys are paged and is else not read.
+- ``cu_seqlens`` are read on the device, ``max_seqlen`` is not read.
+- Pages have any size.
 
-Two calls copy keys before they attend to them, see there: `flash_attn_varlen_func` with a ``block_table``, and
-`flash_attn_with_kvcache` with ``cache_leftpad`` or, where the cache is no multiple of 16 long, ``cache_batch_idx``.
+One call copies keys before it attends to them: `flash_attn_with_kvcache` with ``cache_leftpad``.
 """
 
 from typing import Any
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fastattn.compat.packing import gather
 from fastattn.functional import attention, attention_varlen, attention_with_kvcache
-from fastattn.functional.kvcache import PAGE_MULTIPLE
 
 __all__ = [
     "flash_attn_func",
@@ -132,18 +131,15 @@ def flash_attn_varlen_func(
 ) -> Result:  # fmt: skip
     """flash_attn.flash_attn_varlen_func on `fastattn.attention_varlen`.
 
-    With a ``block_table`` the keys of each sequence are first copied out of their pages: one read and one write of
-    the keys and values that are used, on every call. Where each sequence has equally many queries,
-    `flash_attn_with_kvcache` reads the pages themselves.
+    With a ``block_table`` it is `fastattn.attention_with_kvcache`, which reads the pages where they are and has
+    neither dropout nor gradients.
 
     Args:
         q: (total_q, Hq, D).
         k: (total_k, Hk, D), or with a ``block_table`` (pages, page_size, Hk, D), pages of any size.
         v: likewise with head dim Dv.
         cu_seqlens_q, cu_seqlens_k: int (sequences + 1,), rising from 0.
-        max_seqlen_q: not needed, not read.
-        max_seqlen_k: at least the longest key sequence. Read with a ``block_table`` on a GPU only, for the room of
-            the copy.
+        max_seqlen_q, max_seqlen_k: not needed, not read.
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as in `flash_attn_func`.
         alibi_slopes: (Hq,) or (sequences, Hq).
         return_attn_probs: also return lse, and None in place of the weights.
@@ -154,15 +150,18 @@ def flash_attn_varlen_func(
         out (total_q, Hq, Dv), or (out, lse, None) with lse (Hq, total_q) in float32.
 
     Raises:
-        TypeError, ValueError: as `fastattn.attention_varlen`, under its names.
+        NotImplementedError: dropout beside a ``block_table``.
+        TypeError, ValueError: as `fastattn.attention_varlen` or `fastattn.attention_with_kvcache`, under their names.
     """
-    if block_table is not None:
-        lengths, capacity = cu_seqlens_k.diff(), k.shape[1] * block_table.shape[1]
-        longest = min(max_seqlen_k, capacity) if isinstance(max_seqlen_k, int) else capacity
-        starts = torch.zeros_like(lengths)
-        k, v, cu_seqlens_k = gather(k, v, starts, lengths, pages=block_table, longest=longest)
-        cu_seqlens_k = cu_seqlens_k.to(cu_seqlens_q.dtype)
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    if block_table is not None:
+        if dropout_p:
+            raise NotImplementedError(f"dropout_p: expected 0.0 beside block_table, got {dropout_p}")
+        options |= {"cache_lens": cu_seqlens_k.diff(), "block_table": block_table.to(torch.int32)}
+        result: Any = attention_with_kvcache(
+            q, k, v, cu_seqlens_q=cu_seqlens_q, return_lse=return_attn_probs, **options
+        )
+        return (*result, None) if return_attn_probs else result
     options["dropout_p"] = dropout_p
     if not return_attn_probs:
         return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
@@ -208,14 +207,13 @@ def flash_attn_with_kvcache(
     """flash_attn.flash_attn_with_kvcache on `fastattn.attention_with_kvcache`: ``k`` and ``v`` are written into the
     cache in place, then ``q`` attends to what it holds.
 
-    With ``cache_leftpad``, and with ``cache_batch_idx`` where the cache is no multiple of 16 long, the keys in use are
-    first copied out of the cache, on every call (on a GPU a copy as long as the cache of each entry), and
-    ``num_splits`` has no meaning. Else the cache is read where it is.
+    With ``cache_leftpad`` the keys in use are first copied out of the cache, on every call (on a GPU a copy as long as
+    the cache of each entry), and ``num_splits`` has no meaning. Else the cache is read where it is.
 
     Args:
         q: (B, Lq, Hq, D).
         k_cache: (rows, Lmax, Hk, D), rows being B without ``cache_batch_idx``; or (pages, page_size, Hk, D) with a
-            ``block_table``, page_size a multiple of 16.
+            ``block_table``.
         v_cache: likewise with head dim Dv.
         k: (B, Lnew, Hk, D) new keys, or None.
         v: (B, Lnew, Hk, Dv) new values.
@@ -257,7 +255,7 @@ def flash_attn_with_kvcache(
         q = _rotate(q, rotary_cos, rotary_sin, lens, rotary_interleaved, still)
         k = _rotate(k, rotary_cos, rotary_sin, lens, rotary_interleaved, still=False)
     options["return_lse"] = return_softmax_lse
-    if cache_batch_idx is not None and cache_leftpad is None and capacity % PAGE_MULTIPLE == 0:
+    if cache_batch_idx is not None and cache_leftpad is None:
         block_table, cache_batch_idx = cache_batch_idx[:, None], None  # each row of the cache is one page
     if cache_batch_idx is not None or cache_leftpad is not None:
         place = _Place(q, capacity, lens, 0 if k is None else k.shape[1], cache_batch_idx, block_table)

@@ -9,13 +9,12 @@ from fastattn.backends import Explanation
 from fastattn.functional import divided, keywords
 from fastattn.functional.attention import Backend
 from fastattn.spec import make_cache_spec
-from fastattn.spec.cache import PAGE_MULTIPLE as PAGE_MULTIPLE
 
 
 @overload
 def attention_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *,
-    cache_lens: int | Tensor, block_table: Tensor | None = ..., causal: bool = ...,
+    cache_lens: int | Tensor, block_table: Tensor | None = ..., cu_seqlens_q: Tensor | None = ..., causal: bool = ...,
     window: tuple[int | None, int | None] | None = ..., softcap: float | None = ..., alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
     num_splits: int | None = ..., backend: Backend | None = ...,
@@ -23,7 +22,7 @@ def attention_with_kvcache(
 @overload
 def attention_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *,
-    cache_lens: int | Tensor, block_table: Tensor | None = ..., causal: bool = ...,
+    cache_lens: int | Tensor, block_table: Tensor | None = ..., cu_seqlens_q: Tensor | None = ..., causal: bool = ...,
     window: tuple[int | None, int | None] | None = ..., softcap: float | None = ..., alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
     num_splits: int | None = ..., backend: Backend | None = ...,
@@ -37,6 +36,7 @@ def attention_with_kvcache(
     *,
     cache_lens: int | Tensor,
     block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
@@ -66,7 +66,11 @@ def attention_with_kvcache(
         cache_lens: tokens in the cache before appending: one int for all batch entries, or int32 or int64 (B,). It is
             not modified: the caller adds Lnew.
         block_table: int32 (B, max_pages): position p of entry b is in page ``block_table[b, p // page_size]``, at
-            ``p % page_size``. page_size is a multiple of 16. Pages that are written to must belong to one entry only.
+            ``p % page_size``. Pages of any size; those that are written to must belong to one entry only.
+        cu_seqlens_q: int32 or int64 (B + 1,): each entry has queries of its own number, one behind the other, as
+            chunks of prompts beside single steps have them. Entry b then has rows ``cu_seqlens_q[b] :
+            cu_seqlens_q[b + 1]`` of q (total_q, Hq, D) and, where it appends, of k (total_q, Hk, D) and v; it may have
+            none. Nothing is padded, and the cache is read where it is.
         causal, window, softcap, alibi_slopes, sinks, scale, return_lse: as in `fastattn.attention`.
         num_splits: into how many parts the Triton kernel divides the keys; None chooses from shapes and the number of
             multiprocessors. It changes rounding alone, and means nothing to other backends.
@@ -76,7 +80,8 @@ def attention_with_kvcache(
 
     Returns:
         out (B, Hq, Lq, Dv) in the dtype of q; with ``return_lse`` also lse (B, Hq, Lq) in float32 (float64 for
-        float64 inputs), natural logarithm.
+        float64 inputs), natural logarithm. With ``cu_seqlens_q`` they are (total_q, Hq, Dv) and (Hq, total_q); rows
+        behind the last entry are 0, and lse -inf.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came, before anything is written. Values
@@ -91,21 +96,23 @@ def attention_with_kvcache(
         keywords.refuse(attention_with_kvcache, unknown)
     divided.refuse("k_cache", "a KV cache")
     spec = make_cache_spec(
-        q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, causal=causal, window=window,
-        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits,
-        return_lse=return_lse,
+        q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, cu_seqlens_q=cu_seqlens_q,
+        causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale,
+        num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
     out, lse = ops.attention_kvcache(spec, backends.choose(spec, backend))
+    if cu_seqlens_q is not None:
+        out = out.squeeze(0).transpose(0, 1)
     if not return_lse:
         return out
     assert lse is not None  # the torch backend, which has none, has refused
-    return out, lse
+    return out, lse if cu_seqlens_q is None else lse.squeeze(0)
 
 
 def explain_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
-    cache_lens: int | Tensor, block_table: Tensor | None = None, causal: bool = True,
-    window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+    cache_lens: int | Tensor, block_table: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+    causal: bool = True, window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, scale: float | None = None,
     return_lse: bool = False, num_splits: int | None = None, backend: Backend | None = None, **unknown: Any,
 ) -> Explanation:  # fmt: skip
@@ -113,8 +120,8 @@ def explain_with_kvcache(
     if unknown:
         keywords.refuse(explain_with_kvcache, unknown)
     spec = make_cache_spec(
-        q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, causal=causal, window=window,
-        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits,
-        return_lse=return_lse,
+        q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, cu_seqlens_q=cu_seqlens_q,
+        causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale,
+        num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
     return backends.explain(spec, backend)

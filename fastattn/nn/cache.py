@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _check as check
-from fastattn.functional.kvcache import PAGE_MULTIPLE, attention_with_kvcache
+from fastattn.functional.kvcache import attention_with_kvcache
 
 __all__ = ["DynamicCache", "KVCache", "PagedCache", "SlidingWindowCache"]
 
@@ -189,7 +189,7 @@ class SlidingWindowCache(KVCache):
         capacity: tokens of the longest text; they cost 4 bytes per page.
         window: the left side of the attention window.
         chunk: most tokens per step. A longer prompt goes in by chunks.
-        page_size: a multiple of 16.
+        page_size: at least 1.
     """
 
     def __init__(
@@ -259,7 +259,7 @@ class PagedCache(KVCache):
         num_layers, batch, num_kv_heads, head_dim, device, dtype: as in `KVCache`.
         capacity: tokens of the longest entry; they cost 4 bytes per page.
         num_pages: pages in the pool. None: enough for every entry at full capacity, also once `select` has made more.
-        page_size: a multiple of 16.
+        page_size: at least 1.
     """
 
     def __init__(
@@ -381,8 +381,8 @@ def _selected(x: Tensor, index: Tensor) -> Tensor:
 
 def _check_page_size(page_size: int) -> None:
     check.integer("page_size", page_size)
-    if page_size % PAGE_MULTIPLE:
-        raise ValueError(f"page_size: expected a multiple of {PAGE_MULTIPLE}, got {page_size}")
+    if page_size < 1:
+        raise ValueError(f"page_size: expected at least 1, got {page_size}")
 
 
 def _check_index(index: Tensor, batch: int) -> None:

@@ -26,7 +26,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def run(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, statistics = forward_results(call.q, call.v)
     if call.operands.cu_seqlens_q is not None:
-        rows = _unwritten(call.operands.cu_seqlens_q, call.backend)
+        rows = unwritten(call.operands.cu_seqlens_q, call.backend)
         out[:, :, rows].zero_()
         lse[..., rows].fill_(-torch.inf)
         statistics[..., rows].zero_()
@@ -42,7 +42,7 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
     return tuple(call.q.new_empty(0) if x is None else x for x in differentiate(call))
 
 
-def _unwritten(starts: Tensor, backend: str) -> slice:
+def unwritten(starts: Tensor, backend: str) -> slice:
     """The packed rows that a backend may leave as they are: those behind the last sequence, or any."""
     return slice(int(starts[-1]) if backend == "cpu" else 0, None)
 
@@ -51,7 +51,7 @@ def differentiate(call: Backward) -> Gradients:
     gradients = call_gradients(call)
     starts_q, starts_k = call.operands.cu_seqlens_q, call.operands.cu_seqlens_k
     if starts_q is not None and starts_k is not None:
-        rows, keys = _unwritten(starts_q, call.backend), _unwritten(starts_k, call.backend)
+        rows, keys = unwritten(starts_q, call.backend), unwritten(starts_k, call.backend)
         if call.operands.seqused_k is not None:  # between the sequences too
             keys = slice(None)
         for gradient, own in zip(gradients[:3], (rows, keys, keys), strict=True):

@@ -12,12 +12,13 @@ from torch import Tensor
 from fastattn import backends
 from fastattn.ops.autograd import attention, below_autograd
 from fastattn.ops.direct import DIRECT, Way, way, without_autocast
+from fastattn.ops.implementations import unwritten
 from fastattn.ops.schema import LIBRARY, CacheCall, arguments, cache_results, define, flatten, unflatten
 from fastattn.spec import AttentionSpec, CacheSpec, known
 
 APPEND = define(
     "kv_cache_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lens, Tensor? block_table, "
-    "str backend) -> ()"
+    "Tensor? cu_seqlens_q, str backend) -> ()"
 )
 KVCACHE = define(f"attention_kvcache({arguments(CacheCall)}) -> (Tensor out, Tensor lse)")
 KVCACHE_BACKWARD = define("attention_kvcache_backward(Tensor gradient, SymInt[] shape) -> Tensor")
@@ -62,7 +63,9 @@ def _prompt(spec: CacheSpec, k: Tensor, v: Tensor) -> AttentionSpec:
 
 def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str, direct: bool) -> None:
     """Write new entries into the caches, in place; the torch backend has the reference's way of doing so."""
-    arguments = (spec.k_cache, spec.v_cache, k.detach(), v.detach(), spec.lens, spec.block_table)
+    arguments = (
+        spec.k_cache, spec.v_cache, k.detach(), v.detach(), spec.lens, spec.block_table, spec.cu_seqlens_q,
+    )  # fmt: skip
     if direct:
         _append(*arguments, backend)
         _count_change(spec.k_cache, spec.v_cache)
@@ -73,7 +76,7 @@ def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str, direct: boo
 
 def _append_and_attend(spec: CacheSpec) -> tuple[Tensor, Tensor]:
     """A decode step of the Triton backend, its kernels launched together."""
-    out, lse = cache_results(spec, "triton")
+    out, lse = _results(spec, "triton")
     backends.triton.append_and_attend(out, lse, spec)
     _count_change(spec.k_cache, spec.v_cache)
     return out, lse
@@ -86,9 +89,10 @@ def _count_change(*changed: Tensor) -> None:
 
 
 def _append(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None, backend: str
-) -> None:
-    backends.module(backend).kv_cache_append(k_cache, v_cache, k, v, lens, block_table)
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None, backend: str,
+) -> None:  # fmt: skip
+    backends.module(backend).kv_cache_append(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q)
 
 
 def _append_in_place(keys: torch.DispatchKeySet, k_cache: Tensor, v_cache: Tensor, *args: Any) -> None:
@@ -102,8 +106,18 @@ def _kvcache(*args: Any) -> tuple[Tensor, Tensor]:
     return _attend(*unflatten(CacheCall, args))
 
 
-def _attend(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor]:
+def _results(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor]:
+    """What a backend fills; packed rows that it leaves as they are hold the result of a row that sees nothing."""
     out, lse = cache_results(spec, backend)
+    if spec.cu_seqlens_q is not None:
+        rows = unwritten(spec.cu_seqlens_q, backend)
+        out[:, :, rows].zero_()
+        lse[..., rows].fill_(-torch.inf)
+    return out, lse
+
+
+def _attend(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor]:
+    out, lse = _results(spec, backend)
     with without_autocast(spec.q.device):
         if backend == "torch":
             out.copy_(backends.module("torch").attention_cached(spec))

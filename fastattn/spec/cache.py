@@ -11,6 +11,7 @@ from fastattn.spec.checks import (
     INTEGER_DTYPES,
     autocast,
     check_alibi_slopes,
+    check_cu_seqlens,
     check_flag,
     check_plain,
     check_scale,
@@ -22,7 +23,6 @@ from fastattn.spec.checks import (
     readable,
 )
 
-PAGE_MULTIPLE = 16
 MAX_SPLITS = 1024
 
 
@@ -30,12 +30,12 @@ class CacheSpec(NamedTuple):
     """One call, new entries appended or about to be. The order is that of the operator's arguments."""
 
     q: Tensor
-    """(B, Hq, Lq, D); its last row stands at the last key"""
+    """(B, Hq, Lq, D); its last row stands at the last key. Packed queries are one batch entry: (1, Hq, total, D)"""
     k_cache: Tensor
     """(B, Lmax, Hk, D), or with a block table (pages, page_size, Hk, D)"""
     v_cache: Tensor
     k: Tensor | None
-    """(B, Hk, Lnew, D) new keys"""
+    """(B, Hk, Lnew, D) new keys, packed as the queries are"""
     v: Tensor | None
     alibi_slopes: Tensor | None
     """float (1 or B, Hq)"""
@@ -45,8 +45,8 @@ class CacheSpec(NamedTuple):
     """int (B,): entries in the cache before the new ones"""
     block_table: Tensor | None
     """int32 (B, max_pages)"""
-    added: int
-    """Lnew, or 0"""
+    added: int | None
+    """Lnew, or 0; None where each entry adds as many as it has packed queries"""
     length: int | None
     """``lens + added`` where it is one number for all batch entries and known on the host"""
     left: int | None
@@ -55,6 +55,13 @@ class CacheSpec(NamedTuple):
     softcap: float | None
     num_splits: int | None
     return_lse: bool
+    cu_seqlens_q: Tensor | None = None
+    """int (B + 1,): where the queries of each batch entry begin, where they are packed"""
+
+    @property
+    def entries(self) -> int:
+        """Batch entries."""
+        return self.lens.shape[0]
 
     @property
     def capacity(self) -> int:
@@ -76,6 +83,7 @@ def make_cache_spec(
     *,
     cache_lens: int | Tensor,
     block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
@@ -91,10 +99,15 @@ def make_cache_spec(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]  (as many as went in)
-    _check_caches(q, k_cache, v_cache, block_table)
-    _check_new(q, k_cache, v_cache, k, v)
-    batch, _, q_len, head_dim = q.shape
-    added = 0 if k is None else k.shape[2]
+    if cu_seqlens_q is not None:
+        q = _as_one_entry("q", q)
+        k, v = (x if x is None else _as_one_entry(name, x) for name, x in (("k", k), ("v", v)))
+        cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+    _check_caches(q, k_cache, v_cache, block_table, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
+    _check_new(q, k_cache, v_cache, k, v, packed=cu_seqlens_q is not None)
+    _, _, q_len, head_dim = q.shape
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    added = 0 if k is None else k.shape[2] if cu_seqlens_q is None else None
     capacity = cache_capacity(k_cache, block_table)
     check_flag("causal", causal)
     check_flag("return_lse", return_lse)
@@ -112,11 +125,22 @@ def make_cache_spec(
         right = None
     if left is not None and known(left >= capacity - 1):
         left = None
-    lens, length = _lengths(cache_lens, q, added, left, capacity, block_table, k_cache.shape[0])
+    lens, length = _lengths(cache_lens, q, cu_seqlens_q, added, left, capacity, block_table, k_cache.shape[0])
     return CacheSpec(
         q, k_cache, v_cache, k, v, alibi_slopes, sinks, lens, block_table, added, length, left, right, scale, softcap,
-        num_splits, return_lse,
+        num_splits, return_lse, cu_seqlens_q,
     )  # fmt: skip
+
+
+def _as_one_entry(name: str, x: Tensor) -> Tensor:
+    """Packed rows (total, heads, head_dim) as (1, heads, total, head_dim)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.ndim != 3:
+        raise ValueError(
+            f"{name}: expected 3 dimensions (total, heads, head_dim) with cu_seqlens_q, got shape {tuple(x.shape)}"
+        )
+    return x.transpose(0, 1)[None]
 
 
 def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str) -> None:
@@ -135,7 +159,9 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str) -> None:
         raise ValueError(f"{name}.device: expected q.device == {q.device}, got {x.device}")
 
 
-def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None) -> None:
+def _check_caches(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None, packed_entries: int | None
+) -> None:  # fmt: skip
     if not isinstance(q, Tensor):
         raise TypeError(f"q: expected a Tensor, got {type(q).__name__}")
     if is_dtensor(q):
@@ -146,7 +172,7 @@ def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tens
     layout = "(batch, length, heads, head_dim)" if block_table is None else "(pages, page_size, heads, head_dim)"
     _check_tensor("k_cache", k_cache, q, layout)
     _check_tensor("v_cache", v_cache, q, layout)
-    if q.shape[2] < 1:
+    if packed_entries is None and q.shape[2] < 1:
         raise ValueError(f"q.shape[2]: expected at least one query, got {q.shape[2]}")
     if v_cache.shape[:3] != k_cache.shape[:3]:
         raise ValueError(
@@ -163,28 +189,28 @@ def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tens
         raise ValueError(
             f"q.shape[1]: expected a positive multiple of k_cache.shape[2] == {heads} heads, got {q.shape[1]}"
         )
+    batch, named = (q.shape[0], "q.shape[0]") if packed_entries is None else (packed_entries, "the batch entries")
     if block_table is None:
-        if k_cache.shape[0] != q.shape[0]:
-            raise ValueError(f"k_cache.shape[0]: expected q.shape[0] == {q.shape[0]}, got {k_cache.shape[0]}")
+        if k_cache.shape[0] != batch:
+            raise ValueError(f"k_cache.shape[0]: expected {named} == {batch}, got {k_cache.shape[0]}")
         return
     if not isinstance(block_table, Tensor):
         raise TypeError(f"block_table: expected a Tensor or None, got {type(block_table).__name__}")
     if block_table.dtype != torch.int32:
         raise TypeError(f"block_table.dtype: expected int32, got {block_table.dtype}")
-    if block_table.ndim != 2 or block_table.shape[0] != q.shape[0]:
+    if block_table.ndim != 2 or block_table.shape[0] != batch:
         raise ValueError(
-            f"block_table.shape: expected (B, max_pages) with B == {q.shape[0]}, got {tuple(block_table.shape)}"
+            f"block_table.shape: expected (B, max_pages) with B == {batch}, got {tuple(block_table.shape)}"
         )
     if block_table.device != q.device:
         raise ValueError(f"block_table.device: expected q.device == {q.device}, got {block_table.device}")
-    if k_cache.shape[1] == 0 or k_cache.shape[1] % PAGE_MULTIPLE != 0:
-        raise ValueError(
-            f"k_cache.shape[1]: expected a page size that is a positive multiple of {PAGE_MULTIPLE}, "
-            f"got {k_cache.shape[1]}"
-        )
+    if k_cache.shape[1] == 0:
+        raise ValueError("k_cache.shape[1]: expected a page size of at least 1, got 0")
 
 
-def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+def _check_new(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, packed: bool
+) -> None:  # fmt: skip
     if k is None and v is None:
         return
     if k is None or v is None:
@@ -193,9 +219,12 @@ def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v:
         _check_tensor(name, x, q, "(batch, heads, length, head_dim)")
     batch, heads, new = q.shape[0], k_cache.shape[2], k.shape[2]
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        expected = (batch, heads, new, cache.shape[3])
+        expected = (batch, heads, q.shape[2] if packed else new, cache.shape[3])
         if x.shape != expected:
-            raise ValueError(f"{name}.shape: expected (B, Hk, Lnew, D) == {expected}, got {tuple(x.shape)}")
+            layout, wanted, got = "(B, Hk, Lnew, D)", expected, tuple(x.shape)
+            if packed:
+                layout, wanted, got = "(total_q, Hk, D)", (*expected[2:0:-1], expected[3]), (*got[2:0:-1], got[3])
+            raise ValueError(f"{name}.shape: expected {layout} == {wanted}, got {got}")
         if cache.requires_grad:
             raise ValueError(f"{name}_cache.requires_grad: expected False, since {name} is written into it in place")
         if _same_memory(x, cache):
@@ -225,59 +254,68 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _lengths(
-    cache_lens: int | Tensor, q: Tensor, added: int, left: int | None, capacity: int, block_table: Tensor | None,
-    pages: int,
+    cache_lens: int | Tensor, q: Tensor, cu_seqlens_q: Tensor | None, added: int | None, left: int | None,
+    capacity: int, block_table: Tensor | None, pages: int,
 ) -> tuple[Tensor, int | None]:  # fmt: skip
     """(cache_lens as a tensor, the one length of all batch entries after appending if the host knows it).
 
+    Of packed queries there is no such length: each entry may add another number.
+
     Checks what can be known without waiting for a device.
     """
-    batch = q.shape[0]
-    if not isinstance(cache_lens, Tensor):
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    if isinstance(cache_lens, Tensor):
+        if cache_lens.dtype not in INTEGER_DTYPES:
+            raise TypeError(f"cache_lens.dtype: expected int32 or int64, got {cache_lens.dtype}")
+        if cache_lens.shape != (batch,):
+            raise ValueError(f"cache_lens.shape: expected (B,) == ({batch},), got {tuple(cache_lens.shape)}")
+        if cache_lens.device != q.device:
+            raise ValueError(f"cache_lens.device: expected q.device == {q.device}, got {cache_lens.device}")
+        lens, number = cache_lens, None
+        values = cache_lens.tolist() if readable(cache_lens) else None
+    else:
         if isinstance(cache_lens, bool) or not isinstance(cache_lens, (int, torch.SymInt)):
             raise TypeError(f"cache_lens: expected an int or an integer tensor, got {type(cache_lens).__name__}")
-        length = cache_lens + added
-        if not torch.compiler.is_compiling():
-            _check_range([int(cache_lens)] * min(batch, 1), added, capacity)
-            _check_pages([int(length)] * batch, added, q.shape[2], left, block_table, pages, capacity)
-        return torch.full((batch,), cache_lens, dtype=torch.int32, device=q.device), length
-    if cache_lens.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"cache_lens.dtype: expected int32 or int64, got {cache_lens.dtype}")
-    if cache_lens.shape != (batch,):
-        raise ValueError(f"cache_lens.shape: expected (B,) == ({batch},), got {tuple(cache_lens.shape)}")
-    if cache_lens.device != q.device:
-        raise ValueError(f"cache_lens.device: expected q.device == {q.device}, got {cache_lens.device}")
-    if not readable(cache_lens):
-        return cache_lens, None
-    values = cache_lens.tolist()
-    _check_range(values, added, capacity)
-    lengths = [value + added for value in values]
-    _check_pages(lengths, added, q.shape[2], left, block_table, pages, capacity)
-    return cache_lens, lengths[0] if len(set(lengths)) == 1 else None
+        lens, number = torch.full((batch,), cache_lens, dtype=torch.int32, device=q.device), cache_lens
+        values = None if torch.compiler.is_compiling() else [int(cache_lens)] * batch
+    queries = [q.shape[2]] * batch
+    if cu_seqlens_q is not None:
+        queries = cu_seqlens_q.diff().tolist() if readable(cu_seqlens_q) else None
+    news = queries if added is None else [added] * batch
+    if values is not None and queries is not None and news is not None:
+        _check_range(values, news, capacity)
+        ends = [value + new for value, new in zip(values, news, strict=True)]
+        _check_pages(ends, news, queries, left, block_table, pages, capacity)
+    if cu_seqlens_q is not None or added is None:
+        return lens, None
+    if number is not None:
+        return lens, number + added
+    same = values is not None and len(set(values)) == 1
+    return lens, values[0] + added if same and values is not None else None
 
 
-def _check_range(values: Sequence[int], added: int, capacity: int) -> None:
-    for entry, value in enumerate(values):
-        if not 0 <= value <= capacity - added:
+def _check_range(values: Sequence[int], news: Sequence[int], capacity: int) -> None:
+    for entry, (value, new) in enumerate(zip(values, news, strict=True)):
+        if not 0 <= value <= capacity - new:
             raise ValueError(
-                f"cache_lens: expected 0 to {capacity - added} (the cache holds {capacity}, {added} are appended), "
+                f"cache_lens: expected 0 to {capacity - new} (the cache holds {capacity}, {new} are appended), "
                 f"got {value} for batch entry {entry}"
             )
 
 
 def _check_pages(
-    lengths: Sequence[int], added: int, q_len: int, left: int | None, block_table: Tensor | None, pages: int,
-    capacity: int,
+    ends: Sequence[int], news: Sequence[int], queries: Sequence[int], left: int | None, block_table: Tensor | None,
+    pages: int, capacity: int,
 ) -> None:  # fmt: skip
     """The pages that are read and written exist, and no two entries write into one; the rest may be anything."""
-    if block_table is None or not readable(block_table) or not lengths or capacity == 0:
+    if block_table is None or not readable(block_table) or not ends or capacity == 0:
         return
     page_size = capacity // block_table.shape[1]
-    ends = torch.tensor(lengths, device="cpu")[:, None]
+    end, new, asking = (torch.tensor(x, device="cpu")[:, None] for x in (ends, news, queries))
     column = torch.arange(block_table.shape[1], device="cpu")
-    written = (column >= (ends - added).clamp(min=0) // page_size) & (column * page_size < ends) & (added > 0)
-    first_read = torch.zeros_like(ends) if left is None else (ends - q_len - left).clamp(min=0)
-    used = written | ((column >= first_read // page_size) & (column * page_size < ends))
+    written = (column >= (end - new).clamp(min=0) // page_size) & (column * page_size < end) & (new > 0)
+    first_read = torch.zeros_like(end) if left is None else (end - asking - left).clamp(min=0)
+    used = written | ((column >= first_read // page_size) & (column * page_size < end) & (asking > 0))
     bad = used & ((block_table < 0) | (block_table >= pages))
     if bad.any():
         entry, place = (int(i) for i in bad.nonzero()[0])

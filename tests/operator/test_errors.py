@@ -126,6 +126,7 @@ WRONG = {
         "cache_lens": [None, "3", 1.5, True, -1, 32, torch.zeros(B), torch.tensor([3]), torch.tensor([32, 0])],
         "block_table": [[[0]], torch.zeros(B, 2), torch.zeros(B + 1, 2, dtype=torch.int32),
                         torch.full((B, 2), 7, dtype=torch.int32), torch.zeros(B, dtype=torch.int32)],
+        "cu_seqlens_q": [[0, 1, 2], STARTS, STARTS.float()],
         "causal": FLAG,
         "window": WINDOW,
         "softcap": SOFTCAP,

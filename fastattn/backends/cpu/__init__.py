@@ -18,10 +18,10 @@ _WIDEST = 1 << 16
 
 # The structs of the interface: every field has 8 bytes.
 _ATTENTION = struct.Struct("@2q20q2q8q3q3d")
-_OPERANDS = struct.Struct("@10q5q3q3q3q1q6q2q")
+_OPERANDS = struct.Struct("@10q5q3q3q3q1q6q2q5q")
 _GRADIENTS = struct.Struct("@5q1q15q3q")
-_DECODE = struct.Struct("@2q20q8q6q3q3q2d")
-_APPEND = struct.Struct("@2q20q4q5q3q")
+_DECODE = struct.Struct("@2q20q8q6q3q3q2d2q")
+_APPEND = struct.Struct("@2q20q4q5q3q1q")
 _ABSENT = (0,) * 5
 
 # A prompt goes to the kernel with taller tiles, whose keys it packs first: from this many query rows of a key head on.
@@ -96,16 +96,20 @@ def backward(
 
 
 def kv_cache_append(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
-) -> None:
-    """Write ``k`` and ``v`` (B, H, L, D) into the caches from position ``lens[b]`` on, where the cache has a place."""
-    batch, kv_heads, new_len, head_dim = k.shape
-    lens = lens.to(torch.int64).contiguous()
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write ``k`` and ``v`` (B, H, L, D) into the caches from position ``lens[b]`` on, where the cache has a place.
+
+    With ``cu_seqlens_q`` they are (1, H, total, D), one entry behind the other.
+    """
+    _, kv_heads, new_len, head_dim = k.shape
+    lens, starts = lens.to(torch.int64).contiguous(), _int32(cu_seqlens_q)
     table, pages = _pages(k_cache, block_table)
     arguments = _APPEND.pack(
         *_team(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), k_cache.data_ptr(), *k_cache.stride(),
         v_cache.data_ptr(), *v_cache.stride(), lens.data_ptr(), *_table(table), k.element_size(),
-        batch, kv_heads, new_len, head_dim, v.shape[3], *pages,
+        lens.shape[0], kv_heads, new_len, head_dim, v.shape[3], *pages, _address(starts),
     )  # fmt: skip
     if status := library.load().fastattn_cpu_append(arguments):
         library.check(status)
@@ -116,11 +120,19 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
 
     ``spec.num_splits`` means nothing here: the keys are divided by shapes and lengths.
     """
-    batch, q_heads, q_len, head_dim = spec.q.shape
+    _, q_heads, q_len, head_dim = spec.q.shape
     kv_heads, v_dim = spec.v_cache.shape[2:]
-    if q_heads // kv_heads * q_len >= _TALL:
-        return _prefill(out, lse, spec)
-    lens = spec.lens.to(torch.int64).contiguous()
+    lens, shortest, longest, starts = spec.lens, q_len, q_len, _int32(spec.cu_seqlens_q)
+    if starts is not None:
+        queries = starts.diff()
+        shortest, longest = (int(x) for x in queries.aminmax())
+        lens = lens if spec.added is not None else lens + queries
+    least = -(-_TALL // (q_heads // kv_heads))
+    if longest >= least:
+        _attend_tall(out, lse, spec, lens if spec.added is None else lens + spec.added, least)
+    if shortest >= least:
+        return
+    lens = lens.to(torch.int64).contiguous()
     table, pages = _pages(spec.k_cache, spec.block_table)
     slopes = None if spec.alibi_slopes is None else _compute(spec.alibi_slopes, lse.dtype)
     sinks = None if spec.sinks is None else _compute(spec.sinks, lse.dtype)
@@ -129,41 +141,31 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
         *_team(), q.data_ptr(), *q.stride(), k_cache.data_ptr(), *k_cache.stride(), v_cache.data_ptr(),
         *v_cache.stride(), out.data_ptr(), *out.stride(), lse.data_ptr(), lens.data_ptr(), *_table(table),
         _address(slopes), 0 if slopes is None or slopes.shape[0] == 1 else q_heads, _address(sinks), _DTYPES[q.dtype],
-        batch, q_heads, kv_heads, q_len, head_dim, v_dim, *pages, spec.added, _side(spec.left), _side(spec.right),
-        spec.scale, spec.softcap or 0.0,
+        spec.entries, q_heads, kv_heads, q_len, head_dim, v_dim, *pages, spec.added or 0, _side(spec.left),
+        _side(spec.right), spec.scale, spec.softcap or 0.0, _address(starts), least - 1,
     )  # fmt: skip
     if status := library.load().fastattn_cpu_decode(arguments):
         library.check(status)
-    return None
 
 
-def _prefill(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
-    """`forward` over what the cache holds; all batch entries at once where they have one length and no block table."""
-    batch, q_len, capacity = spec.q.shape[0], spec.q.shape[2], spec.capacity
-    if spec.length is not None and spec.block_table is None:
-        parts = [(slice(0, batch), min(max(spec.length, 0), capacity))]
-    else:
-        lengths = (spec.lens.long() + spec.added).clamp(0, capacity).tolist()
-        parts = [(slice(b, b + 1), n) for b, n in enumerate(lengths)]
+def _attend_tall(out: Tensor, lse: Tensor, spec: CacheSpec, lens: Tensor, least: int) -> None:
+    """The batch entries that have at least so many queries, by the kernel with taller tiles, which packs its keys.
+
+    It reads them where they are, page by page. ``lens``: keys of each entry.
+    """
+    capacity = spec.capacity if spec.k_cache.shape[0] else 0
+    k, v = spec.k_cache.transpose(1, 2), spec.v_cache.transpose(1, 2)
+    table, (pages, page_size, _) = _pages(spec.k_cache, spec.block_table)
+    operands = Operands(
+        alibi_slopes=spec.alibi_slopes, sinks=spec.sinks, cu_seqlens_q=spec.cu_seqlens_q,
+        seqused_k=lens.clamp(0, capacity),
+    )  # fmt: skip
+    options = Options(spec.left, spec.right, None, spec.scale, spec.softcap)
     statistics = lse.new_empty((2, *lse.shape))
-    slopes = spec.alibi_slopes
-    for entries, n in parts:
-        k, v = (_cached(cache, spec.block_table, entries, n) for cache in (spec.k_cache, spec.v_cache))
-        own_slopes = slopes if slopes is None or slopes.shape[0] == 1 else slopes[entries]
-        own_statistics = statistics[:, entries] if len(parts) == 1 else lse.new_empty((2, 1, *lse.shape[1:]))
-        forward(
-            out[entries], lse[entries], own_statistics, spec.q[entries], k, v,
-            Operands(alibi_slopes=own_slopes, sinks=spec.sinks),
-            Options(spec.left, spec.right, n - q_len, spec.scale, spec.softcap),
-        )  # fmt: skip
-
-
-def _cached(cache: Tensor, block_table: Tensor | None, entries: slice, length: int) -> Tensor:
-    """The first ``length`` positions (B, H, length, D) of some batch entries; of one, copied, with a block table."""
-    if block_table is None:
-        return cache[entries, :length].transpose(1, 2)
-    pages = block_table[entries.start, : -(-length // cache.shape[1])].long().clamp(0, max(cache.shape[0] - 1, 0))
-    return cache[pages].flatten(0, 1)[:length].transpose(0, 1)[None]
+    attention = _pack_attention(out, lse, statistics, spec.q, k, v, options, capacity)
+    packed, _kept = _pack_operands(operands, spec.q, k, (*_table(table), pages, page_size, least))
+    if status := library.load().fastattn_cpu_forward(attention, packed):
+        library.check(status)
 
 
 # Packing
@@ -184,10 +186,13 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _pack_attention(
-    out: Tensor, lse: Tensor, statistics: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options
-) -> bytes:
+    out: Tensor, lse: Tensor, statistics: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options,
+    capacity: int | None = None,
+) -> bytes:  # fmt: skip
+    """``capacity``: positions of each batch entry of a cache, where k and v are one."""
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = v.shape[1:]
+    kv_len = kv_len if capacity is None else capacity
     left, right, q_offset, scale, softcap, dropout_p = options
     return _ATTENTION.pack(
         *_team(), q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), out.data_ptr(),
@@ -196,8 +201,13 @@ def _pack_attention(
     )  # fmt: skip
 
 
-def _pack_operands(operands: Operands, q: Tensor, k: Tensor) -> tuple[bytes | None, list[Tensor]]:
-    """(the struct, or None without operands; the tensors it points to, to be kept until the call returns)."""
+def _pack_operands(
+    operands: Operands, q: Tensor, k: Tensor, cache: tuple[int, ...] = (0,) * 5
+) -> tuple[bytes | None, list[Tensor]]:  # fmt: skip
+    """(the struct, or None without operands; the tensors it points to, to be kept until the call returns).
+
+    ``cache``: the last five fields of the struct.
+    """
     mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, seqused_k, blocks = operands
     if not blocks and all(x is None for x in operands[:-1]):
         return None, []
@@ -206,9 +216,7 @@ def _pack_operands(operands: Operands, q: Tensor, k: Tensor) -> tuple[bytes | No
     slopes = None if slopes is None else _compute(slopes, compute)
     sinks = None if sinks is None else _compute(sinks, compute)
     q_offset = None if q_offset is None else q_offset.to(torch.int64).contiguous()
-    cu_seqlens_q, cu_seqlens_k, seqused_k = (
-        None if x is None else x.to(torch.int32).contiguous() for x in (cu_seqlens_q, cu_seqlens_k, seqused_k)
-    )
+    cu_seqlens_q, cu_seqlens_k, seqused_k = map(_int32, (cu_seqlens_q, cu_seqlens_k, seqused_k))
     blocks = [x.contiguous() for x in blocks]
     table = blocks[4] if blocks else None
     dropout_origin = 0 if seed is None or seed.numel() == 1 else seed[1:].data_ptr()
@@ -218,7 +226,7 @@ def _pack_operands(operands: Operands, q: Tensor, k: Tensor) -> tuple[bytes | No
         0 if slopes is None or slopes.shape[0] == 1 else slopes.shape[1], _address(sinks), _address(q_offset),
         _address(seed), dropout_origin, _address(cu_seqlens_q), _address(cu_seqlens_k), _address(seqused_k),
         0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
-        *(map(_address, blocks) if blocks else (0,) * 6), *((0, 0) if table is None else table.shape[:2]),
+        *(map(_address, blocks) if blocks else (0,) * 6), *((0, 0) if table is None else table.shape[:2]), *cache,
     )  # fmt: skip
     tensors = (mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, seqused_k)
     return packed, [x for x in tensors if x is not None] + blocks
@@ -230,6 +238,10 @@ def _view(operand: Tensor | None, full: tuple[int, ...]) -> tuple[int, ...]:
         return _ABSENT
     strides = (0 if n == 1 else s for s, n in zip(operand.stride(), operand.shape, strict=True))
     return operand.data_ptr(), *strides
+
+
+def _int32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int32).contiguous()
 
 
 def _compute(tensor: Tensor, dtype: torch.dtype, fresh: bool = False) -> Tensor:

@@ -1,5 +1,7 @@
 """The KV cache in eager PyTorch: new entries written in place, and attention over what a cache holds."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,21 @@ def cached(cache: Tensor, block_table: Tensor | None, entries: slice, length: in
 
 
 def kv_cache_append(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None
-) -> None:
-    """Write ``k`` and ``v`` (B, H, L, D) into the caches from position ``lens[b]`` on, where the cache has a place."""
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write ``k`` and ``v`` (B, H, L, D) into the caches from position ``lens[b]`` on, where the cache has a place.
+
+    With ``cu_seqlens_q`` they are (1, H, total, D), one entry behind the other.
+    """
+    if cu_seqlens_q is not None:
+        for entry, (first, end) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
+            own = slice(entry, entry + 1)
+            kv_cache_append(
+                *((k_cache, v_cache) if block_table is not None else (k_cache[own], v_cache[own])), k[:, :, first:end],
+                v[:, :, first:end], lens[own], None if block_table is None else block_table[own],
+            )  # fmt: skip
+        return
     if block_table is None and lens.device.type == "cpu" and len(starts := set(lens.tolist())) == 1:
         start = starts.pop()
         if 0 <= start <= k_cache.shape[1] - k.shape[2]:  # all at one place: a copy takes a fifth of the time
@@ -46,20 +60,22 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     All of them at once where they have the same ``length``, known to the host, and no block table. Otherwise the
     lengths are read on the host, which on a GPU waits for them. ``num_splits`` means nothing here.
     """
-    batch, q_len = spec.q.shape[0], spec.q.shape[2]
-    capacity = spec.capacity
-    if spec.length is not None and spec.block_table is None:
-        parts = [(slice(0, batch), min(max(spec.length, 0), capacity))]
+    capacity, slopes, length = spec.capacity, spec.alibi_slopes, spec.length
+    packed = None if spec.cu_seqlens_q is None else list(itertools.pairwise(spec.cu_seqlens_q.tolist()))
+    if length is not None and spec.block_table is None:
+        parts = [(slice(0, spec.entries), min(max(length, 0), capacity))]
     else:
-        lengths = (spec.lens.long() + spec.added).clamp(0, capacity).tolist()
+        added = spec.added if packed is None else [end - first if spec.added is None else 0 for first, end in packed]
+        lengths = (spec.lens.long().cpu() + torch.as_tensor(added)).clamp(0, capacity).tolist()
         parts = [(slice(b, b + 1), n) for b, n in enumerate(lengths)]
     statistics = lse.new_empty((2, *lse.shape))
-    slopes = spec.alibi_slopes
     for entries, n in parts:
         k, v = (cached(cache, spec.block_table, entries, n) for cache in (spec.k_cache, spec.v_cache))
         own_slopes = slopes if slopes is None or slopes.shape[0] == 1 else slopes[entries]
+        in_memory, rows = (entries, slice(None)) if packed is None else (slice(None), slice(*packed[entries.start]))
+        own_q = spec.q[in_memory, :, rows]
         forward(
-            out[entries], lse[entries], statistics[:, entries], spec.q[entries], k, v,
+            out[in_memory, :, rows], lse[in_memory, :, rows], statistics[:, in_memory, :, rows], own_q, k, v,
             Operands(alibi_slopes=own_slopes, sinks=spec.sinks),
-            Options(spec.left, spec.right, n - q_len, spec.scale, spec.softcap),
+            Options(spec.left, spec.right, n - own_q.shape[2], spec.scale, spec.softcap),
         )  # fmt: skip
