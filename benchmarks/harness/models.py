@@ -1,13 +1,15 @@
-"""Two small decoder models with the attention function left open, for timing a whole training step."""
+"""Two small decoder models with the attention function left open, for timing a whole training step; float64."""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 import fastattn
 
@@ -125,3 +127,13 @@ def training_step(config: ModelConfig, provider: str, device: str, dtype: torch.
         optimizer.step()
 
     return step
+
+
+class Float64(TorchFunctionMode):
+    """Float64 throughout: models of transformers ask for float32 in norms and softmax whatever their own dtype is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+        kwargs = {key: torch.float64 if x is torch.float32 else x for key, x in (kwargs or {}).items()}
+        return func(*args, **kwargs)

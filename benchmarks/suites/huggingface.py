@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.device import Call, DryRun
+from benchmarks.harness.models import Float64
 from benchmarks.harness.problems import DTYPES, document_lengths
 from benchmarks.harness.runner import Bench, Cell
 from fastattn.testing import assert_parity
@@ -115,8 +116,6 @@ def allowed(case: Case, size: Size, length: int) -> float:
 @torch.no_grad()
 def check(model: Any, inputs: dict[str, Tensor]) -> None:
     """Hold the logits of the last batch entry to the rule, beside those that transformers computes with "sdpa"."""
-    from benchmarks.tools.huggingface_sweep import Float64
-
     one = {name: x[-1:] for name, x in inputs.items()}
     tokens = one["labels"] >= 0
     logits = {}

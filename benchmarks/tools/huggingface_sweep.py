@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from benchmarks.harness.models import Float64
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -63,16 +64,6 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2 (both sides)": ("gemma2", {"use_bidirectional_attention": True}),
     "llama (both sides)": ("llama", {"is_causal": False}),
 }
-
-
-class Float64(TorchFunctionMode):
-    """Float64 throughout: models ask for float32 in norms and softmax whatever their own dtype is."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = Tensor.double if func is Tensor.float else func
-        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
-        kwargs = {key: torch.float64 if x is torch.float32 else x for key, x in (kwargs or {}).items()}
-        return func(*args, **kwargs)
 
 
 class CannotBuild(Exception):

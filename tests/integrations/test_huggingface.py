@@ -16,10 +16,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
 
 import fastattn  # noqa: E402
+from benchmarks.harness.models import Float64  # noqa: E402
 from fastattn.integrations import huggingface, huggingface_eager  # noqa: E402
 from fastattn.integrations.huggingface_mask import PatternMask  # noqa: E402
 from fastattn.testing import assert_parity  # noqa: E402
-from tests.support.layer_checks import InDouble  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, WINDOW = 99, 12, 4
@@ -139,7 +139,7 @@ def run(model, inputs, valid):
 
 def exact(name, inputs, valid):
     model = copy.deepcopy(model_with(name, "eager")).double()
-    with InDouble():
+    with Float64():
         return run(model, inputs, valid)
 
 
@@ -167,7 +167,7 @@ def assert_same(name, inputs, valid, **options):
     """Logits alone, by the rule."""
     model = copy.deepcopy(model_with(name, "eager")).double()
     wide = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
-    with InDouble(), torch.no_grad():
+    with Float64(), torch.no_grad():
         expected = model(**wide, **options).logits[valid]
     actual, eager = (logits(name, which, inputs, **options)[valid] for which in ("fastattn", "eager"))
     assert_parity(actual, expected, eager, name, intermediate=expected.abs().max())
@@ -439,7 +439,7 @@ def test_weights_where_they_are_asked_for(name, padding):
     for implementation in ("eager", "fastattn"):
         model = copy.deepcopy(model_with(name, implementation)).double()
         wide = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
-        with InDouble(), torch.no_grad(), warnings.catch_warnings():
+        with Float64(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             results.append(model(**wide, **options))
     eager, ours = results
@@ -530,7 +530,7 @@ def test_compile_to_one_graph():
             steps.append(forward(inputs["input_ids"][:, :1], past_key_values=cache).logits)
         ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, :1]], 1)
         eager = model_with("llama", "eager")(ids).logits[:, -1:]
-        with InDouble():
+        with Float64():
             exact = copy.deepcopy(model).double()(ids).logits[:, -1:]
     for step in steps:
         assert_parity(step, exact, eager, intermediate=exact.abs().max())

@@ -11,10 +11,10 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
 
+from benchmarks.harness.models import Float64  # noqa: E402
 from fastattn.integrations import huggingface_weights  # noqa: E402
 from fastattn.nn import CausalLM, SlidingWindowCache  # noqa: E402
 from fastattn.testing import assert_parity  # noqa: E402
-from tests.support.layer_checks import InDouble  # noqa: E402
 
 VOCAB, LENGTH, WINDOW = 99, 12, 4
 LENGTHS = (12, 9, 5)  # of the sequences of a batch; the window is shorter than each
@@ -82,8 +82,8 @@ def batch(padded):
 
 
 def in_double(model):
-    """The model in float64, tables of rotations included: call it in `InDouble`."""
-    with InDouble():
+    """The model in float64, tables of rotations included: call it in `Float64`."""
+    with Float64():
         exact = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager").double().eval()
     exact.load_state_dict(model.state_dict())
     return exact
@@ -109,7 +109,7 @@ def test_logits_and_gradients(name, padded):
     """Causal order hides padding on the right, so ours needs no word of it."""
     model = built(name)
     tokens, padding, valid = batch(padded)
-    with InDouble():
+    with Float64():
         expected = with_gradients(in_double(model), None, tokens, valid, padding)
     eager = with_gradients(copy.deepcopy(model), None, tokens, valid, padding)
     actual = with_gradients(huggingface_weights.load(model), model, tokens, valid, padding)
@@ -133,7 +133,7 @@ def test_cached_decoding(name):
         for step in range(steps):
             got.append(ours(tokens[rows, prompts + step][:, None], cache=cache)[:, 0])
         eager = model(tokens).logits
-        with InDouble():
+        with Float64():
             expected = in_double(model)(tokens).logits
     places = prompts[:, None] - 1 + torch.arange(steps + 1)
     actual, expected, eager = torch.stack(got, 1), expected[rows[:, None], places], eager[rows[:, None], places]
@@ -258,7 +258,7 @@ def test_frequencies_and_attention_factor(name, head_dim):
     """Against the functions by which transformers computes them; each frequency by its own size."""
     model = made("Llama", rope_parameters=dict(ROPES[name]), head_dim=head_dim, num_hidden_layers=1)
     rotary = type(model.model.rotary_emb)
-    with InDouble():
+    with Float64():
         exact = rotary(model.config)
     plain = rotary(model.config)
     assert exact.inv_freq.dtype == torch.float64
@@ -358,7 +358,7 @@ def test_export_of_a_model_made_here():
     target = copy.deepcopy(model)
     huggingface_weights.export(ours, target)
     tokens, _, _ = batch(False)
-    with torch.no_grad(), InDouble():
+    with torch.no_grad(), Float64():
         expected = in_double(target)(tokens).logits
     with torch.no_grad():
         assert_parity(ours(tokens), expected, target(tokens).logits, intermediate=expected.abs().max())

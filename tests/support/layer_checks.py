@@ -6,7 +6,6 @@ import inspect
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fastattn.testing import assert_parity
 
@@ -111,16 +110,6 @@ def assert_same_as_torch(ours, theirs, args, kwargs=None, dtype=torch.float32):
             assert actual[name].dtype == dtype, name
             pool.add(name, actual[name], expected[name], eager[name])
     pool.check()
-
-
-class InDouble(TorchFunctionMode):
-    """Float64 throughout: models of transformers ask for float32 in norms and softmax whatever their own dtype is."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
-        kwargs = {key: torch.float64 if x is torch.float32 else x for key, x in (kwargs or {}).items()}
-        return func(*args, **kwargs)
 
 
 def padding(lengths, size):
