@@ -259,6 +259,8 @@ def flash_attn_with_kvcache(
         block_table, cache_batch_idx = cache_batch_idx[:, None], None  # each row of the cache is one page
     if cache_batch_idx is not None or cache_leftpad is not None:
         place = _Place(q, capacity, lens, 0 if k is None else k.shape[1], cache_batch_idx, block_table)
+        if cache_leftpad is not None:
+            place.check_starts(cache_leftpad)
         if k is not None and v is not None:
             place.write(k_cache, v_cache, k, v)
         k_used, v_used, cu_seqlens_k = place.read(k_cache, v_cache, cache_leftpad)
@@ -291,6 +293,18 @@ class _Place:
                 f"cache_seqlens: expected 0 to {capacity - added} (the cache holds {capacity}, {added} are appended), "
                 f"got {self.lens.tolist()}"
             )
+
+    def check_starts(self, leftpad: Tensor) -> None:
+        """Where the host sees them: before 0 another entry's keys would be read, beyond the length none that exist."""
+        if leftpad.shape != self.lens.shape:
+            raise ValueError(
+                f"cache_leftpad.shape: expected (B,) == {tuple(self.lens.shape)}, got {tuple(leftpad.shape)}"
+            )
+        if leftpad.device.type == "cpu":
+            ends = (self.lens + self.added).tolist()
+            for entry, (start, end) in enumerate(zip(leftpad.tolist(), ends, strict=True)):
+                if not 0 <= start <= end:
+                    raise ValueError(f"cache_leftpad: expected 0 to the length {end} of entry {entry}, got {start}")
 
     def write(self, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor) -> None:
         place = self.lens[:, None] + torch.arange(k.shape[1], device=k.device)

@@ -247,6 +247,9 @@ BAD = {
     "full": (
         {"k": NEW, "v": NEW, "cache_seqlens": 16, "cache_leftpad": ONE}, ValueError, "cache_seqlens: expected 0 to 15"
     ),
+    "before": ({"cache_seqlens": 7, "cache_leftpad": ONE - 1}, ValueError, "cache_leftpad: expected 0 to .* got -1"),
+    "beyond": ({"cache_seqlens": 7, "cache_leftpad": ONE + 8}, ValueError, "cache_leftpad: expected 0 to .* got 8"),
+    "starts": ({"cache_seqlens": 7, "cache_leftpad": ONE[:0]}, ValueError, "cache_leftpad.shape: expected .B,."),
     "window": ({"window_size": 3}, ValueError, "window_size: expected .left, right."),
     "wide": (
         {"rotary_cos": torch.ones(9, 5), "rotary_sin": torch.ones(9, 5), "k": NEW, "v": NEW, "cache_seqlens": 0},
