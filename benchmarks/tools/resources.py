@@ -25,6 +25,8 @@ from . import compile_report, static_model
 from .calls import FEATURES
 from .compile_report import Case, Result
 
+HEAD_DIMS = {"3.6.0": (64, 128), "3.9.0": (64, 128)}
+"""What the table of each Triton version covers. What is missing is compiled by tests/kernels/test_compile_report.py."""
 ARCH = "sm_90"
 """Compiled with every feature and every Triton version; the other targets, whose tiles are untuned, for SOME of the
 features and with the Triton of `constraints.txt`.
@@ -91,21 +93,21 @@ def targets(version: str) -> list[str]:
     return list(compile_report.TARGETS) if version == resources.TRITONS[1] else [ARCH]
 
 
-def cases(arch: str) -> list[Case]:
-    """Every row of a target's table."""
+def cases(arch: str, version: str) -> list[Case]:
+    """Every row of a table."""
     features = list(FEATURES if arch == ARCH else SOME)
-    return compile_report.all_cases([arch], list(config.KERNELS), list(compile_report.DIMS), features)
+    return compile_report.all_cases([arch], list(config.KERNELS), list(HEAD_DIMS[version]), features)
 
 
-def some(arch: str, names: list[str]) -> list[Case]:
+def some(arch: str, version: str, names: list[str]) -> list[Case]:
     """Of ``cases`` those named ``kernel,feature,head dim``."""
-    return [case for case in cases(arch) if f"{case.kernel},{case.feature},{case.dim}" in names]
+    return [case for case in cases(arch, version) if f"{case.kernel},{case.feature},{case.dim}" in names]
 
 
 def main() -> None:
     """Command line: without options, renew the whole table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--triton", nargs="+", choices=resources.TRITONS, default=list(resources.TRITONS))
+    parser.add_argument("--triton", nargs="+", choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--arch", nargs="+", choices=compile_report.TARGETS, default=list(compile_report.TARGETS))
     parser.add_argument("--jobs", type=int, default=2, help="compile this many at a time (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=resources.HERE, help="folder of the table")
@@ -116,12 +118,13 @@ def main() -> None:
     if launch.INTERPRETED.value:
         sys.exit("expected TRITON_INTERPRET to be unset: interpreted kernels are not compiled")
     if args.here:
-        for arch in set(args.arch) & set(targets(triton.__version__)):
-            chosen = some(arch, args.only) if args.only else cases(arch)
-            label = f"Triton {triton.__version__}, {arch}: "
+        version = triton.__version__
+        for arch in (arch for arch in args.arch if arch in targets(version)):
+            chosen = some(arch, version, args.only) if args.only else cases(arch, version)
+            label = f"Triton {version}, {arch}: "
             row = functools.partial(row_of, memory=args.memory)
             rows = compile_report.in_processes(row, chosen, args.jobs, label)
-            resources.write(arch, triton.__version__, rows, args.output)
+            resources.write(arch, version, rows, args.output)
         return
     words = ["--arch", *args.arch, "--jobs", str(args.jobs), "--output", str(args.output.resolve())]
     words += ["--memory", str(args.memory.resolve())] if args.memory else []

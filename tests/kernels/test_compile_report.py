@@ -11,32 +11,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHER_TRITONS = {
-    "3.6.0": os.environ.get("FASTATTN_TRITON_3_6", ""),
-    "3.9.0": os.environ.get("FASTATTN_TRITON_3_9", ""),
-}
 
 
-def run(tmp_path, tool, *arguments, python_path=()):
+def run(tmp_path, tool, *arguments):
     """Output of `python -m benchmarks.tools.TOOL`, where kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([*python_path, str(ROOT), *filter(None, sys.path)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     command = [sys.executable, "-m", f"benchmarks.tools.{tool}", "--jobs", "1", *arguments]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     return result.stdout + result.stderr
 
 
-def report(tmp_path, *arguments, python_path=()):
+def report(tmp_path, *arguments):
     """Rows of the compile report."""
     path = tmp_path / "report.json"
-    output = run(tmp_path, "compile_report", "--json", str(path), *arguments, python_path=python_path)
+    output = run(tmp_path, "compile_report", "--json", str(path), *arguments)
     assert path.exists(), output
     rows = json.loads(path.read_text())
     return rows["rows"] if isinstance(rows, dict) else rows
 
 
-def predicted_share(tmp_path, row, block_m, block_n, python_path):
+def predicted_share(tmp_path, row, block_m, block_n):
     """What the static model says of the row's kernel with another tile: 0 where that does not compile or fit."""
     warps, stages, pipelined = re.fullmatch(r"\d+x\d+ w(\d+) s(\d+)( pipelined)?", row["config"]).groups()
     path = tmp_path / "shares.csv"
@@ -44,12 +40,12 @@ def predicted_share(tmp_path, row, block_m, block_n, python_path):
     run(
         tmp_path, "static_model", "--csv", str(path),
         "--tile", f"{block_m},{block_n},{warps},{stages},2,{int(bool(pipelined))}", "--kernel", row["kernel"],
-        "--dims", str(row["dim"]), "--features", row["feature"], python_path=python_path,
+        "--dims", str(row["dim"]), "--features", row["feature"],
     )  # fmt: skip
     return float(next(csv.DictReader(path.open()))["share"]) if path.exists() else 0.0
 
 
-def assert_spills_cost_nothing(tmp_path, row, python_path=()):
+def assert_spills_cost_nothing(tmp_path, row):
     """No spilled register is accessed in the inner loop, except where each smaller tile is predicted to be slower."""
     if not row["local"]:
         return
@@ -57,10 +53,10 @@ def assert_spills_cost_nothing(tmp_path, row, python_path=()):
         return  # it reads rows in pieces, for which 128 keys a tile leave too few registers; the model lacks decode
     assert row["kernel"] in ("forward", "dkdv", "dk", "dv", "dq"), describe(row)
     block_m, block_n = map(int, re.match(r"(\d+)x(\d+)", row["config"]).groups())
-    share = predicted_share(tmp_path, row, block_m, block_n, python_path)
+    share = predicted_share(tmp_path, row, block_m, block_n)
     for smaller in ((block_m // 2, block_n), (block_m, block_n // 2)):
         if min(smaller) >= 16:
-            other = predicted_share(tmp_path, row, *smaller, python_path)
+            other = predicted_share(tmp_path, row, *smaller)
             assert share >= other, f"{share} with spills, {other} at {smaller}: {describe(row)}"
 
 
@@ -114,22 +110,3 @@ def test_the_cache_kernels_spill_nothing(arch, tmp_path):
     assert len(rows) == 2 * (3 + 1 + 2)
     for row in rows:
         assert not row["error"] and row["spills"] == 0, describe(row)
-
-
-KERNEL_GROUPS = [("forward",), ("dkdv",), ("dq",), ("dbias", "delta", "decode", "combine", "append")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernels", KERNEL_GROUPS, ids=lambda kernels: kernels[0])
-@pytest.mark.parametrize("version", OTHER_TRITONS)
-def test_every_feature_compiles_with_the_oldest_and_the_newest_triton(version, kernels, tmp_path):
-    folder = OTHER_TRITONS[version]
-    if not folder:
-        pytest.skip(f"no Triton {version} in its variable; `make test` installs it")
-    options = ("--arch", "sm_90", "--dims", "64", "--kernel", *kernels, "--features", "all")
-    rows = report(tmp_path, *options, python_path=[folder])
-    assert rows and {row["triton"] for row in rows} == {version}
-    for row in rows:
-        assert not row["error"], describe(row)
-        assert_spills_cost_nothing(tmp_path, row, [folder])
-        assert not row["serialised"], describe(row)
