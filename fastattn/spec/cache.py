@@ -278,14 +278,15 @@ def _lengths(
             raise TypeError(f"cache_lens: expected an int or an integer tensor, got {type(cache_lens).__name__}")
         lens, number = torch.full((batch,), cache_lens, dtype=torch.int32, device=q.device), cache_lens
         values = None if torch.compiler.is_compiling() else [int(cache_lens)] * batch
-    queries = [q.shape[2]] * batch
-    if cu_seqlens_q is not None:
-        queries = cu_seqlens_q.diff().tolist() if readable(cu_seqlens_q) else None
-    news = queries if added is None else [added] * batch
-    if values is not None and queries is not None and news is not None:
-        _check_range(values, news, capacity)
-        ends = [value + new for value, new in zip(values, news, strict=True)]
-        _check_pages(ends, news, queries, left, block_table, pages, capacity)
+    if values is not None:  # only then: a traced batch size must not become the length of a list
+        queries = [q.shape[2]] * batch
+        if cu_seqlens_q is not None:
+            queries = cu_seqlens_q.diff().tolist() if readable(cu_seqlens_q) else None
+        news = queries if added is None else [added] * batch
+        if queries is not None and news is not None:
+            _check_range(values, news, capacity)
+            ends = [value + new for value, new in zip(values, news, strict=True)]
+            _check_pages(ends, news, queries, left, block_table, pages, capacity)
     if cu_seqlens_q is not None or added is None:
         return lens, None
     if number is not None:
