@@ -4,7 +4,7 @@ Tests read the stored table (`results/resources`), compile a sample of it again,
 kernels. Renew it after a change to `kernels/`, with the two more Tritons that `make test` installs:
 
     make resources                                        # all of it
-    python -m benchmarks.tools.resources --triton 3.7.1   # what one version made
+    python -m benchmarks.tools.resources --triton 3.9.0   # what one version made
 """
 
 import argparse
