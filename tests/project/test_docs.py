@@ -62,6 +62,72 @@ def test_every_file_that_is_named_exists():
             assert (DOCS.parent / path).exists(), f"{page.name}: {path}"
 
 
+# The tables of CONTRIBUTING.md
+
+
+def contributing_table(first_column):
+    """Rows of the table of CONTRIBUTING.md whose first column has this heading: what each column has."""
+    lines = (DOCS.parent / "CONTRIBUTING.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
+    end = next(i for i, line in enumerate(lines[start:], start) if not line.startswith("|"))
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:end]]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def files_of(cell):
+    """The files that a cell names, each of which exists; nothing else stands in the cell."""
+    files = re.findall(r"`([^`]+)`", cell)
+    assert files and ", ".join(f"`{file}`" for file in files) == cell, cell
+    for file in files:
+        assert (DOCS.parent / file).is_file(), file
+    return files
+
+
+ROOMS = {
+    "kernel": "kernels", "operator": "fastattn/ops", "function": "fastattn", "layer or model": "fastattn/nn",
+    "test": "tests", "benchmark": "benchmarks/suites",
+}  # fmt: skip
+
+
+def test_each_operation_leads_to_files_that_exist():
+    """From the kernel to the benchmark: a cell repeats the one above, or says that there is nothing."""
+    rows = contributing_table("operation")
+    for above, row in zip([{}, *rows], rows, strict=False):
+        assert list(row) == ["operation", *ROOMS] and row["operation"]
+        for column, room in ROOMS.items():
+            if row[column] == "the same":
+                row[column] = above[column]
+            if row[column] != "none":
+                assert all(file.startswith(f"{room}/") for file in files_of(row[column])), row
+        assert "none" not in (row["function"], row["test"]), row
+
+
+def test_every_operation_has_its_row():
+    """Each kernel that is launched, each operator and each public function of attention, decode and block masks
+    included.
+    """
+    listed = {path for row in contributing_table("operation") for path in re.findall(r"`([^`]+)`", str(row))}
+
+    def defining(room, pattern):
+        paths = sorted((DOCS.parent / room).glob("*.py"))
+        return {f"{room}/{path.name}" for path in paths if re.search(pattern, path.read_text(), re.M)}
+
+    launched = defining("kernels", r"^def \w+_kernel\(")
+    operators = defining("fastattn/ops", r"^[A-Z_]+ = define\(")
+    public = [getattr(fastattn.functional, name) for name in fastattn.functional.__all__]
+    functions = {f"{thing.__module__.replace('.', '/')}.py" for thing in public if inspect.isfunction(thing)}
+    found = launched | operators | functions | {"fastattn/block_mask.py", "fastattn/inference/generate.py"}
+    assert min(len(launched), len(operators), len(functions)) >= 2
+    assert not found - listed
+
+
+def test_the_way_of_q_enters_each_file_once():
+    rows = contributing_table("stop")
+    files = [file for row in rows for file in files_of(row["file"])]
+    assert [row["stop"] for row in rows] == [str(i + 1) for i in range(len(rows))] and len(rows) <= 7
+    assert len({*files}) == len(files) == len(rows)
+
+
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r"([\w-]+)\.md$", (DOCS.parent / "mkdocs.yml").read_text(), re.M)
     assert sorted(listed) == [page.stem for page in PAGES]
