@@ -17,6 +17,7 @@ import torch
 from . import parity
 from .checks import Checks
 from .device import Device, DryRun
+from .parity_features import FEATURES, CacheFeature, Feature, Shape, packed, shrink_cache
 from .problems import DTYPES
 from .provenance import ROOT
 
@@ -32,18 +33,18 @@ REPEAT_STEPS = ((1, 256), (4, 1024), (17, 2048), (1, 16384))
 REPEATS = {"race": 250, "determinism": 50}
 
 
-def repeat_shapes(device: Device, feature: parity.Feature | parity.CacheFeature) -> list[Any]:
+def repeat_shapes(device: Device, feature: Feature | CacheFeature) -> list[Any]:
     """The shapes in which a feature is repeated; two of them in a dry run."""
     dry = isinstance(device, DryRun)
-    if isinstance(feature, parity.CacheFeature):
+    if isinstance(feature, CacheFeature):
         shapes = [
             dataclasses.replace(feature.shape, heads=(8, 2), q_len=q_len, capacity=capacity, lens=(None, 0, 77, 200))
             for q_len, capacity in REPEAT_STEPS
         ]
-        return [parity.shrink_cache(shape) for shape in shapes[:2]] if dry else shapes
-    packed = feature.options is parity.packed
+        return [shrink_cache(shape) for shape in shapes[:2]] if dry else shapes
+    is_packed = feature.options is packed
     return [
-        parity.Shape(1 if packed else 8, 4, 2, *(n * (8 if packed else 1) for n in lengths))
+        Shape(1 if is_packed else 8, 4, 2, *(n * (8 if is_packed else 1) for n in lengths))
         for lengths in (REPEAT_SHAPES[:2] if dry else REPEAT_SHAPES)
     ]
 
@@ -70,7 +71,7 @@ def check_repeats(checks: Checks) -> None:
     dims = (16,) if isinstance(checks.device, DryRun) else (128, 64, 256)
     for head_dim, feature, check in itertools.product(dims, REPEATED, REPEATS):
         repeats = 2 if isinstance(checks.device, DryRun) else REPEATS[check]
-        shapes = repeat_shapes(checks.device, parity.FEATURES[feature])
+        shapes = repeat_shapes(checks.device, FEATURES[feature])
         started, outcome, note = time.monotonic(), "passed", ""
         for shape in shapes:
             if checks.left <= 0:
@@ -87,7 +88,7 @@ def check_repeats(checks: Checks) -> None:
                 outcome, note = "failed", f"{lengths}: {different} of {repeats} repeats differ"
                 break
         checks.record(
-            check, outcome, kernel=", ".join(parity.FEATURES[feature].kernels), feature=feature, dtype="bf16",
+            check, outcome, kernel=", ".join(FEATURES[feature].kernels), feature=feature, dtype="bf16",
             head_dim=head_dim, seconds=time.monotonic() - started,
             note=note or f"{repeats} repeats of {len(shapes)} shapes",
         )  # fmt: skip
@@ -98,7 +99,7 @@ def check_repeats(checks: Checks) -> None:
 def count_different(device: Device, feature: str, shape: Any, head_dim: int, repeats: int, loaded: bool) -> int:
     """How many of the repeats differ from the first in any bit."""
     dtype = torch.float32 if isinstance(device, DryRun) else DTYPES["bf16"]
-    call = parity.FEATURES[feature].call(device, dtype, head_dim, shape)
+    call = FEATURES[feature].call(device, dtype, head_dim, shape)
     first = call()
     different = torch.zeros((), dtype=torch.int64, device=device.torch_device)
     with other_work(device) as work:
@@ -131,7 +132,7 @@ def check_sanitizer(checks: Checks) -> None:
         else:
             outcome, note = run_sanitizer(tool, name, feature, min(MOST_SECONDS, left))
         checks.record(
-            name, outcome, kernel=", ".join(parity.FEATURES[feature].kernels), feature=feature, dtype="bf16",
+            name, outcome, kernel=", ".join(FEATURES[feature].kernels), feature=feature, dtype="bf16",
             head_dim=64, seconds=time.monotonic() - started, note=note,
         )  # fmt: skip
         checks.count(name, outcome, f"{feature}: {note}" if outcome == "failed" else "")
@@ -160,9 +161,9 @@ def run_sanitizer(tool: str, name: str, feature: str, limit: float) -> tuple[str
 def sanitized(device: Device, name: str) -> int:
     """What runs under the sanitizer of one feature: every kernel, tails in both directions. The process's exit code."""
     dry = isinstance(device, DryRun)
-    feature: Any = parity.FEATURES[name]
-    shape: Any = parity.Shape(1 if name == "packed sequences" else 2, 4, 2, 77, 133)
-    if isinstance(feature, parity.CacheFeature):
-        shape = dataclasses.replace(parity.shrink_cache(feature.shape), q_len=3, capacity=192, lens=(None, 0, 150))
+    feature: Any = FEATURES[name]
+    shape: Any = Shape(1 if name == "packed sequences" else 2, 4, 2, 77, 133)
+    if isinstance(feature, CacheFeature):
+        shape = dataclasses.replace(shrink_cache(feature.shape), q_len=3, capacity=192, lens=(None, 0, 150))
     feature.call(device, torch.float32 if dry else DTYPES["bf16"], 16 if dry else 64, shape)()
     return 0

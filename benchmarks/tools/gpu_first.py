@@ -24,6 +24,7 @@ from benchmarks.harness import gate, parity, predictions, results, runner, summa
 from benchmarks.harness.checks import Checks, check_parity, report
 from benchmarks.harness.device import Compiling, Device, DryRun, choose
 from benchmarks.harness.parity import ParityCase
+from benchmarks.harness.parity_features import FEATURES
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.runner import Bench, Cell
 
@@ -93,7 +94,7 @@ def start_kernels(checks: Checks) -> None:
         seconds = time.monotonic() - started
         print(f"start: {case}: {outcome} in {seconds:.1f} s {note}".rstrip(), flush=True)
         checks.record(
-            "start", outcome, kernel=", ".join(parity.FEATURES[case.feature].kernels), feature=case.feature,
+            "start", outcome, kernel=", ".join(FEATURES[case.feature].kernels), feature=case.feature,
             dtype=case.dtype, head_dim=case.head_dim, seconds=seconds, note=note,
         )  # fmt: skip
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.harness import parity, results
+from benchmarks.harness.parity_features import FEATURES, CacheFeature, Feature
+from benchmarks.harness.parity_features import KERNELS as EVERY_KERNEL
 from benchmarks.harness.provenance import ROOT, digest
 from benchmarks.harness.summary import markdown
 
@@ -89,9 +91,9 @@ def section(title: str, rows: Sequence[results.Row], current: str, intro: str = 
         verdicts = [verdict([row for row in own if row["check"] == kind], 0, current) for kind in kinds]
         overview.append([name, text, *verdicts])
     tables = [markdown(overview)]
-    for kind in (parity.Feature, parity.CacheFeature):
-        features = {name: feature for name, feature in parity.FEATURES.items() if isinstance(feature, kind)}
-        kernels = [name for name in parity.KERNELS if any(name in feature.kernels for feature in features.values())]
+    for kind in (Feature, CacheFeature):
+        features = {name: feature for name, feature in FEATURES.items() if isinstance(feature, kind)}
+        kernels = [name for name in EVERY_KERNEL if any(name in feature.kernels for feature in features.values())]
         lines = [["feature", "dtypes and head dims", *kernels]]
         for name, feature in features.items():
             cases = [case for case in parity.matrix() if case.feature == name]
@@ -115,7 +117,7 @@ def section(title: str, rows: Sequence[results.Row], current: str, intro: str = 
 def describe(cases: Sequence[parity.ParityCase]) -> str:
     by_dtype: dict[str, list[str]] = {}
     for case in cases:
-        dim = parity.FEATURES[case.feature].head_dim or case.head_dim
+        dim = FEATURES[case.feature].head_dim or case.head_dim
         by_dtype.setdefault(case.dtype, []).append(str(dim))
     return "; ".join(f"{dtype} {', '.join(dims)}" for dtype, dims in by_dtype.items())
 

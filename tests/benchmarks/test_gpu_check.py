@@ -14,6 +14,7 @@ import fastattn
 from benchmarks.harness import checks as checking
 from benchmarks.harness import large, parity, provenance, repeats, results
 from benchmarks.harness.device import CudaDevice, DryRun
+from benchmarks.harness.parity_features import FEATURES, KERNELS, CacheFeature
 from benchmarks.tools import gpu_check, status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_feature_is_in_the_matrix_and_the_gate():
     for cases in (parity.matrix(), parity.gate(CudaDevice())):
-        assert {case.feature for case in cases} == set(parity.FEATURES)
+        assert {case.feature for case in cases} == set(FEATURES)
     dims = {(case.dtype, case.head_dim) for case in parity.gate(CudaDevice()) if case.feature == "causal"}
     assert dims == set(itertools.product(("bf16", "fp16"), (64, 128, 256)))
 
@@ -38,7 +39,7 @@ def test_gate_passes_here_and_finds_a_wrong_backend(monkeypatch):
     assert failed == case and parity.describe(error).startswith("AssertionError: out: ")
 
 
-CACHES = [name for name, feature in parity.FEATURES.items() if isinstance(feature, parity.CacheFeature)]
+CACHES = [name for name, feature in FEATURES.items() if isinstance(feature, CacheFeature)]
 
 
 @pytest.mark.parametrize("feature", CACHES)
@@ -48,13 +49,13 @@ def test_decode_kernels_pass_in_the_interpreter(feature):
 
 @pytest.mark.parametrize("feature", ["cache", "cache, pages of 16"])
 def test_a_call_of_the_kernels_repeats_bit_for_bit(feature):
-    case = parity.FEATURES[feature]
+    case = FEATURES[feature]
     call = case.call(DryRun(), torch.float32, 16, repeats.repeat_shapes(DryRun(), case)[0], "triton")
     assert all(torch.equal(a, b) for a, b in zip(call(), call(), strict=True))
 
 
 def test_every_kernel_is_repeated_and_sanitised():
-    assert {kernel for name in repeats.REPEATED for kernel in parity.FEATURES[name].kernels} == set(parity.KERNELS)
+    assert {kernel for name in repeats.REPEATED for kernel in FEATURES[name].kernels} == set(KERNELS)
 
 
 def test_how_much_is_compiled_is_known_before():
@@ -138,7 +139,7 @@ def test_status_lists_each_kernel(tmp_path):
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     start = next(i for i, line in enumerate(table) if line[0] == "kernel")
     lines = {line[0]: dict(zip(table[start], line, strict=True)) for line in table[start + 2 : start + 12]}
-    assert set(lines) == {*parity.KERNELS, "packed sequences", "block mask"}
+    assert set(lines) == {*KERNELS, "packed sequences", "block mask"}
     assert lines["forward"]["parity"] == lines["forward"]["race"] == "passed at abc"
     assert lines["packed sequences"]["race"] == "passed at abc" and lines["packed sequences"]["parity"] == "never run"
     assert lines["decode"]["parity"].startswith("**error** 1/1") and lines["append"]["large"] == "passed at abc"
