@@ -99,7 +99,13 @@ def attention(spec: AttentionSpec) -> Tensor:
     grouped = False
     if q_heads != kv_heads:  # a branch, because traced sizes compare to a symbol and not to a bool
         grouped = True
-    out = torch_sdpa(q, k, v, attn_mask, 0.0, spec.right is not None, scale=spec.scale, enable_gqa=grouped)
+    causal = spec.right is not None
+    if causal and attn_mask is not None and torch.compiler.is_exporting():
+        # Its CPU kernel takes both; the operators that an exported program is lowered to do not.
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        attn_mask = attn_mask & visible if bias is None else attn_mask.masked_fill(~visible, -torch.inf)
+        causal = False
+    out = torch_sdpa(q, k, v, attn_mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped)
     return out if head_dim == v_dim else out[..., :v_dim]
 
 

@@ -10,12 +10,14 @@ from fastattn.functional.attention import (
 )
 from fastattn.functional.kvcache import attention_with_kvcache, explain_with_kvcache
 from fastattn.functional.merge import merge
+from fastattn.ops import decompositions
 
 __all__ = [
     "Backend",
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
+    "decompositions",
     "explain",
     "explain_varlen",
     "explain_with_kvcache",

@@ -3,6 +3,7 @@
 from fastattn.ops.autograd import attend, attention, draw_seed, seed_of_part
 from fastattn.ops.direct import without_autocast
 from fastattn.ops.kvcache import attention_kvcache
+from fastattn.ops.plain import decompositions
 from fastattn.ops.schema import Backward, CacheCall, DoubleBackward, Forward, flatten, unflatten
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "attend",
     "attention",
     "attention_kvcache",
+    "decompositions",
     "draw_seed",
     "flatten",
     "seed_of_part",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import backends
-from fastattn.ops import batching, implementations
+from fastattn.ops import batching, implementations, plain
 from fastattn.ops.direct import DIRECT, Way, way, without_autocast
 from fastattn.ops.schema import (
     LIBRARY,
@@ -58,7 +58,8 @@ def attention(spec: AttentionSpec, backend: str, seed: Tensor | None = None) -> 
 
     Dropout's ``seed`` is that of `draw_seed`, unless one is given.
     """
-    if backend == "torch":
+    for_onnx = plain.wanted()
+    if backend == "torch" and not (for_onnx and (spec.mask is not None or spec.bias is not None)):
         run = backends.module("torch").attention
         if spec.bias is None:  # all else has been cast: nothing is left for autocast to change
             return run(spec), None
@@ -66,7 +67,8 @@ def attention(spec: AttentionSpec, backend: str, seed: Tensor | None = None) -> 
             return run(spec), None
     if spec.dropout_p > 0.0 and seed is None:
         seed = draw_seed(spec.q.device)
-    out, lse, _ = attend(Forward(spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backend))
+    call = Forward(spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backend)
+    out, lse, _ = plain.run(call) if for_onnx else attend(call)
     return out, lse
 
 

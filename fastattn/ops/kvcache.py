@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
+from fastattn.ops import plain
 from fastattn.ops.autograd import attention, below_autograd
 from fastattn.ops.direct import DIRECT, Way, way, without_autocast
 from fastattn.ops.implementations import unwritten
@@ -30,6 +31,8 @@ def attention_kvcache(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor | N
     In eager mode PyTorch's own functions are called as they are: on a CPU an operator of ours would cost a decode step
     as much again as the attention in it.
     """
+    if plain.wanted():
+        plain.refuse_cache(spec)
     direct = backend in DIRECT and way(spec) is Way.AT_ONCE
     if direct and backend == "triton" and spec.k is not None and not (spec.length is not None and _is_prompt(spec)):
         return _append_and_attend(spec)

@@ -287,8 +287,14 @@ def test_torch_backend_on_any_strides(layouts, dims):
     """With a mask and causal at once, which its slow path refuses: strides must never send a call there."""
     q, k, v = make_qkv("cpu", (33, 70), heads=(4, 2), dims=dims, dtype=SINGLE)
     q, k, v = (relayout(x, layout) for x, layout in zip((q, k, v), layouts, strict=True))
+    options = {"backend": "torch", "causal": True, "q_offset": 0}
     mask = make_mask("cpu", (70, 2)).t()[:1, None, None]  # last stride is not 1 either
-    check_attention(q, k, v, backend="torch", lse_gradient=False, causal=True, q_offset=0, mask=mask)
+    check_attention(q, k, v, lse_gradient=False, mask=mask, **options)
+    wide_mask, bias = relayout(make_mask("cpu", (1, 4, 33, 70)), layouts[0]), make_bias("cpu", (1, 4, 33, 70))
+    for own in ({"mask": wide_mask}, {"bias": relayout(bias, layouts[0])}, {"bias": bias.mT.contiguous().mT}):
+        check_attention(q, k, v, lse_gradient=False, **own, **options)
+        same = {name: x.contiguous() for name, x in own.items()}
+        assert torch.equal(attention(q, k, v, **own, **options), attention(q, k, v, **same, **options))
 
 
 @pytest.mark.parametrize("shape", broadcast_shapes((2, 4, 33, 70)), ids=shape_id)

@@ -46,7 +46,7 @@ def shape_id(shape):
 
 
 def relayout(x, layout):
-    """The values of `x` (4-D) under other strides; what lies between the elements is NaN."""
+    """The values of `x` (4-D) under other strides; what lies between the elements is NaN (True of bool)."""
     if layout == "contiguous":
         return x.contiguous()
     if layout == "heads_last":  # (B, L, H, D) in memory: what a projection makes
