@@ -288,7 +288,7 @@ def _flex_list(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     """bool (B, H, rows, columns): the blocks that one of FlexAttention's two lists has."""
     counts, indices = (x[(None,) * (4 - indices.ndim)] for x in (counts, indices))
     listed = torch.arange(indices.shape[3], device=indices.device) < counts[..., None]
-    place = torch.where(listed, indices, columns).long()  # one column more for what stands behind the count
+    place = torch.where(listed, indices, columns).long()  # one column more for what stands after the count
     found = torch.zeros(*place.shape[:3], columns + 1, dtype=torch.bool, device=place.device)
     return found.scatter_(3, place, True)[..., :columns]
 

@@ -67,7 +67,7 @@ class Problem:
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths).int()
 
     def starts(self) -> Tensor:
-        """int32: where the sequences start, packed one behind the other, and where the last one ends."""
+        """int32: where the sequences start, packed one after the other, and where the last one ends."""
         lengths = document_lengths(self.length) if self.pattern else [self.length]
         return torch.tensor([0, *itertools.accumulate(lengths * self.batch)], dtype=torch.int32)
 

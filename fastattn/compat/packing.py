@@ -12,7 +12,7 @@ def cumulative(lengths: Tensor) -> Tensor:
 def places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """(which sequence, which row of it) for each of ``total`` packed rows, int64 each.
 
-    Rows behind the last sequence get a valid sequence, and 0.
+    Rows after the last sequence get a valid sequence, and 0.
     """
     row = torch.arange(total, device=cu_seqlens.device)
     bounds = cu_seqlens.long()

@@ -216,7 +216,7 @@ def _alibi_slopes(term: Tensor, distance: Tensor, q_len: int, block_mask: BlockM
 
 
 def _causal(block_mask: BlockMask) -> bool:
-    """Whether no query sees a key behind its own index."""
+    """Whether no query sees a key after its own index."""
     table, pool = block_mask.tensors.table, block_mask.tensors.pool
     on, above = torch.diagonal(table, 0, 2, 3).long(), table.triu(1)
     ahead = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=pool.device).triu(1)

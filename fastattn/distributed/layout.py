@@ -144,7 +144,7 @@ def length_of(own: list[Piece]) -> int:
 def relation(rows: Piece, keys: Piece, q_offset: int, left: int | None, right: int | None) -> Pair | None:
     """What the rows see of the keys under the window of the whole sequence; None where they see nothing.
 
-    Row i of the whole stands at ``i + q_offset`` and sees the keys from ``left`` before to ``right`` behind it.
+    Row i of the whole stands at ``i + q_offset`` and sees the keys from ``left`` before to ``right`` after it.
     """
     if rows.length == 0 or keys.length == 0:
         return None

@@ -84,7 +84,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _not_compiled(function: _Function) -> _Function:
-    """Messages between processes are no part of a compiled graph: it ends before and goes on behind."""
+    """Messages between processes are no part of a compiled graph: it ends before them and goes on after them."""
     return cast(_Function, torch.compiler.disable(function))
 
 

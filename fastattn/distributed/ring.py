@@ -66,7 +66,7 @@ class Plan(NamedTuple):
         return placed(self.rows[self.peers.rank])
 
     def of_rows(self, sinks: Tensor, lse: Tensor) -> Tensor:
-        """The sink of each row, as lse has them; those behind the last document have none."""
+        """The sink of each row, as lse has them; those after the last document have none."""
         found = sinks.to(lse.dtype)[:, None].expand_as(lse)
         if self.view.documents is None:
             return found
@@ -312,7 +312,7 @@ class _Sums:
         self.dbias, self.dslopes = (None if x is None else torch.zeros_like(x, dtype=dtype) for x in (bias, slopes))
         self._dtype = dtype
         self._mine: dict[int, Tensor] = {}
-        """what this rank's rows contribute to each piece, dk and dv one behind the other"""
+        """what this rank's rows contribute to each piece, dk and dv one after the other"""
         self._coming: list[tuple[Hop, Tensor]] = []
         self._home: dict[int, list[tuple[int, Tensor]]] = {}
         self._pending: Pending | None = None

@@ -144,7 +144,7 @@ IGNORED = -100
 
 
 def next_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The label behind that of each token; `IGNORED` behind the last, of each document. labels: whole, (..., L)."""
+    """The label after that of each token; `IGNORED` after the last, of each document. labels: whole, (..., L)."""
     if cu_seqlens is not None and labels.shape[-1]:
         labels = labels.index_fill(-1, cu_seqlens[:-1].long().clamp(max=labels.shape[-1] - 1), IGNORED)
     return torch.nn.functional.pad(labels[..., 1:], (0, min(labels.shape[-1], 1)), value=IGNORED)

@@ -134,7 +134,7 @@ def pattern_mask(
         batch_size, q_length, kv_length: B, Lq, Lk.
         q_offset, kv_offset: absolute positions of query 0 and of key 0.
         mask_function: transformers' pattern, of absolute positions.
-        padding: bool (B, seen), True where there is a token. Keys behind its end are forbidden.
+        padding: bool (B, seen), True where there is a token. Keys after its end are forbidden.
         device: of the mask.
     """
     if padding is not None:

@@ -43,7 +43,7 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def unwritten(starts: Tensor, backend: str) -> slice:
-    """The packed rows that a backend may leave as they are: those behind the last sequence, or any."""
+    """The packed rows that a backend may leave as they are: those after the last sequence, or any."""
     return slice(int(starts[-1]) if backend == "cpu" else 0, None)
 
 

@@ -32,7 +32,7 @@ class AttentionSpec(NamedTuple):
     """One call. Sizes: batch B, query heads Hq, key heads Hk, lengths Lq and Lk, head dims D and Dv."""
 
     q: Tensor
-    """(B, Hq, Lq, D); packed sequences, one behind the other, are one batch entry: (1, Hq, total, D)"""
+    """(B, Hq, Lq, D); packed sequences, one after the other, are one batch entry: (1, Hq, total, D)"""
     k: Tensor
     """(B, Hk, Lk, D), Hq a multiple of Hk"""
     v: Tensor

@@ -101,7 +101,7 @@ def kv_cache_append(
 ) -> None:  # fmt: skip
     """Write ``k`` and ``v`` (B, H, L, D) into the caches from position ``lens[b]`` on, where the cache has a place.
 
-    With ``cu_seqlens_q`` they are (1, H, total, D), one entry behind the other.
+    With ``cu_seqlens_q`` they are (1, H, total, D), one entry after the other.
     """
     _, kv_heads, new_len, head_dim = k.shape
     lens, starts = lens.to(torch.int64).contiguous(), _int32(cu_seqlens_q)

@@ -24,7 +24,7 @@ def kv_cache_append(
 ) -> None:  # fmt: skip
     """Write ``k`` and ``v`` (B, H, L, D) into the caches from position ``lens[b]`` on, where the cache has a place.
 
-    With ``cu_seqlens_q`` they are (1, H, total, D), one entry behind the other.
+    With ``cu_seqlens_q`` they are (1, H, total, D), one entry after the other.
     """
     if cu_seqlens_q is not None:
         for entry, (first, end) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
