@@ -1,5 +1,6 @@
 """Shared by all tests: where kernels run, and NaN in every buffer that nothing has written yet."""
 
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Interpreted kernels take half the time."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from tests.support import quick_interpreter
+
+        quick_interpreter.install()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,48 @@
+"""The interpreter that tests use computes what Triton's own computes, and leaves `triton.language` as it was."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+from triton.runtime import interpreter
+
+from fastattn import attention
+from fastattn.kernels import launch
+from tests.support.attention_cases import make_bias, make_qkv
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED.value, reason="kernels are compiled here, not interpreted")
+
+
+def test_the_same_bits_as_without_it(device, monkeypatch):
+    q, k, v = (x.requires_grad_() for x in make_qkv(device, (33, 70)))
+    bias = make_bias(device, (1, 2, 33, 70), requires_grad=True)
+
+    def run():
+        out = attention(q, k, v, causal=True, bias=bias, softcap=3.0, backend="triton")
+        return [out, *torch.autograd.grad(out.sum(), (q, k, v, bias))]
+
+    quick = run()
+    monkeypatch.setattr(interpreter, "_patch_lang", interpreter._patch_lang.__wrapped__)
+    assert all(map(torch.equal, quick, run()))
+
+
+def test_the_language_is_as_before_after_a_launch(device):
+    before = dict(vars(tl)), dict(vars(tl.tensor)), dict(vars(tl.math))
+    attention(*make_qkv(device, (33, 70)), backend="triton")
+    assert before == (dict(vars(tl)), dict(vars(tl.tensor)), dict(vars(tl.math)))
+
+
+def test_the_language_is_as_before_after_a_launch_that_fails(device, monkeypatch):
+    before = dict(vars(tl))
+
+    def fail(self, *arguments):
+        raise RuntimeError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", fail)
+        with pytest.raises(Exception, match="on purpose"):
+            attention(*make_qkv(device, (33, 70)), backend="triton")
+    assert before == dict(vars(tl))
+    attention(*make_qkv(device, (33, 70)), backend="triton")
