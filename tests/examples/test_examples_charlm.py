@@ -23,15 +23,6 @@ PANGRAM = "the quick brown fox jumps over the lazy dog.\n"
 TINY = {"block": 8, "layers": 1, "heads": 2, "width": 16}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they bring at this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"

@@ -29,15 +29,6 @@ STRPTIME = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they bring at this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # -------------------------------------------------------------------------------------------------------- data
 
 
