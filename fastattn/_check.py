@@ -64,7 +64,7 @@ def keywords(**cures: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             for name in kwargs:
                 if name not in names:
                     cure = f"; here it is {cures[name]}" if name in cures else ""
-                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{cure}")
+                    raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}{cure}")
             return function(*args, **kwargs)
 
         return checked

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import attention, divided
+from fastattn.nn import keywords
 from fastattn.nn.cache import KVCache
 from fastattn.nn.tracing import fx_leaf, refuse_torchscript
 
@@ -32,6 +33,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     - The layer runs the same code in training and evaluation, and no layer of torch.nn that holds it can bypass it.
     """
 
+    @keywords.multihead_attention
     def __init__(
         self,
         embed_dim: int,
@@ -52,6 +54,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         block_fast_path(self)
 
     @fx_leaf
+    @keywords.attend
     def forward(
         self,
         query: Tensor,

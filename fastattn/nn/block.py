@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastattn import _check as check
 from fastattn.functional import attention, attention_varlen, divided
 from fastattn.functional.parts import for_own_heads, own_part
+from fastattn.nn import keywords
 from fastattn.nn.cache import KVCache
 from fastattn.nn.config import TransformerConfig
 from fastattn.nn.position import ALiBi, RoPE, rotate
@@ -78,6 +79,7 @@ class Attention(nn.Module):
         self.softcap = config.softcap
         self.dropout = config.dropout
 
+    @keywords.blocks
     def forward(
         self,
         x: Tensor,

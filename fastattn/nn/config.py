@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 from fastattn import _check as check
+from fastattn.nn import keywords
 from fastattn.nn.position import ALiBi, Learned, LinearScaling, Llama3Scaling, RoPE, Sinusoidal, YarnScaling
 
 __all__ = ["CausalLMConfig", "EncoderDecoderConfig", "TransformerConfig"]
@@ -38,6 +39,7 @@ class _Data:
         return value
 
 
+@keywords.of_config
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(_Data):
     """One stack of blocks. The defaults are today's: pre-norm, RMSNorm, SwiGLU, RoPE, no biases.
@@ -148,6 +150,7 @@ class TransformerConfig(_Data):
         return -(-8 * self.d_model // 24) * 8 if self.gated else 4 * self.d_model
 
 
+@keywords.of_config
 @dataclass(frozen=True, kw_only=True)
 class CausalLMConfig(TransformerConfig):
     """A decoder-only language model: `TransformerConfig`, and
@@ -169,6 +172,7 @@ class CausalLMConfig(TransformerConfig):
         check.flag("scale_embeddings", self.scale_embeddings)
 
 
+@keywords.of_config
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(_Data):
     """A sequence-to-sequence model: two stacks of one d_model, and

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastattn import _check as check
 from fastattn.functional import divided
+from fastattn.nn import keywords
 from fastattn.nn.block import Block, make_norm, positions
 from fastattn.nn.cache import KVCache, allocate, escaped
 from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig
@@ -24,19 +25,6 @@ from fastattn.nn.position import Learned, PositionalEncoding, RoPE, Sinusoidal
 from fastattn.nn.pretrained import Pretrained
 
 __all__ = ["CausalLM", "Decoder", "Encoder", "EncoderDecoder"]
-
-
-_keywords = check.keywords(
-    attention_mask="lengths: padding stands at the end",
-    decoder_input_ids="target",
-    input_ids="tokens, or source of an EncoderDecoder",
-    is_causal="decided by the class: Encoder or Decoder",
-    key_padding_mask="lengths, or mask with True where an element takes part",
-    memory_key_padding_mask="memory_lengths, or memory_mask with True where an element takes part",
-    past_key_values="cache",
-    src_key_padding_mask="lengths, or mask with True where an element takes part",
-    use_cache="cache, from make_cache",
-)
 
 
 class _Stack(nn.Module):
@@ -105,7 +93,7 @@ class Encoder(_Stack):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
 
-    @_keywords
+    @keywords.blocks
     def forward(
         self,
         x: Tensor,
@@ -138,7 +126,7 @@ class Decoder(_Stack):
         super().__init__(config, cross)
         self.cross = cross
 
-    @_keywords
+    @keywords.blocks
     def forward(
         self,
         x: Tensor,
@@ -256,7 +244,7 @@ class CausalLM(Pretrained):
     def _output_embedding(self) -> nn.Embedding:
         return self.embedding
 
-    @_keywords
+    @keywords.blocks
     def forward(
         self,
         tokens: Tensor,
@@ -341,7 +329,7 @@ class EncoderDecoder(Pretrained):
     def _output_embedding(self) -> nn.Embedding:
         return self.target_embedding
 
-    @_keywords
+    @keywords.blocks
     def forward(
         self,
         source: Tensor | None,

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.nn import keywords
 from fastattn.nn.attention import MultiheadAttention, adopt, check_mask_dtype
 from fastattn.nn.cache import KVCache, allocate, escaped
 from fastattn.nn.tracing import fx_leaf, refuse_torchscript
@@ -40,6 +41,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     self_attn: MultiheadAttention
 
+    @keywords.transformer
     def __init__(
         self,
         d_model: int,
@@ -61,6 +63,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         adopt(self.self_attn)
 
     @fx_leaf
+    @keywords.encode_layer
     def forward(
         self,
         src: Tensor,
@@ -107,6 +110,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     self_attn: MultiheadAttention
     multihead_attn: MultiheadAttention
 
+    @keywords.transformer
     def __init__(
         self,
         d_model: int,
@@ -128,7 +132,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         adopt(self.self_attn)
         adopt(self.multihead_attn)
 
-    forward = fx_leaf(nn.TransformerDecoderLayer.forward)
+    forward = fx_leaf(keywords.decode(nn.TransformerDecoderLayer.forward))
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_torchscript(self)
@@ -158,6 +162,7 @@ class TransformerEncoder(nn.TransformerEncoder):
     `enable_nested_tensor` and `mask_check` are accepted and ignored: input is never packed into nested tensors.
     """
 
+    @keywords.stack
     def __init__(
         self,
         encoder_layer: nn.TransformerEncoderLayer,
@@ -171,6 +176,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         self.enable_nested_tensor = enable_nested_tensor
 
     @fx_leaf
+    @keywords.encode
     def forward(
         self,
         src: Tensor,
@@ -222,7 +228,10 @@ class TransformerEncoder(nn.TransformerEncoder):
 class TransformerDecoder(nn.TransformerDecoder):
     """Drop-in replacement for `torch.nn.TransformerDecoder`: a stack of copies of `decoder_layer`."""
 
+    __init__ = keywords.stack(nn.TransformerDecoder.__init__)
+
     @fx_leaf
+    @keywords.decode
     def forward(
         self,
         tgt: Tensor,
@@ -322,6 +331,7 @@ class Transformer(nn.Transformer):
     A custom encoder or decoder is used as it is.
     """
 
+    @keywords.transformer
     def __init__(
         self,
         d_model: int = 512,
@@ -358,7 +368,7 @@ class Transformer(nn.Transformer):
             d_model, nhead, custom_encoder=custom_encoder, custom_decoder=custom_decoder, batch_first=batch_first
         )
 
-    forward = fx_leaf(nn.Transformer.forward)
+    forward = fx_leaf(keywords.translate(nn.Transformer.forward))
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_torchscript(self)
