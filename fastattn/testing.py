@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import ops
+from fastattn import _rounding, ops
+from fastattn._rounding import learned_operands
 from fastattn.backends import reference
 from fastattn.backends.reference import definition
-from fastattn.backends.reference.dropout import dropout_keep, keep_scale
-from fastattn.backends.reference.packed import packed_sequences
 from fastattn.functional import Backend, attention, attention_varlen, attention_with_kvcache, explain
-from fastattn.spec import Operands, Options, make_spec
+from fastattn.spec import make_spec
 
 FACTOR = 2.0
 ORDERS = 8
@@ -98,12 +97,6 @@ def assert_parity(
             )
 
 
-def _operands(options: dict[str, Any]) -> dict[str, Tensor]:
-    """The float tensors beside q, k and v, whose gradients may be wanted."""
-    names = ("bias", "alibi_slopes", "sinks")
-    return {name: options[name] for name in names if options.get(name) is not None}
-
-
 def _run_specification(
     inputs: dict[str, Any], options: dict[str, Any], seed: int, dtype: torch.dtype, order: Tensor | None = None
 ) -> list[Tensor]:
@@ -112,7 +105,7 @@ def _run_specification(
     # Operands are promoted for float64; otherwise left in their own dtype, as eager code would.
     operands = {
         name: (x.detach().double() if dtype == torch.float64 else x.detach()).requires_grad_(x.requires_grad)
-        for name, x in _operands(options).items()
+        for name, x in learned_operands(options).items()
     }
     leaves = [q, k, v, *(x for x in operands.values() if x.requires_grad)]
     spec = make_spec(q, k, v, **{**options, **operands})
@@ -136,118 +129,6 @@ def _gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], inputs: dict[str,
     if dlse is not None:  # where a row is empty lse is -inf and has no gradient
         outputs, grads = [out, lse], [dout, dlse.to(lse.dtype).masked_fill(lse.detach() == -torch.inf, 0.0)]
     return list(torch.autograd.grad(outputs, leaves, grads))
-
-
-def _rounding_effects(
-    inputs: dict[str, Any], options: dict[str, Any], seed: int, out: Tensor, lse: Tensor, actual_out: Tensor,
-    first_batch: int = 0, lse_alone: bool = False,
-) -> dict[str, tuple[Tensor, ...]]:  # fmt: skip
-    """Per result, what rounding does on the way to it, to first order: (size of what is summed, error from storage).
-
-    A fused backward has ``dS = P * (dP - delta)`` with ``P = exp(S - lse)`` and ``delta = sum(dO * O) - dlse``. Every
-    term is rounded in the accumulator, at its own size, not at that of the sum: large terms may cancel. Beside that,
-    delta comes from the O that the forward pass stored in the dtype of the inputs: ``actual_out``, itself held to the
-    rule. ``out`` and ``lse`` are exact, in float64.
-
-    ``lse_alone``: P is computed from an lse that was rounded at its own size, as PyTorch's kernel does. The absolute
-    error of the exponent is then P's relative error. Ours store the maximum and the logarithm of the sum apart.
-    """
-    q, k, v = (inputs[name].detach().double() for name in ("q", "k", "v"))
-    learned = {name: x.detach().double() for name, x in _operands(options).items()}
-    spec = make_spec(q, k, v, **{**options, **learned})
-    assert spec.q_offset is not None
-    dout, dlse = inputs["dout"].double(), inputs.get("dlse")
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    operands = definition.cut(spec.operands(None), (0, q.shape[2]), (0, k.shape[2]))
-    s, t, distance = definition.scores(q, k, operands, spec.options, 0, 0)
-    finite_lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
-    p = torch.exp(s - finite_lse)
-    kept = torch.ones(())
-    if spec.dropout_p > 0.0:
-        torch.manual_seed(seed)
-        batch, q_heads, q_len, kv_len = p.shape
-        kept = dropout_keep(
-            ops.draw_seed(q.device), spec.dropout_p, batch, q_heads, (0, q_len), (0, kv_len), first_batch
-        )
-        kept = kept.double() * keep_scale(spec.dropout_p)
-    delta, delta_size = (dout * out).sum(-1), (dout * out).abs().sum(-1)
-    if dlse is not None:
-        dlse = dlse.double().masked_fill(lse == -torch.inf, 0.0)
-        delta, delta_size = delta - dlse, delta_size + dlse.abs()
-    far = distance.abs().double()
-    ds = p * ((dout.abs() @ v.abs().mT) * kept + delta_size[..., None])
-    p_size = p * kept
-    if lse_alone:
-        exponent = abs(spec.scale) * (q.abs() @ k.abs().mT) + finite_lse.abs()
-        if spec.bias is not None:
-            exponent = exponent + spec.bias.nan_to_num(neginf=0.0).abs()
-        ds = ds + p * exponent * ((dout @ v.mT) * kept - delta[..., None]).abs()
-        p_size = p_size * (1.0 + exponent)
-    ds_stored = p * (dout * (actual_out.detach().double() - out)).sum(-1, keepdim=True)
-    scale = abs(spec.scale)
-    capped, capped_stored = (ds, ds_stored) if t is None else (ds * (1.0 - t * t), ds_stored * (1.0 - t * t))
-
-    def per_key_head(x: Tensor) -> Tensor:
-        return x.unflatten(1, (inputs["k"].shape[1], -1)).sum(2)
-
-    effects = {
-        "out": (p * kept @ v.abs(), torch.zeros(())),
-        "lse": (p.sum(-1), torch.zeros(())),
-        "dq": (capped @ k.abs() * scale, capped_stored @ k * scale),
-        "dk": (per_key_head(capped.mT @ q.abs()) * scale, per_key_head(capped_stored.mT @ q) * scale),
-        "dv": (per_key_head(p_size.mT @ dout.abs()), torch.zeros(())),
-    }
-    if spec.bias is not None:
-        effects["dbias"] = ds.sum_to_size(spec.bias.shape), ds_stored.sum_to_size(spec.bias.shape)
-    if spec.alibi_slopes is not None:
-        sizes = ((x * far).sum((2, 3)).sum_to_size(spec.alibi_slopes.shape) for x in (ds, ds_stored))
-        effects["dalibi_slopes"] = tuple(x.view(options["alibi_slopes"].shape) for x in sizes)
-    if spec.sinks is not None:
-        p_sink = torch.exp(spec.sinks[:, None] - finite_lse.squeeze(-1))
-        moved = (dout * (actual_out.detach().double() - out)).sum(-1)
-        effects["dsinks"] = (
-            (p_sink * delta_size).sum((0, 2)),
-            (p_sink * moved).sum((0, 2)),
-        )
-    return effects
-
-
-def _packed_rounding_effects(
-    inputs: dict[str, Any], options: dict[str, Any], seed: int, out: Tensor, lse: Tensor, actual_out: Tensor
-) -> dict[str, tuple[Tensor, ...]]:
-    """`_rounding_effects` of each packed sequence, put together."""
-    options = dict(options)
-    packing = {name: options.pop(name, None) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")}
-    slopes, q_offset = options.get("alibi_slopes"), options.get("q_offset")
-    per_sequence = slopes is not None and slopes.ndim == 2
-    offsets, fixed = (q_offset, 0) if isinstance(q_offset, Tensor) else (None, q_offset)
-    parts = []
-    sequences = list(packed_sequences(Operands(q_offset_tensor=offsets, **packing), Options(q_offset=fixed)))
-    for one in sequences:
-        own = {name: x[:, :, one.keys if name in ("k", "v") else one.rows] for name, x in inputs.items()}
-        own_offset = one.options.q_offset if offsets is None else one.operands.q_offset_tensor
-        own_options = options | {"q_offset": own_offset}
-        if slopes is not None:
-            own_options["alibi_slopes"] = slopes[one.number] if per_sequence else slopes
-        results = (x[:, :, one.rows] for x in (out, lse, actual_out))
-        parts.append(_rounding_effects(own, own_options, seed, *results, first_batch=one.number))
-    effects = {}
-    for name in parts[0]:
-        both = []
-        for sizes in zip(*(part[name] for part in parts), strict=True):
-            if name in ("dalibi_slopes", "dsinks"):
-                stacked = torch.stack(sizes)
-                both.append(stacked if per_sequence and name == "dalibi_slopes" else stacked.sum(0))
-            elif sizes[0].ndim == 0:
-                both.append(sizes[0])
-            else:  # what belongs to no sequence is 0
-                length = inputs[{"dk": "k", "dv": "v"}.get(name, "q")].shape[2]
-                whole = sizes[0].new_zeros(*sizes[0].shape[:2], length, *sizes[0].shape[3:])
-                for one, own in zip(sequences, sizes, strict=True):
-                    whole[:, :, one.keys if name in ("dk", "dv") else one.rows] = own
-                both.append(whole)
-        effects[name] = tuple(both)
-    return effects
 
 
 def check_attention(
@@ -280,7 +161,7 @@ def check_attention(
     inputs["dout"] = torch.randn(shape, generator=generator).to(q.device, q.dtype)
     if lse_gradient:
         inputs["dlse"] = torch.randn(shape[:3], generator=generator).to(q.device)
-    learned = {name: x for name, x in _operands(options).items() if x.requires_grad}
+    learned = {name: x for name, x in learned_operands(options).items() if x.requires_grad}
     leaves = [q, k, v, *learned.values()]
 
     torch.manual_seed(seed)
@@ -306,7 +187,7 @@ def _hold_to_the_rule(
 ) -> None:  # fmt: skip
     """Compare [out, lse, dq, dk, dv, ...], computed by whatever means, with the specification."""
     q, out = inputs["q"], actual[0]
-    learned = [name for name, x in _operands(options).items() if x.requires_grad]
+    learned = [name for name, x in learned_operands(options).items() if x.requires_grad]
     expected = _run_specification(inputs, options, seed, torch.float64)
     orders = _orders(q.shape[-1], q.device)
     eager = [_run_specification(inputs, options, seed, q.dtype, order) for order in orders]
@@ -315,9 +196,9 @@ def _hold_to_the_rule(
             one[1] = _run_specification(inputs, options, seed, torch.float32, order)[1]
     names = ["out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in learned)]
     if "cu_seqlens_q" in options:
-        effects = _packed_rounding_effects(inputs, options, seed, expected[0], expected[1], out)
+        effects = _rounding.packed_effects(inputs, options, seed, expected[0], expected[1], out)
     else:
-        effects = _rounding_effects(inputs, options, seed, expected[0], expected[1], out, lse_alone=lse_alone)
+        effects = _rounding.effects(inputs, options, seed, expected[0], expected[1], out, lse_alone=lse_alone)
     for name, ours, exact, *plain in zip(names, actual, expected, *eager, strict=False):
         if name[1:] in learned and ours.dtype == torch.float64 != q.dtype:
             ours = ours.float()  # computed in float32, whatever it is kept in
@@ -398,7 +279,9 @@ def _appended(cache: Tensor, new: Tensor | None, lens: list[int], block_table: T
 def _run_step(q: Tensor, k: Tensor, v: Tensor, entry: int, options: dict[str, Any]) -> tuple[Tensor, ...]:
     """`reference.attention` of one batch entry over the keys it has; see `check_kvcache`."""
     own = {"causal": True, **options}
-    own |= {name: x.double() if q.dtype == torch.float64 else x.float() for name, x in _operands(options).items()}
+    own |= {
+        name: x.double() if q.dtype == torch.float64 else x.float() for name, x in learned_operands(options).items()
+    }
     if own.get("alibi_slopes") is not None and own["alibi_slopes"].ndim == 2:
         own["alibi_slopes"] = own["alibi_slopes"][entry]
     spec = make_spec(q, k, v, **own)
@@ -408,5 +291,5 @@ def _run_step(q: Tensor, k: Tensor, v: Tensor, entry: int, options: dict[str, An
     )  # fmt: skip
     if q.dtype != torch.float64:
         return out, lse
-    effects = _rounding_effects({"q": q, "k": k, "v": v, "dout": out}, own, 0, out, lse, out)
+    effects = _rounding.effects({"q": q, "k": k, "v": v, "dout": out}, own, 0, out, lse, out)
     return out, lse, effects["out"][0], effects["lse"][0]
