@@ -40,7 +40,7 @@ def test_one_capture_gives_the_same_tokens(made, model, kind):
         assert replayed.no_cuda_graph is None and plain.no_cuda_graph == "cuda_graph is False"
         assert (made.captures - before[0], made.replays - before[1]) == (1, NEW - 2)
         assert replayed.tolist() == plain.tolist()
-        torch.testing.assert_close(replayed.scores, plain.scores)
+        assert torch.equal(replayed.scores, plain.scores)  # a replay is the same kernels again
         assert [step.tolist() for step in stream(model, prompt, NEW, cache=kind)] == plain.tokens.T.tolist()
 
 
