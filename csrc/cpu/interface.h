@@ -11,7 +11,7 @@
 extern "C" {
 
 // Counts changes of what is declared here.
-#define FASTATTN_CPU_ABI 2
+#define FASTATTN_CPU_ABI 3
 
 enum FastattnCpuDtype { FASTATTN_FLOAT32 = 0, FASTATTN_FLOAT16 = 1, FASTATTN_BFLOAT16 = 2, FASTATTN_FLOAT64 = 3 };
 
@@ -117,6 +117,70 @@ struct FastattnAppend {
   const int32_t* cu_seqlens_q;
 };
 
+// What a step of generation does beside attention, of few rows; `dtype` is that of all tensors but tables, and not
+// FASTATTN_FLOAT64. Elements of a row are adjacent, and rows `stride` elements apart.
+
+// y = x W^T + b for up to three matrices W (columns, width), whose results lie side by side in y (rows, columns of all).
+struct FastattnLinear {
+  FastattnTeam team;
+  const void* x;             // (rows, width)
+  int64_t x_stride;
+  const void* weight[3];
+  int64_t weight_stride[3];
+  const void* bias[3];       // (columns,), or null
+  int64_t columns[3];        // 0: there is no such matrix
+  void* y;
+  int64_t y_stride;
+  int64_t dtype, rows, width;
+  int64_t gated;             // 1: y = silu(x W0^T + b0) * (x W1^T + b1), of two matrices of one size
+  int64_t add;               // 1: added to what is in y
+};
+
+// y = x / sqrt(mean(x^2) + eps) * weight over each of the heads that lie side by side in a row; y may be x.
+struct FastattnNorm {
+  const void* x;             // (rows, heads, width)
+  int64_t x_stride;
+  const void* weight;        // (width,), or null
+  void* y;
+  int64_t y_stride;
+  int64_t dtype, rows, heads, width;
+  double eps;
+};
+
+// Rotary positions, in place: dimension i of a head turns with dimension i + head_dim / 2.
+struct FastattnRotate {
+  void* x;                   // (rows, heads, head_dim)
+  int64_t x_stride;
+  const float *cos, *sin;    // (positions, head_dim / 2), contiguous
+  const int64_t* position;   // (rows,), cut to 0 .. positions - 1
+  int64_t positions;
+  int64_t dtype, rows, heads, head_dim;
+};
+
+// y = x * factor, 1 / (1 - p) for the elements that are kept, else 0: those whose bits, as dropout of attention has them at
+// row `row` and key `column` of the first head, are p or more as a fraction. x and y (rows, width) contiguous.
+struct FastattnDropout {
+  FastattnTeam team;
+  const void* x;
+  void* y;
+  int64_t seed, dtype, rows, width;
+  double p;                  // below 1
+};
+
+enum FastattnCallKind {
+  FASTATTN_CALL_APPEND = 0,
+  FASTATTN_CALL_DECODE = 1,
+  FASTATTN_CALL_LINEAR = 2,
+  FASTATTN_CALL_NORM = 3,
+  FASTATTN_CALL_ROTATE = 4
+};
+
+// One of several calls: its struct.
+struct FastattnCall {
+  int64_t kind;
+  const void* arguments;
+};
+
 #if defined(_WIN32)
 #define FASTATTN_EXPORT __declspec(dllexport)
 #else
@@ -134,4 +198,10 @@ FASTATTN_EXPORT int fastattn_cpu_backward(
     const FastattnAttention* attention, const FastattnOperands* operands, const FastattnGradients* gradients);
 FASTATTN_EXPORT int fastattn_cpu_decode(const FastattnDecode* decode);
 FASTATTN_EXPORT int fastattn_cpu_append(const FastattnAppend* append);
+FASTATTN_EXPORT int fastattn_cpu_linear(const FastattnLinear* linear);
+FASTATTN_EXPORT int fastattn_cpu_norm(const FastattnNorm* norm);
+FASTATTN_EXPORT int fastattn_cpu_rotate(const FastattnRotate* rotate);
+FASTATTN_EXPORT int fastattn_cpu_dropout(const FastattnDropout* dropout);
+// One after another, up to the first that fails.
+FASTATTN_EXPORT int fastattn_cpu_run(const FastattnCall* calls, int64_t count);
 }

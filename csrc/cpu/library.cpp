@@ -1,10 +1,10 @@
 // The exported functions: arguments checked before a byte is touched, then the engine of this processor.
 #include <atomic>
-#include <cstdarg>
 #include <cstdio>
 #include <cstring>
 
 #include "append.h"
+#include "checks.h"
 #include "interface.h"
 #include "threads.h"
 #include "variant.h"
@@ -12,11 +12,7 @@
 namespace fastattn::cpu {
 namespace {
 
-constexpr int64_t kFar = int64_t(1) << 30;  // positions are 32-bit in the engines: sums of two and a length still fit
-constexpr int64_t kWidest = 1 << 16;        // head dims
-constexpr int64_t kMostThreads = 1024;
-
-thread_local char error_text[256] = "";
+thread_local ErrorText error_text = "";
 
 // -- Which engine ----------------------------------------------------------------------------------------------------
 
@@ -40,14 +36,19 @@ struct Engine {
   bool (*forward)(const FastattnAttention&, const FastattnOperands&, const Team&);
   bool (*backward)(const FastattnAttention&, const FastattnOperands&, const FastattnGradients&, const Team&);
   bool (*decode)(const FastattnDecode&, const Team&);
+  bool (*linear)(const FastattnLinear&, const Team&);
+  void (*normalise)(const FastattnNorm&);
+  void (*rotate)(const FastattnRotate&);
+  bool (*dropout)(const FastattnDropout&, const Team&);
 };
 
-#define ENGINE(NAME, SUPPORTED) {#NAME, SUPPORTED, NAME::forward, NAME::backward, NAME::decode}
+#define OF_ROWS(NAME) NAME::decode, NAME::linear, NAME::normalise, NAME::rotate, NAME::dropout
+#define ENGINE(NAME, SUPPORTED) {#NAME, SUPPORTED, NAME::forward, NAME::backward, OF_ROWS(NAME)}
 
 // The best one first.
 const Engine kEngines[] = {
 #if defined(__x86_64__) && !defined(FASTATTN_ONE_ENGINE)
-    {"avx512_bf16", has_avx512_bf16, avx512_bf16::forward, avx512_bf16::backward, avx512::decode},
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16::forward, avx512_bf16::backward, OF_ROWS(avx512)},
     ENGINE(avx512, has_avx512),
     ENGINE(avx2, has_avx2),
 #endif
@@ -69,204 +70,6 @@ const Engine& engine() {
   const Engine* current = chosen.load(std::memory_order_relaxed);
   if (current == nullptr) chosen.store(current = best(), std::memory_order_relaxed);
   return *current;
-}
-
-// -- Checks ----------------------------------------------------------------------------------------------------------
-
-// Remembers the first thing that is wrong.
-class Checks {
- public:
-  bool good() const { return good_; }
-
-  __attribute__((format(printf, 3, 4))) void expect(bool condition, const char* format, ...) {
-    if (condition || !good_) return;
-    good_ = false;
-    va_list values;
-    va_start(values, format);
-    std::vsnprintf(error_text, sizeof error_text, format, values);
-    va_end(values);
-  }
-
-  void size(const char* name, int64_t value, int64_t least, int64_t most) {
-    expect(value >= least && value <= most, "%s: expected %lld to %lld, got %lld", name, (long long)least,
-           (long long)most, (long long)value);
-  }
-
-  // A product of sizes that a tensor's bytes are counted with.
-  void count(const char* name, int64_t a, int64_t b, int64_t c, int64_t d) {
-    int64_t n = 0;
-    const bool fits = good_ && !__builtin_mul_overflow(a, b, &n) && !__builtin_mul_overflow(n, c, &n) &&
-                      !__builtin_mul_overflow(n, d, &n) && n <= INT64_MAX / 16;
-    expect(fits, "%s: expected fewer than 2^59 elements", name);
-    elements_ = fits ? n : 0;
-  }
-
-  void pointer(const char* name, const void* data) {
-    expect(data != nullptr || elements_ == 0, "%s: expected a pointer, got null", name);
-  }
-
-  void view(const char* name, const FastattnView& view, int64_t a, int64_t b, int64_t c, int64_t d) {
-    count(name, a, b, c, d);
-    pointer(name, view.data);
-  }
-
-  void offset(const char* name, int64_t value) {
-    if (value != FASTATTN_OPEN) size(name, value, -kFar, kFar);
-  }
-
-  void heads(int64_t q_heads, int64_t kv_heads) {
-    size("kv_heads", kv_heads, 1, kFar);
-    size("q_heads", q_heads, 1, kFar);
-    expect(good_ && q_heads % kv_heads == 0, "q_heads: expected a multiple of kv_heads == %lld, got %lld",
-           (long long)kv_heads, (long long)q_heads);
-  }
-
-  // Sequences that rise from a start to at most `total`.
-  void bounds(const char* name, const int32_t* values, int64_t sequences, int64_t total) {
-    for (int64_t i = 0; good_ && i <= sequences; i++) {
-      size(name, values[i], i == 0 ? 0 : values[i - 1], total);
-    }
-  }
-
- private:
-  bool good_ = true;
-  int64_t elements_ = 0;
-};
-
-void check_team(Checks& checks, const FastattnTeam& team) { checks.size("threads", team.threads, 1, kMostThreads); }
-
-void check_attention(Checks& checks, const FastattnAttention& a) {
-  check_team(checks, a.team);
-  checks.size("dtype", a.dtype, FASTATTN_FLOAT32, FASTATTN_FLOAT64);
-  checks.size("batch", a.batch, 0, kFar);
-  checks.heads(a.q_heads, a.kv_heads);
-  checks.size("q_len", a.q_len, 0, kFar);
-  checks.size("kv_len", a.kv_len, 0, kFar);
-  checks.size("head_dim", a.head_dim, 1, kWidest);
-  checks.size("v_dim", a.v_dim, 1, kWidest);
-  checks.offset("left", a.left);
-  checks.offset("right", a.right);
-  checks.offset("q_offset", a.q_offset);
-  checks.expect(a.softcap >= 0.0, "softcap: expected 0 (none) or more, got %g", a.softcap);
-  checks.expect(a.dropout_p >= 0.0 && a.dropout_p <= 1.0, "dropout_p: expected 0 to 1, got %g", a.dropout_p);
-  checks.view("q", a.q, a.batch, a.q_heads, a.q_len, a.head_dim);
-  checks.view("k", a.k, a.batch, a.kv_heads, a.kv_len, a.head_dim);
-  checks.view("v", a.v, a.batch, a.kv_heads, a.kv_len, a.v_dim);
-  checks.view("out", a.out, a.batch, a.q_heads, a.q_len, a.v_dim);
-  checks.count("statistics", a.batch, a.q_heads, a.q_len, 2);
-  checks.pointer("lse", a.lse);
-  checks.pointer("statistics", a.statistics);
-}
-
-void check_operands(Checks& checks, const FastattnAttention& a, const FastattnOperands& o) {
-  const bool packed = o.cu_seqlens_q != nullptr || o.cu_seqlens_k != nullptr;
-  const int64_t entries = packed ? o.sequences : a.batch;
-  const bool cached = o.seqused_k != nullptr && o.cu_seqlens_k == nullptr;
-  checks.expect(packed || cached || a.q_offset != FASTATTN_OPEN || o.q_offset != nullptr,
-                "q_offset: expected a number without packed sequences");
-  checks.expect(a.dropout_p == 0.0 || o.seed != nullptr, "seed: expected one with dropout, got null");
-  if (packed) {
-    checks.expect(o.cu_seqlens_q != nullptr && (o.cu_seqlens_k != nullptr || cached),
-                  "cu_seqlens: expected both or neither");
-    checks.size("batch", a.batch, 1, 1);
-    checks.size("sequences", o.sequences, 1, kFar);
-    checks.bounds("cu_seqlens_q", o.cu_seqlens_q, o.sequences, a.q_len);
-    if (!cached) checks.bounds("cu_seqlens_k", o.cu_seqlens_k, o.sequences, a.kv_len);
-  }
-  if (packed || cached) {
-    checks.expect(o.mask.data == nullptr && o.bias.data == nullptr && o.table == nullptr,
-                  "mask, bias, block_mask: expected none with packed sequences or a cache");
-  }
-  checks.expect(o.block_table == nullptr || cached, "block_table: expected none without seqused_k");
-  if (o.block_table != nullptr) {
-    checks.size("page_size", o.page_size, 1, kFar);
-    checks.size("pages", o.pages, a.kv_len > 0 ? 1 : 0, kFar);
-  }
-  checks.count("scores operands", entries, a.q_heads, 1, 1);
-  if (o.bias.data != nullptr) {
-    checks.size("bias_dtype", o.bias_dtype, FASTATTN_FLOAT32, FASTATTN_FLOAT64);
-    const int64_t full[] = {a.batch, a.q_heads, a.q_len, a.kv_len};
-    for (int dim = 0; dim < 4; dim++) {
-      checks.expect(o.bias_size[dim] == 1 || o.bias_size[dim] == full[dim],
-                    "bias_size[%d]: expected 1 or %lld, got %lld", dim, (long long)full[dim],
-                    (long long)o.bias_size[dim]);
-    }
-  }
-  checks.expect(o.slopes_stride == 0 || o.slopes_stride == a.q_heads, "slopes_stride: expected 0 or %lld, got %lld",
-                (long long)a.q_heads, (long long)o.slopes_stride);
-  if (o.table != nullptr || o.pool != nullptr) {
-    // Tensors without elements have no address: the entries of a mask that is empty, all but the pool without rows or keys.
-    const bool tiles = a.q_len > 0 && a.kv_len > 0 && a.batch > 0 && a.q_heads > 0;
-    checks.expect(o.pool != nullptr && (!tiles || (o.table != nullptr && o.query_offsets != nullptr &&
-                                                   o.key_offsets != nullptr)),
-                  "block_mask: expected its table, offsets and pool, or none of them");
-    checks.expect(o.block_batch == 1 || o.block_batch == a.batch, "block_batch: expected 1 or %lld, got %lld",
-                  (long long)a.batch, (long long)o.block_batch);
-    checks.expect(o.block_heads == 1 || o.block_heads == a.q_heads, "block_heads: expected 1 or %lld, got %lld",
-                  (long long)a.q_heads, (long long)o.block_heads);
-  }
-}
-
-void check_gradients(Checks& checks, const FastattnAttention& a, const FastattnOperands& o, const FastattnGradients& g) {
-  checks.expect(o.seqused_k == nullptr || o.cu_seqlens_k != nullptr, "seqused_k: expected cu_seqlens_k in a backward pass");
-  checks.view("dout", g.dout, a.batch, a.q_heads, a.q_len, a.v_dim);
-  checks.view("dq", g.dq, a.batch, a.q_heads, a.q_len, a.head_dim);
-  checks.view("dk", g.dk, a.batch, a.kv_heads, a.kv_len, a.head_dim);
-  checks.view("dv", g.dv, a.batch, a.kv_heads, a.kv_len, a.v_dim);
-  checks.expect(g.dbias == nullptr || o.bias.data != nullptr, "dbias: expected a bias");
-  checks.expect(g.dalibi_slopes == nullptr || o.alibi_slopes != nullptr, "dalibi_slopes: expected slopes");
-  checks.expect(g.dsinks == nullptr || o.sinks != nullptr, "dsinks: expected sinks");
-}
-
-template <class Cache>
-void check_cache(Checks& checks, const Cache& c) {
-  check_team(checks, c.team);
-  checks.size("batch", c.batch, 0, kFar);
-  checks.size("kv_heads", c.kv_heads, 1, kFar);
-  checks.size("head_dim", c.head_dim, 1, kWidest);
-  checks.size("v_dim", c.v_dim, 1, kWidest);
-  checks.size("pages", c.pages, 0, kFar);
-  checks.size("page_size", c.page_size, 0, kFar);
-  checks.size("capacity", c.capacity, 0, kFar);
-  checks.expect((c.block_table == nullptr) == (c.page_size == 0), "block_table: expected one where page_size is not 0");
-  checks.expect(c.page_size != 0 || c.pages == c.batch, "pages: expected batch == %lld without a block_table, got %lld",
-                (long long)c.batch, (long long)c.pages);
-  checks.expect(c.page_size == 0 || (checks.good() && c.capacity % c.page_size == 0),
-                "capacity: expected whole pages of %lld, got %lld", (long long)c.page_size, (long long)c.capacity);
-  const int64_t slots = c.page_size == 0 ? c.capacity : c.page_size;
-  checks.view("k_cache", c.k_cache, c.pages, slots, c.kv_heads, c.head_dim);
-  checks.view("v_cache", c.v_cache, c.pages, slots, c.kv_heads, c.v_dim);
-  checks.count("lens", c.batch, 1, 1, 1);
-  checks.pointer("lens", c.lens);
-}
-
-void check_decode(Checks& checks, const FastattnDecode& d) {
-  checks.heads(d.q_heads, d.kv_heads);
-  check_cache(checks, d);
-  checks.size("dtype", d.dtype, FASTATTN_FLOAT32, FASTATTN_FLOAT64);
-  checks.size("q_len", d.q_len, 0, kFar);
-  checks.size("added", d.added, 0, kFar);
-  checks.offset("left", d.left);
-  checks.offset("right", d.right);
-  checks.expect(d.softcap >= 0.0, "softcap: expected 0 (none) or more, got %g", d.softcap);
-  checks.expect(d.slopes_stride == 0 || d.slopes_stride == d.q_heads, "slopes_stride: expected 0 or %lld, got %lld",
-                (long long)d.q_heads, (long long)d.slopes_stride);
-  const int64_t q_batch = d.cu_seqlens_q == nullptr ? d.batch : 1;
-  if (d.cu_seqlens_q != nullptr) checks.bounds("cu_seqlens_q", d.cu_seqlens_q, d.batch, d.q_len);
-  checks.view("q", d.q, q_batch, d.q_heads, d.q_len, d.head_dim);
-  checks.view("out", d.out, q_batch, d.q_heads, d.q_len, d.v_dim);
-  checks.pointer("lse", d.lse);
-}
-
-void check_append(Checks& checks, const FastattnAppend& a) {
-  check_cache(checks, a);
-  checks.size("new_len", a.new_len, 0, kFar);
-  checks.expect(a.element_size == 2 || a.element_size == 4 || a.element_size == 8,
-                "element_size: expected 2, 4 or 8, got %lld", (long long)a.element_size);
-  const int64_t batch = a.cu_seqlens_q == nullptr ? a.batch : 1;
-  if (a.cu_seqlens_q != nullptr) checks.bounds("cu_seqlens_q", a.cu_seqlens_q, a.batch, a.new_len);
-  checks.view("k", a.k, batch, a.kv_heads, a.new_len, a.head_dim);
-  checks.view("v", a.v, batch, a.kv_heads, a.new_len, a.v_dim);
 }
 
 // -- Calls -----------------------------------------------------------------------------------------------------------
@@ -331,7 +134,7 @@ int fastattn_cpu_use_variant(const char* name) {
 int fastattn_cpu_forward(const FastattnAttention* attention, const FastattnOperands* operands) {
   if (attention == nullptr) return missing("attention");
   const FastattnOperands& o = operands == nullptr ? kNoOperands : *operands;
-  Checks checks;
+  Checks checks(error_text);
   check_attention(checks, *attention);
   check_operands(checks, *attention, o);
   if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
@@ -345,7 +148,7 @@ int fastattn_cpu_backward(
   if (attention == nullptr) return missing("attention");
   if (gradients == nullptr) return missing("gradients");
   const FastattnOperands& o = operands == nullptr ? kNoOperands : *operands;
-  Checks checks;
+  Checks checks(error_text);
   check_attention(checks, *attention);
   check_operands(checks, *attention, o);
   check_gradients(checks, *attention, o, *gradients);
@@ -365,7 +168,7 @@ int fastattn_cpu_backward(
 
 int fastattn_cpu_decode(const FastattnDecode* decode) {
   if (decode == nullptr) return missing("decode");
-  Checks checks;
+  Checks checks(error_text);
   check_decode(checks, *decode);
   if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
   const FastattnDecode& d = *decode;
@@ -378,10 +181,67 @@ int fastattn_cpu_decode(const FastattnDecode* decode) {
 
 int fastattn_cpu_append(const FastattnAppend* append) {
   if (append == nullptr) return missing("append");
-  Checks checks;
+  Checks checks(error_text);
   check_append(checks, *append);
   if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
   if (append->batch == 0 || append->new_len == 0) return FASTATTN_CPU_OK;
   append_rows(*append);
+  return FASTATTN_CPU_OK;
+}
+
+int fastattn_cpu_linear(const FastattnLinear* linear) {
+  if (linear == nullptr) return missing("linear");
+  Checks checks(error_text);
+  check_linear(checks, *linear);
+  if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  if (linear->rows == 0) return FASTATTN_CPU_OK;
+  const int64_t* columns = linear->columns;
+  // Of few rows bound by memory: an element of W costs a few operations more than its products.
+  const double work = double(columns[0] + columns[1] + columns[2]) * double(linear->width) * (8.0 + 2.0 * double(linear->rows));
+  return status(engine().linear(*linear, team_for(linear->team, work)));
+}
+
+int fastattn_cpu_norm(const FastattnNorm* norm) {
+  if (norm == nullptr) return missing("norm");
+  Checks checks(error_text);
+  check_norm(checks, *norm);
+  if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  engine().normalise(*norm);
+  return FASTATTN_CPU_OK;
+}
+
+int fastattn_cpu_rotate(const FastattnRotate* rotate) {
+  if (rotate == nullptr) return missing("rotate");
+  Checks checks(error_text);
+  check_rotate(checks, *rotate);
+  if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  engine().rotate(*rotate);
+  return FASTATTN_CPU_OK;
+}
+
+int fastattn_cpu_dropout(const FastattnDropout* dropout) {
+  if (dropout == nullptr) return missing("dropout");
+  Checks checks(error_text);
+  check_dropout(checks, *dropout);
+  if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  constexpr double kWork = 16.0;  // of an element
+  return status(engine().dropout(*dropout, team_for(dropout->team, kWork * double(dropout->rows) * double(dropout->width))));
+}
+
+int fastattn_cpu_run(const FastattnCall* calls, int64_t count) {
+  if (calls == nullptr) return missing("calls");
+  for (int64_t i = 0; i < count; i++) {
+    const void* arguments = calls[i].arguments;
+    int result = FASTATTN_CPU_BAD_ARGUMENT;
+    switch (calls[i].kind) {
+      case FASTATTN_CALL_APPEND: result = fastattn_cpu_append(static_cast<const FastattnAppend*>(arguments)); break;
+      case FASTATTN_CALL_DECODE: result = fastattn_cpu_decode(static_cast<const FastattnDecode*>(arguments)); break;
+      case FASTATTN_CALL_LINEAR: result = fastattn_cpu_linear(static_cast<const FastattnLinear*>(arguments)); break;
+      case FASTATTN_CALL_NORM: result = fastattn_cpu_norm(static_cast<const FastattnNorm*>(arguments)); break;
+      case FASTATTN_CALL_ROTATE: result = fastattn_cpu_rotate(static_cast<const FastattnRotate*>(arguments)); break;
+      default: std::snprintf(error_text, sizeof error_text, "kind: expected 0 to 4, got %lld", (long long)calls[i].kind);
+    }
+    if (result != FASTATTN_CPU_OK) return result;
+  }
   return FASTATTN_CPU_OK;
 }

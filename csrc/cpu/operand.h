@@ -1,8 +1,8 @@
 // What products are made of: elements in the compute type, or pairs of bfloat16 where the processor multiplies those.
 //
-// `Multiply` has one element in a lane. `Dot` has two, of steps side by side, and a sum in float takes both products at
-// once: twice the rate, and half of the memory. What is summed over decides which two: along a row (`read`, `round_rows`)
-// or from two rows (`read_steps`, `round_steps`).
+// `Multiply` has one element in a lane. `Dot` has two, of steps side by side, in half of the memory, and one instruction adds
+// both products to a sum in float. What is summed over decides which two: neighbours in a row (`read`, `round_row`), or the
+// elements of a column in two rows (`read_steps`, `round_rows`).
 #pragma once
 
 #include "pack.h"

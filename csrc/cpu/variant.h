@@ -20,6 +20,10 @@ constexpr int64_t element_bytes(int64_t dtype) {
   bool forward(const FastattnAttention&, const FastattnOperands&, const Team&);                                     \
   bool backward(const FastattnAttention&, const FastattnOperands&, const FastattnGradients&, const Team&);          \
   bool decode(const FastattnDecode&, const Team&);                                                                  \
+  bool linear(const FastattnLinear&, const Team&);                                                                  \
+  void normalise(const FastattnNorm&);                                                                              \
+  void rotate(const FastattnRotate&);                                                                               \
+  bool dropout(const FastattnDropout&, const Team&);                                                                \
   }
 
 FASTATTN_DECLARE_ENGINE(baseline)

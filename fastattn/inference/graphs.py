@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn import KVCache
+from fastattn.inference.planned import PlannedStep, reason_against_plan
+from fastattn.nn import CausalLM, KVCache
 
 __all__ = ["DecodeSteps", "reason_against"]
 
@@ -58,10 +59,14 @@ class DecodeSteps:
         step: (tokens (N, 1), cache=, lengths=) -> logits (N, 1, V).
         cache: what it reads and fills.
         reason: from `reason_against`. The attribute of that name says afterwards why steps were launched one by one.
+
+    On a CPU they are a `PlannedStep` where they can be.
     """
 
     def __init__(self, step: Callable[..., Tensor], cache: KVCache, reason: str | None) -> None:
         self._step, self._cache, self.reason = step, cache, reason
+        self._planned: PlannedStep | None = None
+        self._unplanned = False
         self._capacity = -1
         self._replay: Callable[[], None] | None = None
         self._inputs: list[Tensor] = []
@@ -73,7 +78,8 @@ class DecodeSteps:
         cache = self._cache
         cache.reserve(1)  # before the model, which may be compiled or captured: see PagedCache
         if self.reason is not None:
-            return self._run(token, kept)
+            planned = self._plan()
+            return self._run(token, kept) if planned is None else planned(token, kept)
         if cache.capacity != self._capacity:  # buffers that no step has seen: the first makes what a capture must find
             self._capacity, self._replay = cache.capacity, None
             return self._run(token, kept)
@@ -86,6 +92,18 @@ class DecodeSteps:
         self._replay()
         cache.count(1)
         return self._logits
+
+    def _plan(self) -> PlannedStep | None:
+        """The plan of the next step, made anew where the last one no longer fits; None without one."""
+        if self._unplanned:
+            return None
+        if self._planned is None or not self._planned.current():
+            self._planned = None
+            self._unplanned = reason_against_plan(self._step, self._cache, self._cache.batch) is not None
+            if not self._unplanned:
+                assert isinstance(self._step, CausalLM)
+                self._planned = PlannedStep(self._step, self._cache)
+        return self._planned
 
     def _run(self, token: Tensor, kept: Tensor | None) -> Tensor:
         return self._step(token[:, None], cache=self._cache, lengths=kept)[:, -1]

@@ -1,5 +1,5 @@
 // Runs the C interface without Python: for sanitizers, and for processors that are emulated. Every buffer is exactly as
-// large as its tensor. Forward, backward and decode are held against plain loops in double; exits with 1 where they differ.
+// large as its tensor. Every function is held against plain loops in double; exits with 1 where they differ.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -260,6 +260,85 @@ bool check_cache(const CacheCase& c) {
   return false;
 }
 
+// Products of few rows, RMS norm and rotary positions, one after another as a step of generation makes them.
+struct StepCase {
+  int64_t dtype, rows, width, columns, heads, head_dim, gated, threads;
+};
+
+bool close(const char* name, const Elements& y, const std::vector<double>& expected, const StepCase& c) {
+  double largest = 1.0, error = 0.0;
+  for (int64_t i = 0; i < y.count(); i++) {
+    largest = std::fmax(largest, std::fabs(expected[i]));
+    const double difference = std::fabs(y.at(i) - expected[i]);
+    error = difference <= error ? error : difference;  // NaN counts
+  }
+  if (error <= unit(c.dtype) * largest) return true;
+  std::printf("%s in dtype %lld, %lld rows of %lld: error %g\n", name, (long long)c.dtype, (long long)c.rows, (long long)c.width, error);
+  return false;
+}
+
+bool check_step(const StepCase& c) {
+  const int64_t second = c.gated ? c.columns : 3, all = c.gated ? c.columns : c.columns + second;
+  Elements x(c.dtype, c.rows * c.width), w0(c.dtype, c.columns * c.width), w1(c.dtype, second * c.width);
+  Elements bias(c.dtype, c.columns), y(c.dtype, c.rows * all), old = y;
+  FastattnLinear l{};
+  l.team = {c.threads, nullptr};
+  l.x = x.data(), l.x_stride = c.width, l.y = y.data(), l.y_stride = all, l.dtype = c.dtype, l.rows = c.rows, l.width = c.width;
+  l.weight[0] = w0.data(), l.weight[1] = w1.data(), l.weight_stride[0] = l.weight_stride[1] = c.width;
+  l.bias[0] = bias.data(), l.columns[0] = c.columns, l.columns[1] = second, l.gated = c.gated, l.add = 1;
+  std::vector<double> product;
+  for (int64_t r = 0; r < c.rows; r++) {
+    const auto dot = [&](const Elements& w, int64_t column) {
+      double sum = 0.0;
+      for (int64_t k = 0; k < c.width; k++) sum += x.at(r * c.width + k) * w.at(column * c.width + k);
+      return sum;
+    };
+    for (int64_t i = 0; i < all; i++) {
+      const double first = i < c.columns ? dot(w0, i) + bias.at(i) : dot(w1, i - c.columns);
+      product.push_back(old.at(r * all + i) + (c.gated ? first / (1.0 + std::exp(-first)) * dot(w1, i) : first));
+    }
+  }
+  const int64_t wide = c.heads * c.head_dim, half_dim = c.head_dim / 2;
+  Elements heads(c.dtype, c.rows * wide), scale(c.dtype, c.head_dim), start = heads;
+  const std::vector<int64_t> position = [&] {
+    std::vector<int64_t> values(static_cast<size_t>(c.rows));
+    for (int64_t r = 0; r < c.rows; r++) values[r] = (r * 2) % 3;
+    return values;
+  }();
+  Numbers cos = numbers(3 * half_dim, true), sin = numbers(3 * half_dim, true);
+  FastattnNorm n{};
+  n.x = n.y = heads.data(), n.x_stride = n.y_stride = wide, n.weight = scale.data(), n.dtype = c.dtype;
+  n.rows = c.rows, n.heads = c.heads, n.width = c.head_dim, n.eps = 0.1;
+  FastattnRotate o{};
+  o.x = heads.data(), o.x_stride = wide, o.cos = cos.data(), o.sin = sin.data(), o.position = position.data();
+  o.positions = 3, o.dtype = c.dtype, o.rows = c.rows, o.heads = c.heads, o.head_dim = c.head_dim;
+  const FastattnCall calls[] = {{FASTATTN_CALL_LINEAR, &l}, {FASTATTN_CALL_NORM, &n}};
+  if (fastattn_cpu_run(calls, 2) != 0) {
+    std::printf("refused: %s\n", fastattn_cpu_last_error());
+    return false;
+  }
+  std::vector<double> normalised, turned;
+  for (int64_t head = 0; head < c.rows * c.heads; head++) {
+    double squares = 0.0;
+    for (int64_t i = 0; i < c.head_dim; i++) squares += std::pow(start.at(head * c.head_dim + i), 2.0);
+    for (int64_t i = 0; i < c.head_dim; i++) {
+      normalised.push_back(start.at(head * c.head_dim + i) / std::sqrt(squares / double(c.head_dim) + n.eps) * scale.at(i));
+    }
+  }
+  const bool good = close("linear", y, product, c) & close("norm", heads, normalised, c);
+  start = heads;
+  if (fastattn_cpu_rotate(&o) != 0) return false;
+  for (int64_t head = 0; head < c.rows * c.heads; head++) {
+    const int64_t table = position[head / c.heads] * half_dim;
+    for (int64_t i = 0; i < c.head_dim; i++) {
+      const int64_t at = table + i % half_dim, other = head * c.head_dim + (i + half_dim) % c.head_dim;
+      const double with = start.at(other) * sin[at];
+      turned.push_back(start.at(head * c.head_dim + i) * cos[at] + (i < half_dim ? -with : with));
+    }
+  }
+  return good & close("rotate", heads, turned, c);
+}
+
 }  // namespace
 
 int main() {
@@ -272,6 +351,10 @@ int main() {
   }
   for (const int64_t dtype : {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16}) {
     good &= check_cache({dtype, 1, 700, 1, 64, 64, 0, 3}) & check_cache({dtype, 3, 90, 5, 40, 24, 16, 2});
+  }
+  for (const int64_t dtype : {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16}) {
+    good &= check_step({dtype, 1, 64, 130, 3, 64, 0, 3}) & check_step({dtype, 7, 37, 5, 2, 6, 0, 1}) &
+            check_step({dtype, 8, 96, 70, 1, 36, 1, 2});
   }
   std::printf("%s, %s\n", fastattn_cpu_variant(), good ? "good" : "bad");
   return good ? 0 : 1;

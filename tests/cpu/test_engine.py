@@ -14,12 +14,15 @@ import torch
 from fastattn import BlockMask, attention, attention_varlen, attention_with_kvcache
 from fastattn.backends import cpu
 from fastattn.backends.cpu import library as cpu_library
+from fastattn.backends.cpu.program import Program
+from fastattn.backends.reference.dropout import dropout_keep
 from fastattn.spec import Operands, Options
-from fastattn.testing import check_attention
+from fastattn.testing import assert_parity, check_attention
 from tests.support.attention_cases import BFLOAT, DOUBLE, DTYPE_NAMES, HALF, INF, SINGLE, make_qkv
 
 pytestmark = pytest.mark.skipif(cpu_library.problem() is not None, reason=f"{cpu_library.problem()}")
 
+CANARY = -77.0
 ALL_DTYPES = (HALF, BFLOAT, SINGLE, DOUBLE)
 
 
@@ -211,9 +214,77 @@ def test_every_variant_decodes(dtype, variant):
         check_kvcache(q, *caches, cache_lens=torch.tensor([90, 41]), backend="cpu", **terms)
 
 
-# --- Memory ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (1, 37), (3, 64), (7, 100), (8, 256), (16, 5)])
+def test_every_variant_multiplies_few_rows(rows, width, dtype, variant):
+    """Weights side by side, a bias, a gate, a sum; each also where nothing beside it may be read or written."""
+    x, weights = torch.randn(rows, width), [torch.randn(columns, width) / width**0.5 for columns in (70, 3, 64)]
+    bias, old = torch.randn(70), torch.randn(rows, 70)
+    x, bias, old, *weights = (t.to(dtype) for t in (x, bias, old, *weights))
+    storage = torch.full((rows, 140), CANARY, dtype=dtype)
+    together, gated, summed = storage[:, 1:138], torch.empty(rows, 3, dtype=dtype), old.clone()
+    calls = Program()
+    calls.linear(together, x, weights, [bias, None, None])
+    calls.linear(gated, x, [weights[1], weights[1].flip(0).contiguous()], [None, None], gated=True)
+    calls.linear(summed, x, weights[:1], [bias], add=True)
+    calls.run()
 
-CANARY = -77.0
+    def eager(x, old, bias, *weights):
+        first = x @ weights[0].T + bias
+        return (
+            torch.cat([first, x @ weights[1].T, x @ weights[2].T], 1),
+            torch.nn.functional.silu(x @ weights[1].T) * (x @ weights[1].flip(0).T),
+            old + first,
+        )
+
+    inputs = (x, old, bias, *weights)
+    exact = eager(*(t.double() for t in inputs))
+    for name, *results in zip(
+        ("side by side", "gated", "sum"), (together, gated, summed), exact, eager(*inputs), strict=True
+    ):
+        assert_parity(*results, name, intermediate=float(exact[0].abs().max()))
+    assert (storage[:, :1] == CANARY).all() and (storage[:, 138:] == CANARY).all()
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("width", [64, 38])
+def test_every_variant_normalises_and_rotates(width, dtype, variant):
+    x, weight = torch.randn(3, 5, width).to(dtype), torch.randn(width).to(dtype)
+    tables = [torch.randn(4, width // 2) for _ in range(2)]
+    position = torch.tensor([2, -1, 9])  # cut to the table
+    normalised, turned = torch.empty_like(x), x.clone()
+    calls = Program()
+    calls.rms_norm(normalised, x, weight, 0.1)
+    calls.rotate(turned[:, :4], *tables, position)
+    calls.run()
+
+    def norm(x, weight):
+        return x * (x.square().mean(-1, keepdim=True) + 0.1).rsqrt() * weight
+
+    assert_parity(normalised, norm(x.double(), weight.double()), norm(x, weight), "norm")
+
+    def rotated(x):
+        cos, sin = (t[torch.tensor([2, 0, 3])][:, None].to(torch.promote_types(x.dtype, SINGLE)) for t in tables)
+        first, second = x[:, :4].chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+    assert_parity(turned[:, :4], rotated(x.double()), rotated(x), "rotate", intermediate=float(x.abs().max()))
+    assert torch.equal(turned[:, 4:], x[:, 4:])
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize(("rows", "width"), [(300, 64), (7, 100), (1, 20001)])
+def test_every_variant_drops_what_the_reference_drops(rows, width, dtype, variant):
+    x, p, seed = torch.randn(rows, width).to(dtype), 0.3, -5
+    keep = dropout_keep(torch.tensor([seed]), p, 1, 1, (0, rows), (0, width))[0, 0]
+    storage = torch.full((rows + 2, width), CANARY, dtype=dtype)
+    cpu.dropout(storage[1:-1], x, p, seed)
+    exact = torch.where(keep, x.double() / (1 - p), 0.0)
+    assert_parity(storage[1:-1], exact, torch.where(keep, x / (1 - p), 0.0), "dropout")
+    assert (storage[0] == CANARY).all() and (storage[-1] == CANARY).all()
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
 
 
 def surrounded(shape):

@@ -15,6 +15,7 @@ import torch
 import fastattn
 from fastattn.backends import cpu
 from fastattn.backends.cpu import library as cpu_library
+from fastattn.backends.cpu import program
 from fastattn.spec import Operands, Options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +98,11 @@ STRUCTS = {
     "FastattnGradients": cpu._GRADIENTS,
     "FastattnDecode": cpu._DECODE,
     "FastattnAppend": cpu._APPEND,
+    "FastattnDropout": cpu._DROPOUT,
+    "FastattnLinear": program.LINEAR,
+    "FastattnNorm": program.NORM,
+    "FastattnRotate": program.ROTATE,
+    "FastattnCall": program.CALL,
 }
 
 
@@ -141,6 +147,15 @@ GOOD = {
         "threads": 1, "data": NOWHERE, "stride": 1, "lens": NOWHERE, "element_size": 4, "batch": 1, "kv_heads": 2,
         "new_len": 1, "head_dim": 16, "v_dim": 16, "pages": 1, "capacity": 8,
     },
+    "FastattnLinear": {
+        "threads": 1, "x": NOWHERE, "weight": NOWHERE, "columns": 4, "y": NOWHERE, "rows": 2, "width": 8,
+    },
+    "FastattnNorm": {"x": NOWHERE, "y": NOWHERE, "rows": 2, "heads": 3, "width": 8, "eps": 1e-5},
+    "FastattnRotate": {
+        "x": NOWHERE, "cos": NOWHERE, "sin": NOWHERE, "position": NOWHERE, "positions": 4, "rows": 2, "heads": 3,
+        "head_dim": 8,
+    },
+    "FastattnDropout": {"threads": 1, "x": NOWHERE, "y": NOWHERE, "rows": 2, "width": 8, "p": 0.5},
 }  # fmt: skip
 
 
@@ -183,6 +198,28 @@ BAD = {
         *((f"{name}.data", 0) for name in ("k", "v", "k_cache", "v_cache")),
         ("pages", 2), ("page_size", 16), ("element_size", 3),
     ],
+    "FastattnLinear": [
+        *((n, x) for n in ("rows", "width", "columns") for x in TOO_LARGE),
+        *((name, 0) for name in ("width", "team.threads", "x", "weight", "y")),
+        ("dtype", 3), ("dtype", -1), ("gated", 1), ("gated", 2), ("add", -1),
+    ],
+    "FastattnNorm": [
+        *((n, x) for n in ("rows", "heads", "width") for x in TOO_LARGE),
+        *((name, 0) for name in ("width", "x", "y")), ("dtype", 3),
+    ],
+    "FastattnRotate": [
+        *((n, x) for n in ("rows", "heads", "head_dim", "positions") for x in TOO_LARGE),
+        *((name, 0) for name in ("head_dim", "positions", "x", "cos", "sin", "position")),
+        ("dtype", 3), ("head_dim", 7),
+    ],
+    "FastattnDropout": [
+        *((n, x) for n in ("rows", "width") for x in TOO_LARGE),
+        *((name, 0) for name in ("width", "team.threads", "x", "y")),
+        ("dtype", 3), ("p", 1.0), ("p", -0.1), ("p", float("nan")),
+    ],
+}  # fmt: skip
+OF_ROWS = {
+    "FastattnLinear": "linear", "FastattnNorm": "norm", "FastattnRotate": "rotate", "FastattnDropout": "dropout",
 }  # fmt: skip
 
 
@@ -214,7 +251,32 @@ def test_bad_sizes_of_new_rows_are_refused(field, value):
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["FastattnAttention", "FastattnDecode", "FastattnAppend"])
+@pytest.mark.parametrize(("name", "field", "value"), [(name, *case) for name in OF_ROWS for case in BAD[name]], ids=str)
+def test_bad_sizes_of_rows_are_refused(name, field, value):
+    call = packed(name, **{field: value})
+    refused(getattr(cpu_library.load(), f"fastattn_cpu_{OF_ROWS[name]}")(call))
+    struct = ctypes.create_string_buffer(call, len(call))
+    kind = {"FastattnLinear": 2, "FastattnNorm": 3, "FastattnRotate": 4}.get(name)
+    if kind is None:
+        return
+    refused(cpu_library.load().fastattn_cpu_run(program.CALL.pack(kind, ctypes.addressof(struct)), 1))
+
+
+@needs_library
+def test_a_run_ends_at_the_first_call_that_is_refused():
+    x, struct = torch.ones(2, 3, 8), ctypes.create_string_buffer(packed("FastattnNorm", x=0))
+    good = program.NORM.pack(x.data_ptr(), 24, 0, x.data_ptr(), 24, 0, 2, 3, 8, 3.0)
+    good = ctypes.create_string_buffer(good, len(good))
+    calls = [(3, ctypes.addressof(good)), (3, ctypes.addressof(struct)), (3, ctypes.addressof(good))]
+    refused(cpu_library.load().fastattn_cpu_run(b"".join(program.CALL.pack(*call) for call in calls), 3))
+    assert torch.equal(x, torch.full_like(x, 0.5))
+    refused(cpu_library.load().fastattn_cpu_run(program.CALL.pack(5, ctypes.addressof(good)), 1))
+    refused(cpu_library.load().fastattn_cpu_run(program.CALL.pack(2, 0), 1))
+    refused(cpu_library.load().fastattn_cpu_run(None, 1))
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["FastattnAttention", "FastattnDecode", "FastattnAppend", *OF_ROWS])
 def test_whatever_stands_beside_a_bad_size_is_not_touched(name):
     """Anything in all other fields and operands, whose addresses nobody may read."""
     draw, library = random.Random(0), cpu_library.load()
@@ -235,7 +297,8 @@ def test_whatever_stands_beside_a_bad_size_is_not_touched(name):
             gradients = anything("FastattnGradients")
             refused(library.fastattn_cpu_backward(call, operands, gradients))
         else:
-            refused((library.fastattn_cpu_decode if name == "FastattnDecode" else library.fastattn_cpu_append)(call))
+            of = {"FastattnDecode": "decode", "FastattnAppend": "append"} | OF_ROWS
+            refused(getattr(library, f"fastattn_cpu_{of[name]}")(call))
 
 
 @needs_library
@@ -244,7 +307,8 @@ def test_null_structs_are_refused():
     refused(library.fastattn_cpu_forward(None, None))
     refused(library.fastattn_cpu_backward(None, None, None))
     refused(library.fastattn_cpu_decode(None))
-    refused(library.fastattn_cpu_append(None))
+    for name in ("append", *OF_ROWS.values()):
+        refused(getattr(library, f"fastattn_cpu_{name}")(None))
 
 
 @needs_library

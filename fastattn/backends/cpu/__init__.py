@@ -13,7 +13,7 @@ from fastattn.backends.cpu import library
 from fastattn.spec import AttentionSpec, CacheSpec, Gradients, Operands, Options
 
 _OPEN = -(1 << 63)
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _WIDEST = 1 << 16
 
 # The structs of the interface: every field has 8 bytes.
@@ -22,6 +22,7 @@ _OPERANDS = struct.Struct("@10q5q3q3q3q1q6q2q5q")
 _GRADIENTS = struct.Struct("@5q1q15q3q")
 _DECODE = struct.Struct("@2q20q8q6q3q3q2d2q")
 _APPEND = struct.Struct("@2q20q4q5q3q1q")
+_DROPOUT = struct.Struct("@2q2q4q1d")
 _ABSENT = (0,) * 5
 
 # A prompt goes to the kernel with taller tiles, whose keys it packs first: from this many query rows of a key head on.
@@ -103,14 +104,7 @@ def kv_cache_append(
 
     With ``cu_seqlens_q`` they are (1, H, total, D), one entry after the other.
     """
-    _, kv_heads, new_len, head_dim = k.shape
-    lens, starts = lens.to(torch.int64).contiguous(), _int32(cu_seqlens_q)
-    table, pages = _pages(k_cache, block_table)
-    arguments = _APPEND.pack(
-        *_team(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), k_cache.data_ptr(), *k_cache.stride(),
-        v_cache.data_ptr(), *v_cache.stride(), lens.data_ptr(), *_table(table), k.element_size(),
-        lens.shape[0], kv_heads, new_len, head_dim, v.shape[3], *pages, _address(starts),
-    )  # fmt: skip
+    arguments, _kept = pack_append(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q)
     if status := library.load().fastattn_cpu_append(arguments):
         library.check(status)
 
@@ -120,31 +114,30 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
 
     ``spec.num_splits`` means nothing here: the keys are divided by shapes and lengths.
     """
-    _, q_heads, q_len, head_dim = spec.q.shape
-    kv_heads, v_dim = spec.v_cache.shape[2:]
+    q_len = spec.q.shape[2]
     lens, shortest, longest, starts = spec.lens, q_len, q_len, _int32(spec.cu_seqlens_q)
     if starts is not None:
         queries = starts.diff()
         shortest, longest = (int(x) for x in queries.aminmax())
         lens = lens if spec.added is not None else lens + queries
-    least = -(-_TALL // (q_heads // kv_heads))
+    least = least_tall(spec)
     if longest >= least:
         _attend_tall(out, lse, spec, lens if spec.added is None else lens + spec.added, least)
     if shortest >= least:
         return
-    lens = lens.to(torch.int64).contiguous()
-    table, pages = _pages(spec.k_cache, spec.block_table)
-    slopes = None if spec.alibi_slopes is None else _compute(spec.alibi_slopes, lse.dtype)
-    sinks = None if spec.sinks is None else _compute(spec.sinks, lse.dtype)
-    q, k_cache, v_cache = spec.q, spec.k_cache, spec.v_cache
-    arguments = _DECODE.pack(
-        *_team(), q.data_ptr(), *q.stride(), k_cache.data_ptr(), *k_cache.stride(), v_cache.data_ptr(),
-        *v_cache.stride(), out.data_ptr(), *out.stride(), lse.data_ptr(), lens.data_ptr(), *_table(table),
-        _address(slopes), 0 if slopes is None or slopes.shape[0] == 1 else q_heads, _address(sinks), _DTYPES[q.dtype],
-        spec.entries, q_heads, kv_heads, q_len, head_dim, v_dim, *pages, spec.added or 0, _side(spec.left),
-        _side(spec.right), spec.scale, spec.softcap or 0.0, _address(starts), least - 1,
-    )  # fmt: skip
+    arguments, _kept = pack_decode(out, lse, spec, lens, starts)
     if status := library.load().fastattn_cpu_decode(arguments):
+        library.check(status)
+
+
+def dropout(y: Tensor, x: Tensor, p: float, seed: int) -> None:
+    """Fill ``y`` with what dropout leaves of x (..., width), both contiguous.
+
+    The bits are those of the reference's `dropout_keep` for batch entry 0, head 0, the row and the column.
+    """
+    width = x.shape[-1]
+    arguments = _DROPOUT.pack(*team(), x.data_ptr(), y.data_ptr(), seed, DTYPES[x.dtype], x.numel() // width, width, p)
+    if status := library.load().fastattn_cpu_dropout(arguments):
         library.check(status)
 
 
@@ -171,7 +164,50 @@ def _attend_tall(out: Tensor, lse: Tensor, spec: CacheSpec, lens: Tensor, least:
 # Packing
 
 
-def _team() -> tuple[int, int]:
+def least_tall(spec: CacheSpec) -> int:
+    """From how many queries on a batch entry goes to the kernel with taller tiles."""
+    return -(-_TALL // (spec.q.shape[1] // spec.v_cache.shape[2]))
+
+
+def pack_append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None = None,
+) -> tuple[bytes, tuple[Tensor | None, ...]]:  # fmt: skip
+    """(the struct of `kv_cache_append`, the tensors made for it, to be kept until the call returns)."""
+    _, kv_heads, new_len, head_dim = k.shape
+    lens, starts = lens.to(torch.int64).contiguous(), _int32(cu_seqlens_q)
+    table, pages = _pages(k_cache, block_table)
+    packed = _APPEND.pack(
+        *team(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), k_cache.data_ptr(), *k_cache.stride(),
+        v_cache.data_ptr(), *v_cache.stride(), lens.data_ptr(), *_table(table), k.element_size(),
+        lens.shape[0], kv_heads, new_len, head_dim, v.shape[3], *pages, _address(starts),
+    )  # fmt: skip
+    return packed, (lens, starts, table)
+
+
+def pack_decode(
+    out: Tensor, lse: Tensor, spec: CacheSpec, lens: Tensor, starts: Tensor | None
+) -> tuple[bytes, tuple[Tensor | None, ...]]:  # fmt: skip
+    """(the struct of `attention_kvcache` for entries with few queries, the tensors made for it)."""
+    _, q_heads, q_len, head_dim = spec.q.shape
+    kv_heads, v_dim = spec.v_cache.shape[2:]
+    lens = lens.to(torch.int64).contiguous()
+    table, pages = _pages(spec.k_cache, spec.block_table)
+    slopes = None if spec.alibi_slopes is None else _compute(spec.alibi_slopes, lse.dtype)
+    sinks = None if spec.sinks is None else _compute(spec.sinks, lse.dtype)
+    q, k_cache, v_cache = spec.q, spec.k_cache, spec.v_cache
+    packed = _DECODE.pack(
+        *team(), q.data_ptr(), *q.stride(), k_cache.data_ptr(), *k_cache.stride(), v_cache.data_ptr(),
+        *v_cache.stride(), out.data_ptr(), *out.stride(), lse.data_ptr(), lens.data_ptr(), *_table(table),
+        _address(slopes), 0 if slopes is None or slopes.shape[0] == 1 else q_heads, _address(sinks), DTYPES[q.dtype],
+        spec.entries, q_heads, kv_heads, q_len, head_dim, v_dim, *pages, spec.added or 0, _side(spec.left),
+        _side(spec.right), spec.scale, spec.softcap or 0.0, _address(starts), least_tall(spec) - 1,
+    )  # fmt: skip
+    return packed, (lens, starts, table, slopes, sinks)
+
+
+def team() -> tuple[int, int]:
+    """Threads of a call, and who runs them."""
     if library.forked():
         return 1, 0
     return torch.get_num_threads(), library.parallel_address()
@@ -195,8 +231,8 @@ def _pack_attention(
     kv_len = kv_len if capacity is None else capacity
     left, right, q_offset, scale, softcap, dropout_p = options
     return _ATTENTION.pack(
-        *_team(), q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), out.data_ptr(),
-        *out.stride(), lse.data_ptr(), statistics.data_ptr(), _DTYPES[q.dtype], batch, q_heads, kv_heads, q_len, kv_len,
+        *team(), q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), out.data_ptr(),
+        *out.stride(), lse.data_ptr(), statistics.data_ptr(), DTYPES[q.dtype], batch, q_heads, kv_heads, q_len, kv_len,
         head_dim, v_dim, _side(left), _side(right), _side(q_offset), scale, softcap or 0.0, dropout_p,
     )  # fmt: skip
 
@@ -221,7 +257,7 @@ def _pack_operands(
     table = blocks[4] if blocks else None
     dropout_origin = 0 if seed is None or seed.numel() == 1 else seed[1:].data_ptr()
     packed = _OPERANDS.pack(
-        *_view(mask, full), *_view(bias, full), 0 if bias is None else _DTYPES[bias.dtype],
+        *_view(mask, full), *_view(bias, full), 0 if bias is None else DTYPES[bias.dtype],
         *((0,) * 4 if bias is None else bias.shape), _address(slopes),
         0 if slopes is None or slopes.shape[0] == 1 else slopes.shape[1], _address(sinks), _address(q_offset),
         _address(seed), dropout_origin, _address(cu_seqlens_q), _address(cu_seqlens_k), _address(seqused_k),

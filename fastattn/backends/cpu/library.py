@@ -11,7 +11,7 @@ import hashlib
 import os
 from pathlib import Path
 
-ABI = 2
+ABI = 3
 BUILD = "make ext-cpu, or install again where a C++ compiler is found"
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -47,8 +47,10 @@ def load(path: Path = _LIBRARY) -> ctypes.CDLL:
         for name in ("digest", "last_error", "variant"):
             getattr(library, f"fastattn_cpu_{name}").restype = ctypes.c_char_p
         library.fastattn_cpu_use_variant.argtypes = [ctypes.c_char_p]
-        for name, structs in (("forward", 2), ("backward", 3), ("decode", 1), ("append", 1)):
+        for name in ("forward", "backward", "decode", "append", "linear", "norm", "rotate", "dropout"):
+            structs = {"forward": 2, "backward": 3}.get(name, 1)
             getattr(library, f"fastattn_cpu_{name}").argtypes = [ctypes.c_char_p] * structs  # bytes, or None
+        library.fastattn_cpu_run.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     except AttributeError as error:
         raise ValueError(f"{path.name}: expected the functions of csrc/cpu/interface.h: {error}") from None
     if (_SOURCES / "interface.h").is_file():
