@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import cpu, cuda, reference, torch_sdpa, triton
+from fastattn.backends.cpu.program import Program as Program
 from fastattn.spec import AttentionSpec, CacheSpec, Operands
 
 _MODULES: dict[str, ModuleType] = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends.cpu import library, program
+from fastattn import backends
 from fastattn.ops.direct import Way, way
 from fastattn.spec import make_cache_spec
 
@@ -18,7 +18,7 @@ MOST_ROWS = 16
 """Up to which a product is bound by the bytes of its weights: beyond, PyTorch's product may be faster."""
 
 
-class Program(program.Program):
+class Program(backends.Program):
     """See `fastattn.backends.cpu.program.Program`, whose attention takes the arguments of the public function."""
 
     def attention_with_kvcache(self, out: Tensor, *tensors: Tensor, cache_lens: Tensor, **options: Any) -> None:
@@ -41,9 +41,9 @@ def reason_against(parameters: Sequence[Tensor], rows: int) -> str | None:
     ((dtype, device),) = kinds
     if device != "cpu":
         return f"it runs on CPUs, the parameters are on {device!r}"
-    if problem := library.problem():
+    if problem := backends.cpu.library.problem():
         return problem
-    if dtype not in program.DTYPES:
+    if dtype not in Program.DTYPES:
         return f"{dtype} is not served"
     if rows > MOST_ROWS:
         return f"it serves up to {MOST_ROWS} rows, here are {rows}"

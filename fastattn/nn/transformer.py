@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastattn.nn import keywords
 from fastattn.nn.attention import MultiheadAttention, adopt, check_mask_dtype
 from fastattn.nn.cache import KVCache, allocate, escaped
+from fastattn.nn.parts import DecoderBlocks, EncoderBlocks
 from fastattn.nn.tracing import fx_leaf, refuse_torchscript
 
 __all__ = [
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(EncoderBlocks):
     """Drop-in replacement for `torch.nn.TransformerEncoderLayer`: self-attention, then a feed-forward network.
 
     Post-norm as in Vaswani et al. 2017, section 3.1, or with `norm_first` pre-norm (Xiong et al. 2020, figure 1).
@@ -101,7 +102,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
 
-class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(DecoderBlocks):
     """Drop-in replacement for `torch.nn.TransformerDecoderLayer`: self-attention, cross-attention, feed-forward.
 
     Shapes and masks as in `TransformerDecoder`. Subclasses may override `_sa_block`, `_mha_block` and `_ff_block`.

@@ -11,8 +11,6 @@ from fastattn.backends import cpu
 from fastattn.backends.cpu import library
 from fastattn.spec import CacheSpec
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 LINEAR = struct.Struct("@2q2q3q3q3q3q2q3q1q1q")
 NORM = struct.Struct("@2q1q2q4q1d")
 ROTATE = struct.Struct("@2q2q2q4q")
@@ -26,6 +24,8 @@ class Program:
     A row is what stands at the same place in all dimensions but the last; rows are any distance apart, their elements
     adjacent. The tensors are kept, and are to stay where they are.
     """
+
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self) -> None:
         self._team = cpu.team()

@@ -1,0 +1,59 @@
+"""Dropout of whole tensors on a CPU, by a kernel that draws its bits in vectors and stores no mask."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn import backends, ops
+from fastattn.ops.direct import Way, way
+
+_LEAST = 1 << 12  # elements: below, PyTorch's takes less time than autograd's way through Python
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """`torch.nn.functional.dropout` of x in training.
+
+    On a CPU with the compiled kernels it draws one number from the default generator, from which forward and backward
+    both make the bits of each element, by its row and column: other elements are dropped than by PyTorch's, with the
+    same probability. Small tensors, other dtypes, subclasses, traces and transforms take PyTorch's own.
+
+    Args:
+        x: any shape and dtype.
+        p: probability that an element becomes 0; the others are divided by 1 - p.
+    """
+    if not 0.0 < p < 1.0 or not _served(x):
+        return F.dropout(x, p)
+    return _Dropout.apply(x, p, int(ops.draw_seed(x.device)))
+
+
+def _served(x: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.dtype in _DTYPES
+        and x.numel() >= _LEAST
+        and x.is_contiguous()
+        and backends.cpu.library.problem() is None
+        and way((x,)) is not Way.DISPATCHER
+    )
+
+
+class _Dropout(torch.autograd.Function):
+    """Linear: the derivative is the function itself, and so is that one's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        y = torch.empty(x.shape, dtype=x.dtype)
+        backends.cpu.dropout(y, x.contiguous(), p, seed)
+        return y
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (PyTorch's has *grad_outputs)
+        ctx: Any, dy: Tensor
+    ) -> tuple[Tensor, None, None]:
+        return _Dropout.apply(dy, ctx.p, ctx.seed), None, None

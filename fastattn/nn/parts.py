@@ -1,0 +1,85 @@
+"""The blocks of torch.nn's Transformer layers, with less memory traffic and faster dropout than theirs on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fastattn.functional.dropout import dropout
+
+__all__ = ["DecoderBlocks", "EncoderBlocks", "drop"]
+
+
+class EncoderBlocks(nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer`'s methods that its subclasses may override."""
+
+    def _sa_block(
+        self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False
+    ) -> Tensor:
+        out = self.self_attn(
+            x, x, x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, need_weights=False, is_causal=is_causal
+        )[0]
+        return drop(self.dropout1, out)
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return drop(self.dropout2, _feed_forward(self, x))
+
+
+class DecoderBlocks(nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer`'s methods that its subclasses may override."""
+
+    def _sa_block(
+        self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False
+    ) -> Tensor:
+        out = self.self_attn(
+            x, x, x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, need_weights=False, is_causal=is_causal
+        )[0]
+        return drop(self.dropout1, out)
+
+    def _mha_block(
+        self,
+        x: Tensor,
+        mem: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        out = self.multihead_attn(
+            x, mem, mem, attn_mask=attn_mask, key_padding_mask=key_padding_mask, need_weights=False, is_causal=is_causal
+        )[0]
+        return drop(self.dropout2, out)
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return drop(self.dropout3, _feed_forward(self, x))
+
+
+def drop(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, of a dropout layer."""
+    if type(module) is not nn.Dropout or module.inplace or not module.training or _is_hooked(module):
+        return module(x)
+    return dropout(x, module.p)
+
+
+def _feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
+    hidden = layer.linear1(x)
+    own = type(layer.linear1) is nn.Linear and not _is_hooked(layer.linear1)  # nobody else has what it returned
+    if layer.activation is F.relu and own and not torch.compiler.is_compiling():
+        hidden = hidden.relu_()
+    else:
+        hidden = layer.activation(hidden)
+    return layer.linear2(drop(layer.dropout, hidden))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody is to be called with what a module takes or returns, or in its place."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._has_any_global_hook()
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+    )
