@@ -43,7 +43,7 @@ RESOURCE_FIELDS = (
 COMPILED_KEY = ("kernel", "feature", "head_dim")
 COMPILED_FIELDS = (
     *COMPILED_KEY, "dtype", "config", "error", "registers", "spills", "local", "local_edge", "shared", "wgmma",
-    "serialised", "smallest_n", "mma_sync", "prefetch", "size", "instructions", "share", "smaller",
+    "serialised", "smallest_n", "mma_sync", "prefetch", "size", "instructions", "share", "smaller", "code",
 )  # fmt: skip
 SOURCES_KEY = ("arch", "triton")
 SOURCES_FIELDS = (*SOURCES_KEY, "commit", "dirty", "digest")

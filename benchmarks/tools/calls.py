@@ -25,7 +25,8 @@ class Feature:
     dropout: bool = False
     part: bool = False  # of a larger call, whose dropout bits it has
     q_offset_tensor: bool = False
-    packed: bool = False
+    packed: bool = False  # sequences, and queries of a KV cache
+    used: bool = False  # of packed keys the first ones alone
     block_mask: bool = False
     page: int = 0  # of a KV cache, 0 if it is contiguous
     queries: int = 1  # for each key head of a KV cache there are twice as many rows
@@ -46,9 +47,11 @@ FEATURES = {
     "dropout_part": Feature(dropout=True, part=True),
     "q_offset": Feature(causal=True, q_offset_tensor=True),
     "packed": Feature(causal=True, packed=True),
+    "used_keys": Feature(causal=True, packed=True, used=True),
     "block_mask": Feature(block_mask=True),
     "paged": Feature(page=16),  # as one query needs it, which is the last: causal forbids nothing
     "chunk": Feature(causal=True, queries=64),
+    "packed_cache": Feature(causal=True, packed=True, page=16, queries=64),
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
     "everything": Feature(
@@ -56,6 +59,8 @@ FEATURES = {
         q_offset_tensor=True, block_mask=True, page=16, queries=64,
     ),
 }  # fmt: skip
+CACHE_ONLY = ("paged", "chunk", "packed_cache")
+"""Features of calls over a KV cache alone."""
 
 
 def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
@@ -70,16 +75,20 @@ def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> N
         table = empty(batch, length // feature.page, dtype=torch.int32)
     k_cache, v_cache = empty(shape), empty(shape)
     lens = empty(batch, dtype=torch.int32)
+    starts = empty(batch + 1, dtype=torch.int32) if feature.packed else None
     if kernel == "append":
-        k, v = empty(batch, kv_heads, 1, dim), empty(batch, kv_heads, 1, dim)
-        append.kv_cache_append(k_cache, v_cache, k, v, lens, table)
+        k, v = (empty(1 if feature.packed else batch, kv_heads, 1, dim) for _ in "kv")
+        append.kv_cache_append(k_cache, v_cache, k, v, lens, table, starts)
         return
     q = empty(batch, heads, feature.queries, dim)
+    if feature.packed:
+        q = empty(1, heads, batch * feature.queries, dim)
     spec = CacheSpec(
         q, k_cache, v_cache, None, None, empty(1, heads, dtype=torch.float32) if feature.alibi else None,
-        empty(heads, dtype=torch.float32) if feature.sinks else None, lens, table, added=1, length=None,
-        left=256 if feature.window else None, right=0 if feature.causal else None, scale=dim**-0.5,
-        softcap=30.0 if feature.softcap else None, num_splits=4 if kernel == "combine" else 1, return_lse=True,
+        empty(heads, dtype=torch.float32) if feature.sinks else None, lens, table,
+        added=None if feature.packed else 1, length=None, left=256 if feature.window else None,
+        right=0 if feature.causal else None, scale=dim**-0.5, softcap=30.0 if feature.softcap else None,
+        num_splits=4 if kernel == "combine" else 1, return_lse=True, cu_seqlens_q=starts,
     )  # fmt: skip
     decode.attention_kvcache(torch.empty_like(q), empty(q.shape[:3], dtype=torch.float32), spec)
 
@@ -99,6 +108,8 @@ def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
     given: dict[str, Any] = {}
     if feature.packed:
         given |= {name: empty(batch + 1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    if feature.used:
+        given["seqused_k"] = empty(batch, dtype=torch.int32)
     if feature.block_mask:
         index = functools.partial(torch.empty, device="meta", dtype=torch.int32)
         lines, cells, table = index(1, 1, 8, 3), index(64, 2), index(1, 1, 8, 8)

@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from unittest import mock
 
 import triton
@@ -38,7 +38,7 @@ from triton.runtime.jit import JITFunction
 from fastattn.kernels import config, launch
 
 from . import sass
-from .calls import FEATURES, launch_kernels
+from .calls import CACHE_ONLY, FEATURES, launch_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -49,6 +49,8 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 DIMS = (64, 128, 256)
 
+
+_Made = TypeVar("_Made")
 
 DEFAULT_FEATURES = ["plain", "causal", "bias"]
 
@@ -148,19 +150,25 @@ def compile_kernel(source: ASTSource, target: GPUTarget, options: dict[str, Any]
     return Compiled(describe_config(kernel), kernel.metadata.shared, log.getvalue(), code)
 
 
-def remembered(memory: Path, source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
-    """`compile_kernel`, but for what the folder ``memory`` holds: by the kernel's intermediate code, which a change
-    elsewhere in its file leaves alone.
+def fingerprint(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> str:
+    """Of what Triton is about to compile: the kernel's intermediate code, which a change elsewhere in its file leaves
+    alone, and the compiler's options and version. The same on every machine.
     """
     context = ir.context()
     backend: Any = make_backend(target)
     ir.load_dialects(context)
     backend.load_dialects(context)
     parsed = backend.parse_options(dict(options))
+    meant = {name: value for name, value in sorted(vars(parsed).items()) if name != "extern_libs"}  # paths
     codegen = backend.get_codegen_implementation(parsed)
     module = source.make_ir(target, parsed, codegen, backend.get_module_map(), context)
-    key = f"{triton.__version__} {target} {parsed} {module.str_nodebug()}"
-    path = memory / f"{hashlib.sha256(key.encode()).hexdigest()}.json.gz"
+    text = f"{triton.__version__} {target} {meant} {module.str_nodebug()}"
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def remembered(memory: Path, source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
+    """`compile_kernel`, but for what the folder ``memory`` holds under the `fingerprint`."""
+    path = memory / f"{fingerprint(source, target, options)}.json.gz"
     if path.exists():
         return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
     compiled = compile_kernel(source, target, options)
@@ -172,35 +180,43 @@ def remembered(memory: Path, source: ASTSource, target: GPUTarget, options: dict
 
 
 @contextlib.contextmanager
-def compiling_for(arch: str, kernel: str, memory: Path | None) -> Iterator[list[Compiled]]:
-    """Inside, launches of ``kernel`` are compiled for ``arch`` and collected, and other launches do nothing."""
-    compiled: list[Compiled] = []
-    compiler = functools.partial(remembered, memory) if memory else compile_kernel
+def compiling_for(case: Case, compiler: Callable[..., _Made]) -> Iterator[list[_Made]]:
+    """Inside, what ``compiler`` makes of launches of the case's kernel is collected; other launches do nothing."""
+    made: list[_Made] = []
+    tile = config.LaunchConfig(*cast(Any, map(int, case.override.split(",")))) if case.override else None
 
     def launcher(jit_function: JITFunction, grid: tuple[int, ...]) -> Any:
         def compile_only(*args: Any, **kwargs: Any) -> None:
-            if kernel_name(jit_function, args) == kernel:
+            if kernel_name(jit_function, args) == case.kernel:
                 jit_function.device_caches.clear()  # in memory; it also makes Triton take the compiler anew
                 with mock.patch.object(triton.compiler, "compile", compiler):
-                    compiled.append(cast(Compiled, jit_function.run(*args, grid=grid, warmup=True, **kwargs)))
+                    made.append(cast(_Made, jit_function.run(*args, grid=grid, warmup=True, **kwargs)))
 
         return compile_only
 
-    driver.set_active(cast(Any, TargetOnlyDriver(arch)))  # what a compiler asks of a driver
+    driver.set_active(cast(Any, TargetOnlyDriver(case.arch)))  # what a compiler asks of a driver
     with (
         mock.patch.object(JITFunction, "__getitem__", launcher),
-        mock.patch.object(launch, "architecture", lambda device: arch),
+        mock.patch.object(launch, "architecture", lambda device: case.arch),
+        config.override(tile),
     ):
-        yield compiled
+        yield made
+
+
+def fingerprint_of(case: Case) -> str:
+    """The `fingerprint` of a case's kernel, empty where Triton refuses its source."""
+    with contextlib.suppress(Exception), compiling_for(case, fingerprint) as made:
+        launch_kernels(case.kernel, case.dim, FEATURES[case.feature])
+        return made[0]
+    return ""
 
 
 def compile_case(case: Case, memory: Path | None = None) -> Result:
     """Compile one case, but for what ``memory`` holds from an earlier time, and read the resources that it needs."""
     result = Result(**dataclasses.asdict(case))
-    tile = config.LaunchConfig(*cast(Any, map(int, case.override.split(",")))) if case.override else None
     start = time.perf_counter()
     try:
-        with compiling_for(case.arch, case.kernel, memory) as compiled, config.override(tile):
+        with compiling_for(case, functools.partial(remembered, memory) if memory else compile_kernel) as compiled:
             launch_kernels(case.kernel, case.dim, FEATURES[case.feature])
         (kernel,) = compiled
     except Exception as error:  # whatever a compiler raises is what is to be reported
@@ -262,15 +278,25 @@ def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], f
     cases = []
     for arch, kernel, dim, feature in itertools.product(archs, kernels, dims, features):
         simple = feature in ("plain", "odd_dim", "fp32")
-        cache_only = feature in ("paged", "chunk")
+        cache_only = feature in CACHE_ONLY
         exists = {
             **{name: name in config.key_passes(arch, dim) and not cache_only for name in ("dkdv", "dk", "dv")},
             "dbias": FEATURES[feature].bias,
             "delta": simple,
             "decode": feature
-            not in ("mask", "padding", "bias", "dropout", "dropout_part", "q_offset", "packed", "block_mask"),
-            "combine": simple or feature == "sinks",
-            "append": simple or feature == "paged",
+            not in (
+                "mask",
+                "padding",
+                "bias",
+                "dropout",
+                "dropout_part",
+                "q_offset",
+                "packed",
+                "used_keys",
+                "block_mask",
+            ),
+            "combine": simple or feature in ("sinks", "packed_cache"),
+            "append": simple or feature in ("paged", "packed_cache"),
         }
         if exists.get(kernel, not cache_only):
             cases.append(Case(arch, kernel, dim, feature))

@@ -1,14 +1,18 @@
 """Compiles every kernel with every feature and head dim, on each Triton version, and stores what it needs of a GPU.
 
 Tests read the stored table (`results/resources`), compile a sample of it again, and fail where it was made from other
-kernels. Renew it after a change to `kernels/`, with the two more Tritons that `make test` installs:
+kernels. Renew it after a change to `kernels/`, with the two more Tritons that `make test` installs. A row stays as it
+stands where the kernel's intermediate code is what it was made from:
 
-    make resources                                        # all of it
-    python -m benchmarks.tools.resources --triton 3.9.0   # what one version made
+    make resources                                        # what has changed
+    python -m benchmarks.tools.resources --triton 3.9.0   # the same for one version
+    python -m benchmarks.tools.resources --stale          # lists what would be compiled
 """
 
 import argparse
 import functools
+import hashlib
+import inspect
 import os
 import re
 import subprocess
@@ -17,21 +21,17 @@ from pathlib import Path
 
 import triton
 
-from benchmarks.harness import resources, results
+from benchmarks.harness import provenance, resources, results
 from benchmarks.harness.provenance import ROOT
 from fastattn.kernels import config, launch
 
-from . import compile_report, static_model
+from . import compile_report, sass, static_model
 from .calls import FEATURES
 from .compile_report import Case, Result
 
-HEAD_DIMS = {"3.6.0": (64, 128), "3.9.0": (64, 128)}
-"""What the table of each Triton version covers. What is missing is compiled by tests/kernels/test_compile_report.py."""
+HEAD_DIMS = (64, 128, 256)
 ARCH = "sm_90"
-"""Compiled with every feature and every Triton version; the other targets, whose tiles are untuned, for SOME of the
-features and with the Triton of `constraints.txt`.
-"""
-SOME = ("plain", "paged", "chunk", "everything")
+"""The target of the table. tests/kernels/test_compile_report.py has a sample of the others, whose tiles are untuned."""
 
 
 def share(result: Result) -> float:
@@ -58,15 +58,31 @@ def smaller_share(result: Result, memory: Path | None) -> float:
     return max(shares)
 
 
-def row_of(case: Case, memory: Path | None = None) -> results.Row:
-    """Compile a case and write down what it needs. Where registers spill in the inner loop, ``smaller`` is what a
-    smaller tile would reach instead of ``share``.
+@functools.cache
+def reader() -> str:
+    """Digest of the code that reads a compiled kernel."""
+    parts = [inspect.getsource(part) for part in (sass, static_model, compile_report.read_nvidia)]
+    return hashlib.sha256("\n".join(map(provenance.code, parts)).encode()).hexdigest()
+
+
+def code_of(case: Case) -> str:
+    """From what a case's row follows: its intermediate code, the compiler, and what reads the result."""
+    return hashlib.sha256(f"{compile_report.fingerprint_of(case)} {reader()}".encode()).hexdigest()[:12]
+
+
+def row_of(case: Case, memory: Path | None = None, stored: results.Row | None = None) -> results.Row:
+    """Compile a case and write down what it needs, unless ``stored`` is of the same code. Where registers spill in the
+    inner loop, ``smaller`` is what a smaller tile would reach instead of ``share``.
     """
+    code = code_of(case)
+    if stored is not None and stored["code"] == code:
+        return stored
     result = compile_report.compile_case(case, memory)
     reached = share(result)
     values = {name: getattr(result, name) for name in results.COMPILED_FIELDS if hasattr(result, name)}
     values |= {"head_dim": case.dim, "dtype": "fp32" if "32" in str(FEATURES[case.feature].dtype) else "bf16"}
     values |= {"share": reached or None, "smaller": smaller_share(result, memory) if reached and result.local else None}
+    values |= {"code": code}
     return {name: results.text(value) for name, value in values.items()}
 
 
@@ -88,45 +104,67 @@ def with_triton(version: str, *arguments: str) -> int:
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}).returncode
 
 
-def targets(version: str) -> list[str]:
-    """For which the kernels are compiled with a Triton version."""
-    return list(compile_report.TARGETS) if version == resources.TRITONS[1] else [ARCH]
-
-
-def cases(arch: str, version: str) -> list[Case]:
+def cases() -> list[Case]:
     """Every row of a table."""
-    features = list(FEATURES if arch == ARCH else SOME)
-    return compile_report.all_cases([arch], list(config.KERNELS), list(HEAD_DIMS[version]), features)
+    return compile_report.all_cases([ARCH], list(config.KERNELS), list(HEAD_DIMS), list(FEATURES))
 
 
-def some(arch: str, version: str, names: list[str]) -> list[Case]:
+def some(names: list[str]) -> list[Case]:
     """Of ``cases`` those named ``kernel,feature,head dim``."""
-    return [case for case in cases(arch, version) if f"{case.kernel},{case.feature},{case.dim}" in names]
+    return [case for case in cases() if ",".join(key_of(case)) in names]
+
+
+def key_of(case: Case) -> tuple[str, ...]:
+    """That of its row, see `resources.key`."""
+    return case.kernel, case.feature, str(case.dim)
+
+
+def stale(version: str, chosen: list[Case], folder: Path = resources.HERE) -> list[Case]:
+    """Those whose row is missing or of other code."""
+    codes = {resources.key(row): row["code"] for row in results.read(resources.path(ARCH, version, folder))}
+    return [case for case in chosen if codes.get(key_of(case)) != code_of(case)]
+
+
+def renew(chosen: list[Case], folder: Path, jobs: int, memory: Path | None, afresh: bool) -> None:
+    """Write the table of the Triton that is imported."""
+    version = triton.__version__
+    known = {} if afresh else {resources.key(row): row for row in results.read(resources.path(ARCH, version, folder))}
+    with_stored = [(case, memory, known.get(key_of(case))) for case in chosen]
+    label = f"Triton {version}: "
+    rows = compile_report.in_processes(_row_of, with_stored, jobs, label)
+    changed = sum(row != known.get(resources.key(row)) for row in rows)
+    print(f"{label}{changed} of {len(rows)} rows are new or changed", file=sys.stderr)
+    resources.write(ARCH, version, rows, folder)
+
+
+def _row_of(arguments: tuple[Case, Path | None, results.Row | None]) -> results.Row:
+    return row_of(*arguments)
 
 
 def main() -> None:
     """Command line: without options, renew the whole table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--triton", nargs="+", choices=HEAD_DIMS, default=list(HEAD_DIMS))
-    parser.add_argument("--arch", nargs="+", choices=compile_report.TARGETS, default=list(compile_report.TARGETS))
+    parser.add_argument("--triton", nargs="+", choices=resources.TRITONS, default=list(resources.TRITONS))
     parser.add_argument("--jobs", type=int, default=2, help="compile this many at a time (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=resources.HERE, help="folder of the table")
     parser.add_argument("--here", action="store_true", help="with the Triton that is first on Python's path")
     parser.add_argument("--memory", type=Path, help="what was compiled once is taken from this folder, and kept there")
+    parser.add_argument("--stale", action="store_true", help="compile nothing, list what is out of date")
+    parser.add_argument("--afresh", action="store_true", help="compile what the table has already, too")
     parser.add_argument("--only", nargs="+", metavar="KERNEL,FEATURE,DIM", help="a table of these rows alone")
     args = parser.parse_args()
     if launch.INTERPRETED.value:
         sys.exit("expected TRITON_INTERPRET to be unset: interpreted kernels are not compiled")
     if args.here:
-        version = triton.__version__
-        for arch in (arch for arch in args.arch if arch in targets(version)):
-            chosen = some(arch, version, args.only) if args.only else cases(arch, version)
-            label = f"Triton {version}, {arch}: "
-            row = functools.partial(row_of, memory=args.memory)
-            rows = compile_report.in_processes(row, chosen, args.jobs, label)
-            resources.write(arch, version, rows, args.output)
+        chosen = some(args.only) if args.only else cases()
+        if args.stale:
+            for case in stale(triton.__version__, chosen, args.output):
+                print(triton.__version__, *key_of(case))
+        else:
+            renew(chosen, args.output, args.jobs, args.memory, args.afresh)
         return
-    words = ["--arch", *args.arch, "--jobs", str(args.jobs), "--output", str(args.output.resolve())]
+    words = ["--jobs", str(args.jobs), "--output", str(args.output.resolve())]
+    words += [option for option in ("--afresh", "--stale") if getattr(args, option.strip("-"))]
     words += ["--memory", str(args.memory.resolve())] if args.memory else []
     words += ["--only", *args.only] if args.only else []
     sys.exit(max(with_triton(version, *words) for version in args.triton))
