@@ -29,7 +29,7 @@ from torch.library import Library
 from fastattn import backends, ops
 from fastattn.functional import divided
 from fastattn.functional.attention import Backend
-from fastattn.spec import AttentionSpec, make_spec
+from fastattn.spec import AttentionSpec, make_cache_spec, make_spec
 
 _NAME = "fastattn"
 _FUNCTIONS = (
@@ -111,19 +111,45 @@ class _Flash:
         seqused_k: Tensor | None = None, alibi_slopes: Tensor | None = None, block_table: Tensor | None = None,
         num_splits: int | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        # alibi_slopes too: the operator's backward does not get them.
-        _refuse(
-            return_debug_mask=return_debug_mask, seqused_k=seqused_k, alibi_slopes=alibi_slopes,
-            block_table=block_table, num_splits=None if num_splits == 1 else num_splits,
-        )  # fmt: skip
+        _refuse(return_debug_mask=return_debug_mask)
+        window = _window(window_size_left, window_size_right)
+        unknown_backward = {"seqused_k": seqused_k, "alibi_slopes": alibi_slopes, "block_table": block_table}
+        _refuse_gradients(unknown_backward, query, key, value)
+        if block_table is not None or (cum_seq_q is None and seqused_k is not None):
+            out, lse = self._cached(
+                query, key, value, cum_seq_q, seqused_k, dropout_p, scale=scale, causal=is_causal, window=window,
+                block_table=block_table, alibi_slopes=alibi_slopes, num_splits=num_splits or None,
+            )  # fmt: skip
+            return _stored_like(out, query), lse, *_random_state(None, query.device), query.new_empty(0)
+        if cum_seq_q is not None and cum_seq_k is None:
+            raise ValueError("cum_seq_k: expected a Tensor, since the keys are packed without a block_table, got None")
+        # num_splits divides the keys of a cache alone: the kernel of long sequences never does.
         q, k, v = _heads_first(cum_seq_q, query, key, value)
         spec = _spec(
-            q, k, v, dropout_p, scale, causal=is_causal, window=_window(window_size_left, window_size_right),
-            cu_seqlens_q=cum_seq_q, cu_seqlens_k=cum_seq_k,
+            q, k, v, dropout_p, scale, causal=is_causal, window=window, cu_seqlens_q=cum_seq_q,
+            cu_seqlens_k=cum_seq_k, seqused_k=seqused_k, alibi_slopes=alibi_slopes,
         )  # fmt: skip
         out, lse, seed = self._forward(spec)
         out = _stored_like(_heads_last(cum_seq_q, out), query)
         return out, lse if cum_seq_q is None else lse[0], *_random_state(seed, query.device), query.new_empty(0)
+
+    def _cached(
+        self, query: Tensor, key: Tensor, value: Tensor, cum_seq_q: Tensor | None, seqused_k: Tensor | None,
+        dropout_p: float, **options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Keys and values in pages, or (B, Lk, H, D) with a length each: out in the layout of the query, and lse."""
+        _refuse(dropout_p=dropout_p)
+        divided.refuse("key", "PyTorch's function under fastattn.activate()")
+        if seqused_k is None:
+            raise ValueError("seqused_k: expected how many keys each sequence has in its block_table, got None")
+        q = query.transpose(1, 2) if cum_seq_q is None else query
+        with ops.without_autocast(query.device):
+            spec = make_cache_spec(
+                q, key, value, cache_lens=seqused_k, cu_seqlens_q=cum_seq_q, return_lse=True, **options
+            )  # fmt: skip
+        out, lse = ops.attention_kvcache(spec, backends.choose(spec, self.backend))
+        assert lse is not None  # it was asked for
+        return _heads_last(cum_seq_q, out), lse if cum_seq_q is None else lse[0]
 
     def forward_out(self, out: Tensor, *args: Any, **options: Any) -> Tensor:
         result, lse, *_ = self.forward(*args, **options)
@@ -187,6 +213,16 @@ def _refuse(**options: Any) -> None:
                 f"{name}: expected none where fastattn serves PyTorch's flash attention, got "
                 f"{'a Tensor' if isinstance(value, Tensor) else value}; fastattn.deactivate() brings PyTorch's back"
             )
+
+
+def _refuse_gradients(operands: dict[str, Tensor | None], *inputs: Tensor) -> None:
+    """PyTorch hands these to its forward operator and not to the backward, which would go on without them."""
+    given = [name for name, operand in operands.items() if operand is not None]
+    if given and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise ValueError(
+            f"{given[0]}: expected none where a gradient is asked for, since PyTorch's backward operator does not get "
+            f"it, got a Tensor; call fastattn's own function, or this one under torch.no_grad()"
+        )
 
 
 def _window(left: int | None, right: int | None) -> tuple[int | None, int | None]:
@@ -270,8 +306,8 @@ def activate(*, backend: Backend | None = None) -> contextlib.AbstractContextMan
 
     What PyTorch gives to its flash kernels goes to ours: `F.scaled_dot_product_attention` without a mask in half
     precision on a GPU, and through it ``torch.nn.MultiheadAttention(need_weights=False)`` and the Transformer layers
-    in training; ``torch.nn.attention.varlen.varlen_attn``. Which calls these are remains PyTorch's choice:
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION)`` forces it. Run the backward pass of what was
+    in training; ``torch.nn.attention.varlen.varlen_attn``, over pages too. Which calls these are
+    remains PyTorch's choice: ``torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION)`` forces it. Run the backward pass of what was
     computed under activation before it ends.
 
     The kernels for CUDA have not yet run on a GPU.
@@ -287,7 +323,8 @@ def activate(*, backend: Backend | None = None) -> contextlib.AbstractContextMan
     Raises:
         RuntimeError: this torch has no such registry.
         ValueError: no such backend. A call under activation raises if the backend cannot serve it, or if it asks for
-            what our kernels do not have there: ``seqused_k``, ``block_table``, ``alibi_slopes``, splits.
+            gradients beside ``seqused_k``, ``block_table`` or ``alibi_slopes``, of which PyTorch's backward operator is
+            not told.
     """
     if backend not in (None, "triton", "cuda", "reference"):
         raise ValueError(f"backend: expected 'triton', 'cuda', 'reference' or None, got {backend!r}")

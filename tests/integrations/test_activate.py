@@ -383,20 +383,6 @@ def test_the_cuda_operator_on_packed_sequences(cuda_table, causal, options, ours
         assert torch.equal(out, expected[0])
 
 
-UNSERVED = {
-    "seqused_k": torch.tensor([3]).int(), "alibi_slopes": torch.ones(2), "return_debug_mask": True,
-    "block_table": torch.zeros(1, 1).int(), "num_splits": 4,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", UNSERVED)
-def test_what_is_not_served_is_an_error(name):
-    q = torch.randn(1, 4, 2, 8)
-    options = {"return_debug_mask": False, name: UNSERVED[name]}
-    with pytest.raises(ValueError, match=f"{name}: expected none where fastattn serves PyTorch's flash attention"):
-        _Flash("reference").forward(q, q, q, None, None, 4, 4, 0.0, False, **options)
-
-
 def test_the_cpu_operator_has_no_dropout():
     q = torch.randn(1, 2, 4, 8)
     with (
