@@ -19,6 +19,7 @@ def made(monkeypatch):
     made = Graphs()
     monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     monkeypatch.setattr(graphs, "capture", made.capture)
+    monkeypatch.setattr(graphs, "reason_against_plan", lambda *_: "a GPU's steps are those of the layers")
     monkeypatch.setattr(checks, "readable", lambda _: False)
     monkeypatch.setattr(cache_spec, "readable", lambda _: False)
     return made
