@@ -1,6 +1,7 @@
-"""The CPU path against PyTorch's: full and causal attention, every feature per allowed pair, and layers.
+"""The CPU path against PyTorch's: full and causal attention, every feature per allowed pair, layers, and decode.
 
-Plain attention is measured on one and on two threads; the peers take turns within a cell.
+Plain attention is measured on one and on two threads; the peers take turns within a cell. A decode step is held against
+reading as many bytes as its cache has, by `torch.sum`.
 `python -m benchmarks.tools.cpu_ratios` prints the ratios of the rows.
 """
 
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 
 from benchmarks.harness.attention import measure
+from benchmarks.harness.device import DryRun
 from benchmarks.harness.peers import OWN
-from benchmarks.harness.problems import Problem
+from benchmarks.harness.problems import DTYPES, Problem
 from benchmarks.harness.runner import Bench, Cell
 
+from . import decode
 from .layers import measure_layer
 
 DEVICES = ("cpu",)
@@ -46,6 +49,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": "fp16", "causal": True},
 }
 
+READ = "read"
+CACHE_BYTES = 1 << 26
+# (q_heads, kv_heads, head_dim) of a decode step.
+CACHE_HEADS = ((8, 8, 64), (32, 8, 128))
+
 # Case -> what it changes in a Problem of these sizes.
 CASES = PLAIN | FEATURES
 
@@ -69,7 +77,30 @@ def cells() -> list[Cell]:
             dropout=0.1 if mode == "train" else 0.0,
         )  # fmt: skip
         found.append(Cell("cpu", f"{kind} L={length} {mode}{', padded' if padded else ''}", run, 2))
+    for heads, batch, dtype in itertools.product(CACHE_HEADS, (1, 8), ("fp32", "bf16")):
+        run = functools.partial(measure_decode, step=step_of(batch, dtype, *heads))
+        found.append(Cell("cpu", f"decode, {heads[0]}/{heads[1]} heads, batch {batch}, {dtype}", run, 2))
     return found
+
+
+def step_of(batch: int, dtype: str, q_heads: int, kv_heads: int, head_dim: int) -> decode.Step:
+    """One step over a cache of CACHE_BYTES."""
+    length = CACHE_BYTES // (2 * batch * kv_heads * head_dim * DTYPES[dtype].itemsize)
+    return decode.Step(batch, q_heads, kv_heads, length, 0, head_dim, dtype)
+
+
+def measure_decode(bench: Bench, step: decode.Step) -> None:
+    """Time a step beside reading as many bytes."""
+    actual = decode.Step(2, 4, 2, 64, 0, 16, "fp32") if isinstance(bench.device, DryRun) else step
+    x = decode.make_inputs(actual, "cpu")
+    call = decode.prepare_fastattn(actual, x).call
+    source = torch.ones(actual.bytes() // 4)
+    with torch.no_grad():
+        decode.check(x, call())
+        for name, timing in bench.time({OWN: lambda _: call(), READ: lambda _: source.sum()}).items():
+            bench.record(
+                "cpu", step.key() | {"provider": name, "mbytes": step.bytes() * 1e-6}, timing, tokens=step.batch
+            )
 
 
 def attention_cell(

@@ -11,11 +11,12 @@ from pathlib import Path
 from benchmarks.harness import results
 from benchmarks.harness.device import Device
 from benchmarks.harness.peers import OWN
-from benchmarks.suites.cpu import ANY_PEER, FEATURE_LENGTH, FEATURES, MODES, PLAIN, SDPA
+from benchmarks.suites.cpu import ANY_PEER, FEATURE_LENGTH, FEATURES, MODES, PLAIN, READ, SDPA
 
 
-def ratios(rows: Iterable[results.Row]) -> Iterator[str]:
-    """Lines that say how often fastattn is as fast as a peer, and which share of the causal rate a feature has."""
+def ratios(rows: Sequence[results.Row]) -> Iterator[str]:
+    """Lines that say how often fastattn is as fast as a peer, which share of the causal rate a feature has, and which
+    share of the rate of reading a decode step."""
     timed = [row for row in rows if row["p50_ms"] and row["mode"] in MODES]
     for (case, mode), group in grouped(timed, "case", "mode"):
         speedups = {f"L={own['q_len']} D={own['head_dim']}": best for own, best in against(group, (SDPA,))}
@@ -34,6 +35,9 @@ def ratios(rows: Iterable[results.Row]) -> Iterator[str]:
             if name in rates and causal:
                 best = f", {peers[name]:.2f} x the best peer" if name in peers else ""
                 yield f"{name:28} {mode:9} {rates[name] / causal:5.2f} of the causal rate{best}"
+    for own, share in against([row for row in rows if row["p50_ms"] and row["mode"] == "decode"], (READ,)):
+        name = f"{own['case'].removesuffix(', contiguous')}, {own['dtype']}"
+        yield f"{name:28} decode    {share:5.2f} of the rate of reading"
 
 
 def against(rows: Iterable[results.Row], peers: tuple[str, ...]) -> Iterator[tuple[results.Row, float]]:

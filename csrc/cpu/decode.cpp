@@ -5,26 +5,14 @@
 #include <cmath>
 #include <cstring>
 
-#include "cache.h"
-#include "simd.h"
+#include "decode_tiles.h"
 #include "variant.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-constexpr int kBlock = 32;                // keys whose scores are held at once
-constexpr int kKeyTile = 8;               // keys that are read before the next head's
 constexpr int64_t kSplitBytes = 1 << 19;  // of the cache, at least, for each split
-
-template <class T>
-T least(T a, T b) {
-  return b < a ? b : a;
-}
-
-template <class T>
-T most(T a, T b) {
-  return a < b ? b : a;
-}
+constexpr int64_t kFewestKeys = 64, kMostKeys = 2048, kLongCache = 1024;
 
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return least(most(x, low), high); }
 
@@ -62,126 +50,14 @@ Range visible(const FastattnDecode& d, const Entry& e) {
 
 int64_t split_keys(const FastattnDecode& d, int64_t element_size) {
   const int64_t key_bytes = d.kv_heads * (d.head_dim + d.v_dim) * element_size;
-  return clamp(kSplitBytes / key_bytes, 2 * kBlock, 64 * kBlock) / kBlock * kBlock;
+  const int64_t fewest = d.capacity < kLongCache ? kFewestKeys : 2 * kBlock;  // a short cache is to serve every thread
+  return clamp(kSplitBytes / key_bytes, fewest, kMostKeys) / kFewestKeys * kFewestKeys;
 }
 
 int64_t split_count(const FastattnDecode& d, const Entry& e, int64_t keys) {
   if (e.q_len == 0) return 0;
   const Range range = visible(d, e);
   return most<int64_t>((range.end - range.start + keys - 1) / keys, 1);
-}
-
-// -- A few keys ------------------------------------------------------------------------------------------------------
-
-// Positions of the cache, at head 0.
-template <class Element>
-struct Positions {
-  const Element* at[kBlock];
-
-  void find(const FastattnDecode& d, const FastattnView& cache, int64_t b, int64_t first, int count) {
-    for (int j = 0; j < count; j++) {
-      const Place place = locate(d, b, first + j);
-      at[j] = static_cast<const Element*>(cache.data) + place.page * cache.stride[0] + place.slot * cache.stride[1];
-    }
-  }
-};
-
-// Rows of one head: in the cache, or copied, with zeros behind them, where they are not whole vectors.
-template <class Element>
-struct Rows {
-  const Element* row[kKeyTile];
-
-  // `copy` has room for kKeyTile rows of `padded` elements.
-  Rows(const Positions<Element>& positions, int first, int count, const FastattnView& cache, int64_t head, int64_t width,
-       int64_t padded, Element* copy) {
-    const bool in_place = cache.stride[3] == 1 && width == padded;
-    for (int j = 0; j < count; j++) {
-      row[j] = positions.at[first + j] + head * cache.stride[2];
-      if (in_place) continue;
-      for (int64_t c = 0; c < width; c++) copy[c] = row[j][c * cache.stride[3]];
-      for (int64_t c = width; c < padded; c++) copy[c] = Element{};
-      row[j] = copy;
-      copy += padded;
-    }
-  }
-};
-
-// The processor's own prefetching loses its way between the heads of a position and the positions.
-template <class Element>
-void prefetch(const Element* from, int64_t bytes_on) {
-  __builtin_prefetch(reinterpret_cast<const char*>(from) + bytes_on);
-}
-
-// s[r][j] = <q_r, k_j> for kRows rows and kKeys keys of `width` elements, whole times kChains vectors; `next` is where the
-// row lies, in bytes from its k_j, that is read after these.
-template <int kRows, int kKeys, int kChains, class Compute, class Element>
-void products(Compute* s, const Compute* q, const Element* const* k, int64_t width, int64_t next) {
-  constexpr int kL = kLanes<Compute>, kSums = kRows * kKeys;
-  Vec<Compute> sum[kChains * kSums];
-  for (int i = 0; i < kChains * kSums; i++) sum[i] = Vec<Compute>{};
-  for (int64_t c = 0; c < width; c += kChains * kL) {
-    for (int i = 0; i < kChains; i++) {
-      for (int j = 0; j < kKeys; j++) {
-        const Element* from = k[j] + c + i * kL;
-        prefetch(from, next);
-        const Vec<Compute> key = load<Compute>(from);
-        for (int r = 0; r < kRows; r++) sum[i * kSums + r * kKeys + j] += load<Compute>(q + r * width + c + i * kL) * key;
-      }
-    }
-  }
-  for (int i = kSums; i < kChains * kSums; i++) sum[i - kSums] += sum[i];
-  Compute sums[kSums];
-  sums_of_lanes<kSums>(sums, sum);
-  for (int r = 0; r < kRows; r++) std::memcpy(s + r * kBlock, sums + r * kKeys, kKeys * sizeof(Compute));
-}
-
-template <int kRows, class Compute, class Element>
-__attribute__((noinline)) void all_products(Compute* s, const Compute* q, const Element* const* k, int count,
-                                            int64_t width, int64_t next) {
-  constexpr int kKeys = kRows == 4 ? 2 : 4;
-  constexpr int kChains = kRows == 1 ? 2 : 1;  // with the keys, enough sums that none waits for itself
-  int j = 0;
-  if (width % (kChains * kLanes<Compute>) == 0) {
-    for (; j + kKeys <= count; j += kKeys) products<kRows, kKeys, kChains>(s + j, q, k + j, width, next);
-  }
-  for (; j < count; j++) products<kRows, 1, 1>(s + j, q, k + j, width, next);
-}
-
-// acc[r] += sum_j p[r][j] v_j, over the columns of kVectors vectors.
-template <int kRows, int kVectors, class Compute, class Element>
-void weighted_values(Compute* acc, int64_t width, const Compute* p, const Element* const* v, int count, int64_t column,
-                     int64_t next) {
-  using V = Vec<Compute>;
-  constexpr int kL = kLanes<Compute>;
-  V sum[kRows][kVectors];
-  for (int r = 0; r < kRows; r++) {
-    for (int i = 0; i < kVectors; i++) sum[r][i] = load<Compute>(acc + r * width + column + i * kL);
-  }
-  for (int j = 0; j < count; j++) {
-    V value[kVectors];
-    for (int i = 0; i < kVectors; i++) {
-      const Element* from = v[j] + column + i * kL;
-      prefetch(from, next);
-      value[i] = load<Compute>(from);
-    }
-    for (int r = 0; r < kRows; r++) {
-      for (int i = 0; i < kVectors; i++) sum[r][i] += p[r * kBlock + j] * value[i];
-    }
-  }
-  for (int r = 0; r < kRows; r++) {
-    for (int i = 0; i < kVectors; i++) store(acc + r * width + column + i * kL, sum[r][i]);
-  }
-}
-
-template <int kRows, class Compute, class Element>
-__attribute__((noinline)) void all_weighted_values(Compute* acc, int64_t width, const Compute* p,
-                                                   const Element* const* v, int count, int64_t next) {
-  constexpr int kVectors = 8 / kRows, kL = kLanes<Compute>;
-  int64_t c = 0;
-  for (; c + kVectors * kL <= width; c += kVectors * kL) {
-    weighted_values<kRows, kVectors>(acc, width, p, v, count, c, next);
-  }
-  for (; c < width; c += kL) weighted_values<kRows, 1>(acc, width, p, v, count, c, next);
 }
 
 // -- One split -------------------------------------------------------------------------------------------------------
@@ -209,8 +85,8 @@ class Split {
  public:
   Split(const FastattnDecode& d, const Entry& entry)
       : d_(d), entry_(entry), group_(d.q_heads / d.kv_heads), rows_(group_ * entry.q_len), k_width_(padded<Compute>(d.head_dim)),
-        v_width_(padded<Compute>(d.v_dim)), next_k_(kKeyTile * d.k_cache.stride[1] * int64_t(sizeof(Element))),
-        next_v_(kKeyTile * d.v_cache.stride[1] * int64_t(sizeof(Element))) {}
+        v_width_(padded<Compute>(d.v_dim)), next_k_(d.k_cache.stride[1] * int64_t(sizeof(Element))),
+        next_v_(d.v_cache.stride[1] * int64_t(sizeof(Element))) {}
 
   // Elements of type Compute, for `heads` key heads.
   static int64_t scratch_size(const FastattnDecode& d, const Entry& entry, int64_t heads) {
@@ -224,6 +100,20 @@ class Split {
   // The heads of a position lie side by side: all heads of a few positions, then the next ones. Head by head, the rows
   // would be a power of two apart and fall out of the cache before their turn.
   void run(Range keys, int64_t head, int64_t head_end, Compute* partials, int64_t step, Compute* memory) {
+    const int64_t bytes = d_.kv_heads * most(d_.head_dim, d_.v_dim) * int64_t(sizeof(Element));
+    if (bytes * kKeyTile > kTileBytes) return run_by<kKeyTile / 2>(keys, head, head_end, partials, step, memory);
+    run_by<kKeyTile>(keys, head, head_end, partials, step, memory);
+  }
+
+  int64_t rows() const { return rows_; }
+  int64_t q_head(int64_t head, int64_t r) const { return head * group_ + r % group_; }
+  int64_t query(int64_t r) const { return r / group_; }
+
+ private:
+  // `run` by so many keys of a head before those of the next one.
+  template <int kTile>
+  void run_by(Range keys, int64_t head, int64_t head_end, Compute* partials, int64_t step, Compute* memory) {
+    next_k_ *= kTile, next_v_ *= kTile;
     q_ = memory;
     scores_ = q_ + (head_end - head) * rows_ * k_width_;
     copy_ = reinterpret_cast<Element*>(scores_ + (head_end - head) * rows_ * kBlock);
@@ -233,8 +123,8 @@ class Split {
       const int count = int(least<int64_t>(kBlock, keys.end - key));
       k.find(d_, d_.k_cache, entry_.number, key, count);
       v.find(d_, d_.v_cache, entry_.number, key, count);
-      for (int j = 0; j < count; j += kKeyTile) {
-        const int some = least(kKeyTile, count - j);
+      for (int j = 0; j < count; j += kTile) {
+        const int some = least(kTile, count - j);
         for (int64_t h = head; h < head_end; h++) {
           const Rows<Element> rows(k, j, some, d_.k_cache, h, d_.head_dim, k_width_, copy_);
           multiply_keys(h - head, rows, j, some);
@@ -250,8 +140,8 @@ class Split {
         }
       }
       const bool whole = all_see(key, count);
-      for (int j = 0; j < count; j += kKeyTile) {
-        const int some = least(kKeyTile, count - j);
+      for (int j = 0; j < count; j += kTile) {
+        const int some = least(kTile, count - j);
         for (int64_t h = head; h < head_end; h++) {
           const Rows<Element> rows(v, j, some, d_.v_cache, h, d_.v_dim, v_width_, copy_);
           const Partial<Compute> partial(partials + (h - head) * step, rows_, v_width_);
@@ -261,11 +151,6 @@ class Split {
     }
   }
 
-  int64_t rows() const { return rows_; }
-  int64_t q_head(int64_t head, int64_t r) const { return head * group_ + r % group_; }
-  int64_t query(int64_t r) const { return r / group_; }
-
- private:
   // Of a block of keys, those that a row sees.
   struct Seen {
     int first, end;
@@ -351,8 +236,7 @@ class Split {
       store(s + j, visible);
       highest = highest < visible ? visible : highest;
     }
-    Compute new_max = partial.maximum[r];
-    for (int i = 0; i < kLanes<Compute>; i++) new_max = most<Compute>(new_max, highest[i]);
+    const Compute new_max = most<Compute>(partial.maximum[r], largest_lane(highest));
     const Compute pivot = new_max == -INFINITY ? Compute(0) : new_max;
     V total{};
     for (int j = 0; j < kBlock; j += kLanes<Compute>) {
@@ -372,7 +256,7 @@ class Split {
   const FastattnDecode& d_;
   Entry entry_;
   int64_t group_, rows_, k_width_, v_width_;
-  int64_t next_k_, next_v_;  // bytes from a row to that of the next few keys
+  int64_t next_k_, next_v_;  // bytes from a row to that of the next key, or of the next few keys
   Compute *q_ = nullptr, *scores_ = nullptr;
   Element* copy_ = nullptr;
 };

@@ -25,7 +25,7 @@ EXPECTED = {
     "memory": {"fastattn", "sdpa-flash", "sdpa-math", "torch"},
     "overhead": {"fastattn", "sdpa", "torch"},
     "launch": {"fastattn", "triton-binder", "torch"},
-    "cpu": {"fastattn", "sdpa", "torch"},
+    "cpu": {"fastattn", "sdpa", "torch", "read"},
 }
 
 

@@ -1,0 +1,365 @@
+// One task of the backward pass: one key head of one batch entry, or a piece of its keys.
+#pragma once
+
+#include "backward_memory.h"
+#include "softmax.h"
+
+namespace fastattn::cpu::FASTATTN_VARIANT {
+namespace {
+
+template <class T, class Step>
+class Backward {
+ public:
+  Backward(const Problem<T>& problem, const FastattnGradients& g, const Results<T>& results, const Task& task,
+           const Turns& turns)
+      : problem_(problem), a_(problem.a), o_(problem.o), g_(g), results_(results), task_(task),
+        entry_(problem.entry(task.entry)), keep_scale_(problem.keep_scale()),
+        threshold_(dropout_threshold(problem.a.dropout_p)), bias_(problem, g, entry_, turns),
+        q_steps_(lanes_for<Step>(problem.a.head_dim)), v_steps_(lanes_for<Step>(problem.a.v_dim)) {
+    const int64_t blocks = (entry_.kv_len + kKeys - 1) / kKeys;
+    keys_ = {blocks * task.piece / results.pieces * kKeys, blocks * (task.piece + 1) / results.pieces * kKeys};
+  }
+
+  // False where memory ran out.
+  bool run() {
+    const int64_t keys = keys_.end - keys_.begin;
+    T* data = scratch<T>(Memory<T, Step>(a_, bias_.sharing(), entry_.q_len, keys, nullptr).size);
+    if (data == nullptr) return false;
+    Memory<T, Step> memory(a_, bias_.sharing(), entry_.q_len, keys, data);
+    memory_ = &memory;
+    pack_keys();
+    const int64_t used = least(keys, entry_.kv_len - keys_.begin);
+    fill(memory.dk, used * memory.q_width, T(0));
+    fill(memory.dv, used * memory.v_width, T(0));
+    for (member_ = 0; member_ < problem_.group(); member_++) query_head(task_.kv_head * problem_.group() + member_);
+    write_keys();
+    return true;
+  }
+
+ private:
+  void pack_keys() {
+    const Rows<T> k = problem_.k_rows(a_.k, entry_, task_.kv_head, a_.head_dim);
+    const Rows<T> v = problem_.k_rows(a_.v, entry_, task_.kv_head, a_.v_dim);
+    keys_poisoned_ = false;
+    for (int64_t key = keys_.begin; key < keys_.end; key += kKeys) {
+      const int64_t count = least(kKeys, entry_.kv_len - key), place = key - keys_.begin;
+      T* rows = key_steps(place);
+      keys_poisoned_ |= Step::read_steps(k, key, count, rows, memory_->q_width);
+      if constexpr (Step::kParts == 2) Step::read(k, key, count, rows = memory_->rows, memory_->q_lanes);
+      pack_panels(rows, count, q_steps_, memory_->q_lanes, memory_->key_panels + place * q_steps_);
+      keys_poisoned_ |= Step::read(v, key, count, memory_->rows, memory_->v_lanes);
+      pack_panels(memory_->rows, count, v_steps_, memory_->v_lanes, memory_->value_panels + place * v_steps_);
+    }
+  }
+
+  // Those of the key at a place, where a lane begins.
+  T* key_steps(int64_t place) const { return memory_->key_steps + place / Step::kParts * memory_->q_width; }
+
+  void write_keys() {
+    const Rows<T> dk = problem_.k_rows(g_.dk, entry_, task_.kv_head, a_.head_dim);
+    const Rows<T> dv = problem_.k_rows(g_.dv, entry_, task_.kv_head, a_.v_dim);
+    const T scale = T(a_.scale);
+    for (int64_t key = keys_.begin; key < least(keys_.end, entry_.kv_len); key++) {
+      const int64_t place = key - keys_.begin;
+      dk.write(key, memory_->dk + place * memory_->q_width, scale);
+      dv.write(key, memory_->dv + place * memory_->v_width, T(1));
+    }
+  }
+
+  void query_head(int64_t head) {
+    const Scores<T> scores(problem_, entry_, head);
+    head_ = head;
+    pack_queries();
+    fill(memory_->dq, entry_.q_len * memory_->q_width, T(0));
+    dslope_ = 0.0;
+    bias_.begin(member_, head, memory_->dbias);
+    for (int64_t key = keys_.begin; key < keys_.end; key += kKeys) key_block(scores, key);
+    bias_.end();
+    if (results_.dslopes != nullptr) {
+      results_.dslopes[(task_.piece * problem_.entries() + entry_.number) * a_.q_heads + head] = T(-dslope_);
+    }
+    write_queries();
+  }
+
+  // q, dout and delta of the head; and the gradient of its sink.
+  void pack_queries() {
+    const Rows<T> dout = problem_.q_rows(g_.dout, entry_, head_, a_.v_dim);
+    const Rows<T> out = problem_.q_rows(a_.out, entry_, head_, a_.v_dim);
+    const Rows<T> q = problem_.q_rows(a_.q, entry_, head_, a_.head_dim);
+    queries_poisoned_ = Step::read(q, 0, entry_.q_len, memory_->q, memory_->q_lanes);
+    queries_poisoned_ |= Step::read(dout, 0, entry_.q_len, memory_->dout, memory_->v_lanes);
+    if constexpr (Step::kParts == 2) {
+      Step::read_steps(q, 0, entry_.q_len, memory_->q_steps, memory_->q_width);
+      Step::read_steps(dout, 0, entry_.q_len, memory_->dout_steps, memory_->v_width);
+    }
+    double dsink = 0.0;
+    T delta_poison = T(0);
+    for (int64_t row = 0; row < entry_.q_len; row++) {
+      out.read(row, 1, memory_->rows, memory_->v_width);
+      const T* dout_row = memory_->dout + row * memory_->v_lanes;
+      if constexpr (Step::kParts == 2) {
+        dout.read(row, 1, memory_->rows + memory_->v_width, memory_->v_width);
+        dout_row = memory_->rows + memory_->v_width;
+      }
+      Vec<T> sum{};
+      for (int64_t i = 0; i < memory_->v_width; i += kLanes<T>) sum += load(memory_->rows + i) * load(dout_row + i);
+      const int64_t at = problem_.row_index(entry_, head_, row);
+      T delta = sum_lanes(sum);
+      if (g_.dlse != nullptr) delta -= static_cast<const T*>(g_.dlse)[at];
+      memory_->delta[row] = delta;
+      delta_poison += delta * T(0);  // 0, or NaN
+      if (o_.seed != nullptr) memory_->row_keys[row] = dropout_row_keys(o_, entry_.number, head_, row);
+      if (results_.dsinks != nullptr) {  // a score whose value vector is 0
+        const T sink = static_cast<const T*>(o_.sinks)[head_] * T(kLog2E);
+        dsink -= double(exp2_of_difference(Vec<T>{} + (sink - maximum(at) - log_total(at)))[0] * delta);
+      }
+    }
+    queries_poisoned_ |= delta_poison != delta_poison;
+    if (results_.dsinks != nullptr && task_.piece == 0) {
+      results_.dsinks[entry_.number * a_.q_heads + head_] = T(dsink);
+    }
+  }
+
+  void write_queries() {
+    if (results_.dq != nullptr) {
+      const int64_t place = (entry_.batch * a_.q_heads + head_) * results_.pieces + task_.piece;
+      T* to = results_.dq + place * a_.q_len * memory_->q_width;
+      for (int64_t i = 0; i < entry_.q_len * memory_->q_width; i++) to[i] = memory_->dq[i];
+      return;
+    }
+    const Rows<T> dq = problem_.q_rows(g_.dq, entry_, head_, a_.head_dim);
+    const T scale = T(a_.scale);
+    for (int64_t row = 0; row < entry_.q_len; row++) {
+      dq.write(row, memory_->dq + row * memory_->q_width, scale);
+    }
+  }
+
+  // Every tile of queries that sees keys `key .. key + kKeys`.
+  void key_block(const Scores<T>& scores, int64_t key) {
+    if (o_.table == nullptr) {
+      for (int64_t row = 0; row < entry_.q_len; row += kQueries) tile(scores, row, key, nullptr);
+      return;
+    }
+    // Partial tiles come before full ones: turns are for all rows at once.
+    bias_.begin_tiles(entry_.q_len - 1, key);
+    const int64_t lines = (a_.kv_len + kKeys - 1) / kKeys;
+    const int64_t line = ((o_.block_batch > 1 ? entry_.batch : 0) * o_.block_heads +
+                          (o_.block_heads > 1 ? head_ : 0)) * lines + key / kKeys;
+    const int32_t* offsets = o_.key_offsets + line * 3;
+    for (int32_t n = offsets[0]; n < offsets[2]; n++) {
+      const int32_t* entry = o_.key_entries + int64_t(n) * 2;
+      const uint8_t* block = n < offsets[1] ? o_.pool + int64_t(entry[1]) * kKeys * kKeys : nullptr;
+      const int64_t row = int64_t(entry[0]) * kKeys;
+      for (int64_t half = row; half < least(row + kKeys, entry_.q_len); half += kQueries) {
+        tile(scores, half, key, block);
+      }
+    }
+    bias_.end_tiles(entry_.q_len - 1, key);
+  }
+
+  void tile(const Scores<T>& scores, int64_t row, int64_t key, const uint8_t* block) {
+    const int64_t count = least(kQueries, entry_.q_len - row);
+    Range visible[kQueries];
+    Range seen{kKeys, 0};
+    for (int64_t r = 0; r < count; r++) {
+      visible[r] = problem_.visible(entry_, row + r);
+      const Range own = within(visible[r], key);
+      if (!own.empty()) seen = {least(seen.begin, own.begin), most(seen.end, own.end)};
+    }
+    if (seen.empty()) {
+      for (int64_t r = 0; r < count; r++) bias_.take_nothing(row + r, key, 0, kKeys);
+      return;
+    }
+    const int begin = int(seen.begin / kTileColumns<T> * kTileColumns<T>), end = int(round_up(seen.end, kLanes<T>));
+    if (o_.table == nullptr) bias_.begin_tiles(row, key);
+    for (int64_t r = 0; r < count; r += kTileRows) {
+      const int rows = int(least(kTileRows, count - r));
+      row_group(scores, row, r, rows, key, block, visible, begin, end);
+      if constexpr (Step::kParts == 2) {
+        for (T* tile : {memory_->p, memory_->ds}) round_steps(tile, r, rows, begin, end);
+      }
+    }
+    if (o_.table == nullptr) bias_.end_tiles(row, key);
+    add_to_keys(row, count, key, visible, begin, int(seen.end));
+  }
+
+  static Range within(Range visible, int64_t key) {
+    return common({visible.begin - key, visible.end - key}, {0, kKeys});
+  }
+
+  // P and dS of some rows of a tile, 0 where nothing is seen between `begin` and `end`; and their share of dQ.
+  void row_group(
+      const Scores<T>& scores, int64_t row, int64_t at, int rows, int64_t key, const uint8_t* block,
+      const Range* visible, int begin, int end) {
+    Range seen{kKeys, 0};
+    for (int r = 0; r < rows; r++) {
+      const Range own = within(visible[at + r], key);
+      if (!own.empty()) seen = {least(seen.begin, own.begin), most(seen.end, own.end)};
+    }
+    T *p = memory_->p + at * kPitch<T>, *ds = memory_->ds + at * kPitch<T>;
+    const int first = seen.empty() ? end : int(seen.begin / kTileColumns<T> * kTileColumns<T>);
+    const int last = seen.empty() ? end : int(round_up(seen.end, kLanes<T>));
+    for (int r = 0; r < rows; r++) {
+      for (T* x : {p + r * kPitch<T>, ds + r * kPitch<T>}) {
+        fill(x + begin, first - begin, T(0));
+        fill(x + last, end - last, T(0));
+      }
+      bias_.take_nothing(row + at + r, key, 0, seen.empty() ? 0 : first);
+      bias_.take_nothing(row + at + r, key, seen.empty() ? 0 : last, kKeys);
+    }
+    if (seen.empty()) return;
+    const int64_t place = key - keys_.begin;
+    prefetch_ahead<0>(scores, row + at, key);
+    product<Step, Layout::kRows>(
+        rows, memory_->q + (row + at) * memory_->q_lanes, memory_->q_lanes,
+        memory_->key_panels + (place + first) * q_steps_, kTileColumns<T> * q_steps_, kTileColumns<T>, p + first,
+        kPitch<T>, last - first, q_steps_, false);
+    prefetch_ahead<1>(scores, row + at, key);
+    product<Step, Layout::kRows>(
+        rows, memory_->dout + (row + at) * memory_->v_lanes, memory_->v_lanes,
+        memory_->value_panels + (place + first) * v_steps_, kTileColumns<T> * v_steps_, kTileColumns<T>, ds + first,
+        kPitch<T>, last - first, v_steps_, false);
+    for (int r = 0; r < rows; r++) {
+      finish_row(scores, row + at + r, key, visible[at + r], block, first, last, p + r * kPitch<T>,
+                 ds + r * kPitch<T>);
+    }
+    prefetch_ahead<2>(scores, row + at, key);
+    const T *keys = key_steps(place + first), *weights = ds + first;
+    if constexpr (Step::kParts == 2) {
+      for (int r = 0; r < rows; r++) Step::round_row(ds + r * kPitch<T>, first, last, memory_->ds_rows + r * kPitch<T>);
+      weights = memory_->ds_rows + first / Step::kParts;
+    }
+    T* dq = memory_->dq + (row + at) * memory_->q_width;
+    const int64_t width = memory_->q_width, steps = lanes_for<Step>(seen.end - first);
+    if (keys_poisoned_) {
+      careful_product<Step, Layout::kRows>(rows, weights, kPitch<T>, keys, width, dq, width, width, steps);
+    } else {
+      product<Step, Layout::kRows>(
+          rows, weights, kPitch<T>, keys, kTileColumns<T>, width, dq, width, width, steps, true);
+    }
+  }
+
+  // Rows `at .. at + rows` of a tile, in twos, to the front of the tile: behind rows that were rounded before.
+  static void round_steps(T* tile, int64_t at, int rows, int begin, int end) {
+    for (int64_t r = at; r < at + rows; r += 2) {
+      const T* second = r + 1 < at + rows ? tile + (r + 1) * kPitch<T> : nullptr;
+      Step::round_rows(tile + r * kPitch<T>, second, begin, end, tile + r / 2 * kPitch<T>);
+    }
+  }
+
+  // A third of what the next rows after those at `row` will read, as in forward.cpp.
+  template <int third>
+  void prefetch_ahead(const Scores<T>& scores, int64_t row, int64_t key) const {
+    if (!scores.may_forbid()) return;
+    const int64_t next = row + kTileRows;
+    for (int64_t r = next + kTileRows * third / 3; r < least(next + kTileRows * (third + 1) / 3, entry_.q_len); r++) {
+      scores.prefetch(r, key);
+      bias_.prefetch(r, key);
+    }
+  }
+
+  // From products (q k^T, dout v^T) of a row to (P after dropout, dS), at places `first .. last`.
+  void finish_row(
+      const Scores<T>& scores, int64_t row, int64_t key, Range visible, const uint8_t* block, int first, int last, T* p,
+      T* ds) {
+    T* cap = scores.has_cap() ? memory_->cap : nullptr;
+    scores.finish_scores(p, row, key, first, last, visible, block, cap);
+    const int64_t at = problem_.row_index(entry_, head_, row);
+    const T scale = scores.exponent_scale(), top = maximum(at), rest = log_total(at), delta = memory_->delta[row];
+    if (o_.seed == nullptr) {
+      for (int i = first; i < last; i += kLanes<T>) {
+        const Vec<T> weight = exp2_of_difference(load(p + i) * scale - top - rest);
+        store(p + i, weight);
+        store(ds + i, weight * (load(ds + i) - delta));
+      }
+    } else {
+      const RowKeys keys = memory_->row_keys[row];
+      T kept[kKeys];
+      dropout_keep(o_, keys, key, first, last, threshold_, keep_scale_, kept);
+      for (int i = first; i < last; i += kLanes<T>) {
+        const Vec<T> weight = exp2_of_difference(load(p + i) * scale - top - rest), keep = load(kept + i);
+        store(p + i, weight * keep);
+        store(ds + i, weight * (load(ds + i) * keep - delta));
+      }
+    }
+    if (keys_poisoned_ || queries_poisoned_) forget_forbidden(scores, row, key, visible, block, first, last, p, ds, cap);
+    bias_.take(row, key, first, last, within(visible, key), ds);
+    if (results_.dslopes != nullptr) add_dslope(scores, row, key, within(visible, key), ds);
+    if (cap != nullptr) {
+      for (int i = first; i < last; i += kLanes<T>) store(ds + i, load(ds + i) * load(cap + i));
+    }
+  }
+
+  // Zeroes what NaN or infinity has made of pairs that do not take part.
+  void forget_forbidden(
+      const Scores<T>& scores, int64_t row, int64_t key, Range visible, const uint8_t* block, int first, int last, T* p,
+      T* ds, T* cap) {
+    T allowed[kKeys];
+    fill(allowed, kKeys, T(0));
+    scores.finish_scores(allowed, row, key, first, last, visible, block, nullptr);
+    for (int i = first; i < last; i++) {
+      if (allowed[i] != -kInfinity<T>) continue;
+      p[i] = ds[i] = T(0);
+      if (cap != nullptr) cap[i] = T(0);
+    }
+  }
+
+  void add_dslope(const Scores<T>& scores, int64_t row, int64_t key, Range seen, const T* ds) {
+    T sum = T(0);
+    for (int64_t i = seen.begin; i < seen.end; i++) sum += ds[i] * T(scores.distance(row, key + i));
+    dslope_ += double(sum);
+  }
+
+  // dV += P^T dO and dK += dS^T Q for the keys of a tile: one after the other, so that dO and Q have the cache in turn.
+  void add_to_keys(int64_t row, int64_t count, int64_t key, const Range* visible, int begin, int end) {
+    const int64_t place = key - keys_.begin, q_width = memory_->q_width, v_width = memory_->v_width;
+    add_to_keys(memory_->p, memory_->dout_steps + row / Step::kParts * v_width, memory_->dv + place * v_width, v_width,
+                count, key, visible, begin, end);
+    add_to_keys(memory_->ds, memory_->q_steps + row / Step::kParts * q_width, memory_->dk + place * q_width, q_width,
+                count, key, visible, begin, end);
+  }
+
+  // sums (keys x width) += weights^T (keys x rows) values (rows x width).
+  void add_to_keys(const T* weights, const T* values, T* sums, int64_t width, int64_t count, int64_t key,
+                   const Range* visible, int begin, int end) const {
+    int64_t low = 0, high = 0;  // the rows that see some of the keys at hand
+    for (int k = begin; k < end; k += kTileRows) {
+      const int keys = int(least(kTileRows, end - k));
+      while (low < count && visible[low].end <= key + k) low++;
+      while (high < count && visible[high].begin < key + k + keys) high++;
+      if (low >= high) continue;
+      const int64_t first = low / Step::kParts, steps = lanes_for<Step>(high) - first;
+      const T *own = weights + first * kPitch<T> + k, *from = values + first * width;
+      if (queries_poisoned_) {
+        careful_product<Step, Layout::kColumns>(
+            keys, own, kPitch<T>, from, width, sums + k * width, width, width, steps);
+      } else {
+        product<Step, Layout::kColumns>(
+            keys, own, kPitch<T>, from, kTileColumns<T>, width, sums + k * width, width, width, steps, true);
+      }
+    }
+  }
+
+  T maximum(int64_t at) const { return static_cast<const T*>(a_.statistics)[at]; }
+  T log_total(int64_t at) const { return static_cast<const T*>(a_.statistics)[problem_.all_rows() + at]; }
+
+  const Problem<T>& problem_;
+  const FastattnAttention& a_;
+  const FastattnOperands& o_;
+  const FastattnGradients& g_;
+  const Results<T>& results_;
+  Task task_;
+  Entry entry_;
+  T keep_scale_;
+  uint32_t threshold_;
+  BiasGradient<T> bias_;
+  int64_t q_steps_, v_steps_;  // of a score, and of its gradient
+  Range keys_;
+  Memory<T, Step>* memory_ = nullptr;
+  int64_t member_ = 0, head_ = 0;
+  double dslope_ = 0.0;
+  bool keys_poisoned_ = false, queries_poisoned_ = false;
+};
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_VARIANT
