@@ -10,12 +10,16 @@ import os
 import platform
 import subprocess
 import tokenize
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
+from fastattn.backends.cpu import library
+
 from .device import Device, processor
 
+MISSING = "expected the CPU kernels, without which PyTorch's would be measured in their place: "
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("kernels", "csrc")
 COMMIT_VARIABLE = "FASTATTN_COMMIT"
@@ -113,3 +117,11 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+def without_kernels(suites: Collection[str]) -> str | None:
+    """Why figures of these suites on a CPU would be those of PyTorch's kernels, in one line with the cure; or None."""
+    problem = library.problem()
+    if problem is None or set(suites) <= {"launch"}:  # which measures Triton's launches on the host
+        return None
+    return MISSING + problem

@@ -22,7 +22,7 @@ from .device import Call, Compiling, Device, DryRun, Timing, choose
 from .flops import matmul_flops
 from .parity import ParityCase
 from .problems import DTYPES
-from .provenance import ROOT, conditions, provenance
+from .provenance import ROOT, conditions, provenance, without_kernels
 
 SUITES = (
     "forward", "backward", "features", "decode", "layers", "generation", "huggingface", "overhead", "launch", "memory",
@@ -255,6 +255,9 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     )
     print(", ".join(f"{name} {value}" for name, value in bench.stamp.items()))
     if refuse_unknown(device, bench.stamp):
+        return 2
+    if type(device) is Device and (missing := without_kernels({cell.suite for cell in cells})):
+        print(missing)
         return 2
     compile_ahead(args, device, deadline)
     red = gate.red_cases(device, parity.gate(device), is_lost)

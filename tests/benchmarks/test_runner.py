@@ -17,6 +17,7 @@ from benchmarks.harness import attention, gate, parity, provenance, results, run
 from benchmarks.harness.device import CudaDevice, Device, DryRun
 from benchmarks.harness.runner import Bench, Cell
 from benchmarks.tools import gpu_check, gpu_first, gpu_tune
+from fastattn.backends.cpu import library
 from tests.support.benchmark_runs import SMALL, dry_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +109,17 @@ def test_figures_of_unknown_code_are_not_measured(module, tmp_path, monkeypatch,
     monkeypatch.setattr(gpu_tune, "architecture", lambda device: "sm_90")
     assert module.main(["--output", str(tmp_path)], device=PretendedGpu()) == 2
     assert "export FASTATTN_COMMIT=" in capsys.readouterr().out and not list(tmp_path.rglob("*.csv"))
+
+
+@pytest.mark.parametrize("suite", ["huggingface", "cpu"])
+def test_pytorchs_kernels_are_not_measured_for_ours(suite, tmp_path, monkeypatch, capsys):
+    """Where the CPU library is missing, or of other sources."""
+    monkeypatch.setattr(library, "problem", lambda: "expected sources a, built from b; build it again: make ext-cpu")
+    monkeypatch.setattr(parity, "gate", lambda device: pytest.fail("it went on"))
+    assert runner.main([suite, "--output", str(tmp_path)], device=Device()) == 2
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("expected the CPU kernels") and line.endswith("make ext-cpu")
+    assert not list(tmp_path.rglob("*.csv"))
 
 
 def test_suites_take_turns():
