@@ -306,8 +306,8 @@ def activate(*, backend: Backend | None = None) -> contextlib.AbstractContextMan
 
     What PyTorch gives to its flash kernels goes to ours: `F.scaled_dot_product_attention` without a mask in half
     precision on a GPU, and through it ``torch.nn.MultiheadAttention(need_weights=False)`` and the Transformer layers
-    in training; ``torch.nn.attention.varlen.varlen_attn``, over pages too. Which calls these are
-    remains PyTorch's choice: ``torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION)`` forces it. Run the backward pass of what was
+    in training; ``torch.nn.attention.varlen.varlen_attn``, over pages too. Which calls these are remains PyTorch's
+    choice: ``torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION)`` forces it. Run the backward pass of what was
     computed under activation before it ends.
 
     The kernels for CUDA have not yet run on a GPU.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastattn import attention, attention_varlen, merge, testing
+from fastattn import attention, attention_varlen, attention_with_kvcache, merge, testing
 from fastattn.testing import assert_parity
 from tests.support.attention_cases import BFLOAT, DOUBLE, HALF, INF, SINGLE, make_qkv
 
@@ -115,3 +115,37 @@ def test_bad_input(change, error, text):
     good |= {"out2": good["out1"], "lse2": good["lse1"]}
     with pytest.raises(error, match=text):
         merge(**(good | change))
+
+
+def cascade(q, k, v, prefix, caches, lens, **options):
+    """As docs/kv-cache.md has it: a prefix that the batch shares, read once, and what each entry has of its own."""
+    rows = q.transpose(0, 1).flatten(1, 2)[None]
+    common = attention(rows, *prefix, return_lse=True)
+    common = (x[0].unflatten(1, (q.shape[0], -1)).transpose(0, 1) for x in common)
+    own = attention_with_kvcache(q, *caches, k, v, cache_lens=lens, return_lse=True, **options)
+    return merge(*common, *own)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "pages"])
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+def test_a_shared_prefix_is_one_call_over_the_whole(dtype, new, paged):
+    lengths = (11, 4, 0)  # of each entry, beside the prefix
+    q, k, v = (torch.randn(3, heads, new, 16).to(dtype) for heads in (4, 2, 2))
+    prefix = [torch.randn(1, 2, 33, 16).to(dtype) for _ in "kv"]
+    caches = [torch.randn(3, 16, 2, 16).to(dtype) for _ in "kv"]
+    options = {}
+    if paged:
+        caches = [x.reshape(12, 4, 2, 16) for x in caches]
+        options["block_table"] = torch.arange(12, dtype=torch.int32).view(3, 4)
+    out, lse = cascade(q, k, v, prefix, caches, torch.tensor(lengths), **options)
+    rows = [x.reshape(3, 16, 2, 16).transpose(1, 2) for x in caches]
+    for entry, length in enumerate(lengths):
+        one = slice(entry, entry + 1)
+        whole = [torch.cat([a, b[one, :, : length + new]], 2) for a, b in zip(prefix, rows, strict=True)]
+        exact, plain = (
+            attention(*(x.to(d) for x in (q[one], *whole)), causal=True, return_lse=True, backend="reference")
+            for d in (DOUBLE, dtype)
+        )
+        assert_parity(out[one], exact[0], plain[0], "out")
+        assert_parity(lse[one], exact[1], plain[1], "lse")
