@@ -81,12 +81,24 @@ def _cuda_unasked(spec: AttentionSpec | CacheSpec) -> bool:
     return isinstance(spec, AttentionSpec) and cuda.unasked(spec)
 
 
-def choose(spec: AttentionSpec | CacheSpec, backend: str | None = None) -> str:
+_BATCH_INVARIANT = ("triton", "cpu")  # PyTorch's products may add up in another order where there are more rows
+
+
+def choose(spec: AttentionSpec | CacheSpec, backend: str | None = None, batch_invariant: bool = False) -> str:
     """The backend that serves ``spec``: the one asked for, or the first in order of preference that can.
+
+    ``batch_invariant``: among those whose results for a batch entry do not depend on the others.
 
     Raises:
         ValueError: the backend asked for does not exist or cannot serve ``spec``, with every reason.
     """
+    if batch_invariant:
+        if backend is None:
+            backend = "cpu" if spec.q.device.type == "cpu" else "triton"
+        if backend not in _BATCH_INVARIANT:
+            raise ValueError(
+                f"batch_invariant: expected False with backend {backend!r}, got True; 'triton' and 'cpu' have it"
+            )
     if backend is None:
         for name in _preference(spec):
             if (name != "cuda" or _cuda_unasked(spec)) and not _reasons(name, spec):
@@ -149,10 +161,10 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(spec: AttentionSpec | CacheSpec, backend: str | None = None) -> Explanation:
+def explain(spec: AttentionSpec | CacheSpec, backend: str | None = None, batch_invariant: bool = False) -> Explanation:
     """What `choose` decides for ``spec``, with reasons. An explicit ``backend`` that cannot serve it raises."""
     parts = _describe_cache(spec) if isinstance(spec, CacheSpec) else _describe(spec)
-    chosen = choose(spec, backend)
+    chosen = choose(spec, backend, batch_invariant)
     reasons = {name: reasons_against(name, spec) for name in BACKENDS}
     return Explanation(chosen, reasons, ", ".join(parts), _cuda_unasked(spec))
 

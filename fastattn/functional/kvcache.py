@@ -8,7 +8,7 @@ from fastattn import backends, ops
 from fastattn.backends import Explanation
 from fastattn.functional import divided, keywords
 from fastattn.functional.attention import Backend
-from fastattn.spec import make_cache_spec
+from fastattn.spec import CacheSpec, check_flag, make_cache_spec
 
 
 @overload
@@ -17,7 +17,7 @@ def attention_with_kvcache(
     cache_lens: int | Tensor, block_table: Tensor | None = ..., cu_seqlens_q: Tensor | None = ..., causal: bool = ...,
     window: tuple[int | None, int | None] | None = ..., softcap: float | None = ..., alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
-    num_splits: int | None = ..., backend: Backend | None = ...,
+    num_splits: int | None = ..., batch_invariant: bool = ..., backend: Backend | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention_with_kvcache(
@@ -25,7 +25,7 @@ def attention_with_kvcache(
     cache_lens: int | Tensor, block_table: Tensor | None = ..., cu_seqlens_q: Tensor | None = ..., causal: bool = ...,
     window: tuple[int | None, int | None] | None = ..., softcap: float | None = ..., alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
-    num_splits: int | None = ..., backend: Backend | None = ...,
+    num_splits: int | None = ..., batch_invariant: bool = ..., backend: Backend | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention_with_kvcache(
     q: Tensor,
@@ -45,6 +45,7 @@ def attention_with_kvcache(
     scale: float | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
+    batch_invariant: bool = False,
     backend: Backend | None = None,
     **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -74,6 +75,9 @@ def attention_with_kvcache(
         causal, window, softcap, alibi_slopes, sinks, scale, return_lse: as in `fastattn.attention`.
         num_splits: into how many parts the Triton kernel divides the keys; None chooses from shapes and the number of
             multiprocessors. It changes rounding alone, and means nothing to other backends.
+        batch_invariant: an entry's result has the same bits in every batch size and beside any other entries: how keys
+            are divided depends on their number alone. Served by ``"triton"`` and ``"cpu"``; on a GPU a small batch may
+            leave more of it idle. Not with ``cu_seqlens_q``.
         backend: ``"triton"``, ``"cpu"``, ``"torch"``, ``"reference"``; None chooses: on a GPU Triton, on a CPU the
             fused kernels where they are compiled, elsewhere PyTorch's kernel where all lengths are one number known on
             the host and it computes exactly the same, else the reference.
@@ -95,12 +99,15 @@ def attention_with_kvcache(
     if unknown:
         keywords.refuse(attention_with_kvcache, unknown)
     divided.refuse("k_cache", "a KV cache")
+    check_flag("batch_invariant", batch_invariant)
     spec = make_cache_spec(
         q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, cu_seqlens_q=cu_seqlens_q,
         causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale,
         num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
-    out, lse = ops.attention_kvcache(spec, backends.choose(spec, backend))
+    if batch_invariant:
+        spec = _invariant(spec)
+    out, lse = ops.attention_kvcache(spec, backends.choose(spec, backend, batch_invariant))
     if cu_seqlens_q is not None:
         out = out.squeeze(0).transpose(0, 1)
     if not return_lse:
@@ -114,7 +121,8 @@ def explain_with_kvcache(
     cache_lens: int | Tensor, block_table: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
     causal: bool = True, window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, scale: float | None = None,
-    return_lse: bool = False, num_splits: int | None = None, backend: Backend | None = None, **unknown: Any,
+    return_lse: bool = False, num_splits: int | None = None, batch_invariant: bool = False,
+    backend: Backend | None = None, **unknown: Any,
 ) -> Explanation:  # fmt: skip
     """`explain` for `attention_with_kvcache`, with its arguments. Nothing is written into the caches."""
     if unknown:
@@ -124,4 +132,15 @@ def explain_with_kvcache(
         causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale,
         num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
-    return backends.explain(spec, backend)
+    return backends.explain(spec, backend, batch_invariant)
+
+
+INVARIANT_SPLITS = 16
+"""Parts of the keys of an entry where their number may not depend on the batch: enough for a batch of few heads."""
+
+
+def _invariant(spec: CacheSpec) -> CacheSpec:
+    """The call whose keys are divided by their own number alone."""
+    if spec.cu_seqlens_q is not None:  # the kernel's tiles follow from how many queries an entry has on average
+        raise ValueError("batch_invariant: expected False with cu_seqlens_q, got True")
+    return spec if spec.num_splits is not None else spec._replace(num_splits=INVARIANT_SPLITS)

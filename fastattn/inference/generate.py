@@ -61,6 +61,7 @@ def generate(
     beams: BeamSearch | None = None,
     cache: KVCache | Callable[..., KVCache] = KVCache,
     cuda_graph: bool = True,
+    batch_invariant: bool = False,
 ) -> Generated:
     """Continue each prompt; or, by an encoder-decoder, answer each source.
 
@@ -85,6 +86,9 @@ def generate(
             continues: it then holds all tokens but the last of each row, with which the next prompt should begin.
         cuda_graph: on a GPU, capture the step after the prompt once and replay it, where that can be done and pays. The
             result's `no_cuda_graph` says why it was not; with beams it never is.
+        batch_invariant: attention gives a row the same bits in every batch size, see
+            `fastattn.attention_with_kvcache`; a `cache` of yours keeps this. For a `CausalLM`. The linear layers
+            between are PyTorch's, which keeps to no such rule.
 
     Returns:
         `Generated`: tokens, their number per row, and scores.
@@ -93,7 +97,7 @@ def generate(
         TypeError, ValueError: naming the argument, what was expected and what came, before the model runs; and where a
             row's logits are NaN or infinite, naming it, on the CPU at once, on a GPU when the search has ended.
     """
-    run = _prepare(model, prompt, max_new_tokens, lengths, start, stop, sampling, cache, cuda_graph)
+    run = _prepare(model, prompt, max_new_tokens, lengths, start, stop, sampling, cache, cuda_graph, batch_invariant)
     if beams is not None:
         check.instance("beams", beams, BeamSearch, type(None))
         if sampling is not None:
@@ -127,13 +131,14 @@ def stream(
     sampling: Sampling | None = None,
     cache: KVCache | Callable[..., KVCache] = KVCache,
     cuda_graph: bool = True,
+    batch_invariant: bool = False,
 ) -> Iterator[Tensor]:
     """The tokens of `generate` while they are made: one int64 (N,) per step, `pad` in rows that have ended.
 
     The arguments are those of `generate`, and are checked at once; the model runs when a token is asked for, and
     between tokens is in the mode that you left it in.
     """
-    run = _prepare(model, prompt, max_new_tokens, lengths, start, stop, sampling, cache, cuda_graph)
+    run = _prepare(model, prompt, max_new_tokens, lengths, start, stop, sampling, cache, cuda_graph, batch_invariant)
     return _streamed(model, _steps(run, sampling), pad)
 
 
@@ -157,6 +162,7 @@ def _prepare(
     sampling: Sampling | None,
     cache: KVCache | Callable[..., KVCache],
     cuda_graph: bool,
+    batch_invariant: bool,
 ) -> Decoding:
     origin = getattr(model, "_orig_mod", model)  # of torch.compile
     if not isinstance(origin, (CausalLM, EncoderDecoder)):
@@ -164,6 +170,9 @@ def _prepare(
     device = _input_device(origin, prompt)
     check.integer("max_new_tokens", max_new_tokens, 1)
     check.instance("cuda_graph", cuda_graph, bool)
+    check.instance("batch_invariant", batch_invariant, bool)
+    if batch_invariant and isinstance(origin, EncoderDecoder):
+        raise ValueError("batch_invariant: expected False for an EncoderDecoder, got True")
     prompt, lengths = _check_prompt(prompt, lengths, device)
     vocab_size = origin.head.out_features
     stops = _check_stop(stop, vocab_size, device)
@@ -204,12 +213,14 @@ def _prepare(
         raise TypeError(f"cache: expected a cache or a kind of cache, got {type(cache).__name__}")
 
     def make_cache() -> KVCache:
-        if isinstance(cache, KVCache):
-            return cache
-        memory: dict[str, Any] = {}
-        if encode is not None:
-            memory = {"memory": encode(prompt, lengths=lengths), "memory_lengths": lengths}
-        return origin.make_cache(prompt.shape[0], needed, cache, **memory)
+        made = cache
+        if not isinstance(made, KVCache):
+            memory: dict[str, Any] = {}
+            if encode is not None:
+                memory = {"memory": encode(prompt, lengths=lengths), "memory_lengths": lengths}
+            made = origin.make_cache(prompt.shape[0], needed, made, **memory)
+        made.batch_invariant |= batch_invariant
+        return made
 
     no_graph = reason_against(origin, cuda_graph, origin is not model, device, max_new_tokens - 1)
     return Decoding(

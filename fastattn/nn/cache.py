@@ -40,9 +40,11 @@ class KVCache:
             cross-attention attends to, or None.
         memory_mask: boolean (batch, S), True takes part, or None.
         chunk: most tokens per step, or None for no limit.
+        batch_invariant: see `fastattn.attention_with_kvcache`.
     """
 
     chunk: int | None = None
+    batch_invariant: bool = False
     provisional: bool = False
     """Nobody chose the dtype or the device: the first keys do, while the cache is empty."""
 
@@ -123,8 +125,9 @@ class KVCache:
             lens = lens if isinstance(lens, int) else lens.to(k.device)
             table = None if table is None else table.to(k.device)
         return attention_with_kvcache(
-            q, self.k[layer], self.v[layer], k, v, cache_lens=lens, block_table=table, **options
-        )
+            q, self.k[layer], self.v[layer], k, v, cache_lens=lens, block_table=table,
+            batch_invariant=self.batch_invariant, **options,
+        )  # fmt: skip
 
     def advance(self, new: int, lengths: Tensor | None = None) -> None:
         """Count what a step appended: `new` tokens; or for entry b the first `lengths[b]` of them, the rest being

@@ -2,7 +2,7 @@
 
 from fastattn.spec.attention import AttentionSpec, make_spec
 from fastattn.spec.cache import CacheSpec, make_cache_spec
-from fastattn.spec.checks import FLOAT_DTYPES, is_dtensor, known
+from fastattn.spec.checks import FLOAT_DTYPES, check_flag, is_dtensor, known
 from fastattn.spec.operands import Gradients, Inputs, Learned, Operands, Options
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Learned",
     "Operands",
     "Options",
+    "check_flag",
     "is_dtensor",
     "known",
     "make_cache_spec",

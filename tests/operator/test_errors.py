@@ -127,6 +127,7 @@ WRONG = {
         "block_table": [[[0]], torch.zeros(B, 2), torch.zeros(B + 1, 2, dtype=torch.int32),
                         torch.full((B, 2), 7, dtype=torch.int32), torch.zeros(B, dtype=torch.int32)],
         "cu_seqlens_q": [[0, 1, 2], STARTS, STARTS.float()],
+        "batch_invariant": FLAG,
         "causal": FLAG,
         "window": WINDOW,
         "softcap": SOFTCAP,
