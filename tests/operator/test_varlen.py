@@ -81,12 +81,17 @@ def test_every_pair_of_arguments(pair, backend, device):
     check_attention(*qkv, backend=backend, **bounds, **cases[pair[0]], **cases[pair[1]])
 
 
-@pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_lengths(lengths, causal, dtype, device, backend):
-    qkv, bounds = packed(device, lengths, dtype, v_dim=24)
+def test_lengths(lengths, causal, device, backend):
+    qkv, bounds = packed(device, lengths, v_dim=24, heads=(2, 1))
     check_attention(*qkv, backend=backend, causal=causal, **bounds)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=str)
+def test_dtypes_and_several_key_heads(dtype, device, backend):
+    qkv, bounds = packed(device, "mixed", dtype, v_dim=24)
+    check_attention(*qkv, backend=backend, causal=True, **bounds)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
