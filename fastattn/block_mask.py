@@ -31,8 +31,8 @@ class BlockTensors(NamedTuple):
 
 
 class BlockMask:
-    """A boolean mask (B or 1, H or 1, Lq, Lk), True takes part, of which only tiles that are neither full nor empty are
-    stored.
+    """A boolean mask (B or 1, H or 1, Lq, Lk) in tiles; True takes part. It stores only tiles that are neither full nor
+    empty.
 
     Make one with `from_mask`, `from_documents`, `from_predicate` or `from_flex`, once for all layers and steps that
     share it, and give it to `fastattn.attention` as ``block_mask``. Forward and backward visit no empty tile.
@@ -43,7 +43,7 @@ class BlockMask:
         self.tensors = tensors
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a file or another process, whose indices are not trusted: kernels follow them without a look."""
+        """From a file or another process. Its indices are checked: kernels follow them blindly."""
         self.__dict__.update(state)
         tensors = self.tensors
         bounds = (

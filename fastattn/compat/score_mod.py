@@ -178,7 +178,7 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _close(found: Tensor, expected: Tensor, size: Tensor) -> Tensor:
-    """Where two are equal but for some roundings, in float32, of numbers of this size."""
+    """Where two differ by no more than some float32 roundings of numbers of this size."""
     bound = 16 * torch.finfo(torch.float32).eps * size.abs()
     return ((found - expected).abs() <= bound) | (found == expected)
 

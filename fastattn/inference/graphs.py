@@ -109,7 +109,7 @@ class DecodeSteps:
         return self._step(token[:, None], cache=self._cache, lengths=kept)[:, -1]
 
     def _capture(self, token: Tensor, kept: Tensor | None) -> bool:
-        """Whether the step could be captured; it has not run then, but for what the host counts."""
+        """Whether the step could be captured. Capturing does not run it; only the counts on the host change."""
         missing = [None] if kept is None else []
         self._inputs = [x.clone() for x in (token, kept) if x is not None]
         counted = self._cache.length

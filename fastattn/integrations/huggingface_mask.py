@@ -20,10 +20,10 @@ _ADDITIONS = (_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.
 
 
 class PatternMask(Tensor):
-    """bool (B, 1, Lq, Lk), True takes part, of which nothing is stored.
+    """A mask, bool (B, 1, Lq, Lk), that stores none of its elements; True takes part.
 
-    Layers that hand it on as it is lose nothing: `operands` says it in `fastattn.attention`'s own arguments, made once
-    and shared by them. Any operation on it meets the dense mask, so it may be cut, joined or combined like any other.
+    Layers that hand it on unchanged lose nothing: `operands` gives the same as arguments of `fastattn.attention`, made
+    once for all of them. Any operation on it gets the dense mask, so code may cut, join or combine it like any other.
     """
 
     _predicate: Predicate

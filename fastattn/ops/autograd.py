@@ -279,7 +279,7 @@ class _AttentionBackward(batching.Batched):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The Hessian is symmetric: its product with the direction, and the gradients for the changes of dout, dlse."""
+        """The symmetric Hessian times the direction, plus the gradients that the tangents of dout and dlse give."""
         dout, dlse, q, k, v, out, statistics, operands = _saved(ctx, 7)
         t = unflatten(Backward, tangents)
         direction = Inputs(t.q, t.k, t.v, *_learned(t.operands))
