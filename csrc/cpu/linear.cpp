@@ -1,6 +1,7 @@
 // Products of few rows, y = x W^T + b, as a step of generation makes them: bound by the bytes of W, which is read once.
 //
-// Every sum runs along a row of W, as it lies in memory. Tasks are blocks of columns of y, whatever the number of threads.
+// Every sum runs along a row of W, as it lies in memory, and its lanes are added in one order: a row of y does not depend on
+// the others. Tasks are blocks of columns of y, whatever the number of threads.
 #include <cstring>
 
 #include "simd.h"
@@ -30,11 +31,14 @@ inline Vec<float> load_some(const Element* from, int64_t count) {
   return load<float>(lanes);
 }
 
-// sums[r * columns + c] = <x_r, w_c>; `next` is the row of W that is read after these.
+// As many sums as have their lanes added together, which others would be added to in another order.
+constexpr int in_fours(int sums) { return (sums + 3) / 4 * 4; }
+
+// sums[r * columns + c] = <x_r, w_c>, in memory for `in_fours` of them.
 template <int rows, int columns, class Element>
 [[gnu::always_inline]] inline void products(float* sums, const Rows& x, const Element* w, int64_t w_stride, int64_t width) {
   constexpr int kL = kLanes<float>;
-  Vec<float> sum[rows * columns] = {};
+  Vec<float> sum[in_fours(rows * columns)] = {};
   int64_t k = 0;
   for (; k + kL <= width; k += kL) {
     Vec<float> weight[columns];
@@ -56,13 +60,13 @@ template <int rows, int columns, class Element>
       for (int r = 0; r < rows; r++) sum[r * columns + c] += load(x.data + r * x.stride + k) * weight;
     }
   }
-  sums_of_lanes<rows * columns>(sums, sum);
+  sums_of_lanes<in_fours(rows * columns)>(sums, sum);
 }
 
 template <int rows, int columns, class Element>
 __attribute__((noinline)) void tile(
     float* y, int64_t y_stride, const Rows& x, const Element* w, int64_t w_stride, int64_t width) {
-  float sums[rows * columns];
+  float sums[in_fours(rows * columns)];
   products<rows, columns>(sums, x, w, w_stride, width);
   for (int r = 0; r < rows; r++) std::memcpy(y + r * y_stride, sums + r * columns, columns * sizeof *y);
 }

@@ -247,6 +247,23 @@ def test_every_variant_multiplies_few_rows(rows, width, dtype, variant):
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=DTYPE_NAMES.get)
+def test_a_row_is_multiplied_as_if_it_were_alone(dtype, variant):
+    x, weight = torch.randn(13, 300).to(dtype), torch.randn(71, 300).to(dtype)
+
+    def multiplied(x):
+        y = torch.empty(x.shape[0], 71, dtype=dtype)
+        calls = Program()
+        calls.linear(y, x, [weight], [None])
+        calls.run()
+        return y
+
+    together = multiplied(x)
+    for rows in (1, 2, 3, 5):
+        assert torch.equal(multiplied(x[:rows]), together[:rows])
+    assert torch.equal(multiplied(x[12:]), together[12:])
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("width", [64, 38])
 def test_every_variant_normalises_and_rotates(width, dtype, variant):
     x, weight = torch.randn(3, 5, width).to(dtype), torch.randn(width).to(dtype)
