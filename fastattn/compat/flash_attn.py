@@ -10,9 +10,7 @@
 - ``return_attn_probs=True`` gives ``(out, lse, None)``: weights are never stored.
 - ``deterministic`` is taken and means nothing: the backward always is.
 - ``cu_seqlens`` are read on the device, ``max_seqlen`` is not read.
-- Pages have any size.
-
-One call copies keys before it attends to them: `flash_attn_with_kvcache` with ``cache_leftpad``.
+- Pages have any size, and the cache is always read where it is.
 """
 
 from typing import Any
@@ -20,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.compat.packing import gather
 from fastattn.functional import attention, attention_varlen, attention_with_kvcache
 
 __all__ = [
@@ -207,8 +204,7 @@ def flash_attn_with_kvcache(
     """flash_attn.flash_attn_with_kvcache on `fastattn.attention_with_kvcache`: ``k`` and ``v`` are written into the
     cache in place, then ``q`` attends to what it holds.
 
-    With ``cache_leftpad`` the keys in use are first copied out of the cache, on every call (on a GPU a copy as long as
-    the cache of each entry), and ``num_splits`` has no meaning. Else the cache is read where it is.
+    The cache is read where it is; with ``cache_leftpad`` through a table of one number for each position.
 
     Args:
         q: (B, Lq, Hq, D).
@@ -255,21 +251,14 @@ def flash_attn_with_kvcache(
         q = _rotate(q, rotary_cos, rotary_sin, lens, rotary_interleaved, still)
         k = _rotate(k, rotary_cos, rotary_sin, lens, rotary_interleaved, still=False)
     options["return_lse"] = return_softmax_lse
-    if cache_batch_idx is not None and cache_leftpad is None:
-        block_table, cache_batch_idx = cache_batch_idx[:, None], None  # each row of the cache is one page
-    if cache_batch_idx is not None or cache_leftpad is not None:
-        place = _Place(q, capacity, lens, 0 if k is None else k.shape[1], cache_batch_idx, block_table)
-        if cache_leftpad is not None:
-            place.check_starts(cache_leftpad)
-        if k is not None and v is not None:
-            place.write(k_cache, v_cache, k, v)
-        k_used, v_used, cu_seqlens_k = place.read(k_cache, v_cache, cache_leftpad)
-        cu_seqlens_q = torch.arange(q.shape[0] + 1, device=q.device, dtype=torch.int32) * q.shape[1]
-        result: Any = attention_varlen(q.flatten(0, 1), k_used, v_used, cu_seqlens_q, cu_seqlens_k, **options)
-        if not return_softmax_lse:
-            return result.unflatten(0, q.shape[:2])
-        return result[0].unflatten(0, q.shape[:2]), result[1].unflatten(1, q.shape[:2]).transpose(0, 1)
-    result = attention_with_kvcache(
+    if cache_leftpad is not None:
+        added = 0 if k is None else k.shape[1]
+        lens, block_table, k_cache, v_cache = _from_starts(
+            q.shape[0], cache_leftpad, lens, added, capacity, k_cache, v_cache, cache_batch_idx, block_table
+        )
+    elif cache_batch_idx is not None:
+        block_table = cache_batch_idx[:, None]  # each row of the cache is one page
+    result: Any = attention_with_kvcache(
         q.transpose(1, 2), k_cache, v_cache, None if k is None else k.transpose(1, 2),
         None if v is None else v.transpose(1, 2), cache_lens=lens, num_splits=num_splits or None,
         block_table=None if block_table is None else block_table.to(torch.int32), **options,
@@ -277,49 +266,62 @@ def flash_attn_with_kvcache(
     return (result[0].transpose(1, 2), result[1]) if return_softmax_lse else result.transpose(1, 2)
 
 
-class _Place:
-    """Where the entries of a batch are in a cache that the kernels do not read themselves."""
+def _from_starts(
+    batch: int, leftpad: Tensor, lens: int | Tensor, added: int, capacity: int, k_cache: Tensor, v_cache: Tensor,
+    rows: Tensor | None, pages: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """A start per entry without a copy: (lengths from it on, block table, caches) with each position as a page."""
+    if leftpad.shape != (batch,):
+        raise ValueError(f"cache_leftpad.shape: expected (B,) == ({batch},), got {tuple(leftpad.shape)}")
+    lens = lens.long() if isinstance(lens, Tensor) else torch.full_like(leftpad, lens, dtype=torch.int64)
+    _check_starts(leftpad, lens, added, capacity)
+    place = leftpad.long()[:, None] + torch.arange(capacity, device=leftpad.device)
+    place = place.clamp(0, max(capacity - 1, 0))  # behind the cache nothing is read
+    if pages is not None:
+        size = k_cache.shape[1]
+        row, place = pages.long().gather(1, place // size), place % size
+    else:
+        row = torch.arange(len(leftpad), device=leftpad.device) if rows is None else rows.long()
+        row = row[:, None]
+    step = _positions_between(k_cache)
+    if step != _positions_between(v_cache):
+        raise NotImplementedError("cache_leftpad: expected k_cache and v_cache to lie in memory alike")
+    table = (row * step + place).to(torch.int32)
+    return lens - leftpad, table, _by_position(k_cache, step), _by_position(v_cache, step)
 
-    def __init__(
-        self, q: Tensor, capacity: int, lens: int | Tensor, added: int, rows: Tensor | None, pages: Tensor | None
-    ) -> None:
-        batch, device = q.shape[0], q.device
-        self.lens = lens.long() if isinstance(lens, Tensor) else torch.full((batch,), lens, device=device)
-        self.added = added
-        self.rows = torch.arange(batch, device=device) if rows is None and pages is None else rows
-        self.pages = pages
-        if device.type == "cpu" and ((self.lens < 0) | (self.lens > capacity - added)).any():
+
+def _check_starts(leftpad: Tensor, lens: Tensor, added: int, capacity: int) -> None:
+    """Where the host sees them: before 0 another entry's keys would be read, beyond the length none that exist."""
+    if leftpad.device.type != "cpu":
+        return
+    for entry, (start, length) in enumerate(zip(leftpad.tolist(), lens.tolist(), strict=True)):
+        if not 0 <= length <= capacity - added:
             raise ValueError(
                 f"cache_seqlens: expected 0 to {capacity - added} (the cache holds {capacity}, {added} are appended), "
-                f"got {self.lens.tolist()}"
+                f"got {lens.tolist()}"
             )
+        if not 0 <= start <= length:
+            raise ValueError(f"cache_leftpad: expected 0 to the length {length} of entry {entry}, got {start}")
 
-    def check_starts(self, leftpad: Tensor) -> None:
-        """Where the host sees them: before 0 another entry's keys would be read, beyond the length none that exist."""
-        if leftpad.shape != self.lens.shape:
-            raise ValueError(
-                f"cache_leftpad.shape: expected (B,) == {tuple(self.lens.shape)}, got {tuple(leftpad.shape)}"
-            )
-        if leftpad.device.type == "cpu":
-            ends = (self.lens + self.added).tolist()
-            for entry, (start, end) in enumerate(zip(leftpad.tolist(), ends, strict=True)):
-                if not 0 <= start <= end:
-                    raise ValueError(f"cache_leftpad: expected 0 to the length {end} of entry {entry}, got {start}")
 
-    def write(self, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor) -> None:
-        place = self.lens[:, None] + torch.arange(k.shape[1], device=k.device)
-        if self.pages is None:
-            assert self.rows is not None
-            index = (self.rows.long()[:, None], place)
-        else:
-            page_size = k_cache.shape[1]
-            index = (self.pages.long().gather(1, place // page_size), place % page_size)
-        k_cache[index], v_cache[index] = k, v
+def _positions_between(cache: Tensor) -> int:
+    """How many positions further on in memory the next row of the cache, or its next page, begins."""
+    if cache.shape[1] == 1:
+        return 1
+    step, rest = divmod(cache.stride(0), cache.stride(1)) if cache.stride(1) else (0, 1)
+    if rest:
+        raise NotImplementedError(
+            f"cache_leftpad: expected a cache whose rows are whole positions apart, got strides {cache.stride()}"
+        )
+    return step
 
-    def read(self, k_cache: Tensor, v_cache: Tensor, leftpad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        starts = torch.zeros_like(self.lens) if leftpad is None else leftpad.long()
-        lengths = (self.lens + self.added - starts).clamp(min=0)
-        return gather(k_cache, v_cache, starts, lengths, pages=self.pages, entries=self.rows)
+
+def _by_position(cache: Tensor, step: int) -> Tensor:
+    """The memory of a cache as pages of one position."""
+    rows, size, heads, dim = cache.shape
+    stride = cache.stride(0 if size == 1 else 1)
+    positions = (rows - 1) * step + size if cache.numel() else 0
+    return cache.as_strided((positions, 1, heads, dim), (stride, stride, *cache.stride()[2:]))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, first: int | Tensor, interleaved: bool, still: bool) -> Tensor:

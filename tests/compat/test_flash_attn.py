@@ -235,6 +235,28 @@ def test_with_kvcache_a_full_cache_and_one_length():
     torch.testing.assert_close(short, padded)
 
 
+@pytest.mark.parametrize("layout", ["heads last", "heads first", "part of a longer one", "one position"])
+def test_a_start_per_entry_is_read_where_it_is(layout, monkeypatch):
+    """No key is copied: what is handed on is the memory of the cache itself."""
+    rows, length = 3, 1 if layout == "one position" else 16
+    caches = torch.randn(2, rows, length, 2, 8)
+    if layout == "heads first":
+        caches = torch.randn(2, rows, 2, length, 8).transpose(2, 3)
+    elif layout == "part of a longer one":
+        caches = torch.randn(2, rows, 40, 2, 8)[:, :, 11:27]
+    lens, left = (torch.tensor(x).clamp(max=length).int() for x in ([16, 9, 4], [3, 0, 4]))
+    q, seen = torch.randn(rows, 1, 4, 8), []
+    given = flash_attn.attention_with_kvcache
+    monkeypatch.setattr(flash_attn, "attention_with_kvcache", lambda *x, **kw: seen.append(x[1:3]) or given(*x, **kw))
+    out, lse = flash_attn.flash_attn_with_kvcache(
+        q, *caches, cache_seqlens=lens, cache_leftpad=left, return_softmax_lse=True
+    )
+    for own, handed in zip(caches, *seen, strict=True):
+        assert handed.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+    sequences = [(q[b], *(x[b, left[b] : lens[b]] for x in caches)) for b in range(rows)]
+    check((out.flatten(0, 1), lse.transpose(0, 1).flatten(1)), sequences, {})
+
+
 CACHE = {"q": torch.randn(1, 1, 2, 8), "k_cache": torch.randn(1, 16, 2, 8), "v_cache": torch.randn(1, 16, 2, 8)}
 ONE = torch.zeros(1, dtype=torch.int32)
 NEW = torch.randn(1, 1, 2, 8)
@@ -249,6 +271,10 @@ BAD = {
     ),
     "before": ({"cache_seqlens": 7, "cache_leftpad": ONE - 1}, ValueError, "cache_leftpad: expected 0 to .* got -1"),
     "beyond": ({"cache_seqlens": 7, "cache_leftpad": ONE + 8}, ValueError, "cache_leftpad: expected 0 to .* got 8"),
+    "parted": (
+        {"k_cache": torch.randn(39).as_strided((2, 2, 2, 8), (17, 8, 4, 1))[:1], "cache_seqlens": 1,
+         "cache_leftpad": ONE}, NotImplementedError, "cache_leftpad: expected a cache whose rows are whole positions",
+    ),
     "starts": ({"cache_seqlens": 7, "cache_leftpad": ONE[:0]}, ValueError, "cache_leftpad.shape: expected .B,."),
     "window": ({"window_size": 3}, ValueError, "window_size: expected .left, right."),
     "wide": (
@@ -261,7 +287,7 @@ BAD = {
 @pytest.mark.parametrize(("change", "error", "text"), BAD.values(), ids=BAD)
 def test_bad_input(change, error, text):
     with pytest.raises(error, match=text):
-        flash_attn.flash_attn_with_kvcache(**CACHE, **change)
+        flash_attn.flash_attn_with_kvcache(**CACHE | change)
 
 
 def test_packed_shapes():
