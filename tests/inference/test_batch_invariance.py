@@ -94,9 +94,9 @@ def test_packed_queries_are_refused():
 class RowByRow(torch.nn.Linear):
     """PyTorch's product of one row at a time: of more it may add up in another order."""
 
-    def forward(self, x):
-        rows = x.reshape(-1, 1, x.shape[-1])
-        return torch.cat([F.linear(row, self.weight, self.bias) for row in rows]).reshape(*x.shape[:-1], -1)
+    def forward(self, input):
+        rows = input.reshape(-1, 1, input.shape[-1])
+        return torch.cat([F.linear(row, self.weight, self.bias) for row in rows]).reshape(*input.shape[:-1], -1)
 
 
 def make_model(**options):
