@@ -20,7 +20,7 @@ TRITONS := $(FASTATTN_TRITON_3_6)/$(TRITON_STAMP) $(FASTATTN_TRITON_3_9)/$(TRITO
 
 .DEFAULT_GOAL := help
 .PHONY: help env test quick demo demo-quick demo-dates demo-charlm lint types docs compile-report resources ext ext-cpu sanitize dist \
-	bench-overhead gpu-first gpu-check gpu-bench gpu-tune clean
+	hub bench-overhead gpu-first gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -81,6 +81,9 @@ dist: $(VENV)/.stamp-test  ## sdist, and from it a wheel with the CPU library, i
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >/dev/null
 	FASTATTN_BUILD_CPU=1 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--wheel-dir dist dist/*.tar.gz
+
+hub: $(VENV)/.stamp-test  ## what Hugging Face's `kernels` library loads, into build/hub; Python and Triton alone
+	$(BIN)/python -m benchmarks.tools.hub build/hub
 
 ext: fastattn/libfastattn_cuda.so  ## compile csrc/ with nvcc, in place; the operator works without it
 
