@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import backends
+from fastattn import backends, ops
 from fastattn.functional import remembered
 from fastattn.integrations import diffusers
 from tests.support import code_blocks
@@ -30,7 +30,7 @@ def packages(block):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.partition(".")[0])
-    return sorted(names - {"fastattn", "torch"})
+    return sorted(names - {"fastattn", "torch"} - sys.stdlib_module_names)
 
 
 def require(name):
@@ -59,6 +59,7 @@ def test_block(block, monkeypatch):
     for name in packages(block):
         require(name)
     chosen, choose = [], backends.choose
+    torch.manual_seed(0)
     monkeypatch.setattr(backends, "choose", lambda *args, **options: chosen.append(1) or choose(*args, **options))
     monkeypatch.setattr(remembered, "_calls", {})  # calls that were chosen for before
     original = torch.nn.functional.scaled_dot_product_attention
@@ -67,6 +68,27 @@ def test_block(block, monkeypatch):
     finally:
         torch.nn.functional.scaled_dot_product_attention = original
     assert chosen
+
+
+HELD = ("accelerate", "lightning", "peft", "transformers")
+
+
+@pytest.mark.parametrize("block", [p for p in NUMBERED if {*HELD} & {*packages(p.values[0])}])
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_notices_a_wrong_output(block, monkeypatch):
+    """Of five percent: that a block runs would prove nothing."""
+    for name in packages(block):
+        require(name)
+    attention, cached = ops.attention, ops.attention_kvcache
+    monkeypatch.setattr(ops, "attention", lambda *args: wrong(*attention(*args)))
+    monkeypatch.setattr(ops, "attention_kvcache", lambda *args: wrong(*cached(*args)))
+    monkeypatch.setattr(remembered, "attention", lambda *args: (None, None))
+    with pytest.raises(AssertionError):
+        block.run({})
+
+
+def wrong(out, lse):
+    return 1.05 * out, lse
 
 
 def test_diffusers_arguments():
