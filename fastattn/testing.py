@@ -4,6 +4,10 @@ The rule: the error of a result against float64 may be at most **twice** the err
 the same dtype on the same inputs, plus the rounding floor of that dtype. Both the largest error and the RMS error are
 held to it. No tolerance is chosen by hand. One evaluation may be exact by luck, so that of a call of attention is the
 worst of several, whose scores add up the same products in another order: ``ORDERS``.
+
+The weights of a row sum to 1 (less beside a sink, about 1 under dropout) however large scores and values are. So calls
+are checked with one column of values, and of the gradient that flows in, that is 1: the sums appear in the output and
+in dv, and are held to the rule by themselves.
 """
 
 from collections.abc import Sequence
@@ -154,11 +158,14 @@ def check_attention(
     packed = "cu_seqlens_q" in options
     if packed:
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    sums = v.shape[3] > 1 and v.stride(3) != 0
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, _with_ones(v) if sums else v))
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Any] = {"q": q, "k": k, "v": v}
     shape = (*q.shape[:3], v.shape[3])
     inputs["dout"] = torch.randn(shape, generator=generator).to(q.device, q.dtype)
+    if sums:
+        inputs["dout"][..., -1] = 1.0
     if lse_gradient:
         inputs["dlse"] = torch.randn(shape[:3], generator=generator).to(q.device)
     learned = {name: x for name, x in learned_operands(options).items() if x.requires_grad}
@@ -175,17 +182,31 @@ def check_attention(
         out, lse = out.transpose(0, 1)[None], lse[None]
     actual = [out, lse, *_gradients(out, lse, leaves, inputs)]
     chosen = explain(q, k, v, return_lse=lse_gradient, **options).backend if not packed and backend is None else backend
-    _hold_to_the_rule(actual, inputs, options, seed, lse_gradient, lse_alone=chosen == "torch")
+    _hold_to_the_rule(actual, inputs, options, seed, lse_gradient, lse_alone=chosen == "torch", sums=sums)
     names = ["dq", "dk", "dv", *(f"d{name}" for name in learned)]
     for name, leaf, gradient in zip(names, leaves, actual[2:], strict=True):
         assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype, f"{name}: shape or dtype of its input"
 
 
+def _with_ones(v: Tensor) -> Tensor:
+    """A copy of ``v`` with its strides, gaps between elements included, whose last column is 1."""
+    storage = v.detach().untyped_storage().clone()
+    copy = v.new_empty(0).set_(storage, v.storage_offset(), v.shape, v.stride())  # pyright: ignore[reportArgumentType]
+    once = copy  # what is expanded has each element once
+    for dim, stride in enumerate(v.stride()):
+        once = once[(slice(None),) * dim + (slice(1),)] if stride == 0 else once
+    once[..., -1] = 1.0
+    return copy
+
+
 def _hold_to_the_rule(
     actual: list[Tensor], inputs: dict[str, Any], options: dict[str, Any], seed: int, lse_gradient: bool = True,
-    lse_alone: bool = False,
+    lse_alone: bool = False, sums: bool = False,
 ) -> None:  # fmt: skip
-    """Compare [out, lse, dq, dk, dv, ...], computed by whatever means, with the specification."""
+    """Compare [out, lse, dq, dk, dv, ...], computed by whatever means, with the specification.
+
+    ``sums``: the last column of v and of the gradient of out is 1. What keeps lse alone sums to 1 in the forward only.
+    """
     q, out = inputs["q"], actual[0]
     learned = [name for name, x in learned_operands(options).items() if x.requires_grad]
     expected = _run_specification(inputs, options, seed, torch.float64)
@@ -204,6 +225,18 @@ def _hold_to_the_rule(
             ours = ours.float()  # computed in float32, whatever it is kept in
         if name != "lse" or lse_gradient:
             assert_parity(ours, exact, plain, name, *effects.get(name, ()))
+    if sums:
+        found = [_weight_sums(x) for x in (actual, expected, *eager)]
+        names = ["sums of the weights", "sums of the weights in the backward pass"]
+        for index, name in enumerate(names[:1] if lse_alone else names):
+            ours, exact, *plain = (x[index] for x in found)
+            assert_parity(ours, exact, plain, name, exact)
+
+
+def _weight_sums(results: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of each row's weights (B, Hq, Lq), from out; of all weights of a key head (B, Hk), from dv."""
+    out, dv = results[0], results[4]
+    return out[..., -1], dv[..., -1].double().sum(-1).to(dv.dtype)
 
 
 def check_kvcache(

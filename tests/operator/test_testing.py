@@ -305,3 +305,37 @@ def test_a_wrong_cache_is_found(monkeypatch):
         monkeypatch.setattr(testing, "attention_with_kvcache", wrong(damage))
         with pytest.raises(AssertionError, match=text):
             check()
+
+
+# Mistakes that hide behind the size of the scores: eager PyTorch loses much there, and its weights sum to 1 even so.
+
+
+def large_scores(dtype):
+    """A standard deviation of 30."""
+    q, k, v = make_qkv("cpu", (17, 40), dtype=SINGLE)
+    return (30.0 * q).to(dtype), k.to(dtype), v.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+def test_rows_of_weights_that_do_not_sum_to_one_are_found(monkeypatch, dtype):
+    """Each row by a factor of its own, a few roundings from 1."""
+    q, k, v = large_scores(dtype)
+    check_attention(q, k, v, backend="reference")
+    factors = 1.0 + 8.0 * torch.finfo(dtype).eps * torch.linspace(-1.0, 1.0, 17)[:, None]
+    break_results(monkeypatch, "out", lambda x: x.mul_(factors))
+    with pytest.raises(AssertionError, match=r"^sums of the weights: "):
+        check_attention(q, k, v, backend="reference")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+def test_weights_that_do_not_sum_to_one_in_the_backward_pass_are_found(monkeypatch, dtype):
+    """Recomputed from an lse that is off, where the forward pass had it right."""
+    q, k, v = large_scores(dtype)
+    original = reference.backward
+
+    def wrong(gradients, dout, dlse, q, k, v, out, statistics, *rest):
+        original(gradients, dout, dlse, q, k, v, out, statistics + 8.0 * torch.finfo(dtype).eps, *rest)
+
+    monkeypatch.setattr(reference, "backward", wrong)
+    with pytest.raises(AssertionError, match=r"^(dq|dk|dv|sums of the weights in the backward pass): "):
+        check_attention(q, k, v, backend="reference")
