@@ -146,26 +146,30 @@ def test_packed_equals_padded(position):
     starts, starts_source = (nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (lengths, source_lengths))
     weights = torch.randn(int(lengths.sum()), V)
 
-    def run(model, packed, dtype):
+    def run(model, way, dtype):
         model = model.to(dtype)
         model.zero_grad()
-        if packed:
+        if way == "packed":
             out = model(source[real_source], target[real], cu_seqlens=starts, cu_seqlens_source=starts_source)
+        elif way == "one by one":
+            parts = zip(source, target, source_lengths, lengths, strict=True)
+            out = torch.cat([model(s[None], t[None, :n], source_lengths=m[None])[0] for s, t, m, n in parts])
         else:
             out = model(source, target, source_lengths=source_lengths)[real]
         (out * weights.to(dtype)).sum().backward()
         return [out.detach(), *(p.grad.clone() for p in model.parameters())]
 
-    padded, packed = run(model, False, torch.float32), run(model, True, torch.float32)
-    exact = run(model, False, torch.float64)
-    assert_parity(packed[0], exact[0], padded[0], name="logits")
+    # Two ways without packing, since one may be exact by luck.
+    packed, padded, single = (run(model, way, torch.float32) for way in ("packed", "padded", "one by one"))
+    exact = run(model, "padded", torch.float64)
+    assert_parity(packed[0], exact[0], [padded[0], single[0]], name="logits")
     # All gradients as one tensor, each in units of its largest element: of a few numbers the largest error is chance.
     sizes = [e.abs().max() for e in exact[1:]]
-    packed, exact, padded = (
+    packed, exact, padded, single = (
         torch.cat([(g / size).flatten().to(g.dtype) for g, size in zip(result[1:], sizes, strict=True)])
-        for result in (packed, exact, padded)
+        for result in (packed, exact, padded, single)
     )
-    assert_parity(packed, exact, padded, name="gradients")
+    assert_parity(packed, exact, [padded, single], name="gradients")
 
 
 def test_padding_of_the_source_is_never_seen():
