@@ -75,7 +75,7 @@ def attention(
         alibi_slopes: float (Hq,) or (B, Hq): ``slope * |i + q_offset - j|`` is subtracted from the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)``, before bias and slopes are added.
         sinks: float (Hq,): one more logit per head in each row's softmax, with no value behind it.
-        scale: default ``1 / sqrt(D)``.
+        scale: default ``1 / sqrt(D)``; 0 or at least 2**-126 in size.
         dropout_p: probability with which a weight is dropped, in [0, 1]. Applied as given: pass 0 when evaluating. The
             random bits come from the device's default generator, so `torch.manual_seed` fixes them.
         return_lse: also return the log-sum-exp of each row's scores.

@@ -10,7 +10,9 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int32, torch.int64)
 MAX_POSITION = 1 << 30  # positions are int32 in the kernels: sums of two such offsets and a length still fit
-_LEAST_SOFTCAP = 2.0**-126  # float32's smallest normal number: below it scores / softcap overflows
+_LEAST = (
+    2.0**-126
+)  # float32's smallest normal number: below it scores / softcap overflows, and kernels take scale for 0
 
 
 def known(condition: bool) -> bool:
@@ -284,7 +286,7 @@ def check_softcap(softcap: float | None) -> None:
         raise TypeError(f"softcap: expected a float or None, got {type(softcap).__name__}")
     if not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a positive finite number or None, got {softcap}")
-    if softcap < _LEAST_SOFTCAP:
+    if softcap < _LEAST:
         raise ValueError(f"softcap: expected at least 2**-126, float32's smallest normal number, got {softcap}")
 
 
@@ -297,6 +299,10 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     scale = float(head_dim**-0.5 if scale is None else scale)
     if not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
+    if known(abs(scale) < _LEAST) and scale != 0.0:
+        raise ValueError(
+            f"scale: expected 0 or at least 2**-126 in size, float32's smallest normal number, got {scale}"
+        )
     return scale
 
 

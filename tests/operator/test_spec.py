@@ -299,6 +299,16 @@ OPTIONS = {
         "softcap: expected at least 2**-126, float32's smallest normal number, got 1e-40",
     ),
     "scale is nan": ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+    "scale too small": (
+        {"scale": 1e-40},
+        ValueError,
+        "scale: expected 0 or at least 2**-126 in size, float32's smallest normal number, got 1e-40",
+    ),
+    "negative scale too small": (
+        {"scale": -1e-40},
+        ValueError,
+        "scale: expected 0 or at least 2**-126 in size, float32's smallest normal number, got -1e-40",
+    ),
     "scale is infinite": ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
     "softcap is 0": ({"softcap": 0.0}, ValueError, "softcap: expected a positive finite number or None, got 0.0"),
     "softcap is a string": ({"softcap": "5"}, TypeError, "softcap: expected a float or None, got str"),
