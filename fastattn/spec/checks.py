@@ -297,9 +297,11 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if not number and (isinstance(scale, Tensor) or not hasattr(scale, "__float__")):
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")  # a tensor would lose its gradient
     scale = float(head_dim**-0.5 if scale is None else scale)
-    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+    if torch.compiler.is_compiling():  # a question about a symbolic number becomes a guard, and compiles again
+        return scale
+    if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    if known(abs(scale) < _LEAST) and scale != 0.0:
+    if 0.0 < abs(scale) < _LEAST:
         raise ValueError(
             f"scale: expected 0 or at least 2**-126 in size, float32's smallest normal number, got {scale}"
         )
