@@ -7,7 +7,7 @@ import torch
 
 from fastattn import attention, backends
 from fastattn.spec import make_spec
-from fastattn.testing import check_attention
+from fastattn.testing import assert_parity, check_attention
 
 INF = math.inf
 BACKENDS = ["reference", "cpu"]
@@ -87,9 +87,13 @@ def test_alibi_far_away(backend):
     only_where_it_runs(backend)
     q, k, v = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
     slopes = torch.tensor([0.5, 0.03])
-    far, near = (with_gradients(backend, q, k, v, alibi_slopes=slopes, q_offset=offset) for offset in (10**6, 40))
-    for index in (0, 2, 3, 4):
-        torch.testing.assert_close(far[index], near[index], rtol=1e-4, atol=1e-5)
+    far = with_gradients(backend, q, k, v, alibi_slopes=slopes, q_offset=10**6)
+    exact, near = (
+        with_gradients("reference", *(x.to(dtype) for x in (q, k, v)), alibi_slopes=slopes.to(dtype), q_offset=40)
+        for dtype in (torch.float64, torch.float32)
+    )
+    for index, name in ((0, "out"), (2, "dq"), (3, "dk"), (4, "dv")):
+        assert_parity(far[index], exact[index], near[index], name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
