@@ -212,14 +212,19 @@ def test_with_kvcache(place, options, rotary):
     sequences = []
     for b, n in enumerate(LENS):
         query, key = q[b], k[b]
-        if rotary is not None:
+        stored, values = (torch.stack([cache[at(b, n + j)] for j in range(new)]) for cache in caches)
+        assert torch.equal(values, v[b])
+        if rotary is None:
+            assert torch.equal(stored, key)
+        else:
             stands_still = not options
             steps = torch.arange(q_len) * (not stands_still)
             query = turn(query, cos, sin, n + steps, rotary)
-            key = turn(key, cos, sin, n + torch.arange(new), rotary)
-        for j in range(new):
-            assert torch.allclose(caches[(0, *at(b, n + j))], key[j], atol=1e-6)  # one rounding of the rotation
-            assert torch.equal(caches[(1, *at(b, n + j))], v[b, j])
+            key, exact = (
+                turn(*(x.to(dtype) for x in (key, cos, sin)), n + torch.arange(new), rotary)
+                for dtype in (torch.float32, torch.float64)
+            )
+            assert_parity(stored, exact, key, "rotated keys")
         kept = [torch.cat([content[0, b, :n], key]), torch.cat([content[1, b, :n], v[b]])]
         sequences.append((query, *(x[left[b] :] for x in kept)))
     check((out.flatten(0, 1), lse.transpose(0, 1).flatten(1)), sequences, options)

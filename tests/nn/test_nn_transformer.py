@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastattn.nn as fnn
+from fastattn.testing import assert_parity
 from tests.support.layer_checks import (
     DRAWS,
     INF,
@@ -503,7 +504,7 @@ def test_training_step_has_the_losses_of_torch():
             history.append(loss.detach())
         losses.append(torch.stack(history))
     assert losses[0][-1] < losses[0][0]
-    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-5, atol=1e-6)
+    assert_parity(losses[0], losses[1], losses[2], "losses")
 
 
 # --- the samples in the torch wheel ---------------------------------------------------------------------------------
