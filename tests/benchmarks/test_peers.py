@@ -12,6 +12,7 @@ import fastattn
 from benchmarks.harness import attention, peers, problems
 from benchmarks.harness.device import Device
 from benchmarks.harness.problems import Problem
+from fastattn.testing import ORDERS, assert_parity
 from tests.support.benchmark_runs import SMALL
 
 FEATURES = {
@@ -37,6 +38,24 @@ def gradients(prepared):
     return torch.autograd.grad(out, prepared.leaves, prepared.dout)
 
 
+def check_gradients(actual, problem):
+    """Hold gradients (B, H, L, D), of a learned bias too, to the rule."""
+
+    def gradients_in(dtype, order):
+        x = problems.make_inputs(problem, Device(), seed=0, grad=True)
+        learned = [x.bias] if problem.bias == "learned" else []
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x.q, x.k, x.v, *learned)]
+        changes = {"bias": leaves[3] if learned else None if x.bias is None else x.bias.to(dtype)}
+        q, k = (t[..., order] for t in leaves[:2])
+        out = fastattn.attention(q, k, leaves[2], **(problems.options(problem, x) | changes), backend="reference")
+        return torch.autograd.grad(out, leaves, x.dout.to(dtype))
+
+    orders = [torch.randperm(problem.head_dim) for _ in range(ORDERS)]
+    exact, plain = gradients_in(torch.float64, orders[0]), [gradients_in(torch.float32, order) for order in orders]
+    for name, ours, expected, *eager in zip(("dq", "dk", "dv", "dbias"), actual, exact, *plain, strict=False):
+        assert_parity(ours, expected, eager, name)
+
+
 @pytest.mark.parametrize("name", ["fastattn", "sdpa-math", "flex"])
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
@@ -53,9 +72,7 @@ def test_packed_documents_are_the_documents_of_a_block_mask(batch):
     packed = dataclasses.replace(problem, packed=True)
     inputs, prepared = prepare("fastattn", packed, grad=True)
     problems.check_output(prepared.to_heads(prepared.call()), packed, inputs, own=True)
-    masked = gradients(prepare("fastattn", problem, grad=True)[1])
-    for ours, theirs in zip(gradients(prepared), masked, strict=True):
-        torch.testing.assert_close(ours.unflatten(0, (batch, -1)).transpose(1, 2), theirs, rtol=1e-4, atol=1e-5)
+    check_gradients([x.unflatten(0, (batch, -1)).transpose(1, 2) for x in gradients(prepared)], problem)
 
 
 @pytest.mark.parametrize("pattern", problems.PATTERNS)
@@ -77,11 +94,12 @@ def test_adapter_computes_what_sdpa_has_not(name, feature):
 
 
 @pytest.mark.parametrize("feature", [name for name in FEATURES if name != "mask, bias"])
-def test_gradients_of_a_peer_are_those_of_fastattn(feature):
+def test_gradients_of_a_peer_and_of_fastattn(feature):
     problem = dataclasses.replace(SMALL, **FEATURES[feature])
     own, math = (gradients(prepare(name, problem, grad=True)[1]) for name in ("fastattn", "sdpa-math"))
     assert len(own) == (4 if problem.bias == "learned" else 3)
-    torch.testing.assert_close(own, math, rtol=1e-4, atol=1e-5)
+    check_gradients(own, problem)
+    check_gradients(math, problem)
 
 
 def eager(q, k, v, causal, window_size=(-1, -1), **more):
@@ -110,14 +128,13 @@ def fake_module(monkeypatch, name, **functions):
 
 
 def agrees(monkeypatch, name, problem, backward=True):
-    """The adapter gives fastattn's output and gradients in the end."""
+    """The adapter gives the right output and gradients in the end."""
     assert peers.PEERS[name].missing("cuda") == ""
     inputs, prepared = prepare(name, problem, grad=backward)
     problems.check_output(prepared.to_heads(prepared.call()), problem, inputs, own=False)
     if backward:
-        own = gradients(prepare("fastattn", problem, grad=True)[1])
         theirs = [g if g.ndim == 4 else g.unflatten(0, (problem.batch, -1)) for g in gradients(prepared)]
-        torch.testing.assert_close([g.transpose(1, 2) for g in theirs[:3]], list(own[:3]), rtol=1e-4, atol=1e-5)
+        check_gradients([g.transpose(1, 2) for g in theirs[:3]], problem)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -220,7 +220,15 @@ def test_cached_decoding_is_teacher_forcing(model, written):
 
 def test_decoding_is_compared(model, written, monkeypatch):
     result = evaluate.compare_decoding(model, written)
-    assert result["same_tokens"] and result["difference"] < 1e-5 * result["largest"]
+    source, lengths, _ = data.batch(written)
+    with torch.no_grad():
+        answers = evaluate.with_cache(model, source, lengths)
+        target = torch.cat([torch.full_like(source[:, :1], data.BOS), answers.tokens[:, :-1]], 1)
+        cached = evaluate.step_by_step(model, source, lengths, target)
+        forced = evaluate.teacher_forced(model, source, lengths, target)
+        exact = evaluate.teacher_forced(copy.deepcopy(model).double(), source, lengths, target)
+    assert_parity(cached, exact, forced, "logits")
+    assert result["same_tokens"] and result["difference"] <= (forced - cached).abs().max().item()
     assert set(result["seconds"]) == {"1", "14"}
     monkeypatch.setattr(evaluate, "without_cache", lambda model, source, lengths: source)
     assert not evaluate.compare_decoding(model, written)["same_tokens"]

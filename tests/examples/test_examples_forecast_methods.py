@@ -31,7 +31,10 @@ def test_autoregression_finds_the_recurrence():
         values[t] = 1.6 * values[t - 1] - 0.9 * values[t - 2] + 1
     origins = np.array([60, 80, 110])
     forecast = baselines.autoregression(values[:60], order=2, horizon=10)(values, origins)
-    np.testing.assert_allclose(forecast, data.targets(values, origins, 10), rtol=1e-6)
+    # Least squares loses the condition of its equations times their size; the recurrence dies out and adds nothing.
+    equations = np.column_stack([values[:58], values[1:59], np.ones(58)])
+    rounding = np.linalg.cond(equations) * equations.size * np.finfo(np.float64).eps
+    np.testing.assert_allclose(forecast, data.targets(values, origins, 10), rtol=rounding)
 
 
 def test_ridge_against_its_normal_equations():
@@ -67,7 +70,10 @@ def test_ridge_penalty_is_chosen_before_the_test_part():
 def test_harmonic_fit_of_a_clean_sine():
     values = 3 + 2 * data.clean_sine(700)
     forecast = baselines.harmonic(values[:500], 50)(values, np.array([600]))
-    np.testing.assert_allclose(forecast[0], values[600:650], atol=0.05)
+    # The peak is found to half a bin of the padded spectrum: so much phase is lost per step from the middle of the fit,
+    # and at most the amplitude, 2, times that of the value.
+    half_bin = np.pi / (100 * 500)
+    np.testing.assert_allclose(forecast[0], values[600:650], rtol=0, atol=2 * (650 - 250) * half_bin)
 
 
 def test_no_forecaster_sees_the_future():
