@@ -1,17 +1,14 @@
 """Every attention model of the installed transformers, built small and random, with inputs to call it with."""
 
 import contextlib
-import inspect
+import copy
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-LENGTHS, LENGTH = (9, 6), 9
-PADDINGS = ("none", "right", "left")
 SIZES = (
     (r"(^|_)(num_)?(hidden_|encoder_|decoder_|text_|vision_|attention_)?layers$|^n_layers?$|_layers$|^depth$", 2),
     (r"num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num", 2),
@@ -28,14 +25,35 @@ SIZES = (
     (r"_hidden_size$|_embed_dim$|_projection_dim$|_proj_dim$", 32),
     (r"^(max_position_embeddings|n_positions|max_source_positions|max_target_positions|n_ctx)$", 64),
     (r"^(num_experts|num_local_experts|n_routed_experts|moe_num_experts)$", 4),
-    (r"^(num_experts_per_tok|moe_top_k|top_k|moe_k)$", 2),
+    (r"^(num_experts_per_tok|num_experts_per_token|moe_top_k|top_k|moe_k)$", 2),
     (r"^(n_group|topk_group)$", 1),
     (r"^(sliding_window|attention_window|local_attention|sliding_window_size)$", 4),
     (r"^image_size$", 32),
     (r"^patch_size$", 8),
     (r"^num_mel_bins$", 16),
+    (r"^(width|depth)_coefficient$", 1),
     (r"dropout|_drop$|^layerdrop$|_pdrop$|drop_path|layerdrop|jitter", 0.0),
 )
+
+# Where the sizes above do not fit one another: what a model is made of keeps its proportions, and fewer are made of it.
+KEPT = re.compile(
+    r"coefficient|layers$|^depth$|vocab_size$|experts|top_k|^moe_k$|^n_group$|topk_group|window|local_attention|drop|jitter"
+)
+WIDTH = re.compile(
+    r"size$|dim$|dims$|^d_|^n_embd$|width|heads?$|ffn|n_inner|channels|rank|kv_heads|features|num_filters"
+)
+FIXED = re.compile(
+    r"vocab|image|patch|window|head_dim|conv|kernel|stride|batch|group|chunk|num_channels|in_channels|d_kv"
+)
+# The ways to try, in order: what widths and heads are divided by (0: the sizes of the table), and whether to `fit`.
+WAYS = ((0, False), (0, True), (1, True), (4, True), (16, True))
+LARGEST = 30_000_000
+
+# For what a configuration leaves open.
+OPEN = {
+    "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_experts_per_token": 2, "top_k_experts": 2,
+    "n_group": 1, "topk_group": 1, "moe_intermediate_size": 48, "n_shared_experts": 1,
+}  # fmt: skip
 
 # Towers that the whole model is too large to show.
 PARTS = {"align (text)": "AlignTextModel", "clap (text)": "ClapTextModel"}
@@ -44,6 +62,29 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma (both sides)": ("gemma", {"use_bidirectional_attention": True}),
     "gemma2 (both sides)": ("gemma2", {"use_bidirectional_attention": True}),
     "llama (both sides)": ("llama", {"is_causal": False}),
+}
+
+
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+PER_LAYER = {"full_attention": ROTARY, "sliding_attention": ROTARY}
+SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
+PLACES = {"image_token_index": 5, "video_token_index": 5}
+# What a configuration has no usable default for.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "autoformer": SERIES,
+    "informer": SERIES,
+    "time_series_transformer": SERIES,
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
+    "blip-2": PLACES,
+    "instructblip": PLACES,
+    "instructblipvideo": PLACES,
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "cohere_compass": {"text_config": {"rope_parameters": PER_LAYER}},
+    "cohere_compass_text": {"rope_parameters": PER_LAYER},
+    "esm": {"vocab_size": 120, "pad_token_id": 0, "mask_token_id": 1},
+    "xmod": {"default_language": "en_XX"},
 }
 
 
@@ -69,21 +110,27 @@ def architectures() -> list[str]:
     return sorted([*found, *PARTS, *CHANGES])
 
 
-def shrink(config: Any) -> None:
-    """Set the sizes of a configuration, and of those inside it, by their names."""
+def shrink(config: Any, divisor: int = 0, fitted: bool = False) -> None:
+    """Set the sizes of a configuration, and of those inside it, by their names; with a divisor, in proportion."""
+    before = vars(config).get("num_hidden_layers")
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
-            shrink(value)
+            shrink(value, divisor, fitted)
             continue
-        if name == "rope_parameters" and isinstance(value, dict):
+        if name == "rope_parameters" and isinstance(value, dict) and not (fitted and _settled(value, divisor)):
             if value.get("rope_type") == "longrope":
                 value["rope_type"] = "default"
             value["mrope_section"] = [2, 1, 1]  # only multimodal models look for it: half of head_dim
             if "partial_rotary_factor" in value:
                 value["partial_rotary_factor"] = 1.0
+        if divisor:
+            value = _divided(name, value, divisor)
+            _set(config, name, value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         for pattern, size in SIZES:
+            if divisor and not KEPT.search(name):
+                break
             if re.search(pattern, name):
                 keep = isinstance(value, int) and isinstance(size, int) and 0 <= value < size
                 if not keep:
@@ -95,7 +142,7 @@ def shrink(config: Any) -> None:
         distinct = list(dict.fromkeys(kinds))
         _set(config, "num_hidden_layers", max(layers, len(distinct)))
         _set(config, "layer_types", (distinct * 2)[: max(layers, len(distinct))])
-    if hasattr(config, "kv_lora_rank"):  # every head has keys of its own
+    if hasattr(config, "kv_lora_rank") and not divisor:  # every head has keys of its own
         _set(config, "num_key_value_heads", config.num_attention_heads)
     _set(config, "apply_spec_augment", False)
     for name in [name for name in vars(config) if re.match("mask_(time|feature)_prob", name)]:
@@ -105,6 +152,62 @@ def shrink(config: Any) -> None:
             _set(config, name, 110 + len(name) % 9)
     if isinstance(getattr(config, "pad_token_id", 0), int):
         _set(config, "pad_token_id", 0)
+    if fitted:
+        fit(config, before)
+
+
+def _settled(rope: dict[str, Any], divisor: int) -> bool:
+    """Whether the parameters of the rotary embedding stay: one set for each kind of layer, or heads as they were."""
+    if any(isinstance(x, dict) for x in rope.values()) or divisor:
+        return True
+    sections = rope.get("mrope_section")
+    if isinstance(sections, list) and len(sections) == 3 and sections[0] == sections[1]:
+        rope["mrope_section"] = [1, 1, 2]
+        return True
+    return False
+
+
+def fit(config: Any, layers_before: Any) -> None:
+    """Sizes that follow from others, and values for those that a configuration leaves open."""
+    sizes = vars(config)
+    layers = sizes.get("num_hidden_layers")
+    hidden, heads = sizes.get("hidden_size"), sizes.get("num_attention_heads")
+    for name, value in list(sizes.items()):
+        if "vocab_size" in name and isinstance(value, int):
+            _set(config, name, min(value, 120))
+        if isinstance(value, list) and isinstance(layers, int) and len(value) == layers_before and len(value) > layers:
+            _set(config, name, value[:layers])
+    for name, value in (("num_kv_shared_layers", 0), ("hidden_size_per_layer_input", 8), ("base_channels", 32)):
+        if isinstance(sizes.get(name), int):
+            _set(config, name, value)
+    opened: dict[str, Any] = dict(OPEN)
+    if isinstance(hidden, int) and isinstance(heads, int):
+        opened |= {"head_dim": hidden // heads, "num_key_value_heads": heads, "upsample_groups": hidden}
+    if isinstance(layers, int):
+        opened |= {"layer_types": ["full_attention"] * layers, "mlp_layer_types": ["dense", "sparse"] * layers}
+    for name, value in opened.items():
+        if name in sizes and sizes[name] is None:
+            _set(config, name, value[:layers] if isinstance(value, list) else value)
+    if "upsample_groups" in sizes and isinstance(hidden, int):
+        _set(config, "upsample_groups", hidden)
+    if "qk_head_dim" in sizes:
+        _set(config, "qk_head_dim", config.qk_nope_head_dim + config.qk_rope_head_dim)
+    inner = sizes.get("mamba_d_ssm") or sizes.get("mamba_expand", 0) * (hidden or 0)
+    for count, size in (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim")):
+        if inner and sizes.get(count):
+            _set(config, "mamba_d_ssm" if "mamba_d_ssm" in sizes else "", inner)
+            _set(config, size, inner // sizes[count])
+
+
+def _divided(name: str, value: Any, divisor: int) -> Any:
+    """A width or a number of heads, or a list of them, made smaller; images of at most 256 pixels a side."""
+    if name in ("image_size", "input_size") and isinstance(value, int):
+        return min(value, 256)
+    if isinstance(value, list | tuple) and value and all(type(x) is int for x in value):
+        return type(value)(_divided(name, x, divisor) for x in value)
+    if divisor == 1 or type(value) is not int or not WIDTH.search(name) or FIXED.search(name):
+        return value
+    return max(value // divisor, min(value, 1 if "head" in name else 4))
 
 
 def _set(config: Any, name: str, value: Any) -> None:
@@ -112,7 +215,7 @@ def _set(config: Any, name: str, value: Any) -> None:
         setattr(config, name, value)
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, divisor: int = 0, fitted: bool = False) -> nn.Module:
     """A small model of this type with weights large enough that attention is far from uniform, in float64."""
     import transformers
     from transformers import CONFIG_MAPPING, MODEL_MAPPING
@@ -123,17 +226,21 @@ def build(name: str) -> nn.Module:
             model = getattr(transformers, PARTS[name])
             config = model.config_class()
         else:
-            kind, changes = CHANGES.get(name, (name, {}))
-            config = CONFIG_MAPPING[kind]()
-            for key, value in changes.items():
-                setattr(config, key, value)
+            kind, changes = CHANGES.get(name, (name, SETTINGS.get(name, {})))
+            config = CONFIG_MAPPING[kind](**copy.deepcopy(changes))
             model = MODEL_MAPPING[type(config)]
-        shrink(config)
+        shrink(config, divisor, fitted)
         model = model[0] if isinstance(model, tuple | list) else model
+        if fitted and model.config_class is not type(config):  # the model of a part
+            config = next((x for x in vars(config).values() if isinstance(x, model.config_class)), config)
+        if divisor and _parameters(model, config) > LARGEST:
+            raise CannotBuild("more than 30 million parameters with its widths in proportion")
         model = model._from_config(config, attn_implementation="eager", experts_implementation="eager")
+    except CannotBuild:
+        raise
     except Exception as error:
         raise CannotBuild(one_line(error)) from error
-    if sum(p.numel() for p in model.parameters()) > 30_000_000:
+    if sum(p.numel() for p in model.parameters()) > LARGEST:
         raise CannotBuild("more than 30 million parameters after its sizes were reduced")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -143,59 +250,12 @@ def build(name: str) -> nn.Module:
     return model.double()
 
 
-def inputs(model: nn.Module, padding: str) -> Iterator[dict[str, Any]]:
-    """Arguments to try, the plainest first."""
-    names = inspect.signature(model.forward).parameters
-    config: Any = model.config
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 100, (len(LENGTHS), LENGTH), generator=generator)
-    given: dict[str, Any] = {}
-    if "input_ids" in names:
-        given["input_ids"] = ids
-        if padding != "none" and "attention_mask" in names:
-            given["attention_mask"] = valid(padding).long()
-    if "decoder_input_ids" in names:
-        given["decoder_input_ids"] = ids.flip(1)
-    vision = _first(config, "image_size")
-    size = vision if isinstance(vision, int) else 32
-    channels = _first(config, "num_channels") or 3
-    pixels = torch.randn(2, channels, size, size, generator=generator, dtype=torch.float64)
-    bins = _first(config, "num_mel_bins") or 16
-    frames = 2 * (_first(config, "max_source_positions") or 32)
-    features = torch.randn(2, bins, frames, generator=generator, dtype=torch.float64)
-    options: list[dict[str, Any]] = []
-    if "input_ids" in given:
-        options.append(given)
-        if "pixel_values" in names:
-            options.append(given | {"pixel_values": pixels})
-    elif "pixel_values" in names:
-        options += [{"pixel_values": pixels}, {"pixel_values": pixels[:, None]}]
-    if "input_features" in names:
-        for x in (features, features.transpose(1, 2)):
-            options.append(given | {"input_features": x})
-    if "input_values" in names:
-        wave = torch.randn(2, 4000, generator=generator, dtype=torch.float64)
-        options += [given | {"input_values": x} for x in (wave, wave[:, None], features.transpose(1, 2))]
-    if not options:
-        raise CannotBuild(f"no inputs are known for {', '.join(list(names)[:4])}")
-    if "use_cache" in names:
-        options = [option | {"use_cache": False} for option in options]
-    yield from options
-
-
-def _first(config: Any, name: str) -> Any:
-    for one in (config, *(x for x in vars(config).values() if hasattr(x, "to_dict"))):
-        if isinstance(getattr(one, name, None), int):
-            return getattr(one, name)
-    return None
-
-
-def valid(padding: str) -> Tensor:
-    """bool (B, L): what is no padding."""
-    lengths, positions = torch.tensor(LENGTHS)[:, None], torch.arange(LENGTH)
-    if padding == "none":
-        return torch.ones(len(LENGTHS), LENGTH, dtype=torch.bool)
-    return positions < lengths if padding == "right" else positions >= LENGTH - lengths
+def _parameters(model: Any, config: Any) -> int:
+    """How many it would have, without making them; 0 where it reads a number while it is made."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        made = model._from_config(copy.deepcopy(config), attn_implementation="eager", experts_implementation="eager")
+        return sum(p.numel() for p in made.parameters())
+    return 0
 
 
 def one_line(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
     python -m benchmarks.tools.huggingface_sweep                    # all, and the table is stored
     python -m benchmarks.tools.huggingface_sweep llama bert         # some, printed
+    python -m benchmarks.tools.huggingface_sweep --store llama      # and put into the stored table
+    python -m benchmarks.tools.huggingface_sweep --store not-built  # again what was not built
 
 Each is computed in float64, where two ways to the same thing agree to rounding: what differs differs in meaning. Inputs
 are unpadded, padded on the right and on the left; a model is compared in evaluation, and in training with its
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness.models import Float64
 
-from .huggingface_models import LENGTH, LENGTHS, PADDINGS, CannotBuild, architectures, build, inputs, one_line, valid
+from .huggingface_inputs import LENGTH, LENGTHS, PADDINGS, inputs, valid
+from .huggingface_models import WAYS, CannotBuild, architectures, build, one_line
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -142,52 +145,68 @@ def examine(name: str, model: nn.Module | None = None) -> dict[str, str]:
     from fastattn.integrations import huggingface
 
     huggingface.register()
-    try:
-        model = build(name) if model is None else model
-        paddings = PADDINGS if "input_ids" in dict(next(inputs(model, "none"))) else ("none",)
-        for padding in paddings:
-            for training in (False, True):
-                how = f"{'training' if training else 'evaluation'}, padding {padding}"
-                try:
-                    found = compare(model, huggingface.NAME, padding, training)
-                except CannotBuild as error:
-                    if padding == "none" and not training:
-                        raise
-                    return {"architecture": name, "result": "equal", "reason": f"not {how}: {error}"}
-                except Exception as error:
-                    return {"architecture": name, "result": "refused", "reason": f"{how}: {one_line(error)}"}
-                if found is None:
-                    continue
-                try:
-                    same = compare(model, "sdpa", padding, training)
-                except Exception:
-                    same = None
-                return {
-                    "architecture": name,
-                    "result": "as sdpa" if same == found else "differs",
-                    "reason": f"{how}: {found}",
-                }
-        if not reaches(model):
-            return {"architecture": name, "result": "own attention", "reason": "no layer calls the interface here"}
-        return {"architecture": name, "result": "equal", "reason": ""}
-    except CannotBuild as error:
-        return {"architecture": name, "result": "not built", "reason": str(error)}
+    if model is not None:
+        return _examine(name, model)
+    reasons: dict[str, None] = {}
+    for way in WAYS:
+        try:
+            return _examine(name, build(name, *way))
+        except CannotBuild as error:
+            reasons[str(error)] = None
+    return {"architecture": name, "result": "not built", "reason": next(iter(reasons))}
+
+
+def _examine(name: str, model: nn.Module) -> dict[str, str]:
+    """As `examine`, of one way to build it."""
+    from fastattn.integrations import huggingface
+
+    paddings = PADDINGS if "input_ids" in dict(next(inputs(model, "none"))) else ("none",)
+    for padding in paddings:
+        for training in (False, True):
+            how = f"{'training' if training else 'evaluation'}, padding {padding}"
+            try:
+                found = compare(model, huggingface.NAME, padding, training)
+            except CannotBuild as error:
+                if padding == "none" and not training:
+                    raise
+                return {"architecture": name, "result": "equal", "reason": f"not {how}: {error}"}
+            except Exception as error:
+                return {"architecture": name, "result": "refused", "reason": f"{how}: {one_line(error)}"}
+            if found is None:
+                continue
+            try:
+                same = compare(model, "sdpa", padding, training)
+            except Exception:
+                same = None
+            return {
+                "architecture": name,
+                "result": "as sdpa" if same == found else "differs",
+                "reason": f"{how}: {found}",
+            }
+    if not reaches(model):
+        return {"architecture": name, "result": "own attention", "reason": "no layer calls the interface here"}
+    return {"architecture": name, "result": "equal", "reason": ""}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="model types; default all")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th from the I-th, printed as JSON lines")
+    parser.add_argument("--store", action="store_true", help="put the rows of the names into the stored table")
     options = parser.parse_args()
     quiet()
     first, step = map(int, options.part.split("/"))
     names = options.names or architectures()
+    if names == ["not-built"]:
+        names = [row["architecture"] for row in stored() if row["result"] == "not built"]
     rows = []
     for name in names[first::step]:
         rows.append(examine(name))
         print(json.dumps(rows[-1]), flush=True)
     if not options.names and step == 1:
         store(rows)
+    elif options.store:
+        store(list({row["architecture"]: row for row in [*stored(), *rows]}.values()))
 
 
 def quiet() -> None:
