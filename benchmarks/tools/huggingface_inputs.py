@@ -49,6 +49,13 @@ def inputs(model: nn.Module, padding: str) -> Iterator[dict[str, Any]]:
         wave = torch.randn(2, 4000, generator=generator, dtype=torch.float64)
         options += [given | {"input_values": x} for x in (wave, wave[:, None], features.transpose(1, 2))]
     options += list(_by_signature(model, given))
+    books = _first(config, "num_codebooks")
+    if books and given:
+        options += [
+            given | {"input_ids": ids.repeat(books, 1)},
+            given | {"input_ids": ids[..., None].repeat(1, 1, books)},
+        ]
+        options.append(given | {"input_ids": ids[..., None].repeat(1, 1, books + 1)})
     if not options:
         raise CannotBuild(f"no inputs are known for {', '.join(list(names)[:4])}")
     if "use_cache" in names:
@@ -118,7 +125,7 @@ def _made(model: nn.Module) -> dict[str, list[Any]]:
                     "input_dim", "mel_bins", "num_mels", "feature_size")
         if (x := _first(config, n))
     ] + [x for x in (linear, conv) if x]  # fmt: skip
-    spans = [x for x in (_first(config, "max_length"), 64, 128, 200) if x]
+    spans = [x for x in (_first(config, "max_length"), 64, 128, 200, 72) if x]
     past = (_first(config, "context_length") or 16) + max(getattr(config, "lags_sequence", None) or [0])
     series = _first(config, "num_input_channels") or 1
     flat = [
@@ -130,7 +137,8 @@ def _made(model: nn.Module) -> dict[str, list[Any]]:
         random(count, linear or 1),
         random(batch, count // batch, channels * tubelet * patch * patch),
         random(batch, count // batch, linear or 1),
-        random(batch, channels, patch, count // batch * patch),
+        random(1, channels, patch, count * patch),
+        random(count, 2 * patch, 2 * patch, channels),
     ]
     images = [
         random(batch, channels, size, size),
@@ -143,7 +151,9 @@ def _made(model: nn.Module) -> dict[str, list[Any]]:
     spectra = [random(batch, *shape) for b in bins for n in spans for shape in ((n, b), (b, n), (1, n, b))]
     grid = torch.tensor([GRID] * batch)
     names = inspect.signature(model.forward).parameters
-    patches = any(name in names for name in ("grid_thw", "image_grid_thw", "spatial_shapes", "pixel_position_ids"))
+    patches = any(
+        name in names for name in ("grid_thw", "image_grid_thw", "spatial_shapes", "pixel_position_ids", "target_sizes")
+    )
     vision = "input_ids" not in names
     if patches and (vision or "spatial_shapes" in names):
         images = flat
@@ -156,11 +166,14 @@ def _made(model: nn.Module) -> dict[str, list[Any]]:
         "pixel_values_videos": [random(batch, frames, channels, size, size)],
         "input_features": spectra,
         "audio_mel": [x for x in spectra if x.ndim == 3],
-        "input_values": [random(batch, n) for n in (7680, 4000, 16000)] + [random(batch, 1, 7680)] + spectra,
+        "input_values": [random(batch, n) for n in (7680, 4000, 16000)]
+        + [random(batch, 1, 7680)]
+        + spectra
+        + [random(batch, LENGTH, hidden)],
         "bbox": [corners],
         "qformer_input_ids": [ids],
         "text_inputs": [ids],
-        "task_inputs": [ids],
+        "task_inputs": [ids, torch.randint(3, 100, (batch, _first(config, "task_seq_len") or 77), generator=generator)],
         "pixel_mask": [],
         "past_values": [random(batch, past), random(batch, past, series), random(batch, past * 4)],
         "past_time_features": [random(batch, past, _first(config, "num_time_features") or 1)],
@@ -181,18 +194,21 @@ def _made(model: nn.Module) -> dict[str, list[Any]]:
         "query_embeds": [random(batch, LENGTH, hidden)],
         "encoder_hidden_states": [random(batch, LENGTH, _first(config, "encoder_hidden_size") or hidden)],
         "noise_embeds": [random(batch, LENGTH, hidden)],
-        "context_hidden_states": [random(batch, LENGTH, linear or hidden)],
+        "context_hidden_states": [random(batch, LENGTH, x) for x in _widths(model)],
         "latents": [random(batch, hidden, LENGTH), random(batch, LENGTH, hidden)],
-        "decoder_input_values": [random(batch, LENGTH, x) for x in bins] or [random(batch, LENGTH, 80)],
+        "decoder_input_values": [random(batch, LENGTH, hidden)],
         "spatial_shapes": [torch.tensor([GRID[1:]] * batch)],
         "pixel_attention_mask": [torch.ones(batch, GRID[1] * GRID[2], dtype=torch.long)],
         "target_sizes": [torch.tensor([GRID[1:]] * batch)],
-        "input_features_mask": [torch.ones(x.shape[0], max(x.shape[1:]), dtype=torch.long) for x in spectra],
+        "input_features_mask": [torch.ones(batch, n, dtype=torch.long) for _ in bins for n in spans for _ in range(3)],
         "audio_mel_mask": [torch.zeros(batch, x.shape[1], dtype=torch.bool) for x in spectra if x.ndim == 3],
         "input": images,
         "inputs_embeds": [random(batch, LENGTH, hidden)],
         "pixel_position_ids": [torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(batch, 16, 2)],
         "image_attention_mask": [torch.ones(batch, LENGTH, 1)],
+        "image_embeds_position_mask": [
+            (torch.arange(LENGTH) < (_first(config, "latent_query_num") or 0)).long().expand(batch, LENGTH)
+        ],
         "inputs": [random(batch, LENGTH, _first(config, "d_model") or hidden)],
         "state": [random(batch, _first(config, "max_state_dim") or 32)],
         "action_embeds": [random(batch, LENGTH, hidden)],
@@ -205,6 +221,11 @@ def _entry(model: nn.Module, kind: type[nn.Module]) -> int:
     """What the first layer of this kind takes; 0 without one."""
     first: Any = next((x for x in model.modules() if isinstance(x, kind)), None)
     return (first.in_features if kind is nn.Linear else first.in_channels) if first is not None else 0
+
+
+def _widths(model: nn.Module) -> list[int]:
+    """What its linear layers take."""
+    return list(dict.fromkeys(x.in_features for x in model.modules() if isinstance(x, nn.Linear)))
 
 
 def _first(config: Any, name: str) -> Any:

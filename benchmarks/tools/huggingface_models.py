@@ -52,7 +52,8 @@ LARGEST = 30_000_000
 # For what a configuration leaves open.
 OPEN = {
     "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_experts_per_token": 2, "top_k_experts": 2,
-    "n_group": 1, "topk_group": 1, "moe_intermediate_size": 48, "n_shared_experts": 1,
+    "n_group": 1, "topk_group": 1, "moe_intermediate_size": 48, "n_shared_experts": 1, "indexer_budget": 8,
+    "indexer_compress_ratio": 4, "deepstack_layer_map": [(0, 0)],
 }  # fmt: skip
 
 # Towers that the whole model is too large to show.
@@ -79,10 +80,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "blip-2": PLACES,
     "instructblip": PLACES,
     "instructblipvideo": PLACES,
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "cohere_compass": {"text_config": {"rope_parameters": PER_LAYER}},
     "cohere_compass_text": {"rope_parameters": PER_LAYER},
+    "kosmos-2": {"latent_query_num": 4},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "esm": {"vocab_size": 120, "pad_token_id": 0, "mask_token_id": 1},
     "xmod": {"default_language": "en_XX"},
 }
@@ -142,7 +145,7 @@ def shrink(config: Any, divisor: int = 0, fitted: bool = False) -> None:
         distinct = list(dict.fromkeys(kinds))
         _set(config, "num_hidden_layers", max(layers, len(distinct)))
         _set(config, "layer_types", (distinct * 2)[: max(layers, len(distinct))])
-    if hasattr(config, "kv_lora_rank") and not divisor:  # every head has keys of its own
+    if not divisor and "kv_lora_rank" in (vars(config) if fitted else dir(config)):  # every head has keys of its own
         _set(config, "num_key_value_heads", config.num_attention_heads)
     _set(config, "apply_spec_augment", False)
     for name in [name for name in vars(config) if re.match("mask_(time|feature)_prob", name)]:
@@ -177,10 +180,32 @@ def fit(config: Any, layers_before: Any) -> None:
             _set(config, name, min(value, 120))
         if isinstance(value, list) and isinstance(layers, int) and len(value) == layers_before and len(value) > layers:
             _set(config, name, value[:layers])
-    for name, value in (("num_kv_shared_layers", 0), ("hidden_size_per_layer_input", 8), ("base_channels", 32)):
+    for name, value in (
+        ("num_kv_shared_layers", 0),
+        ("hidden_size_per_layer_input", 8),
+        ("base_channels", 32),
+        ("output_channels", 32),
+    ):
         if isinstance(sizes.get(name), int):
             _set(config, name, value)
+        if re.search("num_key_value.*heads$", name) and isinstance(heads, int) and isinstance(value, int):
+            _set(config, name, min(value, heads))
     opened: dict[str, Any] = dict(OPEN)
+    if "sliding_attention" in (sizes.get("layer_types") or ()):
+        opened["sliding_window"] = 4
+    if "hybrid" in (kinds := sizes.get("layers_block_type") or ()):
+        layers = 4
+        _set(config, "num_hidden_layers", layers)
+        _set(config, "layers_block_type", list(dict.fromkeys(kinds)) * 2)
+        _set(config, "hybrid_layer_ids", [1, 3])
+        _set(config, "attention_hidden_size", 2 * (hidden or 0))
+        _set(config, "attention_head_dim", 2 * (hidden or 0) // (heads or 1))
+    if isinstance(sizes.get("conv_dim"), list | tuple):
+        _set(config, "num_feat_extract_layers", len(config.conv_dim))
+    if isinstance(sizes.get("decoder_in_channels"), list) and "encoder_hidden_dim" in sizes:
+        _set(config, "decoder_in_channels", [config.encoder_hidden_dim] * len(config.decoder_in_channels))
+    if "image_embedding_size" in sizes:
+        _set(config, "image_embedding_size", config.image_size // config.patch_size)
     if isinstance(hidden, int) and isinstance(heads, int):
         opened |= {"head_dim": hidden // heads, "num_key_value_heads": heads, "upsample_groups": hidden}
     if isinstance(layers, int):

@@ -104,6 +104,13 @@ def _without_grad(off: bool) -> Iterator[None]:
 def on(model: nn.Module, name: str) -> nn.Module:
     """The model with this attention: switched, or where transformers does not switch it, made anew."""
     change: Any = model
+    if name == "sdpa" and not change._supports_sdpa:  # its parts may
+        asked = {"": "eager"}
+        for part in change.config.sub_configs:
+            with contextlib.suppress(ValueError, KeyError):
+                change.set_attn_implementation(asked | {part: name})
+                asked[part] = name
+        return change
     change.set_attn_implementation(name)
     if change.config._attn_implementation == name:
         return change
@@ -141,7 +148,7 @@ def reaches(model: nn.Module) -> bool:
 
 
 def examine(name: str, model: nn.Module | None = None) -> dict[str, str]:
-    """``result``: equal, own attention, refused, differs or not built; ``reason`` where there is one."""
+    """``result``: equal, as sdpa, own attention, refused, differs or not built; ``reason`` where there is one."""
     from fastattn.integrations import huggingface
 
     huggingface.register()

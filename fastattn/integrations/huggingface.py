@@ -25,8 +25,8 @@ NAME = "fastattn"
 # fmt: off
 _NOT_FOR_ATTENTION = frozenset(
     {
-        "cache_position", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch", "position_ids",
-        "return_dict", "seq_idx", "shift_labels", "use_cache",
+        "cache_position", "deterministic", "grid_thw", "max_length_k", "max_length_q", "num_items_in_batch",
+        "position_ids", "return_dict", "seq_idx", "shift_labels", "use_cache",
     }
 )
 # fmt: on
