@@ -84,6 +84,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moonshine_streaming": {"num_key_value_heads": 4},
     "cohere_compass": {"text_config": {"rope_parameters": PER_LAYER}},
     "cohere_compass_text": {"rope_parameters": PER_LAYER},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 16},
     "kosmos-2": {"latent_query_num": 4},
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "esm": {"vocab_size": 120, "pad_token_id": 0, "mask_token_id": 1},
@@ -145,7 +147,9 @@ def shrink(config: Any, divisor: int = 0, fitted: bool = False) -> None:
         distinct = list(dict.fromkeys(kinds))
         _set(config, "num_hidden_layers", max(layers, len(distinct)))
         _set(config, "layer_types", (distinct * 2)[: max(layers, len(distinct))])
-    if not divisor and "kv_lora_rank" in (vars(config) if fitted else dir(config)):  # every head has keys of its own
+    if not divisor and (
+        "kv_lora_rank" in vars(config) if fitted else hasattr(config, "kv_lora_rank")
+    ):  # every head has keys of its own
         _set(config, "num_key_value_heads", config.num_attention_heads)
     _set(config, "apply_spec_augment", False)
     for name in [name for name in vars(config) if re.match("mask_(time|feature)_prob", name)]:

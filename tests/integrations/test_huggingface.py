@@ -467,6 +467,7 @@ def test_what_says_nothing_about_attention_is_accepted():
     plain, _ = huggingface.attention_forward(torch.nn.Identity(), q, q, q, None)
     out, _ = huggingface.attention_forward(
         torch.nn.Identity(), q, q, q, None, output_attentions=False, output_hidden_states=True, cache=None,
+        grid_thw=[[1, 2, 3]],
         num_items_in_batch=torch.tensor(7), position_ids=torch.arange(6), use_cache=True,
     )  # fmt: skip
     assert torch.equal(out, plain)

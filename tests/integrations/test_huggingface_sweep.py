@@ -13,10 +13,13 @@ from fastattn.integrations import huggingface
 # Those whose attention does not speak as transformers' interface expects, and one of each common kind.
 CHOSEN = (
     "align (text)", "bert", "bigbird_pegasus", "clap (text)", "deepseek_v4", "gemma (both sides)", "gemma2",
-    "gemma2 (both sides)", "gemma3", "git", "llama (both sides)", "modernbert", "nllb-moe", "paligemma", "pegasus_x",
-    "splinter", "t5",
+    "gemma2 (both sides)", "gemma3", "git", "hunyuan_v1_dense", "lfm3_vl_vision", "llama (both sides)", "modernbert",
+    "nllb-moe", "paligemma", "pegasus_x", "splinter", "t5",
 )  # fmt: skip
-RIGHT = ("equal", "own attention", "refused", "not built")  # own attention: equal too, but no layer calls ours
+# Their eager text model adds a boolean mask to the scores as numbers; with SDPA it forbids, as here.
+AS_SDPA = {"grounding-dino", "mm-grounding-dino"}
+# Own attention: equal too, but no layer calls ours.
+RIGHT = ("equal", "as sdpa", "own attention", "refused", "not built")
 SHARDS = 8
 
 
@@ -46,6 +49,7 @@ def test_all(shard):
 def test_stored_table_has_no_model_that_differs():
     rows = sweep.stored()
     assert len(rows) > 500 and all(row["result"] in RIGHT for row in rows)
+    assert {row["architecture"] for row in rows if row["result"] == "as sdpa"} == AS_SDPA
     assert all(row["reason"] for row in rows if row["result"] in ("refused", "not built"))
 
 
