@@ -24,7 +24,7 @@ SHARDS = 8
 
 
 @pytest.fixture(autouse=True)
-def as_it_was():
+def as_it_was(monkeypatch):  # undone after this: what is unregistered is what was registered
     yield
     huggingface.unregister()
 
