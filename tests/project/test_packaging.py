@@ -275,10 +275,10 @@ class TestCpuLibrary:
     def with_stub(self, tmp_path):
         source = copy_sources(tmp_path / "source")
         for path in (source / "csrc" / "cpu").iterdir():
-            path.unlink()
-        for name in ("forward", "backward", "decode"):  # compiled once per instruction set
-            body = f"namespace FASTATTN_VARIANT {{ int {name}() {{ return 1; }} }}\n"
-            (source / "csrc" / "cpu" / f"{name}.cpp").write_text(body)
+            if path.suffix == ".cpp":  # some are compiled once per instruction set
+                path.write_text(f"namespace FASTATTN_VARIANT {{ int {path.stem}() {{ return 1; }} }}\n")
+            else:
+                path.unlink()
         (source / "csrc" / "cpu" / "library.cpp").write_text('extern "C" int fastattn_stub() { return 42; }\n')
         return source
 
