@@ -7,23 +7,29 @@ from fastattn import _check as check
 Class = TypeVar("Class", bound=type)
 
 _FUNCTION = "scale of fastattn.attention; this layer has torch.nn's 1 / sqrt(head_dim)"
+_WINDOW = "TransformerConfig(window=(left, right)), for fastattn.nn.Attention"
+_SOFTCAP = "TransformerConfig(softcap=...), for fastattn.nn.Attention"
+_ALIBI = "TransformerConfig(position=ALiBi()), for fastattn.nn.Attention"
+_NO_SCALE = "no argument, since the scale is 1 / sqrt(head_dim)"
+_BY_CLASS = "decided by the class: Encoder or Decoder"
+_NEVER_STORED = "no argument, since weights are never stored"
 _LAYER = {
     **{
         name: f"TransformerConfig({name}=...), for fastattn.nn.Attention"
         for name in ("num_kv_heads", "qk_norm", "sinks", "softcap", "window")
     },
-    "alibi_slopes": "TransformerConfig(position=ALiBi()), for fastattn.nn.Attention",
+    "alibi_slopes": _ALIBI,
     "causal": "is_causal of forward, with the mask itself",
     "dropout_p": "dropout of the layer",
-    "logits_soft_cap": "TransformerConfig(softcap=...), for fastattn.nn.Attention",
+    "logits_soft_cap": _SOFTCAP,
     "num_key_value_heads": "TransformerConfig(num_kv_heads=...), for fastattn.nn.Attention",
     "scale": _FUNCTION,
-    "sliding_window": "TransformerConfig(window=(left, right)), for fastattn.nn.Attention",
+    "sliding_window": _WINDOW,
     "sm_scale": _FUNCTION,
     "softmax_scale": _FUNCTION,
     "rope": "TransformerConfig(position=RoPE()), for fastattn.nn.Attention",
-    "use_alibi": "TransformerConfig(position=ALiBi()), for fastattn.nn.Attention",
-    "window_size": "TransformerConfig(window=(left, right)), for fastattn.nn.Attention",
+    "use_alibi": _ALIBI,
+    "window_size": _WINDOW,
 }
 _WIDTH = ("dim", "hidden_size", "model_dim", "n_embd")
 _HEADS = ("heads", "n_head", "n_heads", "num_attention_heads")
@@ -72,10 +78,10 @@ _FORWARD = {
     "dropout_p": "dropout of the constructor, in training mode",
     "scale": _FUNCTION,
     "sm_scale": _FUNCTION,
-    "softcap": "TransformerConfig(softcap=...), for fastattn.nn.Attention",
+    "softcap": _SOFTCAP,
     "softmax_scale": _FUNCTION,
-    "window": "TransformerConfig(window=(left, right)), for fastattn.nn.Attention",
-    "window_size": "TransformerConfig(window=(left, right)), for fastattn.nn.Attention",
+    "window": _WINDOW,
+    "window_size": _WINDOW,
 }
 _WEIGHTS = ("output_attentions", "return_attention_weights", "return_attn_probs", "return_weights")
 _NO_WEIGHTS = "need_weights of fastattn.nn.MultiheadAttention.forward; this layer returns none"
@@ -147,11 +153,11 @@ blocks = check.keywords(
     is_causal="decided by the class: Encoder or Decoder; causal of Attention",
     key_padding_mask="lengths, or mask with True where an element takes part",
     memory_key_padding_mask="memory_lengths, or memory_mask with True where an element takes part",
-    need_weights="no argument, since weights are never stored",
-    output_attentions="no argument, since weights are never stored",
+    need_weights=_NEVER_STORED,
+    output_attentions=_NEVER_STORED,
     past_key_values="cache",
-    return_attn_probs="no argument, since weights are never stored",
-    softmax_scale="no argument, since the scale is 1 / sqrt(head_dim)",
+    return_attn_probs=_NEVER_STORED,
+    softmax_scale=_NO_SCALE,
     src_key_padding_mask="lengths, or mask with True where an element takes part",
     use_cache="cache, from make_cache",
     window_size="window of TransformerConfig, (left, right)",
@@ -167,16 +173,16 @@ _config = check.keywords(
     **dict.fromkeys(("attention_dropout", "dropout_p", "resid_pdrop"), "dropout"),
     alibi="position=ALiBi()",
     attn_logit_softcapping="softcap",
-    causal="decided by the class: Encoder or Decoder",
+    causal=_BY_CLASS,
     hidden_act="activation",
-    is_causal="decided by the class: Encoder or Decoder",
+    is_causal=_BY_CLASS,
     max_position_embeddings="max_len of position=Learned(...) or Sinusoidal(...); RoPE and ALiBi have no limit",
     n_kv_heads="num_kv_heads",
     num_key_value_heads="num_kv_heads",
     pre_norm="norm_first",
     rope_theta="position=RoPE(theta=...)",
     sliding_window="window, (left, right)",
-    softmax_scale="no argument, since the scale is 1 / sqrt(head_dim)",
+    softmax_scale=_NO_SCALE,
     tie_word_embeddings="tie_embeddings of CausalLMConfig",
     window_size="window, (left, right)",
 )

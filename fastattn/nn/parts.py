@@ -18,10 +18,7 @@ class EncoderBlocks(nn.TransformerEncoderLayer):
     def _sa_block(
         self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False
     ) -> Tensor:
-        out = self.self_attn(
-            x, x, x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, need_weights=False, is_causal=is_causal
-        )[0]
-        return drop(self.dropout1, out)
+        return _attend(self.self_attn, self.dropout1, x, x, attn_mask, key_padding_mask, is_causal)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return drop(self.dropout2, _feed_forward(self, x))
@@ -33,10 +30,7 @@ class DecoderBlocks(nn.TransformerDecoderLayer):
     def _sa_block(
         self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False
     ) -> Tensor:
-        out = self.self_attn(
-            x, x, x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, need_weights=False, is_causal=is_causal
-        )[0]
-        return drop(self.dropout1, out)
+        return _attend(self.self_attn, self.dropout1, x, x, attn_mask, key_padding_mask, is_causal)
 
     def _mha_block(
         self,
@@ -46,10 +40,7 @@ class DecoderBlocks(nn.TransformerDecoderLayer):
         key_padding_mask: Tensor | None,
         is_causal: bool = False,
     ) -> Tensor:
-        out = self.multihead_attn(
-            x, mem, mem, attn_mask=attn_mask, key_padding_mask=key_padding_mask, need_weights=False, is_causal=is_causal
-        )[0]
-        return drop(self.dropout2, out)
+        return _attend(self.multihead_attn, self.dropout2, x, mem, attn_mask, key_padding_mask, is_causal)
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return drop(self.dropout3, _feed_forward(self, x))
@@ -60,6 +51,17 @@ def drop(module: nn.Module, x: Tensor) -> Tensor:
     if type(module) is not nn.Dropout or module.inplace or not module.training or _is_hooked(module):
         return module(x)
     return dropout(x, module.p)
+
+
+def _attend(
+    attention: nn.Module, dropout: nn.Module, x: Tensor, memory: Tensor, attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None, is_causal: bool,
+) -> Tensor:  # fmt: skip
+    out = attention(
+        x, memory, memory, attn_mask=attn_mask, key_padding_mask=key_padding_mask, need_weights=False,
+        is_causal=is_causal,
+    )  # fmt: skip
+    return drop(dropout, out[0])
 
 
 def _feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor) -> Tensor:

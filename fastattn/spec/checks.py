@@ -10,9 +10,8 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int32, torch.int64)
 MAX_POSITION = 1 << 30  # positions are int32 in the kernels: sums of two such offsets and a length still fit
-_LEAST = (
-    2.0**-126
-)  # float32's smallest normal number: below it scores / softcap overflows, and kernels take scale for 0
+# float32's smallest normal number: below it scores / softcap overflows, and kernels take a scale for 0.
+_LEAST = 2.0**-126
 
 
 def known(condition: bool) -> bool:
