@@ -20,9 +20,9 @@ from fastattn.nn import (
     SlidingWindowCache,
     TransformerConfig,
 )
+from tests.support.generation import SIZES, VOCAB
 
-VOCAB, NEW = 29, 6
-SIZES = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "dim_feedforward": 48, "init_std": 0.3}
+NEW = 6
 KINDS = [KVCache, DynamicCache, PagedCache, functools.partial(SlidingWindowCache, window=5, chunk=4)]
 
 

@@ -9,20 +9,10 @@ import fastattn
 from fastattn import attention, attention_varlen, attention_with_kvcache, scaled_dot_product_attention
 from fastattn.testing import assert_parity
 from tests.support.attention_cases import make_mask
+from tests.support.modules import Call
 
 ANY = Dim.DYNAMIC
 LENGTHS = [(3, 7, 11), (2, 9, 20), (5, 6, 6), (2, 13, 4)]  # (B, Lq, Lk): the first is exported
-
-
-class Call(nn.Module):
-    """A function as a module, which is what torch.export takes."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
 
 
 def check(module, make, dynamic, strict=False):

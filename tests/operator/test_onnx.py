@@ -9,19 +9,9 @@ import fastattn
 from fastattn import attention, attention_varlen, attention_with_kvcache, reference, scaled_dot_product_attention
 from fastattn.testing import assert_parity
 from tests.support.attention_cases import HALF, make_mask, make_qkv
+from tests.support.modules import Call
 
 LENGTHS = (6, 9)
-
-
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args):
-        return self.function(*args)
 
 
 def mask_with_an_empty_row():
