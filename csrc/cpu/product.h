@@ -31,9 +31,7 @@ template <class Step, class T, Layout layout, int rows, int vectors>
 #pragma GCC unroll 16
   for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
-    for (int n = 0; n < vectors; n++) {
-      sums[r][n] = add ? load(c + r * c_stride + n * kLanes<T>) : Vec<T>{};
-    }
+    for (int n = 0; n < vectors; n++) sums[r][n] = Vec<T>{};
   }
   // Rows in fours from a pointer each: an address adds a register, or twice a register.
   constexpr int fours = (rows + 3) / 4;
@@ -59,10 +57,14 @@ template <class Step, class T, Layout layout, int rows, int vectors>
 #pragma GCC unroll 4
     for (int i = 0; i < (layout == Layout::kRows ? fours : 1); i++) weights[i] += layout == Layout::kRows ? 1 : a_stride;
   }
+  // What C holds is added last: a sum over all blocks in one chain would round once per step at its full size.
 #pragma GCC unroll 16
   for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
-    for (int n = 0; n < vectors; n++) store(c + r * c_stride + n * kLanes<T>, sums[r][n]);
+    for (int n = 0; n < vectors; n++) {
+      T* to = c + r * c_stride + n * kLanes<T>;
+      store(to, add ? sums[r][n] + load(to) : sums[r][n]);
+    }
   }
 }
 
