@@ -48,7 +48,8 @@ def run_program(run: Callable[[], None], goes_on_from: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command with --resume goes on from the last {goes_on_from}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:  # of several processes one says it
+            print(f"\nstopped; the same command with --resume goes on from the last {goes_on_from}", file=sys.stderr)
         return 130
     return 0
 

@@ -1,20 +1,28 @@
-"""The program: trains the models that were asked for, or samples from those that are trained."""
+"""The program: trains the models that were asked for, or samples from those that are trained.
+
+On one process, or on several that `torchrun` has started: `--parallel` says what they share.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import fastattn
+import fastattn.distributed as fd
 from examples.charlm.data import ALICE, DataError, Text
 from examples.charlm.models import KINDS, Kind, Shape
+from examples.charlm.parallel import Ranks, Sizes
 from examples.charlm.report import Result, metrics, table
 from examples.charlm.sample import continue_text, kept_of, load
-from examples.charlm.train import History, Recipe, build, fit
+from examples.charlm.train import ALONE, History, Recipe, build, fit
 from examples.common import (
     Progress,
     add_common_arguments,
@@ -32,17 +40,27 @@ DEFAULT_OUTPUT = Path(__file__).parent / "output"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the example; 0, or 2 if the input cannot be used."""
+    """Run the example; 0, 1 if another process failed, 2 if the input cannot be used."""
     args = parse_arguments(argv)
-    return run_program(lambda: run(args), goes_on_from="evaluation")
+    try:
+        return run_program(lambda: run(args), goes_on_from="step" if args.parallel else "evaluation")
+    except fd.RankFailed as error:
+        print(f"error: {error}; the same command with --resume goes on from the last evaluation", file=sys.stderr)
+        return 1
 
 
 def run(args: argparse.Namespace) -> None:
     """Train unless only samples are wanted, then sample."""
-    if not args.sample:
-        train(args)
-    for kind in args.shapes:
-        print_sample(args, kind)
+    first = True
+    if args.parallel and not args.sample:
+        with fd.job(asdict(args.parallel), device=args.device, timeout=args.timeout) as job:
+            first = job.first
+            train(args, Ranks(job))
+    elif not args.sample:
+        train(args, ALONE)
+    if first:
+        for kind in args.shapes:
+            print_sample(args, kind)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -78,6 +96,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ]
     for group, name, kind, default, text in numbers:
         group.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    several = parser.add_argument_group(
+        "several processes", "torchrun --nproc-per-node 4 -m examples.charlm --parallel dp=2,tp=2: losses as on one. "
+        "Ctrl-C stops all after the same step; --resume goes on, on any number of processes, also after one was "
+        "killed",
+    )  # fmt: skip
+    several.add_argument(
+        "--parallel", type=Sizes.parse, metavar="dp=N,cp=N,tp=N", help="how many processes share the sequences of a "
+        "batch (dp), the characters of each (cp), the heads (tp); what is left out is 1",
+    )  # fmt: skip
+    several.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS",
+        help="that a process waits for another one before it gives up (default: %(default)s)",
+    )  # fmt: skip
     training.add_argument("--amp", action="store_true", help="compute in bfloat16 (autocast)")
     training.add_argument("--compile", action="store_true", help="compile the model (torch.compile)")
     samples.add_argument("--sample", action="store_true", help="no training: sample from checkpoints in that folder")
@@ -98,6 +129,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             made.config(vocab_size=1)
     except ValueError as error:
         parser.error(str(error))
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    wanted = 1 if args.parallel is None else math.prod(asdict(args.parallel).values())
+    if started != wanted:
+        parser.error(f"--parallel: expected sizes whose product is {started}, the number of processes, got {wanted}; "
+                     f"torchrun --nproc-per-node {wanted} starts as many")  # fmt: skip
+    if args.parallel and args.heads % args.parallel.tp:
+        parser.error(f"--heads: expected a multiple of tp={args.parallel.tp}, got {args.heads}")
     if not args.prompt:
         parser.error("--prompt: expected at least one character")
     if not args.lr > 0:
@@ -105,9 +143,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, ranks: Ranks) -> None:
     """Train the models one after the other, and say how well they do."""
-    from examples.charlm.plots import plot_losses  # needs matplotlib: now, not after the training
+    if ranks.first:
+        import examples.charlm.plots  # noqa: F401  needs matplotlib: now, not after the training
 
     text = Text.read(args.text)
     if len(text.validation) <= args.block:
@@ -119,9 +158,11 @@ def train(args: argparse.Namespace) -> None:
         evaluate_every=args.evaluate_every, seed=args.seed, amp=args.amp,
     )  # fmt: skip
     device = f"{args.device} ({torch.cuda.get_device_name()})" if args.device == "cuda" else args.device
-    print(f"fastattn {fastattn.__version__}, PyTorch {torch.__version__}, device: {device}")
-    print(f"{args.text}: {len(text.train):,} characters to learn, {len(text.validation):,} to evaluate on, "
-          f"{len(text.vocabulary)} different ones")  # fmt: skip
+    if ranks.first:
+        several = f", {ranks.count} processes" if ranks.count > 1 else ""
+        print(f"fastattn {fastattn.__version__}, PyTorch {torch.__version__}, device: {device}{several}")
+        print(f"{args.text}: {len(text.train):,} characters to learn, {len(text.validation):,} to evaluate on, "
+              f"{len(text.vocabulary)} different ones")  # fmt: skip
     results = []
     for kind, shape in args.shapes.items():
         model = build(shape, text.vocabulary, recipe.seed).to(args.device)
@@ -133,10 +174,20 @@ def train(args: argparse.Namespace) -> None:
 
         history = fit(
             model, text, shape, recipe, args.output / f"{kind}.pt",
-            resume=args.resume, compiled=args.compile, on_step=show,
+            resume=args.resume, compiled=args.compile, on_step=show if ranks.first else lambda done, history: None,
+            ranks=ranks,
         )  # fmt: skip
-        progress.close()
         results.append(Result(shape, count_parameters(model), history))
+        if ranks.first:
+            progress.close()
+    if ranks.first:
+        report(args, results, recipe, text)
+
+
+def report(args: argparse.Namespace, results: list[Result], recipe: Recipe, text: Text) -> None:
+    """Print the table, write the figure and metrics.json."""
+    from examples.charlm.plots import plot_losses
+
     print("\n" + table(results))
     plot_losses(results, args.output / "loss.png")
     write_metrics(args.output / "metrics.json", SCHEMA, metrics(results, recipe, text, str(args.text), args.device))

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from examples.charlm.data import Text, Vocabulary, random_batch, windows
 from examples.charlm.models import Shape
+from examples.charlm.parallel import Ranks
 from examples.common import CheckpointError, read_checkpoint, save_checkpoint
 from fastattn.nn import CausalLM
 
 EVALUATION_BATCH = 64  # windows at once
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def fit(
     resume: bool = False,
     compiled: bool = False,
     on_step: Callable[[int, History], None] = lambda done, history: None,
+    ranks: Ranks = ALONE,
 ) -> History:
     """Train in place; `model` ends with the weights of its best evaluation.
 
@@ -91,22 +94,44 @@ def fit(
             a break.
         compiled: train through `torch.compile`.
         on_step: called after every step with the number of steps done, for a progress bar.
+        ranks: the processes that train together, each of which calls this. The loss is that of one process.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C. Several processes stop after the same step, and `checkpoint` has it.
     """
     device = next(model.parameters()).device
+    ranks.divide(model)
+    ranks.seed(recipe.seed)
     optimizer = make_optimizer(model, recipe)
     batches = torch.Generator().manual_seed(recipe.seed)
     identity = {"shape": asdict(shape), "recipe": asdict(recipe), "text": {"crc32": _crc32(text)}}
     history, best = History(), {}
     if resume and checkpoint.exists():
         state = read_own_checkpoint(checkpoint, identity)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        ranks.load(model, optimizer, state)
         batches.set_state(state["batches"])
         history, best = History(**state["history"]), state["best_model"]
-        _set_random_state(state["random"])
+        if len(state["random"]) == ranks.count:
+            _set_random_state(state["random"][ranks.number])
     forward = torch.compile(model) if compiled else model
-    losses: list[Tensor] = []  # on the device until the next evaluation: reading them would wait for it
+    losses: list[Tensor] = []  # on the device until they are kept: reading them would wait for it
     start = time.perf_counter() - history.seconds
+
+    def keep() -> None:
+        """Write what a run goes on from. All processes have a part in it, the first one writes."""
+        history.train += ranks.mean(torch.stack(losses)).tolist() if losses else []
+        losses.clear()
+        history.seconds = time.perf_counter() - start
+        state = ranks.state(model, optimizer) | {
+            "vocabulary": text.vocabulary.characters,
+            "best_model": best,
+            "batches": batches.get_state(),
+            "history": asdict(history),
+            "random": ranks.gather(_get_random_state()),
+        }
+        if ranks.first:
+            save_checkpoint(checkpoint, identity | state)
+
     for step in range(len(history.train), recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
@@ -114,35 +139,26 @@ def fit(
         total = torch.zeros((), device=device)
         for _ in range(recipe.accumulate):
             batch = random_batch(text.train, shape.block, recipe.batch, batches).to(device)
-            loss = loss_of(forward, batch, recipe.amp) / recipe.accumulate
+            loss = loss_of(forward, batch, recipe.amp, ranks) / recipe.accumulate
             loss.backward()
             total += loss.detach()
         losses.append(total)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        ranks.clip_grad_norm_(model, recipe.clip)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
         if done % recipe.evaluate_every == 0 or done == recipe.steps:
-            history.train += torch.stack(losses).tolist()
-            losses = []
             history.evaluated.append(done)
-            history.validation.append(evaluate(model, text.validation, shape.block, recipe.amp))
-            history.seconds = time.perf_counter() - start
+            history.validation.append(evaluate(model, text.validation, shape.block, recipe.amp, ranks))
             if history.best == len(history.validation) - 1:
-                best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            state = {
-                "vocabulary": text.vocabulary.characters,
-                "model": model.state_dict(),
-                "best_model": best,
-                "optimizer": optimizer.state_dict(),
-                "batches": batches.get_state(),
-                "history": asdict(history),
-                "random": _get_random_state(),
-            }
-            save_checkpoint(checkpoint, identity | state)
+                best = ranks.weights(model)
+            keep()
         on_step(done, history)
-    model.load_state_dict(best)
+        if ranks.stopped():
+            keep()
+            raise KeyboardInterrupt
+    ranks.load_weights(model, best)
     return history
 
 
@@ -156,21 +172,25 @@ def make_optimizer(model: CausalLM, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 
-def loss_of(model: Callable[[Tensor], Tensor], batch: Tensor, amp: bool) -> Tensor:
-    """Mean cross-entropy of the characters after each of batch[:, :-1]."""
+def loss_of(model: Callable[[Tensor], Tensor], batch: Tensor, amp: bool, ranks: Ranks = ALONE) -> Tensor:
+    """Mean cross-entropy of the characters after each of batch[:, :-1]: the mean over processes is the batch's."""
+    inputs, targets = ranks.own(batch[:, :-1]), ranks.own(batch[:, 1:])
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=amp):
-        logits = model(batch[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())  # autocast computes it in float32
+        logits = model(inputs)
+        own = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")  # autocast: in float32
+    return own * (ranks.scale / batch[:, 1:].numel())
 
 
 @torch.no_grad()
-def evaluate(model: CausalLM, tokens: Tensor, block: int, amp: bool = False) -> float:
+def evaluate(model: CausalLM, tokens: Tensor, block: int, amp: bool = False, ranks: Ranks = ALONE) -> float:
     """Mean cross-entropy over all windows: nothing is drawn, so that two models see the same."""
     model.eval()
     device = next(model.parameters()).device
     parts = windows(tokens, block).split(EVALUATION_BATCH)
-    total = sum(loss_of(model, part.to(device), amp).double() * len(part) for part in parts)
-    return float(total / sum(len(part) for part in parts))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for part in parts:
+        total += loss_of(model, part.to(device), amp, ranks).double() * len(part)
+    return float(ranks.mean(total) / sum(len(part) for part in parts))
 
 
 def read_own_checkpoint(path: Path, identity: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""A job of processes of its own, of which one fails; and the character model of the examples on several processes."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+import fastattn.distributed as fd
+from examples.charlm import train
+from examples.charlm.data import Text
+from examples.charlm.models import Shape
+from examples.charlm.parallel import Ranks
+
+TIMEOUT = 2.0
+
+
+def steps(kind, environment, connection):
+    """What a rank does, and what it hears: (what it raised or the last step, seconds)."""
+    os.environ.update(environment)
+    begin, step = time.monotonic(), -1
+    try:
+        with fd.job({"dp": 3, "tp": 1}, timeout=TIMEOUT) as job:
+            for step in range(5):
+                if step == 2 and job.rank == failing(kind):
+                    fail(kind)
+                if job.interrupted():
+                    break
+        answer = f"ended after step {step}"
+    except Exception as error:
+        answer = f"{type(error).__name__}: {error}"
+    connection.send((answer, time.monotonic() - begin))
+
+
+def failing(kind):
+    """The rank."""
+    return 0 if kind.startswith("first") else 1
+
+
+def fail(kind):
+    if kind in ("killed", "first killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind in ("raised", "first raised"):
+        raise ValueError("on purpose")
+    elif kind == "late":
+        time.sleep(TIMEOUT + 4)
+    elif kind == "interrupted":
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def run(kind, world=3):
+    """What each rank of a job says in which one fails; None of one that says nothing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    connections, processes = [], []
+    for rank in range(world):
+        environment = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world),
+        }  # fmt: skip
+        ours, theirs = context.Pipe()
+        process = context.Process(target=steps, args=(kind, environment, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        connections.append(ours)
+        processes.append(process)
+    deadline = time.monotonic() + 4 * TIMEOUT + 20  # beyond what a loaded machine needs
+    found = []
+    for rank, connection in enumerate(connections):
+        if rank == failing(kind) and kind == "stopped":
+            found.append(None)
+            continue
+        if not connection.poll(max(0.0, deadline - time.monotonic())):
+            pytest.fail(f"rank {rank} hangs where one was {kind}")
+        try:
+            found.append(connection.recv())
+        except EOFError:  # it was killed
+            found.append(None)
+    for process in processes:
+        process.kill()
+    return found
+
+
+TEXT = 20 * "the quick brown fox jumps over the lazy dog.\n"
+RECIPE = train.Recipe(steps=5, batch=5, warmup=0, evaluate_every=3)
+
+
+def fit(mesh, sizes, kind, folder, dtype=torch.float32, stop=None, dropout=0.0, resume=None):
+    """Losses of the example's training; in one process without a mesh. ``stop``: Ctrl-C in rank 1 after that step."""
+    text = Text.read(Path(folder) / "text.txt")
+    job = None if mesh is None else fd.Job(init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "cp", "tp")))
+    shape = Shape(kind, block=7, layers=2, heads=4, width=16, dropout=dropout)
+    model = train.build(shape, text.vocabulary, RECIPE.seed).to(dtype)
+
+    def on_step(done, history):
+        if done == stop and job.rank == 1:
+            job.interrupt()
+
+    checkpoint = Path(folder) / (resume or ("alone.pt" if job is None else "ranks.pt"))
+    try:
+        history = train.fit(
+            model, text, shape, RECIPE, checkpoint, resume=resume is not None, on_step=on_step, ranks=Ranks(job)
+        )
+    except KeyboardInterrupt:
+        return "interrupted"
+    return history.train, history.validation
