@@ -150,7 +150,7 @@ ARROWS = {
     "__main__": {"", "backends", "backends.cpu", "spec"},
     "_check": set(),
     "_rounding": {"backends.reference", "ops", "spec"},
-    "examples": {"", "functional", "inference", "integrations", "nn"},
+    "examples": {"", "distributed", "functional", "inference", "integrations", "nn"},
     "compat": {"block_mask", "compat", "functional"},
     "distributed": {"backends", "distributed", "flops", "functional", "nn", "ops", "spec"},
     "integrations": {"backends", "block_mask", "functional", "integrations", "nn", "ops", "spec"},
