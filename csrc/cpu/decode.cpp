@@ -85,8 +85,7 @@ class Split {
  public:
   Split(const FastattnDecode& d, const Entry& entry)
       : d_(d), entry_(entry), group_(d.q_heads / d.kv_heads), rows_(group_ * entry.q_len), k_width_(padded<Compute>(d.head_dim)),
-        v_width_(padded<Compute>(d.v_dim)), next_k_(d.k_cache.stride[1] * int64_t(sizeof(Element))),
-        next_v_(d.v_cache.stride[1] * int64_t(sizeof(Element))) {}
+        v_width_(padded<Compute>(d.v_dim)) {}
 
   // Elements of type Compute, for `heads` key heads.
   static int64_t scratch_size(const FastattnDecode& d, const Entry& entry, int64_t heads) {
@@ -97,37 +96,38 @@ class Split {
 
   // `keys` of the key heads `head .. head_end` into `partials`, one for each head, with memory of `scratch_size`.
   //
-  // The heads of a position lie side by side: all heads of a few positions, then the next ones. Head by head, the rows
-  // would be a power of two apart and fall out of the cache before their turn.
+  // Where the heads of a position lie side by side: all heads of a few positions, then the next ones. Head by head, the
+  // rows would be a power of two apart and fall out of the cache before their turn.
   void run(Range keys, int64_t head, int64_t head_end, Compute* partials, int64_t step, Compute* memory) {
-    const int64_t bytes = d_.kv_heads * most(d_.head_dim, d_.v_dim) * int64_t(sizeof(Element));
-    if (bytes * kKeyTile > kTileBytes) return run_by<kKeyTile / 2>(keys, head, head_end, partials, step, memory);
-    run_by<kKeyTile>(keys, head, head_end, partials, step, memory);
-  }
-
-  int64_t rows() const { return rows_; }
-  int64_t q_head(int64_t head, int64_t r) const { return head * group_ + r % group_; }
-  int64_t query(int64_t r) const { return r / group_; }
-
- private:
-  // `run` by so many keys of a head before those of the next one.
-  template <int kTile>
-  void run_by(Range keys, int64_t head, int64_t head_end, Compute* partials, int64_t step, Compute* memory) {
-    next_k_ *= kTile, next_v_ *= kTile;
+    if (d_.k_cache.stride[2] > d_.k_cache.stride[1] && head + 1 < head_end) {  // a head's positions lie side by side
+      for (int64_t h = head; h < head_end; h++) run(keys, h, h + 1, partials + (h - head) * step, step, memory);
+      return;
+    }
     q_ = memory;
     scores_ = q_ + (head_end - head) * rows_ * k_width_;
     copy_ = reinterpret_cast<Element*>(scores_ + (head_end - head) * rows_ * kBlock);
     for (int64_t h = head; h < head_end; h++) start(h, h - head, partials + (h - head) * step);
+    // With a query row for each head, positions are read one by one, in the order of memory.
+    const bool k_in_order = rows_ == 1 && side_by_side(d_.k_cache, d_.head_dim, k_width_);
+    const bool v_in_order = rows_ == 1 && side_by_side(d_.v_cache, d_.v_dim, v_width_);
     Positions<Element> k, v;
     for (int64_t key = keys.start; key < keys.end; key += kBlock) {
       const int count = int(least<int64_t>(kBlock, keys.end - key));
       k.find(d_, d_.k_cache, entry_.number, key, count);
       v.find(d_, d_.v_cache, entry_.number, key, count);
-      for (int j = 0; j < count; j += kTile) {
-        const int some = least(kTile, count - j);
-        for (int64_t h = head; h < head_end; h++) {
-          const Rows<Element> rows(k, j, some, d_.k_cache, h, d_.head_dim, k_width_, copy_);
-          multiply_keys(h - head, rows, j, some);
+      if (k_in_order) {
+        for (int j = 0; j < count; j++) {
+          const Element* row = k.at[j] + head * k_width_;
+          all_products_of_heads(scores_ + j, kBlock, q_, row, k_width_, head_end - head);
+        }
+      } else {
+        for (int j = 0; j < count; j += kKeyTile) {
+          const int some = least(kKeyTile, count - j);
+          Ahead ahead = after(d_.k_cache, k, j, head, head_end, d_.head_dim);
+          for (int64_t h = head; h < head_end; h++) {
+            const Rows<Element> rows(k, j, some, d_.k_cache, h, d_.head_dim, k_width_, copy_);
+            multiply_keys(h - head, rows, j, some, ahead);
+          }
         }
       }
       for (int64_t h = head; h < head_end; h++) {
@@ -139,17 +139,61 @@ class Split {
           online_softmax(s, seen, r, partial);
         }
       }
+      if (v_in_order) {
+        const Seen seen = seen_by(0, key, count);
+        Compute* acc = Partial<Compute>(partials, rows_, v_width_).acc;
+        for (int j = seen.first; j < seen.end; j++) {
+          const Element* row = v.at[j] + head * v_width_;
+          weighted_values_of_heads(acc, step, scores_ + j, kBlock, row, v_width_, head_end - head);
+        }
+        continue;
+      }
       const bool whole = all_see(key, count);
-      for (int j = 0; j < count; j += kTile) {
-        const int some = least(kTile, count - j);
+      for (int j = 0; j < count; j += kKeyTile) {
+        const int some = least(kKeyTile, count - j);
+        Ahead ahead = after(d_.v_cache, v, j, head, head_end, d_.v_dim);
         for (int64_t h = head; h < head_end; h++) {
           const Rows<Element> rows(v, j, some, d_.v_cache, h, d_.v_dim, v_width_, copy_);
           const Partial<Compute> partial(partials + (h - head) * step, rows_, v_width_);
-          add_values(h - head, rows, key, j, some, count, whole, partial.acc);
+          add_values(h - head, rows, key, j, some, count, whole, partial.acc, ahead);
         }
       }
     }
   }
+
+  int64_t rows() const { return rows_; }
+  int64_t q_head(int64_t head, int64_t r) const { return head * group_ + r % group_; }
+  int64_t query(int64_t r) const { return r / group_; }
+
+ private:
+  // Whether the rows of a position's heads are whole vectors without gaps.
+  static bool side_by_side(const FastattnView& cache, int64_t width, int64_t padded) {
+    return cache.stride[3] == 1 && cache.stride[2] == width && width == padded;
+  }
+
+  // What is read after the tile of kKeyTile keys from key `j` of a block on; nothing where other heads lie between them.
+  static Ahead after(const FastattnView& cache, const Positions<Element>& positions, int j, int64_t head,
+                     int64_t head_end, int64_t width) {
+    const Element* first = positions.at[j] + head * cache.stride[2];
+    const bool gapless = cache.stride[1] == (head_end - head) * width;
+    return {reinterpret_cast<const char*>(first + kKeyTile * cache.stride[1]), gapless ? Ahead::kLine : 0};
+  }
+
+  // Rows by fours, twos and ones; the first of them fetch ahead, the others read the same tile again.
+  struct ForRows {
+    int64_t rows, at = 0;
+    Ahead& ahead;
+
+    ForRows(int64_t rows, Ahead& ahead) : rows(rows), ahead(ahead) {}
+
+    template <int kRows, class Visit>
+    void each(Visit visit) {
+      for (; at + kRows <= rows; at += kRows) {
+        Ahead none{ahead.at, 0};
+        visit(at, at == 0 ? ahead : none);
+      }
+    }
+  };
 
   // Of a block of keys, those that a row sees.
   struct Seen {
@@ -171,40 +215,44 @@ class Split {
       const Element* from = static_cast<const Element*>(d_.q.data) + entry_.batch * d_.q.stride[0] +
                             q_head(head, r) * d_.q.stride[1] + (entry_.first + query(r)) * d_.q.stride[2];
       Compute* to = q_ + (number * rows_ + r) * k_width_;
-      for (int64_t c = 0; c < k_width_; c++) {
-        to[c] = c < d_.head_dim ? widen<Compute>(from[c * d_.q.stride[3]]) : Compute(0);
+      int64_t c = 0;
+      if (d_.q.stride[3] == 1) {
+        for (; c + kLanes<Compute> <= d_.head_dim; c += kLanes<Compute>) store(to + c, load<Compute>(from + c));
       }
+      for (; c < k_width_; c++) to[c] = c < d_.head_dim ? widen<Compute>(from[c * d_.q.stride[3]]) : Compute(0);
     }
     const Partial<Compute> own(partial, rows_, v_width_);
     for (int64_t i = 0; i < rows_ * v_width_; i++) own.acc[i] = 0;
     for (int64_t r = 0; r < rows_; r++) own.maximum[r] = -INFINITY, own.sum[r] = 0;
   }
 
-  void multiply_keys(int64_t number, const Rows<Element>& k, int j, int count) const {
+  void multiply_keys(int64_t number, const Rows<Element>& k, int j, int count, Ahead& ahead) const {
     const Compute* q = q_ + number * rows_ * k_width_;
     Compute* s = scores_ + number * rows_ * kBlock + j;
-    int64_t r = 0;
-    for (; r + 4 <= rows_; r += 4) all_products<4>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next_k_);
-    for (; r + 2 <= rows_; r += 2) all_products<2>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next_k_);
-    for (; r < rows_; r++) all_products<1>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next_k_);
+    ForRows rows(rows_, ahead);
+    rows.each<4>([&](int64_t r, Ahead& next) { all_products<4>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next); });
+    rows.each<2>([&](int64_t r, Ahead& next) { all_products<2>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next); });
+    rows.each<1>([&](int64_t r, Ahead& next) { all_products<1>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next); });
   }
 
   void add_values(int64_t number, const Rows<Element>& v, int64_t key, int j, int some, int count, bool whole,
-                  Compute* acc) const {
+                  Compute* acc, Ahead& ahead) const {
     const Compute* p = scores_ + number * rows_ * kBlock;
-    int64_t r = 0;
+    ForRows rows(rows_, ahead);
     if (whole) {
-      for (; r + 4 <= rows_; r += 4) all_weighted_values<4>(acc + r * v_width_, v_width_, p + r * kBlock + j, v.row, some, next_v_);
-      for (; r + 2 <= rows_; r += 2) all_weighted_values<2>(acc + r * v_width_, v_width_, p + r * kBlock + j, v.row, some, next_v_);
+      rows.each<4>([&](int64_t r, Ahead& next) {
+        all_weighted_values<4>(acc + r * v_width_, v_width_, p + r * kBlock + j, v.row, some, next);
+      });
+      rows.each<2>([&](int64_t r, Ahead& next) {
+        all_weighted_values<2>(acc + r * v_width_, v_width_, p + r * kBlock + j, v.row, some, next);
+      });
     }
-    for (; r < rows_; r++) {  // not even 0 times a value that a row may not see: it could be NaN
+    rows.each<1>([&](int64_t r, Ahead& next) {  // not even 0 times a value that a row may not see: it could be NaN
       const Seen seen = seen_by(r, key, count);
       const int first = most(seen.first, j), end = least(seen.end, j + some);
-      if (first < end) {
-        all_weighted_values<1>(acc + r * v_width_, v_width_, p + r * kBlock + first, v.row + first - j, end - first,
-                               next_v_);
-      }
-    }
+      if (first >= end) return;
+      all_weighted_values<1>(acc + r * v_width_, v_width_, p + r * kBlock + first, v.row + first - j, end - first, next);
+    });
   }
 
   // Scores in base 2 of one row from products, in place: `count` keys from `key` on.
@@ -256,7 +304,6 @@ class Split {
   const FastattnDecode& d_;
   Entry entry_;
   int64_t group_, rows_, k_width_, v_width_;
-  int64_t next_k_, next_v_;  // bytes from a row to that of the next key, or of the next few keys
   Compute *q_ = nullptr, *scores_ = nullptr;
   Element* copy_ = nullptr;
 };
