@@ -1,110 +1,86 @@
-// The forward kernel for sm_90a: the GPU as a Machine (see forward.cuh), in PTX, and its launch.
-//
-// Two warp groups per block, no specialisation: every thread loads, multiplies and exponentiates in turn.
+// The forward kernel for sm_90a: the GPU as a Machine (see forward.cuh), and its launch.
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include "forward.cuh"
+#include "ptx.cuh"
 
 namespace fastattn {
 
-struct Half {};
-struct BFloat {};
+struct Maps {
+  CUtensorMap of[kOperands];
+};
 
-template <int D>
-constexpr int kSharedBytes = (1 + 2 * kStages) * kRows * D * 2 + 1024;  // 1024: tiles start at multiples of it
+template <class T, int N, int>
+using Plain = T[N];
 
-// clang-format off
-#define F4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
-#define U4(x, i) "+r"(x[i]), "+r"(x[i + 1]), "+r"(x[i + 2]), "+r"(x[i + 3])
-#define F16(x, i) F4(x, i), F4(x, i + 4), F4(x, i + 8), F4(x, i + 12)
-#define F32(x) F16(x, 0), F16(x, 16)
-#define F64(x) F32(x), F16(x, 32), F16(x, 48)
-#define U32(x) U4(x, 0), U4(x, 4), U4(x, 8), U4(x, 12), U4(x, 16), U4(x, 20), U4(x, 24), U4(x, 28)
-#define R32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define R64 R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
-  "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// clang-format on
-
-// Registers that a product writes may not be touched before it has ended, and those it reads not after it has begun.
-// The compiler does not know that it runs beside the program: naming them here keeps their other uses where they are.
-__device__ __forceinline__ void hold(float (&x)[32]) { asm volatile("" : F32(x)::"memory"); }
-__device__ __forceinline__ void hold(float (&x)[64]) { asm volatile("" : F64(x)::"memory"); }
-__device__ __forceinline__ void hold(uint32_t (&x)[32]) { asm volatile("" : U32(x)::"memory"); }
-
-#define SCORES(type)                                                                                            \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." type \
-               " {" R64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"                                                    \
-               : F64(s)                                                                                         \
-               : "l"(a), "l"(b), "r"(int(add)))
-#define VALUES64(type)                                                                          \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type " {" R32 "}, "                \
-               "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"                                       \
-               : F32(o)                                                                         \
-               : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(b))
-#define VALUES128(type)                                                                         \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type " {" R64 "}, "               \
-               "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"                                       \
-               : F64(o)                                                                         \
-               : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(b))
-
-template <class Element>
-__device__ __forceinline__ void wgmma_scores(float (&s)[64], uint64_t a, uint64_t b, bool add) {
-  if constexpr (std::is_same_v<Element, Half>) SCORES("f16.f16");
-  else SCORES("bf16.bf16");
-}
-
-template <class Element>
-__device__ __forceinline__ void wgmma_values(float (&o)[32], const uint32_t* p, uint64_t b) {
-  if constexpr (std::is_same_v<Element, Half>) VALUES64("f16.f16");
-  else VALUES64("bf16.bf16");
-}
-
-template <class Element>
-__device__ __forceinline__ void wgmma_values(float (&o)[64], const uint32_t* p, uint64_t b) {
-  if constexpr (std::is_same_v<Element, Half>) VALUES128("f16.f16");
-  else VALUES128("bf16.bf16");
-}
-
-template <class Element, int D>
+template <class Element, class Shape>
 struct Gpu {
-  Registers<D> own;
-  uint32_t shared;
+  Registers<Shape, Plain> own;
+  const Plan& plan;
+  const Maps& maps;
+  uint32_t first;  // address of the first tile
+
+  __device__ __forceinline__ uint32_t shared() const { return first; }
+  __device__ __forceinline__ int block() const { return blockIdx.x; }
+  __device__ __forceinline__ int blocks() const { return gridDim.x; }
+  __device__ __forceinline__ uint32_t barrier(int i) const { return first + Shape::kTiles + 8 * i; }
 
   template <class F>
   __device__ __forceinline__ void each(F f) { f(own); }
   template <class F>
-  __device__ __forceinline__ void groups(F f) { f(own.index / 128); }
-
-  __device__ __forceinline__ uint32_t tile(int i) const { return shared + i * kRows * D * 2; }
-
-  __device__ __forceinline__ void copy(uint32_t to, const uint16_t* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+  __device__ __forceinline__ void elected(F f) {
+    if (__shfl_sync(0xFFFFFFFF, threadIdx.x / 32 % 4, 0) == 0 && elect()) f();
   }
-  __device__ __forceinline__ void committed() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  // wgmma reads through the asynchronous proxy: what this thread wrote is made visible to it, then all wait.
+
+  template <int Count, bool More>
+  __device__ __forceinline__ void registers() { setmaxnreg<Count, More>(); }
+  __device__ __forceinline__ void init(int i, int count) { mbarrier_init(barrier(i), count); }
+  __device__ __forceinline__ void publish() {
+    fence_mbarrier_init();
+    fence_proxy_async();
+  }
+  __device__ __forceinline__ void wait(int i, int parity) { mbarrier_wait(barrier(i), parity); }
+  __device__ __forceinline__ void arrive(int i) { mbarrier_arrive(barrier(i)); }
+  __device__ __forceinline__ void release(int i) {
+    if (elect()) mbarrier_arrive(barrier(i));
+  }
+  __device__ __forceinline__ void expect(int i, uint32_t bytes) { mbarrier_expect(barrier(i), bytes); }
+  __device__ __forceinline__ void load(Operand operand, uint32_t to, int column, int row, const Work& work, int i) {
+    const Place place = place_of(plan, operand, work);
+    tma_load(to, &maps.of[operand], column, row, place.head, place.batch, barrier(i));
+  }
+  __device__ __forceinline__ void store(uint32_t from, int column, int row, const Work& work) {
+    const Place place = place_of(plan, kOut, work);
+    tma_store(from, &maps.of[kOut], column, row, place.head, place.batch);
+  }
+  __device__ __forceinline__ void stored() { tma_stored(); }
+  __device__ __forceinline__ void put(uint32_t to, uint32_t value) { store_shared(to, value); }
+  __device__ __forceinline__ void fence() { fence_proxy_async(); }
+  __device__ __forceinline__ void sync(int id, int threads) { bar_sync(id, threads); }
+  __device__ __forceinline__ void signal(int id, int threads) { bar_arrive(id, threads); }
+
+  __device__ __forceinline__ void begin_scores() {
+    hold(own.s);
+    wgmma_fence();
+  }
+  __device__ __forceinline__ void begin_values() {
+    hold(own.o);
+    hold(own.p);
+    wgmma_fence();
+  }
+  __device__ __forceinline__ void commit() { wgmma_commit(); }
   template <int N>
-  __device__ __forceinline__ void arrived(std::integral_constant<int, N>) {
-    asm volatile("cp.async.wait_group %0;\nfence.proxy.async.shared::cta;" ::"n"(N) : "memory");
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ void begin() {
+  __device__ __forceinline__ void finish(std::integral_constant<int, N>) {
+    wgmma_wait<N>();
     hold(own.s);
-    hold(own.o);
-    hold(own.p);
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    if constexpr (N == 0) {
+      hold(own.o);
+      hold(own.p);
+    }
   }
-  __device__ __forceinline__ void end() {
-    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-    hold(own.s);
-    hold(own.o);
-    hold(own.p);
-  }
-  __device__ __forceinline__ void scores(int, uint64_t a, uint64_t b, bool add) {
-    wgmma_scores<Element>(own.s, a, b, add);
-  }
-  __device__ __forceinline__ void values(int, int k, uint64_t b) { wgmma_values<Element>(own.o, own.p + 4 * k, b); }
+  __device__ __forceinline__ void scores(uint64_t a, uint64_t b, bool add) { wgmma_scores<Element>(own.s, a, b, add); }
+  __device__ __forceinline__ void values(int k, uint64_t b) { wgmma_values<Element>(own.o, own.p + 4 * k, b); }
 
   __device__ __forceinline__ void quad_max() {
 #pragma unroll
@@ -137,32 +113,80 @@ struct Gpu {
 };
 
 template <class Element, int D>
-__global__ void __launch_bounds__(kThreads, 1) attention_forward(const __grid_constant__ FastattnForward f) {
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_forward(const __grid_constant__ Plan plan, const __grid_constant__ Maps maps) {
   extern __shared__ uint8_t memory[];
-  Gpu<Element, D> gpu;
-  gpu.shared = (uint32_t(__cvta_generic_to_shared(memory)) + 1023) / 1024 * 1024;
-  gpu.own.index = threadIdx.x;
-  attend<D>(gpu, f, blockIdx.x);
+  if (threadIdx.x == 0) {
+    for (int operand = 0; operand < kOperands; ++operand) tma_prefetch(&maps.of[operand]);
+  }
+  Gpu<Element, Shape<D>> gpu = {{}, plan, maps, (uint32_t(__cvta_generic_to_shared(memory)) + 1023) / 1024 * 1024};
+  gpu.own.index = threadIdx.x % kGroupThreads;
+  // The same in all threads of a warp, and the compiler sees that it is.
+  attend<Shape<D>>(gpu, plan, __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroupThreads, 0));
+}
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's function is looked up, so that nothing is linked but the runtime.
+static Encode find_encode(cudaError_t* error) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  *error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  return *error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+}
+
+static CUresult encode(Encode function, const OperandMap& map, int dtype, CUtensorMap* encoded) {
+  cuuint64_t size[4], stride[3];
+  for (int i = 0; i < 4; ++i) size[i] = map.size[i] > 0 ? map.size[i] : 1;  // no keys: nothing is loaded
+  for (int i = 0; i < 3; ++i) stride[i] = map.stride[i];
+  const cuuint32_t box[4] = {64, cuuint32_t(map.box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  return function(encoded, dtype == FASTATTN_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                  4, const_cast<void*>(map.base), size, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 template <class Element, int D>
-cudaError_t start(const FastattnForward& f, int64_t blocks) {
+int start(const FastattnForward& f, int32_t works) {
+  const auto failed = [](cudaError_t error) { return fail(FASTATTN_CUDA_ERROR, "CUDA: %s", cudaGetErrorString(error)); };
   const auto kernel = attention_forward<Element, D>;
   cudaError_t error = cudaSetDevice(f.device);
-  if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<D>);
-  if (error != cudaSuccess) return error;
-  kernel<<<unsigned(blocks), kThreads, kSharedBytes<D>, static_cast<cudaStream_t>(f.stream)>>>(f);
-  return cudaGetLastError();
+  if (error != cudaSuccess) return failed(error);
+  static const Encode function = find_encode(&error);
+  if (error != cudaSuccess) return failed(error);
+  if (function == nullptr) return fail(FASTATTN_CUDA_ERROR, "CUDA: the driver has no cuTensorMapEncodeTiled");
+  const Plan plan = make_plan(f, works);
+  Maps maps;
+  for (int i = 0; i < kOperands; ++i) {
+    OperandMap map = operand_map<Shape<D>>(plan, Operand(i));
+    if (map.size[1] == 0) map.base = f.out;  // no keys: the base may be null
+    if (const CUresult result = encode(function, map, f.dtype, &maps.of[i]); result != CUDA_SUCCESS) {
+      constexpr const char* names[] = {"q", "k", "v", "out"};
+      return fail(FASTATTN_CUDA_ERROR, "CUDA: no tensor map for %s: driver error %d", names[i], int(result));
+    }
+  }
+  int multiprocessors = 0;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, f.device);
+  if (error != cudaSuccess) return failed(error);
+  constexpr int bytes = Shape<D>::kSharedBytes;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return failed(error);
+  const int blocks = works < multiprocessors ? works : multiprocessors;
+  kernel<<<blocks, kThreads, bytes, static_cast<cudaStream_t>(f.stream)>>>(plan, maps);
+  error = cudaGetLastError();
+  return error == cudaSuccess ? FASTATTN_OK : failed(error);
 }
 
-int launch(const FastattnForward& f, int64_t blocks) {
-  const bool half = f.dtype == FASTATTN_FLOAT16;
-  const auto starter = f.head_dim == 64 ? (half ? start<Half, 64> : start<BFloat, 64>)
-                                        : (half ? start<Half, 128> : start<BFloat, 128>);
-  const cudaError_t error = starter(f, blocks);
-  if (error == cudaSuccess) return FASTATTN_OK;
-  return fail(FASTATTN_CUDA_ERROR, "CUDA: %s", cudaGetErrorString(error));
+template <class Element>
+int start(const FastattnForward& f, int32_t works) {
+  return f.head_dim == 64    ? start<Element, 64>(f, works)
+         : f.head_dim == 128 ? start<Element, 128>(f, works)
+                             : start<Element, 256>(f, works);
+}
+
+int launch(const FastattnForward& f, int32_t works) {
+  return f.dtype == FASTATTN_FLOAT16 ? start<Half>(f, works) : start<BFloat>(f, works);
 }
 
 }  // namespace fastattn

@@ -1,169 +1,267 @@
-// One block of the forward pass: 128 query rows of one head against the keys they see (FlashAttention-2's loop; Dao,
-// 2023, arXiv:2307.08691).
+// One block of the forward pass, specialised by warp group: one loads, two compute (Shah et al., FlashAttention-3, 2024,
+// arXiv:2407.08608).
+//
+// The loader fills stages of keys and values by TMA. A consumer starts the scores of the next tile and the product of
+// this tile's weights with the values together, and exponentiates those scores while the values are still multiplied.
+// The two consumers take turns in starting products, so that one multiplies while the other exponentiates.
 //
 // The steps are written once and run on a Machine: the GPU (attention_forward.cu), where each thread is one, or the
-// tests' model of it (tests/support/emulator.cpp), which goes through all threads between two barriers. A Machine has
-//   each(f)                       f on every thread's registers, a Registers<D>
-//   groups(f)                     f on every warp group's number
-//   copy(to, from, inside)        16 bytes into shared memory, zeros where not inside; asynchronous
-//   committed(), arrived(n)       a group of copies ends; all but the last n groups are there, for every thread
-//   begin(), end()                around products, which are asynchronous
-//   scores(group, a, b, add)      s (+)= a b^T, 64 x 128 x 16, both from shared memory
-//   values(group, k, b)           o += p b, 64 x D x 16, columns 16 k of p from registers
-//   quad_max(), quad_sum()        of `peak` and `sum`, over the four threads that share a row
-//   exp2(x), log2(x), pack(a, b), tile(i) (the address of tile i in shared memory)
+// tests' model of it (tests/support/hopper), which has one per warp group. A Machine has
+//   each(f)                          f on every thread's registers, a Registers<Shape, Array>
+//   elected(f)                       f in one thread of the warp group
+//   registers<n, more>()             from here on a thread has n registers
+//   init(barrier, count), publish()  in the elected thread: an mbarrier, and all of them made visible to TMA
+//   wait(barrier, parity)            until the phase with this parity has ended
+//   arrive(barrier), release(barrier)  by one thread; by one thread of each of the group's four warps
+//   expect(barrier, bytes)           arrive, and the phase ends no sooner than after these bytes
+//   load(operand, to, column, row, work, barrier), store(from, column, row, work)
+//                                    a box of 64 columns by TMA; asynchronous, a load counts its bytes on the barrier
+//   stored()                         the elected thread's stores have read what they store
+//   put(to, value)                   4 bytes into shared memory
+//   fence()                          what this thread wrote there is visible to TMA and wgmma
+//   sync(id, threads), signal(id, threads)  a named barrier: arrive and wait, or arrive alone
+//   begin_scores(), scores(a, b, add)  s (+)= a b^T, 64 x kKeys x 16, both from shared memory
+//   begin_values(), values(k, b)     o += p b, 64 x D x 16, columns 16 k of p from registers
+//   commit(), finish<n>()            products are asynchronous: a group of them; all groups but the last n have ended
+//   quad_max(), quad_sum()           of `peak` and `sum`, over the four threads that share a row
+//   exp2(x), log2(x), pack(a, b), shared() (the address of the first tile), block(), blocks()
 #pragma once
 
 #include <cmath>
 #include <type_traits>
 
-#include "interface.cuh"
-#include "layout.cuh"
-
-#ifdef __CUDACC__
-#define FASTATTN_DEVICE __device__ __forceinline__
-#else
-#define FASTATTN_DEVICE inline
-#endif
+#include "schedule.cuh"
 
 namespace fastattn {
 
 constexpr float kInfinity = __builtin_huge_valf();
 
-template <int D>
+// Named barriers; 0 is the whole block's.
+constexpr int kEveryone = 0, kTurn = 1, kStaging = kTurn + kConsumers;
+
+// Registers of a thread: 168 for each at the start, as 65536 over 384 allow. The loader gives up what it can.
+constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
+
+enum Held { kScores = 1, kWeights = 2, kOutput = 4, kRowState = 8 };  // of a consumer's registers, for the model
+
+template <class Shape, template <class, int, int> class Array>
 struct Registers {
-  int index;             // 0 to 255
-  float s[kRows / 2];    // scores, then weights: fragment of 64 x 128
-  uint32_t p[kRows / 4];  // weights in the inputs' dtype: operand A of eight products
-  float o[D / 2];        // fragment of 64 x D
+  int index;  // 0 to 127
+  Array<float, Shape::kKeys / 2, kScores> s;       // scores, then weights: fragment of 64 x kKeys
+  Array<uint32_t, Shape::kKeys / 4, kWeights> p;   // weights in the inputs' dtype: operand A of kKeys / 16 products
+  Array<float, Shape::kDim / 2, kOutput> o;        // fragment of 64 x D
   float peak[2], sum[2];  // of rows r and r + 8: running maximum of the unscaled scores, and sum of the weights
-  float maximum[2];
+  float maximum[2], correction[2];
   int limit[2];  // how many keys the row sees
 };
 
-// 128 rows from row `first` of a (length, D) matrix; rows past its end are zeros.
-template <int D, class Machine>
-FASTATTN_DEVICE void load(Machine& machine, uint32_t tile, const uint16_t* matrix, int64_t stride, int first,
-                          int length) {
-  machine.each([&](auto& t) {
-    FASTATTN_UNROLL for (int n = 0; n < kRows * D / 8 / kThreads; ++n) {
-      const int row = (t.index + n * kThreads) / (D / 8), chunk = t.index % (D / 8);
-      const bool inside = first + row < length;
-      const int64_t element = inside ? (first + row) * stride + chunk * 8 : 0;
-      machine.copy(tile + tile_offset(row, chunk), matrix + element, inside);
+// Stage and parity of the n-th tile. A barrier's phase n / stages has parity n / stages % 2; the wait for a stage to be
+// free looks one phase back, and the first one passes at once.
+template <class Shape>
+FASTATTN_HD constexpr int stage(int n) { return n % Shape::kStages; }
+template <class Shape>
+FASTATTN_HD constexpr int full_parity(int n) { return n / Shape::kStages % 2; }
+template <class Shape>
+FASTATTN_HD constexpr int free_parity(int n) { return 1 - full_parity<Shape>(n); }
+
+template <class Shape, class Machine>
+FASTATTN_DEVICE void prepare(Machine& m) {
+  m.init(Shape::kFullQueries, 1);
+  m.init(Shape::kFreeQueries, kConsumers);
+  for (int s = 0; s < Shape::kStages; ++s) {
+    m.init(Shape::full_keys(s), 1);
+    m.init(Shape::full_values(s), 1);
+    m.init(Shape::free_keys(s), 4 * kConsumers);
+    m.init(Shape::free_values(s), 4 * kConsumers);
+  }
+  m.publish();
+}
+
+// The loader: one thread. Tiles are asked for in the order in which they are needed.
+template <class Shape, class Machine>
+FASTATTN_DEVICE void produce(Machine& m, const Plan& plan) {
+  const auto load = [&](Operand operand, uint32_t to, int rows, int row, const Work& work, int barrier) {
+    m.expect(barrier, panel_bytes(rows) * Shape::kPanels);
+    for (int panel = 0; panel < Shape::kPanels; ++panel) {
+      m.load(operand, m.shared() + to + panel * panel_bytes(rows), panel * 64, row, work, barrier);
+    }
+  };
+  int n = 0, parity = 1;
+  for (int index = m.block(); index < plan.works; index += m.blocks(), parity ^= 1) {
+    const Work work = work_at(plan, index, Shape::kKeys);
+    for (int tile = 0; tile <= work.tiles; ++tile) {
+      if (tile < work.tiles) {
+        const int s = stage<Shape>(n + tile);
+        m.wait(Shape::free_keys(s), free_parity<Shape>(n + tile));
+        load(kKeys, Shape::keys(s), Shape::kKeys, tile * Shape::kKeys, work, Shape::full_keys(s));
+      }
+      if (tile == 0) {  // after the first keys: the output of the work before may still lie in their place
+        m.wait(Shape::kFreeQueries, parity);
+        load(kQueries, Shape::queries(), kRows, work.first, work, Shape::kFullQueries);
+      } else {
+        const int s = stage<Shape>(n + tile - 1);
+        m.wait(Shape::free_values(s), free_parity<Shape>(n + tile - 1));
+        load(kValues, Shape::values(s), Shape::kKeys, (tile - 1) * Shape::kKeys, work, Shape::full_values(s));
+      }
+    }
+    n += work.tiles;
+  }
+}
+
+// Scores become weights relative to the running maximum, which moves on; `correction` is what older sums are worth.
+template <class Shape, class Machine>
+FASTATTN_DEVICE void weigh(Machine& m, int first_key, float scale) {
+  constexpr int kElements = Shape::kKeys / 2;
+  m.each([&](auto& t) {
+    if (t.limit[0] < first_key + Shape::kKeys || t.limit[1] < first_key + Shape::kKeys) {
+      const int start = first_key + fragment_column(t.index, 0), seen[2] = {t.limit[0] - start, t.limit[1] - start};
+      FASTATTN_UNROLL for (int i = 0; i < kElements; ++i) {
+        if (fragment_column(0, i) >= seen[i / 2 % 2]) t.s[i] = -kInfinity;
+      }
+    }
+    FASTATTN_UNROLL for (int r = 0; r < 2; ++r) t.peak[r] = t.maximum[r];
+    FASTATTN_UNROLL for (int i = 0; i < kElements; ++i) t.peak[i / 2 % 2] = fmaxf(t.peak[i / 2 % 2], t.s[i]);
+  });
+  m.quad_max();
+  m.each([&](auto& t) {
+    float base[2];
+    FASTATTN_UNROLL for (int r = 0; r < 2; ++r) {
+      base[r] = t.peak[r] == -kInfinity ? 0.0f : t.peak[r] * scale;  // no key yet: -inf - -inf would be NaN
+      t.correction[r] = m.exp2(t.maximum[r] * scale - base[r]);
+      t.maximum[r] = t.peak[r];
+      t.sum[r] *= t.correction[r];
+    }
+    FASTATTN_UNROLL for (int i = 0; i < kElements; ++i) {
+      t.s[i] = m.exp2(t.s[i] * scale - base[i / 2 % 2]);
+      t.sum[i / 2 % 2] += t.s[i];
     }
   });
 }
 
-template <int D, class Machine>
-FASTATTN_DEVICE void attend(Machine& machine, const FastattnForward& f, int64_t block) {
-  const int64_t pair = block / tiles(f.q_len);
-  const int64_t batch = pair / f.q_heads, head = pair % f.q_heads, kv_head = head / (f.q_heads / f.kv_heads);
-  const auto* q = static_cast<const uint16_t*>(f.q) + batch * f.q_stride[0] + head * f.q_stride[1];
-  const auto* k = static_cast<const uint16_t*>(f.k) + batch * f.k_stride[0] + kv_head * f.k_stride[1];
-  const auto* v = static_cast<const uint16_t*>(f.v) + batch * f.v_stride[0] + kv_head * f.v_stride[1];
-  const int first = first_row(block, f.q_len);
-  const int count = key_tiles(first, f.q_len, f.kv_len, f.causal, f.q_offset);
-  const float scale = f.scale * 1.4426950408889634f;  // log2(e): weights are powers of two
+// Into the operand of the next product, once the product before has read it and the output is there to be corrected.
+template <class Shape, class Machine>
+FASTATTN_DEVICE void hand_over(Machine& m) {
+  m.each([&](auto& t) {
+    FASTATTN_UNROLL for (int i = 0; i < Shape::kKeys / 4; ++i) t.p[i] = m.pack(t.s[2 * i], t.s[2 * i + 1]);
+    FASTATTN_UNROLL for (int i = 0; i < Shape::kDim / 2; ++i) t.o[i] *= t.correction[i / 2 % 2];
+  });
+}
 
-  machine.each([&](auto& t) {
-    FASTATTN_UNROLL for (int i = 0; i < kRows / 2; ++i) t.s[i] = 0.0f;
-    FASTATTN_UNROLL for (int i = 0; i < kRows / 4; ++i) t.p[i] = 0;
-    FASTATTN_UNROLL for (int i = 0; i < D / 2; ++i) t.o[i] = 0.0f;
+template <class Shape, class Machine>
+FASTATTN_DEVICE void start_rows(Machine& m, const Plan& plan, const Work& work, int group) {
+  const FastattnForward& f = plan.f;
+  m.each([&](auto& t) {
+    FASTATTN_UNROLL for (int i = 0; i < Shape::kDim / 2; ++i) t.o[i] = 0.0f;
     FASTATTN_UNROLL for (int r = 0; r < 2; ++r) {
-      const int row = first + t.index / 128 * 64 + fragment_row(t.index % 128, 2 * r);
+      const int row = work.first + group * kGroupRows + fragment_row(t.index, 2 * r);
       t.limit[r] = visible_keys(row, f.kv_len, f.causal, f.q_offset);
       t.maximum[r] = -kInfinity;
       t.sum[r] = 0.0f;
     }
   });
+}
 
-  const auto load_keys = [&](int tile) {
-    load<D>(machine, machine.tile(1 + tile % kStages), k, f.k_stride[2], tile * kRows, f.kv_len);
-  };
-  const auto load_values = [&](int tile) {
-    load<D>(machine, machine.tile(1 + kStages + tile % kStages), v, f.v_stride[2], tile * kRows, f.kv_len);
-  };
-  if (count > 0) {
-    load<D>(machine, machine.tile(0), q, f.q_stride[2], first, f.q_len);
-    load_keys(0);
-    machine.committed();
-    load_values(0);
-    machine.committed();
-  }
-  for (int tile = 0; tile < count; ++tile) {
-    // One group of copies for keys and one for values, in every round: what is awaited is counted from the end.
-    // Once all threads have passed the barrier, nobody reads the tiles of the last round any more.
-    machine.arrived(std::integral_constant<int, 1>());
-    if (tile + 1 < count) load_keys(tile + 1);
-    machine.committed();
-    if (tile + 1 < count) load_values(tile + 1);
-    machine.committed();
-
-    machine.begin();
-    machine.groups([&](int group) {
-      FASTATTN_UNROLL for (int n = 0; n < D / 16; ++n) {
-        machine.scores(group, row_descriptor(machine.tile(0), group * 64, n),
-                       row_descriptor(machine.tile(1 + tile % kStages), 0, n), n > 0);
-      }
-    });
-    machine.end();
-
-    machine.each([&](auto& t) {
-      const int first_key = tile * kRows;
-      if (t.limit[0] < first_key + kRows || t.limit[1] < first_key + kRows) {
-        FASTATTN_UNROLL for (int i = 0; i < kRows / 2; ++i) {
-          if (first_key + fragment_column(t.index, i) >= t.limit[i / 2 % 2]) t.s[i] = -kInfinity;
-        }
-      }
-      FASTATTN_UNROLL for (int r = 0; r < 2; ++r) t.peak[r] = t.maximum[r];
-      FASTATTN_UNROLL for (int i = 0; i < kRows / 2; ++i) {
-        t.peak[i / 2 % 2] = fmaxf(t.peak[i / 2 % 2], t.s[i]);
-      }
-    });
-    machine.quad_max();
-    machine.each([&](auto& t) {
-      float base[2], correction[2];
-      FASTATTN_UNROLL for (int r = 0; r < 2; ++r) {
-        base[r] = t.peak[r] == -kInfinity ? 0.0f : t.peak[r] * scale;  // no key yet: -inf - -inf would be NaN
-        correction[r] = machine.exp2(t.maximum[r] * scale - base[r]);
-        t.maximum[r] = t.peak[r];
-        t.sum[r] *= correction[r];
-      }
-      FASTATTN_UNROLL for (int i = 0; i < kRows / 2; ++i) {
-        t.s[i] = machine.exp2(t.s[i] * scale - base[i / 2 % 2]);
-        t.sum[i / 2 % 2] += t.s[i];
-      }
-      FASTATTN_UNROLL for (int i = 0; i < kRows / 4; ++i) t.p[i] = machine.pack(t.s[2 * i], t.s[2 * i + 1]);
-      FASTATTN_UNROLL for (int i = 0; i < D / 2; ++i) t.o[i] *= correction[i / 2 % 2];
-    });
-
-    machine.arrived(std::integral_constant<int, 2>());
-    machine.begin();
-    machine.groups([&](int group) {
-      FASTATTN_UNROLL for (int n = 0; n < kRows / 16; ++n) {
-        machine.values(group, n, value_descriptor(machine.tile(1 + kStages + tile % kStages), n));
-      }
-    });
-    machine.end();
-  }
-
-  machine.quad_sum();
-  auto* out = static_cast<uint16_t*>(f.out) + batch * f.out_stride[0] + head * f.out_stride[1];
-  machine.each([&](auto& t) {
+// Into shared memory in place of the group's own queries, from there by TMA, which leaves out rows past the end.
+template <class Shape, class Machine>
+FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work, int group, float scale) {
+  const FastattnForward& f = plan.f;
+  m.quad_sum();
+  m.each([&](auto& t) {
     FASTATTN_UNROLL for (int r = 0; r < 2; ++r) {
-      const int row = first + t.index / 128 * 64 + fragment_row(t.index % 128, 2 * r);
-      if (row >= f.q_len) continue;
+      const int own = group * kGroupRows + fragment_row(t.index, 2 * r), row = work.first + own;
       const float inverse = t.sum[r] == 0.0f ? 0.0f : 1.0f / t.sum[r];  // nothing allowed: output 0
-      auto* line = reinterpret_cast<uint32_t*>(out + row * f.out_stride[2] + t.index % 4 * 2);
-      FASTATTN_UNROLL for (int i = 0; i < D / 8; ++i) {
-        line[i * 4] = machine.pack(t.o[4 * i + 2 * r] * inverse, t.o[4 * i + 2 * r + 1] * inverse);
+      FASTATTN_UNROLL for (int i = 0; i < Shape::kDim / 8; ++i) {
+        m.put(m.shared() + Shape::queries() + tile_offset(kRows, own, i) + t.index % 4 * 4,
+              m.pack(t.o[4 * i + 2 * r] * inverse, t.o[4 * i + 2 * r + 1] * inverse));
       }
-      if (t.index % 4 == 0) {
-        f.lse[pair * f.q_len + row] = (t.maximum[r] * scale + machine.log2(t.sum[r])) * 0.6931471805599453f;
+      if (t.index % 4 == 0 && row < f.q_len) {
+        f.lse[(int64_t(work.batch) * f.q_heads + work.head) * f.q_len + row] =
+            (t.maximum[r] * scale + m.log2(t.sum[r])) * 0.6931471805599453f;
       }
     }
   });
+  m.fence();
+  m.sync(kStaging + group, kGroupThreads);
+  m.elected([&] {
+    for (int panel = 0; panel < Shape::kPanels; ++panel) {
+      m.store(m.shared() + Shape::queries() + panel * panel_bytes(kRows) + group * panel_bytes(kGroupRows), panel * 64,
+              work.first + group * kGroupRows, work);
+    }
+    m.stored();
+    m.arrive(Shape::kFreeQueries);
+  });
+}
+
+template <class Shape, class Machine>
+FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
+  constexpr std::integral_constant<int, 0> none;
+  constexpr std::integral_constant<int, 1> one;
+  const float scale = plan.f.scale * 1.4426950408889634f;  // log2(e): weights are powers of two
+  const auto scores = [&](int n) {
+    m.begin_scores();
+    FASTATTN_UNROLL for (int k = 0; k < Shape::kDim / 16; ++k) {
+      m.scores(row_descriptor(m.shared() + Shape::queries(), kRows, group * kGroupRows, k),
+               row_descriptor(m.shared() + Shape::keys(stage<Shape>(n)), Shape::kKeys, 0, k), k > 0);
+    }
+    m.commit();
+  };
+  const auto values = [&](int n) {
+    m.begin_values();
+    FASTATTN_UNROLL for (int k = 0; k < Shape::kKeys / 16; ++k) {
+      m.values(k, value_descriptor(m.shared() + Shape::values(stage<Shape>(n)), Shape::kKeys, k));
+    }
+    m.commit();
+  };
+
+  if (group == kConsumers - 1) m.signal(kTurn, kConsumers * kGroupThreads);  // the first turn is the first group's
+  int n = 0, parity = 0;
+  for (int index = m.block(); index < plan.works; index += m.blocks(), parity ^= 1) {
+    const Work work = work_at(plan, index, Shape::kKeys);
+    start_rows<Shape>(m, plan, work, group);
+    m.wait(Shape::kFullQueries, parity);
+    if (work.tiles > 0) {
+      m.wait(Shape::full_keys(stage<Shape>(n)), full_parity<Shape>(n));
+      scores(n);
+      m.finish(none);
+      m.release(Shape::free_keys(stage<Shape>(n)));
+      weigh<Shape>(m, 0, scale);
+      hand_over<Shape>(m);
+      for (int tile = 1; tile < work.tiles; ++tile, ++n) {
+        m.wait(Shape::full_keys(stage<Shape>(n + 1)), full_parity<Shape>(n + 1));
+        m.sync(kTurn + group, kConsumers * kGroupThreads);
+        scores(n + 1);
+        m.wait(Shape::full_values(stage<Shape>(n)), full_parity<Shape>(n));
+        values(n);
+        m.signal(kTurn + (group + 1) % kConsumers, kConsumers * kGroupThreads);
+        m.finish(one);
+        m.release(Shape::free_keys(stage<Shape>(n + 1)));
+        weigh<Shape>(m, tile * Shape::kKeys, scale);
+        m.finish(none);
+        m.release(Shape::free_values(stage<Shape>(n)));
+        hand_over<Shape>(m);
+      }
+      m.wait(Shape::full_values(stage<Shape>(n)), full_parity<Shape>(n));
+      values(n);
+      m.finish(none);
+      m.release(Shape::free_values(stage<Shape>(n)));
+      ++n;
+    }
+    finish_rows<Shape>(m, plan, work, group, scale);
+  }
+}
+
+// The whole block. `group` 0 loads, the others compute.
+template <class Shape, class Machine>
+FASTATTN_DEVICE void attend(Machine& m, const Plan& plan, int group) {
+  if (group == 0) m.elected([&] { prepare<Shape>(m); });
+  m.sync(kEveryone, kThreads);
+  if (group == 0) {
+    m.template registers<kLoaderRegisters, false>();
+    m.elected([&] { produce<Shape>(m, plan); });
+  } else {
+    m.template registers<kConsumerRegisters, true>();
+    consume<Shape>(m, plan, group - 1);
+  }
 }
 
 }  // namespace fastattn

@@ -43,7 +43,7 @@ int fastattn_attention_forward(const FastattnForward* arguments);
 
 namespace fastattn {
 
-int launch(const FastattnForward& f, int64_t blocks);
+int launch(const FastattnForward& f, int32_t works);  // of 128 query rows of a head each
 
 static thread_local char error_text[256] = "";
 
@@ -55,9 +55,12 @@ static int fail(int status, const char* format, ...) {
   return status;
 }
 
-static bool aligned(const void* pointer, const int64_t* stride, int elements) {
-  return reinterpret_cast<uintptr_t>(pointer) % (2 * elements) == 0 && stride[0] % elements == 0 &&
-         stride[1] % elements == 0 && stride[2] % elements == 0;
+// What TMA takes (CUDA driver API, cuTensorMapEncodeTiled): addresses and strides at multiples of 16 bytes, strides below
+// 2^40 bytes, and none of 0; heads and batch entries of stride 0 are one place (schedule.cuh), rows cannot be.
+static bool fits(const void* pointer, const int64_t* stride, int32_t rows) {
+  bool fits = reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && (stride[2] != 0 || rows <= 1);
+  for (int i = 0; i < 3; ++i) fits = fits && stride[i] % 8 == 0 && stride[i] >= 0 && stride[i] < int64_t(1) << 39;
+  return fits;
 }
 
 }  // namespace fastattn
@@ -69,7 +72,7 @@ const char* fastattn_source_digest() { return FASTATTN_DIGEST; }
 const char* fastattn_last_error() { return fastattn::error_text; }
 
 int fastattn_supported(int dtype, int head_dim) {
-  return (dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16) && (head_dim == 64 || head_dim == 128);
+  return (dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16) && (head_dim == 64 || head_dim == 128 || head_dim == 256);
 }
 
 int fastattn_attention_forward(const FastattnForward* arguments) {
@@ -78,7 +81,7 @@ int fastattn_attention_forward(const FastattnForward* arguments) {
   const FastattnForward& f = *arguments;
   constexpr int64_t longest = 1 << 30;  // positions and their sums are 32-bit
   if (!fastattn_supported(f.dtype, f.head_dim)) {
-    return fail(FASTATTN_BAD_ARGUMENT, "dtype, head_dim: expected 0 or 1, and 64 or 128, got %d, %d", f.dtype,
+    return fail(FASTATTN_BAD_ARGUMENT, "dtype, head_dim: expected 0 or 1, and 64, 128 or 256, got %d, %d", f.dtype,
                 f.head_dim);
   }
   if (f.batch < 0 || f.q_len < 0 || f.kv_len < 0 || f.q_len > longest || f.kv_len > longest) {
@@ -97,9 +100,10 @@ int fastattn_attention_forward(const FastattnForward* arguments) {
   if (blocks > INT32_MAX) {
     return fail(FASTATTN_BAD_ARGUMENT, "expected at most 2^31 - 1 blocks of 128 rows, got %lld", (long long)blocks);
   }
-  if (!fastattn::aligned(f.q, f.q_stride, 8) || !fastattn::aligned(f.k, f.k_stride, 8) ||
-      !fastattn::aligned(f.v, f.v_stride, 8) || !fastattn::aligned(f.out, f.out_stride, 2)) {
-    return fail(FASTATTN_BAD_ARGUMENT, "q, k, v: expected rows at multiples of 16 bytes, and of out at multiples of 4");
+  if (!fastattn::fits(f.q, f.q_stride, f.q_len) || !fastattn::fits(f.k, f.k_stride, f.kv_len) ||
+      !fastattn::fits(f.v, f.v_stride, f.kv_len) || !fastattn::fits(f.out, f.out_stride, f.q_len)) {
+    return fail(FASTATTN_BAD_ARGUMENT,
+                "q, k, v, out: expected rows apart from one another at multiples of 16 bytes, below 2^40 bytes");
   }
-  return fastattn::launch(f, blocks);
+  return fastattn::launch(f, int32_t(blocks));
 }

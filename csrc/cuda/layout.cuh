@@ -1,4 +1,4 @@
-// Where things are: tiles in shared memory, matrix descriptors, fragments in registers, tile bounds.
+// Where things are: tiles in shared memory, matrix descriptors, fragments in registers.
 //
 // Index maths alone, for nvcc and for any C++17 compiler: the tests call these functions on the CPU.
 // Sources: the PTX ISA on wgmma (fragments, descriptors, 128-byte swizzle) and CUTLASS's description of its canonical
@@ -9,26 +9,57 @@
 
 #ifdef __CUDACC__
 #define FASTATTN_HD __host__ __device__ __forceinline__
+#define FASTATTN_DEVICE __device__ __forceinline__
 #define FASTATTN_UNROLL _Pragma("unroll")
 #else
 #define FASTATTN_HD inline
+#define FASTATTN_DEVICE inline
 #define FASTATTN_UNROLL
 #endif
 
 namespace fastattn {
 
-constexpr int kGroups = 2;               // warp groups of 128 threads; each has 64 of the block's query rows
-constexpr int kThreads = 128 * kGroups;  // per block
-constexpr int kRows = 128;               // query rows of a block, and keys of a tile
-constexpr int kStages = 2;               // tiles of keys and values in shared memory
-constexpr int kPanelBytes = kRows * 128;  // 128 rows of 64 elements
+constexpr int kConsumers = 2;                      // warp groups that compute; each has 64 of the block's query rows
+constexpr int kGroupThreads = 128;                 // of a warp group
+constexpr int kThreads = 128 * (1 + kConsumers);   // one more warp group loads
+constexpr int kGroupRows = 64;
+constexpr int kRows = kGroupRows * kConsumers;     // query rows of a block
 
 // The 128-byte swizzle: in each 1024 bytes, 16-byte chunk c of row r stands where chunk c ^ r would.
 FASTATTN_HD constexpr uint32_t swizzle(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
 
-// Byte in a tile of the 8 elements `chunk` of `row`. A tile is one panel after the other, 64 elements wide each.
-FASTATTN_HD constexpr uint32_t tile_offset(int row, int chunk) {
-  return swizzle(uint32_t(chunk / 8 * kPanelBytes + row * 128 + chunk % 8 * 16));
+// A tile of `rows` rows is one panel after the other, 64 elements (128 bytes) wide each.
+FASTATTN_HD constexpr uint32_t panel_bytes(int rows) { return uint32_t(rows) * 128; }
+
+// What a head dim means for a block: keys of a tile, tiles in shared memory at once, and where they stand.
+template <int D>
+struct Shape {
+  static constexpr int kDim = D;
+  static constexpr int kPanels = D / 64;
+  static constexpr int kKeys = D == 256 ? 80 : 128;  // as many as registers and shared memory hold
+  static constexpr int kStages = 2;
+  static constexpr uint32_t kQueryBytes = panel_bytes(kRows) * kPanels;
+  static constexpr uint32_t kTileBytes = panel_bytes(kKeys) * kPanels;
+  static constexpr uint32_t kTiles = kQueryBytes + 2 * kStages * kTileBytes;
+
+  // Bytes from the first tile, which starts at a multiple of 1024 as the swizzle asks.
+  static FASTATTN_HD constexpr uint32_t queries() { return 0; }
+  static FASTATTN_HD constexpr uint32_t keys(int stage) { return kQueryBytes + stage * kTileBytes; }
+  static FASTATTN_HD constexpr uint32_t values(int stage) { return kQueryBytes + (kStages + stage) * kTileBytes; }
+
+  // Barriers by number, each 8 bytes behind the tiles: a tile is full, or free again.
+  static constexpr int kFullQueries = 0, kFreeQueries = 1, kBarriers = 2 + 4 * kStages;
+  static FASTATTN_HD constexpr int full_keys(int stage) { return 2 + stage; }
+  static FASTATTN_HD constexpr int free_keys(int stage) { return 2 + kStages + stage; }
+  static FASTATTN_HD constexpr int full_values(int stage) { return 2 + 2 * kStages + stage; }
+  static FASTATTN_HD constexpr int free_values(int stage) { return 2 + 3 * kStages + stage; }
+
+  static constexpr uint32_t kSharedBytes = 1024 + kTiles + 8 * kBarriers;  // 1024: to reach a multiple of it
+};
+
+// Byte in a tile of `rows` rows of the 8 elements `chunk` of `row`.
+FASTATTN_HD constexpr uint32_t tile_offset(int rows, int row, int chunk) {
+  return swizzle(uint32_t(chunk / 8) * panel_bytes(rows) + row * 128 + chunk % 8 * 16);
 }
 
 // A wgmma descriptor: addresses and offsets in units of 16 bytes; 1 in the top bits is the 128-byte swizzle.
@@ -37,16 +68,19 @@ FASTATTN_HD constexpr uint64_t descriptor(uint32_t address, uint32_t leading, ui
          uint64_t(1) << 62;
 }
 
-// Rows from `row` of Q or K, elements 16 k to 16 k + 15 of the head dim, along which the product sums ("K-major").
-// Eight rows are 1024 bytes apart from the next eight; the leading offset is not used.
-FASTATTN_HD constexpr uint64_t row_descriptor(uint32_t tile, int row, int k) {
-  return descriptor(tile + k / 4 * kPanelBytes + row * 128 + k % 4 * 32, 16, 1024);
+// The same of an address `bytes` further on: one addition, since shared memory ends before the field does.
+FASTATTN_HD constexpr uint64_t moved(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+
+// Rows from `row` of a tile of Q or K with `rows` rows, elements 16 k to 16 k + 15 of the head dim, along which the
+// product sums ("K-major"). Eight rows are 1024 bytes apart from the next eight; the leading offset is not used.
+FASTATTN_HD constexpr uint64_t row_descriptor(uint32_t tile, int rows, int row, int k) {
+  return moved(descriptor(tile, 16, 1024), k / 4 * panel_bytes(rows) + row * 128 + k % 4 * 32);
 }
 
-// Keys 16 k to 16 k + 15 of V, all of the head dim: the product sums over keys, so it is read transposed
-// ("MN-major"). The next 64 elements are a panel away, the next eight keys 1024 bytes.
-FASTATTN_HD constexpr uint64_t value_descriptor(uint32_t tile, int k) {
-  return descriptor(tile + k * 2048, kPanelBytes, 1024);
+// Keys 16 k to 16 k + 15 of a tile of V with `keys` keys, all of the head dim: the product sums over keys, so it is
+// read transposed ("MN-major"). The next 64 elements are a panel away, the next eight keys 1024 bytes.
+FASTATTN_HD constexpr uint64_t value_descriptor(uint32_t tile, int keys, int k) {
+  return moved(descriptor(tile, panel_bytes(keys), 1024), k * 2048);
 }
 
 // Element i of an m64nN accumulator in thread t of a warp group stands at this row and column. Four threads (a quad)
@@ -58,24 +92,5 @@ FASTATTN_HD constexpr int fragment_column(int t, int i) { return i / 4 * 8 + t %
 // are those of register j of columns 16 k to 16 k + 15, so the weights move from one product into the next in place.
 FASTATTN_HD constexpr int operand_row(int t, int j) { return t / 32 * 16 + t % 32 / 4 + j % 2 * 8; }
 FASTATTN_HD constexpr int operand_column(int t, int j) { return j / 2 * 8 + t % 4 * 2; }
-
-// How many keys, from the first, a query row sees: all, or those up to its own position.
-FASTATTN_HD constexpr int visible_keys(int row, int kv_len, bool causal, int64_t q_offset) {
-  const int64_t end = causal ? row + q_offset + 1 : kv_len;
-  return int(end < 0 ? 0 : end < kv_len ? end : kv_len);
-}
-
-FASTATTN_HD constexpr int tiles(int length) { return (length + kRows - 1) / kRows; }
-
-// First query row of a block among those of one head. Late rows see most where order is causal: they start first.
-FASTATTN_HD constexpr int first_row(int64_t block, int q_len) {
-  return (tiles(q_len) - 1 - int(block % tiles(q_len))) * kRows;
-}
-
-// Tiles of keys that some row of the block sees.
-FASTATTN_HD constexpr int key_tiles(int first, int q_len, int kv_len, bool causal, int64_t q_offset) {
-  const int last = first + kRows < q_len ? first + kRows - 1 : q_len - 1;
-  return tiles(visible_keys(last, kv_len, causal, q_offset));
-}
 
 }  // namespace fastattn

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastattn.spec import AttentionSpec, CacheSpec, Operands, Options
 
 ABI = 1
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
 PROVEN: dict[tuple[str, int, bool], str] = {}
 """(dtype, head dim, causal) -> digest of the sources whose kernel has passed parity on a GPU there, recorded in
 benchmarks/results, and was faster than Triton's in the same run. The only calls that choose this backend unasked."""
@@ -123,7 +123,7 @@ def reasons(spec: AttentionSpec) -> list[str]:
     if q.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"float16 and bfloat16, got {str(q.dtype).removeprefix('torch.')}")
     if head_dim not in HEAD_DIMS or v.shape[3] != head_dim:
-        reasons.append(f"head dims 64 and 128, the same for v, got D = {head_dim}, Dv = {v.shape[3]}")
+        reasons.append(f"head dims 64, 128 and 256, the same for v, got D = {head_dim}, Dv = {v.shape[3]}")
     absent = {
         "packed sequences": spec.cu_seqlens_q is not None,
         "mask": spec.mask is not None,
@@ -156,11 +156,14 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _layout_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-    """What the kernel's 16-byte copies ask of the strides."""
+    """What TMA asks of the strides. Heads and batch entries may be expanded (stride 0), rows may not."""
     return [
-        f"{name}: expected adjacent elements and rows at multiples of 8 elements, got strides {tuple(tensor.stride())}"
+        f"{name}: expected adjacent elements and rows of their own at multiples of 8 elements, got strides "
+        f"{tuple(tensor.stride())}"
         for name, tensor in (("q", q), ("k", k), ("v", v))
-        if tensor.stride(3) != 1 or any(stride % 8 for stride in _strides(tensor))
+        if tensor.stride(3) != 1
+        or any(stride % 8 for stride in _strides(tensor))
+        or (tensor.shape[2] > 1 and tensor.stride(2) == 0)
     ]
 
 

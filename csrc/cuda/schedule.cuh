@@ -1,0 +1,112 @@
+// Which rows a block computes, in what order, and which keys they see.
+#pragma once
+
+#include "interface.cuh"
+#include "layout.cuh"
+
+namespace fastattn {
+
+enum Operand { kQueries, kKeys, kValues, kOut, kOperands };
+
+// A call and what the host derived from it. A work is kRows query rows of one head of one batch entry.
+struct Plan {
+  FastattnForward f;
+  int32_t works;
+  int32_t section;  // heads, of all batch entries, whose keys and values stay in the L2 cache together
+  int32_t apart[kOperands][2];  // 0 where all heads, or all batch entries, of an operand are one (stride 0), else 1
+};
+
+// How many keys, from the first, a query row sees: all, or those up to its own position.
+FASTATTN_HD constexpr int visible_keys(int row, int kv_len, bool causal, int64_t q_offset) {
+  const int64_t end = causal ? row + q_offset + 1 : kv_len;
+  return int(end < 0 ? 0 : end < kv_len ? end : kv_len);
+}
+
+FASTATTN_HD constexpr int divide_up(int length, int size) { return (length + size - 1) / size; }
+
+// Tiles of `keys` keys that some row of the block from row `first` sees.
+FASTATTN_HD constexpr int key_tiles(int first, int q_len, int kv_len, bool causal, int64_t q_offset, int keys) {
+  const int last = first + kRows < q_len ? first + kRows - 1 : q_len - 1;
+  return divide_up(visible_keys(last, kv_len, causal, q_offset), keys);
+}
+
+struct Work {
+  int batch, head, kv_head;
+  int first;  // query row
+  int tiles;  // of keys
+};
+
+// Works in the order in which blocks take them: block b has b, b + blocks, b + 2 blocks, ...
+//
+// Section by section, so that the cache serves those who read the same keys; heads of one group are neighbours. Inside a
+// section the last rows come first: under causal order they see most, and what is long must not start last.
+FASTATTN_HD Work work_at(const Plan& plan, int index, int keys) {
+  const FastattnForward& f = plan.f;
+  const int row_tiles = divide_up(f.q_len, kRows), pairs = f.batch * f.q_heads;
+  const int start = index / (plan.section * row_tiles) * plan.section;
+  const int heads = start + plan.section < pairs ? plan.section : pairs - start;
+  const int inside = index - start * row_tiles;
+  const int pair = start + inside % heads;
+  Work work;
+  work.batch = pair / f.q_heads;
+  work.head = pair % f.q_heads;
+  work.kv_head = work.head / (f.q_heads / f.kv_heads);
+  work.first = (row_tiles - 1 - inside / heads) * kRows;
+  work.tiles = key_tiles(work.first, f.q_len, f.kv_len, f.causal, f.q_offset, keys);
+  return work;
+}
+
+// Head and batch entry of an operand's box.
+struct Place {
+  int head, batch;
+};
+FASTATTN_HD Place place_of(const Plan& plan, Operand operand, const Work& work) {
+  const bool of_query = operand == kQueries || operand == kOut;
+  return {(of_query ? work.head : work.kv_head) * plan.apart[operand][0], work.batch * plan.apart[operand][1]};
+}
+
+// The heads whose keys and values fit into most of an H100's L2 cache of 50 MB; whole groups of heads.
+inline int section_heads(const FastattnForward& f) {
+  constexpr int64_t cache = 32 << 20;
+  const int64_t bytes = 4 * int64_t(f.kv_len > 0 ? f.kv_len : 1) * f.head_dim;
+  const int64_t group = f.q_heads / f.kv_heads, pairs = int64_t(f.batch) * f.q_heads;
+  const int64_t heads = (cache / bytes > 0 ? cache / bytes : 1) * group;
+  return int(heads < pairs ? heads : pairs);
+}
+
+// What TMA is told of an operand: (D, rows, heads, batch), sizes and strides, and the rows of a box.
+struct OperandMap {
+  const void* base;
+  int64_t size[4];
+  int64_t stride[3];  // bytes, of row, head and batch entry
+  int box_rows;
+};
+
+template <class Shape>
+OperandMap operand_map(const Plan& plan, Operand operand) {
+  const FastattnForward& f = plan.f;
+  const bool of_query = operand == kQueries || operand == kOut;
+  const void* const base[] = {f.q, f.k, f.v, f.out};
+  const int64_t* const strides[] = {f.q_stride, f.k_stride, f.v_stride, f.out_stride};
+  const int64_t* stride = strides[operand];
+  const int64_t sizes[] = {of_query ? f.q_len : f.kv_len, of_query ? f.q_heads : f.kv_heads, f.batch};
+  OperandMap map = {base[operand], {Shape::kDim}, {}, 0};
+  for (int i = 0; i < 3; ++i) {  // a stride says nothing where there is one place only, and TMA takes none of 0
+    const bool one = i > 0 && plan.apart[operand][i - 1] == 0;
+    map.size[i + 1] = one ? 1 : sizes[i];
+    map.stride[i] = map.size[i + 1] == 1 ? 2 * Shape::kDim : 2 * stride[2 - i];
+  }
+  map.box_rows = operand == kQueries ? kRows : operand == kOut ? kGroupRows : Shape::kKeys;
+  return map;
+}
+
+inline Plan make_plan(const FastattnForward& f, int32_t works) {
+  Plan plan = {f, works, section_heads(f), {}};
+  const int64_t* const strides[] = {f.q_stride, f.k_stride, f.v_stride, f.out_stride};
+  for (int operand = 0; operand < kOperands; ++operand) {
+    for (int i = 0; i < 2; ++i) plan.apart[operand][i] = strides[operand][1 - i] != 0;
+  }
+  return plan;
+}
+
+}  // namespace fastattn

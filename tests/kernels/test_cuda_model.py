@@ -1,0 +1,292 @@
+"""The CUDA C++ kernel without a GPU: its index maths, its results and its order of events on a model of the hardware
+(tests/support/hopper), and the mistakes that the model finds.
+"""
+
+import ctypes
+import itertools
+import os
+import shutil
+
+import pytest
+import torch
+
+from fastattn import ops
+from fastattn.backends import cuda
+from fastattn.spec import make_spec
+from tests.support import cuda_model
+from tests.support.attention_cases import DTYPE_NAMES, make_qkv, relayout
+from tests.support.cuda_calls import CASES, DTYPES, check_forward
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler is installed"
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """The compiled model, one for all processes of this run."""
+    folder = tmp_path_factory.getbasetemp()
+    return cuda_model.build(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+
+
+@pytest.fixture
+def model(path):
+    """The backend "cuda" on CPU tensors."""
+    with cuda_model.serving(path) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def layout(path):
+    """`csrc/cuda/layout.cuh` and `schedule.cuh` as Python functions."""
+    library = ctypes.CDLL(str(path))
+    for name in ("layout_row_descriptor", "layout_value_descriptor"):
+        getattr(library, name).restype = ctypes.c_uint64
+    library.schedule_visible_keys.argtypes = [*(ctypes.c_int,) * 2, ctypes.c_bool, ctypes.c_int64]
+    library.schedule_key_tiles.argtypes = [*(ctypes.c_int,) * 3, ctypes.c_bool, ctypes.c_int64, ctypes.c_int]
+    return library
+
+
+# Index maths, exhaustively, against formulas from the PTX ISA
+
+
+@pytest.mark.parametrize("rows", [80, 128])
+def test_a_tile_is_swizzled_panels(layout, rows):
+    """Every 8 elements have a place of their own, in the order of the 128-byte swizzle."""
+    places = [layout.layout_tile_offset(rows, row, chunk) for row in range(rows) for chunk in range(16)]
+    assert sorted(places) == list(range(0, rows * 256, 16))
+    for (row, chunk), place in zip(itertools.product(range(rows), range(16)), places, strict=True):
+        assert place == chunk // 8 * rows * 128 + row * 128 + ((chunk ^ row) & 7) * 16
+
+
+def fields(descriptor):
+    """(start, leading offset, stride offset) in bytes; the rest must say: 128-byte swizzle, base offset 0."""
+    assert descriptor >> 62 == 1 and descriptor >> 46 & 0xFFFF == 0
+    return tuple(16 * (descriptor >> bit & 0x3FFF) for bit in (0, 16, 32))
+
+
+def swizzled(address):
+    return address ^ (address >> 7 & 7) << 4
+
+
+@pytest.mark.parametrize("rows", [80, 128])
+@pytest.mark.parametrize("tile", [0, 3072, 99 * 1024])
+def test_products_read_what_loads_wrote(layout, tile, rows):
+    """The hardware's address of each element under a descriptor is where `tile_offset` put it."""
+
+    def written(row, column):
+        return tile + layout.layout_tile_offset(rows, row, column // 8) + column % 8 * 2
+
+    for k in range(8):
+        for first in (0, rows - 64):
+            start, _, stride = fields(layout.layout_row_descriptor(tile, rows, first, k))
+            for row, column in itertools.product(range(64), range(16)):
+                address = start + row // 8 * stride + row % 8 * 128 + column * 2
+                assert swizzled(address) == written(first + row, 16 * k + column)
+    for k in range(rows // 16):
+        start, leading, stride = fields(layout.layout_value_descriptor(tile, rows, k))
+        for dim, key in itertools.product(range(128), range(16)):
+            address = start + dim // 64 * leading + dim % 64 * 2 + key // 8 * stride + key % 8 * 128
+            assert swizzled(address) == written(16 * k + key, dim)
+
+
+def test_fragments(layout):
+    """Accumulators tile 64 x 128 once; their elements are those of operand A, register by register."""
+    seen = set()
+    for t, i in itertools.product(range(128), range(64)):
+        place = layout.layout_fragment_row(t, i), layout.layout_fragment_column(t, i)
+        warp, lane = divmod(t, 32)
+        assert place == (16 * warp + lane // 4 + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (lane % 4) + i % 2)
+        seen.add(place)
+        k, j, half = i // 8, i % 8 // 2, i % 2
+        operand = layout.layout_operand_row(t, j), layout.layout_operand_column(t, j)
+        assert operand == (16 * warp + lane // 4 + (0, 8, 0, 8)[j], 2 * (lane % 4) + (0, 0, 8, 8)[j])
+        assert place == (operand[0], 16 * k + operand[1] + half)
+    assert seen == set(itertools.product(range(64), range(128)))
+
+
+@pytest.mark.parametrize("q_len", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("kv_len", [0, 1, 128, 129, 300])
+def test_tile_bounds(layout, q_len, kv_len):
+    """A block visits the tiles that hold a key which one of its rows sees, and no other."""
+    for causal, q_offset in itertools.product((False, True), (-400, -129, -1, 0, kv_len - q_len, 130, 400)):
+        for first in range(0, q_len, 128):
+            rows = range(first, min(first + 128, q_len))
+            seen = [sum(j <= i + q_offset or not causal for j in range(kv_len)) for i in rows]
+            assert [layout.schedule_visible_keys(i, kv_len, causal, q_offset) for i in rows] == seen
+            for keys in (80, 128):
+                count = layout.schedule_key_tiles(first, q_len, kv_len, causal, q_offset, keys)
+                assert count == -(-max(seen) // keys)
+    far = 1 << 30
+    assert layout.schedule_visible_keys(far, far, True, far) == far
+    assert layout.schedule_visible_keys(0, far, True, -far) == 0
+
+
+@pytest.mark.parametrize("section", [1, 2, 5, 12])
+def test_works(layout, section):
+    """Each is there once; inside a section of heads the longest come first, and heads of a group follow one another."""
+    problem = cuda.Forward(batch=3, q_heads=4, kv_heads=2, q_len=300, kv_len=520, head_dim=64, causal=1, q_offset=220)
+    works, work = [], (ctypes.c_int * 5)()
+    for index in range(3 * 4 * 3):
+        layout.schedule_work(ctypes.byref(problem), section, index, 128, work)
+        works.append(tuple(work))
+    places = [(batch, head, first) for batch, head, _, first, _ in works]
+    assert sorted(places) == list(itertools.product(range(3), range(4), range(0, 300, 128)))
+    for _, head, kv_head, first, tiles in works:
+        assert (kv_head, tiles) == (head // 2, {0: 3, 128: 4, 256: 5}[first])
+    for start in range(0, 12, section):
+        heads = min(section, 12 - start)
+        part = works[start * 3 : (start + heads) * 3]
+        assert [4 * batch + head for batch, head, *_ in part] == 3 * [*range(start, start + heads)]
+        assert [first for *_, first, _ in part] == [row for row in (256, 128, 0) for _ in range(heads)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads"),
+    [((2, 8, 2, 1000), 16), ((1, 8, 8, 1 << 15), 4), ((4, 16, 2, 1 << 18), 8), ((4, 16, 2, 0), 64)],
+)
+def test_a_section_fits_into_the_cache(layout, sizes, heads):
+    """32 MiB of keys and values; at least one group of heads, at most all."""
+    batch, q_heads, kv_heads, kv_len = sizes
+    problem = cuda.Forward(batch=batch, q_heads=q_heads, kv_heads=kv_heads, kv_len=kv_len, head_dim=64)
+    assert layout.schedule_section_heads(ctypes.byref(problem)) == heads
+
+
+# Results, whatever the order of events
+
+
+@pytest.mark.parametrize("dim", cuda.HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("name", CASES)
+def test_results(model, name, dtype, dim):
+    lengths, shapes, options = CASES[name]
+    model.settings(seed=dim)
+    check_forward(*make_qkv("cpu", lengths, dims=(dim, dim), dtype=dtype, **shapes), **options)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7, 100])
+def test_results_do_not_depend_on_the_order(model, blocks):
+    """Neither on how many blocks share the works nor on who comes first inside a block."""
+    q, k, v = make_qkv("cpu", (300, 300), dims=(64, 64), heads=(2, 1))
+    results = []
+    for seed in range(3):
+        model.settings(seed, blocks)
+        results.append(check_forward(q, k, v, causal=True))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("layout_name", ["heads_last", "packed"])
+def test_strides(model, layout_name):
+    """What lies between the elements is NaN: nothing of it is read into a result."""
+    q, k, v = make_qkv("cpu", (130, 200), dims=(64, 64), heads=(4, 4), batch=2)
+    check_forward(*(relayout(t, layout_name) for t in (q, k, v)), causal=True)
+
+
+def test_expanded(model):
+    q, k, v = make_qkv("cpu", (9, 200), dims=(64, 64), heads=(2, 1))
+    check_forward(q, *(t.expand(-1, 2, -1, -1) for t in (k, v)))
+
+
+def test_extremes(model):
+    """Weights of one key only, and scores whose powers overflow without the running maximum."""
+    q, k, v = make_qkv("cpu", (64, 300), dims=(64, 64))
+    check_forward(20 * q, 20 * k, v)
+    q[0, 0, 3] = torch.nan
+    out, _ = ops.attention(make_spec(q, k, v), "cuda")
+    assert out[0, 0, 3].isnan().all() and out[0, 0, :3].isfinite().all() and out[0, 1].isfinite().all()
+
+
+# The binding
+
+
+def forward_arguments(**changes):
+    """A call that the library accepts: no query, so that nothing runs."""
+    sizes = {"batch": 1, "q_heads": 2, "kv_heads": 1, "q_len": 0, "kv_len": 5, "head_dim": 64, "dtype": 0}
+    return cuda.Forward(**{**sizes, "scale": 1.0, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"dtype": 2}, "dtype, head_dim: expected 0 or 1, and 64, 128 or 256, got 2, 64"),
+        ({"head_dim": 80}, "got 0, 80"),
+        ({"batch": -1}, "batch, q_len, kv_len: expected 0 to 2^30, got -1, 0, 5"),
+        ({"kv_len": (1 << 30) + 1}, "got 1, 0, 1073741825"),
+        ({"q_heads": 3, "kv_heads": 2}, "q_heads: expected a multiple of kv_heads == 2, got 3"),
+        ({"kv_heads": 0}, "kv_heads == 0"),
+        ({"scale": -0.5}, "scale: expected more than 0, got -0.5"),
+        ({"scale": float("nan")}, "scale: expected more than 0"),
+        ({"q_offset": 1 << 31}, "q_offset: expected at most 2^30 in size, got 2147483648"),
+        ({"q_len": 1 << 30, "batch": 1 << 20}, "at most 2^31 - 1 blocks"),
+        ({"q_len": 1, "q": 8}, "q, k, v, out: expected rows apart from one another at multiples of 16 bytes"),
+        ({"q_len": 1, "k_stride": (0, 0, 4)}, "at multiples of 16 bytes"),
+        ({"q_len": 1, "out_stride": (0, 0, 4)}, "at multiples of 16 bytes"),
+        ({"q_len": 1}, "rows apart from one another"),
+        ({"q_len": 1, "k_stride": (0, 0, 8), "v_stride": (1 << 39, 0, 8)}, "below 2^40 bytes"),
+    ],
+    ids=str,
+)
+def test_the_library_refuses(model, changes, text):
+    assert model.library.fastattn_attention_forward(ctypes.byref(forward_arguments())) == 0
+    assert model.library.fastattn_attention_forward(ctypes.byref(forward_arguments(**changes))) == 1
+    assert text in model.library.fastattn_last_error().decode()
+
+
+def test_the_library_refuses_null(model):
+    assert model.library.fastattn_attention_forward(None) == 1
+    assert model.library.fastattn_last_error() == b"arguments: expected a pointer, got null"
+
+
+def test_what_the_library_supports(model):
+    supported = {(t, d) for t in range(-1, 4) for d in range(300) if model.library.fastattn_supported(t, d)}
+    assert supported == set(itertools.product(cuda._DTYPES.values(), cuda.HEAD_DIMS))
+
+
+def test_errors_of_the_library_are_raised(model, monkeypatch):
+    q, k, v = make_qkv("cpu", (4, 4), dims=(64, 64))
+    with pytest.raises(ValueError, match="fastattn: scale: expected more than 0, got 0"):
+        ops.attention(make_spec(q, k, v, scale=0.0), "cuda")
+    shifted = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
+    with pytest.raises(ValueError, match="q: expected to start at a multiple of 16 bytes, got address 0x"):
+        ops.attention(make_spec(shifted, k, v), "cuda")
+    create = cuda.Forward
+    monkeypatch.setattr(cuda, "Forward", lambda **arguments: create(**{**arguments, "device": -1}))
+    with pytest.raises(RuntimeError, match="fastattn: CUDA: invalid device ordinal"):
+        ops.attention(make_spec(q, k, v), "cuda")
+
+
+# The order of events
+
+
+def test_every_order(model):
+    """None of loader, consumers and TMA breaks a rule of the machine in the problems of the table, which is current."""
+    assert cuda_model.TABLE.read_text() == cuda_model.table(model), "run: python -m tests.support.cuda_model"
+
+
+@pytest.mark.parametrize("dim", cuda.HEAD_DIMS)
+def test_many_orders(model, dim):
+    """Of a block with more works and tiles than a search can exhaust."""
+    model.settings(blocks=1)
+    check_forward(*make_qkv("cpu", (384, 700), dims=(dim, dim), heads=(2, 1)), causal=True)
+    for seed in range(100):
+        outcome = model.wander(seed)
+        assert outcome.report == "", (outcome.text, outcome.schedule)
+
+
+def test_mistakes(model):
+    """The model finds each, and reports what it is."""
+    cuda_model.call_mutated(model)
+    mutations = model.mutations()
+    assert len(mutations) >= 25 and len({mistake for mistake, _ in mutations}) == len(mutations)
+    for number, (mistake, report) in enumerate(mutations):
+        outcome = model.search(number)
+        assert (mistake, outcome.report) == (mistake, report)
+        assert outcome.text and (outcome.schedule or not outcome.states)
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_mistakes_at_other_head_dims(model, dim):
+    """Found too, though another rule may break first. At D = 64 the registers of the start are enough."""
+    cuda_model.call_mutated(model, dim)
+    silent = [mistake for n, (mistake, _) in enumerate(model.mutations()) if not model.search(n).report]
+    assert silent == (["the consumers take no more"] if dim == 64 else [])

@@ -1,0 +1,177 @@
+"""The model of a Hopper multiprocessor (emulator.cpp, hopper/) as a library that the backend "cuda" calls.
+
+    python -m tests.support.cuda_model
+
+writes csrc/mutations.md again: what the model explored, and what it reports of each mistake.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import itertools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fastattn.backends import cuda
+from tests.support.attention_cases import make_qkv
+from tests.support.cuda_calls import check_forward
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+TABLE = ROOT / "csrc" / "mutations.md"
+MUTATED_DIM = 128
+
+
+def compile_cpp(source: Path, target: Path, *flags: str) -> Path:
+    """A shared library of one C++ source.
+
+    Raises:
+        RuntimeError: there is no compiler.
+    """
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        raise RuntimeError("no C++ compiler is installed")
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", *flags, f"-I{SOURCES}", str(source), "-o", str(target)]
+    subprocess.run(command, check=True, timeout=120)
+    return target
+
+
+def build(folder: Path) -> Path:
+    """The model in ``folder``, compiled once whoever asks at the same time."""
+    target = folder / "emulator.so"
+    with (folder / "emulator.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_file():
+            digest = f'-DFASTATTN_DIGEST="{cuda.source_digest(SOURCES)}"'
+            source = Path(__file__).with_name("emulator.cpp")
+            compile_cpp(source, folder / "part.so", "-O2", "-Wall", "-Wextra", "-Werror", digest).rename(target)
+    return target
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Of an exploration. ``report`` is empty where no order broke a rule; ``all`` says whether that was every order."""
+
+    report: str
+    states: int
+    all: bool
+    text: str
+    schedule: list[str]
+
+
+class Model:
+    """The library; what it says of an order is about the first block of the call before."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = cuda.load(path)
+        self.library.emulator_seed.argtypes = [ctypes.c_uint64]
+        self.library.emulator_explore.restype = self.library.emulator_mutation.restype = ctypes.c_char_p
+        self.library.emulator_explore.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long]
+
+    def settings(self, seed: int = 0, blocks: int = 2) -> None:
+        """The order of the calls that follow, by chance from ``seed``, and the most blocks that share their works."""
+        self.library.emulator_seed(seed)
+        self.library.emulator_blocks(blocks)
+
+    def search(self, mutation: int = -1, limit: int = 1_000_000) -> Outcome:
+        """Every order, as far as ``limit`` states go."""
+        return self._explore(mutation, limit, -1)
+
+    def wander(self, seed: int, mutation: int = -1) -> Outcome:
+        """One order at random."""
+        return self._explore(mutation, 0, seed)
+
+    def _explore(self, mutation: int, limit: int, seed: int) -> Outcome:
+        found = self.library.emulator_explore(mutation, limit, seed).decode().split("\t")
+        report, states, all_orders, text, schedule = found
+        return Outcome(report, int(states), all_orders == "all", text, schedule.splitlines())
+
+    def mutations(self) -> list[tuple[str, str]]:
+        """(mistake, the report that it must lead to) of each mutation."""
+        texts = (self.library.emulator_mutation(n).decode() for n in itertools.count())
+        return [tuple(text.split("\t")) for text in itertools.takewhile(bool, texts)]
+
+
+@contextlib.contextmanager
+def serving(path: Path) -> Iterator[Model]:
+    """The backend "cuda" is the model at ``path``, for CPU tensors."""
+    before = cuda._LIBRARY, cuda._current
+    cuda._LIBRARY, cuda._current = path, lambda device: contextlib.nullcontext(0)
+    try:
+        model = Model(path)
+        model.settings()
+        yield model
+    finally:
+        cuda._LIBRARY, cuda._current = before
+
+
+# Name -> lengths, heads, options, blocks: small enough for every order of their first block.
+EXPLORED = {
+    "one tile": ((64, 64), (1, 1), {}, 1),
+    "two works of one tile": ((256, 64), (1, 1), {}, 1),
+    "four tiles, then two": ((300, 500), (1, 1), {"causal": True, "q_offset": 0}, 1),
+    "a work that sees nothing between others": ((200, 130), (2, 1), {"causal": True, "q_offset": -128}, 1),
+    "seven tiles": ((128, 896), (1, 1), {}, 1),
+}
+
+
+def call(model: Model, name: str, dim: int) -> None:
+    """Run a problem of EXPLORED, in parity."""
+    lengths, heads, options, blocks = EXPLORED[name]
+    model.settings(blocks=blocks)
+    torch.manual_seed(0)
+    check_forward(*make_qkv("cpu", lengths, dims=(dim, dim), heads=heads), **options)
+
+
+def call_mutated(model: Model, dim: int = MUTATED_DIM) -> None:
+    """Run the problem in which mistakes are made: of its first block, two works of four tiles with D = 64 and 128."""
+    model.settings(blocks=2)
+    torch.manual_seed(0)
+    check_forward(*make_qkv("cpu", (200, 500), dims=(dim, dim), heads=(2, 2)), causal=True)
+
+
+def table(model: Model) -> str:
+    """csrc/mutations.md"""
+    lines = [
+        "# What the model of the hardware finds",
+        "",
+        "Written by `python -m tests.support.cuda_model`; a test compares it. The model is",
+        "[tests/support/hopper](../tests/support/hopper). A state is one of all barriers, tiles, registers and",
+        "positions in the program.",
+        "",
+        "## The kernel as it is",
+        "",
+        "Every order in which the loader, both consumers and TMA can proceed, until no state is new. None breaks a",
+        "rule.",
+        "",
+        "| works of a block | states, D = 64 | D = 128 | D = 256 |",
+        "|---|---|---|---|",
+    ]
+    for name in EXPLORED:
+        counts = []
+        for dim in cuda.HEAD_DIMS:
+            call(model, name, dim)
+            outcome = model.search()
+            assert outcome.all and not outcome.report, (name, dim, outcome)
+            counts.append(f"{outcome.states:,}")
+        lines.append(f"| {name} | {' | '.join(counts)} |")
+    call_mutated(model)
+    mutations = model.mutations()
+    lines += ["", f"## {len(mutations)} mistakes", ""]
+    lines += [f"Made in the program of a block with D = {MUTATED_DIM}; the search stops at the first report.", ""]
+    lines += ["| mistake | report | states until then |", "|---|---|---|"]
+    for number, (mistake, _) in enumerate(mutations):
+        outcome = model.search(number)
+        lines.append(f"| {mistake} | {outcome.report} | {outcome.states} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder, serving(build(Path(folder))) as model:
+        TABLE.write_text(table(model))

@@ -1,0 +1,385 @@
+// A Machine of csrc/cuda/forward.cuh: numbers and addresses as the hardware has them, one fiber for each warp group.
+//
+// What the instructions do is written here a second time, from the PTX ISA and independently of csrc/cuda/layout.cuh: how
+// a descriptor addresses shared memory, where TMA puts a box, where the elements of a fragment are. Shared memory starts
+// as NaN. Whatever is asynchronous happens as late as it may, loads at a moment of chance. Every operation is recorded
+// for explore.h and obeys the rules of state.h.
+#pragma once
+
+#include <ucontext.h>
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <random>
+#include <set>
+
+#include "explore.h"
+#include "forward.cuh"
+#include "numbers.h"
+
+namespace hopper {
+
+inline int touched = 0;  // arrays of registers that were used since the last look
+
+template <class T, int N, int kBit>
+struct Tracked {
+  T at[N];
+  T& operator[](int i) {
+    touched |= kBit;
+    return at[i];
+  }
+};
+
+constexpr uint32_t kBase = 3072;  // of shared memory
+
+// One block while it runs. Roles are fibers; whenever another could notice what one does, chance says who goes on.
+class Block {
+ public:
+  const fastattn::Plan& plan;
+  const bool half;
+  const int number, count;
+  std::vector<uint8_t> memory;
+  State<256> state;
+  std::array<Trace, kRoles> traces;
+  std::array<std::vector<std::pair<int, std::function<void()>>>, kMbarriers> loads;  // bytes, and what TMA does
+
+  Block(const fastattn::Plan& plan, int number, int count, size_t bytes, uint64_t seed)
+      : plan(plan), half(plan.f.dtype == FASTATTN_FLOAT16), number(number), count(count), memory(kBase + bytes, 0xFF),
+        random_(seed) {}
+
+  void run(std::array<std::function<void()>, kRoles> bodies) {
+    for (int role = 0; role < kRoles; ++role) start(role, bodies[role]);
+    for (;;) {
+      std::vector<int> ready;
+      for (int role = 0; role < kRoles; ++role) {
+        const Fiber& fiber = fibers_[role];
+        if (!fiber.done && (fiber.next == nullptr || state.enabled(role, *fiber.next))) ready.push_back(role);
+      }
+      for (int b = 0; b < kMbarriers; ++b) {
+        if (state.mbarriers[b].issued > state.mbarriers[b].delivered) ready.push_back(kRoles + b);
+      }
+      if (ready.empty()) break;
+      const int chosen = ready[random_() % ready.size()];
+      if (chosen < kRoles) {
+        running_ = this;
+        current_ = chosen;
+        swapcontext(&scheduler_, &fibers_[chosen].context);
+        if (report_) throw *report_;
+      } else {
+        const auto& [bytes, copy] = loads[chosen - kRoles][state.mbarriers[chosen - kRoles].delivered];
+        copy();
+        state.deliver(chosen - kRoles, bytes);
+      }
+    }
+    for (const Fiber& fiber : fibers_) {
+      if (!fiber.done) throw Report{"deadlock", "every role waits"};
+    }
+    state.end();
+  }
+
+  void perform(int role, Op operation) {
+    Trace& trace = traces[role];
+    trace.push_back(std::move(operation));
+    do {
+      if (visible(trace.back().kind)) pause(role, &trace.back());
+    } while (!state.step(role, trace.back(), true));
+  }
+
+ private:
+  struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    std::function<void()> body;
+    const Op* next = nullptr;
+    bool done = false;
+  };
+  std::array<Fiber, kRoles> fibers_;
+  ucontext_t scheduler_;
+  std::optional<Report> report_;
+  std::mt19937_64 random_;
+  inline static Block* running_ = nullptr;
+  inline static int current_ = 0;
+
+  void pause(int role, const Op* next) {
+    fibers_[role].next = next;
+    swapcontext(&fibers_[role].context, &scheduler_);
+  }
+
+  void start(int role, std::function<void()> body) {
+    Fiber& fiber = fibers_[role];
+    fiber.body = std::move(body);
+    fiber.stack.resize(1 << 18);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &scheduler_;
+    makecontext(&fiber.context, &Block::enter, 0);
+  }
+
+  static void enter() {
+    Block& block = *running_;
+    const int role = current_;
+    try {
+      block.fibers_[role].body();
+    } catch (const Report& report) {
+      block.report_ = report;
+    }
+    block.fibers_[role].done = true;
+  }
+};
+
+// One role of the block: a warp group.
+template <class Shape>
+class Machine {
+ public:
+  using Registers = fastattn::Registers<Shape, Tracked>;
+
+  Machine(Block& block, int role) : block_(block), role_(role), threads_(role == 0 ? 0 : kRoleThreads) {
+    if (role > 0) std::memset(static_cast<void*>(threads_.data()), 0xFF, threads_.size() * sizeof(Registers));
+    for (size_t i = 0; i < threads_.size(); ++i) threads_[i].index = int(i);
+    // Registers that hold no values of the loop are not counted.
+    block.state.roles[role].needed = role == 0 ? 24 : int16_t(sizeof(Registers) / 4);
+  }
+
+  uint32_t shared() const { return kBase; }
+  int block() const { return block_.number; }
+  int blocks() const { return block_.count; }
+
+  template <class F>
+  void each(F f) {
+    touched = 0;
+    written_.clear();
+    for (auto& thread : threads_) f(thread);
+    if (touched) perform({Kind::kTouch, 0, 0, touched});
+    if (!written_.empty()) perform({Kind::kPut, 0, 0, 0, {written_.begin(), written_.end()}, 1});
+  }
+  template <class F>
+  void elected(F f) { f(); }
+
+  template <int kCount, bool kMore>
+  void registers() { perform({Kind::kRegisters, 0, kMore ? kCount : -kCount}); }
+  void init(int barrier, int count) { perform({Kind::kInit, barrier, count}); }
+  void publish() { perform({Kind::kProxy}); }
+  void fence() { perform({Kind::kProxy}); }
+  void wait(int barrier, int parity) { perform({Kind::kWait, barrier, parity}); }
+  void arrive(int barrier) { perform({Kind::kArrive, barrier, 1}); }
+  void release(int barrier) { perform({Kind::kArrive, barrier, kRoleThreads / 32}); }
+  void expect(int barrier, uint32_t bytes) { perform({Kind::kExpect, barrier, int(bytes)}); }
+  void sync(int id, int threads) { perform({Kind::kSync, id, threads}); }
+  void signal(int id, int threads) { perform({Kind::kSignal, id, threads}); }
+
+  void load(fastattn::Operand operand, uint32_t to, int column, int row, const fastattn::Work& work, int barrier) {
+    const Box box = box_of(operand, to, column, row, work);
+    const int bytes = box.map.box_rows * 128;
+    block_.loads[barrier].emplace_back(bytes, [this, box] { box.copy(block_.memory, true); });
+    perform({Kind::kLoad, barrier, bytes, 0, box.cells(), box.content()});
+  }
+  void store(uint32_t from, int column, int row, const fastattn::Work& work) {
+    const Box box = box_of(fastattn::kOut, from, column, row, work);
+    stores_.push_back(box);
+    perform({Kind::kStore, 0, 0, 0, box.cells()});
+  }
+  void stored() {
+    for (const Box& box : stores_) box.copy(block_.memory, false);
+    stores_.clear();
+    perform({Kind::kStored});
+  }
+  void put(uint32_t to, uint32_t value) {
+    check(to, 4);
+    std::memcpy(&block_.memory[to], &value, 4);
+    written_.insert(cell(to));
+  }
+
+  void begin_scores() { perform({Kind::kFence}); }
+  void begin_values() { perform({Kind::kFence}); }
+  void scores(uint64_t a, uint64_t b, bool add) {
+    read_k_major(a, 64);
+    read_k_major(b, Shape::kKeys);
+    registers_ |= fastattn::kScores;
+    products_.push_back({committed_ + 1, [=] { multiply_scores(a, b, add); }});
+  }
+  void values(int k, uint64_t b) {
+    for (int row = 0; row < Shape::kDim; row += 64) {
+      for (int column = 0; column < 16; column += 8) reads_.insert(cell(mn_major(b, row, column)));
+    }
+    registers_ |= fastattn::kWeights | fastattn::kOutput;
+    products_.push_back({committed_ + 1, [=] { multiply_values(k, b); }});
+  }
+  void commit() {
+    perform({Kind::kProduct, 0, 0, registers_, {reads_.begin(), reads_.end()}});
+    registers_ = 0;
+    reads_.clear();
+    ++committed_;
+    perform({Kind::kCommit});
+  }
+  template <int N>
+  void finish(std::integral_constant<int, N>) {
+    size_t done = 0;
+    for (; done < products_.size() && products_[done].group <= committed_ - N; ++done) products_[done].carry_out();
+    products_.erase(products_.begin(), products_.begin() + done);
+    perform({Kind::kFinish, 0, N});
+  }
+
+  void quad_max() {
+    quads([](auto& t) { return t.peak; }, [](float a, float b) { return fmaxf(a, b); });
+  }
+  void quad_sum() {
+    quads([](auto& t) { return t.sum; }, [](float a, float b) { return a + b; });
+  }
+  float exp2(float x) { return exp2f(x); }
+  float log2(float x) { return log2f(x); }
+  uint32_t pack(float low, float high) { return narrow(low, block_.half) | uint32_t(narrow(high, block_.half)) << 16; }
+
+ private:
+  struct Product {
+    int group;
+    std::function<void()> carry_out;
+  };
+
+  // A box of 64 columns, as "Tensor Access Modes" and "Swizzling Modes" have it.
+  struct Box {
+    fastattn::Operand operand;
+    fastattn::OperandMap map;
+    uint32_t at;
+    int64_t start[4];
+
+    void copy(std::vector<uint8_t>& memory, bool in) const {
+      for (int row = 0; row < map.box_rows; ++row) {
+        bool inside = start[1] + row >= 0 && start[1] + row < map.size[1];
+        for (int i = 2; i < 4; ++i) inside = inside && start[i] >= 0 && start[i] < map.size[i];
+        uint8_t* line = static_cast<uint8_t*>(const_cast<void*>(map.base));
+        if (inside) {
+          line += start[0] * 2 + (start[1] + row) * map.stride[0] + start[2] * map.stride[1] + start[3] * map.stride[2];
+        }
+        for (int chunk = 0; chunk < 8; ++chunk) {
+          uint8_t* here = &memory[at + row * 128 + (chunk ^ ((at / 128 + row) % 8)) * 16];
+          if (!in && inside) std::memcpy(line + chunk * 16, here, 16);
+          else if (in && inside) std::memcpy(here, line + chunk * 16, 16);
+          else if (in) std::memset(here, 0, 16);
+        }
+      }
+    }
+    std::vector<uint8_t> cells() const {
+      std::vector<uint8_t> cells;
+      for (int i = 0; i < map.box_rows / 8; ++i) cells.push_back(uint8_t((at - kBase) / 1024 + i));
+      return cells;
+    }
+    uint64_t content() const {
+      uint64_t sum = uint64_t(operand);
+      for (int64_t x : start) sum = (sum ^ uint64_t(x)) * 0x9E3779B97F4A7C15u;
+      return sum ^ sum >> 31;
+    }
+  };
+
+  Block& block_;
+  int role_;
+  std::vector<Registers> threads_;
+  std::set<uint8_t> reads_, written_;
+  std::vector<Product> products_;
+  std::vector<Box> stores_;
+  int registers_ = 0, committed_ = 0;
+
+  void perform(Op op) { block_.perform(role_, std::move(op)); }
+
+  void check(uint32_t address, uint32_t bytes) const {
+    if (address < kBase || address + bytes > block_.memory.size() || address % bytes != 0) {
+      throw Report{"bad address", std::to_string(address) + " in shared memory"};
+    }
+  }
+  uint8_t cell(uint32_t address) const {
+    check(address, 1);
+    return uint8_t((address - kBase) / 1024);
+  }
+
+  Box box_of(fastattn::Operand operand, uint32_t at, int column, int row, const fastattn::Work& work) {
+    const fastattn::Place place = fastattn::place_of(block_.plan, operand, work);
+    const fastattn::OperandMap map = fastattn::operand_map<Shape>(block_.plan, operand);
+    const Box box = {operand, map, at, {column, row, place.head, place.batch}};
+    check(at, 1024);
+    check(at + map.box_rows * 128 - 1, 1);
+    return box;
+  }
+
+  static uint32_t field(uint64_t descriptor, int bit) { return uint32_t(descriptor >> bit & 0x3FFF) * 16; }
+  static uint32_t swizzled(uint32_t address) {
+    const uint32_t row = address / 128 % 8, chunk = address / 16 % 8;
+    return address - chunk * 16 + (chunk ^ row) * 16;
+  }
+  // Where the element at (row, column) of an operand of 16 columns is, its columns adjacent.
+  uint32_t k_major(uint64_t descriptor, int row, int column) const {
+    if (descriptor >> 62 != 1) throw Report{"bad address", "a descriptor without the 128-byte swizzle"};
+    return swizzled(field(descriptor, 0) + row / 8 * field(descriptor, 32) + row % 8 * 128 + column * 2);
+  }
+  // The same of one that is stored transposed, 64 rows adjacent.
+  uint32_t mn_major(uint64_t descriptor, int row, int column) const {
+    if (descriptor >> 62 != 1) throw Report{"bad address", "a descriptor without the 128-byte swizzle"};
+    return swizzled(field(descriptor, 0) + row / 64 * field(descriptor, 16) + row % 64 * 2 +
+                    column / 8 * field(descriptor, 32) + column % 8 * 128);
+  }
+  void read_k_major(uint64_t descriptor, int rows) {
+    for (int row = 0; row < rows; row += 8) reads_.insert(cell(k_major(descriptor, row, 0)));
+  }
+  float element(uint32_t address) const {
+    check(address, 2);
+    uint16_t bits;
+    std::memcpy(&bits, &block_.memory[address], 2);
+    return widen(bits, block_.half);
+  }
+
+  void multiply_scores(uint64_t a, uint64_t b, bool add) {
+    static float left[64][16], right[16][Shape::kKeys];
+    for (int i = 0; i < 16; ++i) {
+      for (int row = 0; row < 64; ++row) left[row][i] = element(k_major(a, row, i));
+      for (int row = 0; row < Shape::kKeys; ++row) right[i][row] = element(k_major(b, row, i));
+    }
+    multiply(left, right, [](auto& t) { return t.s.at; }, add);
+  }
+  void multiply_values(int k, uint64_t b) {
+    static float left[64][16], right[16][Shape::kDim];
+    for (int lane = 0; lane < kRoleThreads; ++lane) {
+      const int row = lane / 32 * 16 + lane % 32 / 4, column = lane % 4 * 2;
+      for (int j = 0; j < 8; ++j) {  // a0 to a7: two per register; rows alternate every two, columns every four
+        const uint32_t both = threads_[lane].p.at[4 * k + j / 2];
+        left[row + (j / 2 % 2 ? 8 : 0)][column + (j >= 4 ? 8 : 0) + j % 2] =
+            widen(uint16_t(both >> (j % 2 * 16)), block_.half);
+      }
+    }
+    for (int i = 0; i < 16; ++i) {
+      for (int row = 0; row < Shape::kDim; ++row) right[i][row] = element(mn_major(b, row, i));
+    }
+    multiply(left, right, [](auto& t) { return t.o.at; }, true);
+  }
+  template <int kColumns, class F>
+  void multiply(const float (&left)[64][16], const float (&right)[16][kColumns], F accumulator, bool add) {
+    static float sums[64][kColumns];
+    for (int row = 0; row < 64; ++row) {
+      for (int column = 0; column < kColumns; ++column) sums[row][column] = 0.0f;
+      for (int n = 0; n < 16; ++n) {
+        const float factor = left[row][n];
+        for (int column = 0; column < kColumns; ++column) sums[row][column] += factor * right[n][column];
+      }
+    }
+    for (int lane = 0; lane < kRoleThreads; ++lane) {
+      float* d = accumulator(threads_[lane]);
+      for (int i = 0; i < kColumns / 2; ++i) {
+        const int row = lane / 32 * 16 + lane % 32 / 4 + (i % 4 >= 2 ? 8 : 0);
+        const float sum = sums[row][i / 4 * 8 + lane % 4 * 2 + i % 2];
+        d[i] = add ? d[i] + sum : sum;
+      }
+    }
+  }
+
+  template <class Array, class Combine>
+  void quads(Array array, Combine combine) {
+    for (size_t first = 0; first < threads_.size(); first += 4) {
+      for (int r = 0; r < 2; ++r) {
+        float result = array(threads_[first])[r];
+        for (int i = 1; i < 4; ++i) result = combine(result, array(threads_[first + i])[r]);
+        for (int i = 0; i < 4; ++i) array(threads_[first + i])[r] = result;
+      }
+    }
+  }
+};
+
+}  // namespace hopper
