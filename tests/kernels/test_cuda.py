@@ -198,42 +198,43 @@ def test_refused_on_cpu():
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """(the assembler's report, path of the machine code)"""
+def compiled():
+    """(the assembler's report, the machine code)"""
+    pytest.importorskip("triton", reason="nvdisasm comes with Triton, which is not installed")
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    cubin = tmp_path_factory.mktemp("cubin") / "forward.cubin"
-    command = ["nvcc", "-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-Xptxas=-v"]
-    command += ["-Werror=all-warnings", str(SOURCES / "attention_forward.cu"), "-o", str(cubin)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout + result.stderr, cubin
+    from benchmarks.tools import cuda_report
+
+    return cuda_report.compile_source()
+
+
+KERNELS = [(name, dim) for name in ("BFloat", "Half") for dim in cuda.HEAD_DIMS]
+KEYS = {64: 128, 128: 128, 256: 80}
 
 
 def test_compiled_without_spills_and_in_parallel(compiled):
     """ptxas says so where it makes products wait for one another (C7510, C7512), or ignores setmaxnreg (C7508)."""
-    report, _ = compiled
-    assert not re.search(r"warning|serialized|\(C\d+\)", report, re.IGNORECASE)
-    kernels = re.findall(r"Compiling entry function '\S*attention_forward\w*(Half|BFloat)ELi(\d+)", report)
-    assert sorted(kernels) == [(name, dim) for name in ("BFloat", "Half") for dim in ("128", "256", "64")]
-    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report) == [("0", "0")] * 6
-    assert re.findall(r"Used (\d+) registers", report) == ["168"] * 6  # 384 threads share 65536; setmaxnreg moves them
+    from benchmarks.tools import cuda_report
 
-
-KEYS = {64: 128, 128: 128, 256: 80}
+    assert not re.search(r"warning|serialized|\(C\d+\)", compiled[0], re.IGNORECASE)
+    kernels = cuda_report.kernels(*compiled)
+    assert sorted((kernel.dtype, kernel.dim) for kernel in kernels) == KERNELS
+    for kernel in kernels:
+        assert kernel.registers == 168 and kernel.spilled == 0  # 384 threads share 65536; setmaxnreg moves them
+        row = cuda_report.row(kernel)
+        assert row["keys"] == str(KEYS[kernel.dim])
+        assert float(row["in turns"]) > float(row["in step"])
 
 
 def test_machine_code(compiled):
     """D / 16 and keys / 16 products, in the loop and beside it, started four times and awaited four times: never one
     for another. Registers move once for each role; tiles come and go by TMA; nothing is in local memory.
     """
-    knobs = pytest.importorskip("triton.knobs", reason="nvdisasm comes with Triton, which is not installed")
-    command = [knobs.nvidia.nvdisasm.path, "--print-code", str(compiled[1])]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    sections = re.split(r"\.section\s+\.text\.", listing)[1:]
-    assert len(sections) == 6
-    for section in sections:
-        dim = int(re.match(r"\S*ELi(\d+)E", section)[1])
+    from benchmarks.tools import cuda_report
+
+    sections = cuda_report.sections(compiled[1])
+    assert sorted(sections) == KERNELS
+    for (_, dim), section in sections.items():
 
         def count(name, section=section):
             return len(re.findall(name, section))

@@ -1,0 +1,200 @@
+"""What the kernels of csrc/cuda need of a GPU, and how near to the matrix peak their loops can come: no GPU needed.
+
+    python -m benchmarks.tools.cuda_report
+
+compiles them with nvcc and prints registers, spills, the counts of the inner loop on tiles without a mask, and two
+predictions for it by the figures of `static_model`: ``in step``, as if both consumers did the same at the same time,
+and ``in turns``, where a walk through the loop lets each start products only when the other has passed on the turn.
+Nothing is fitted to a GPU; loads are taken to be there in time, within what the L2 cache gives.
+"""
+
+import collections
+import dataclasses
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from . import sass, static_model
+from .sass import Loop
+
+SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "attention_forward.cu"
+COMMAND = (
+    "nvcc",
+    "-O3",
+    "-std=c++17",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-cubin",
+    "-Xptxas=-v",
+    "-Werror=all-warnings",
+)
+BLOCK_M = 128
+CONSUMERS = 2
+QUEUED_PRODUCTS = 3  # that a warp group may have waiting behind the one that runs
+QUEUED = 2  # instructions of a slow unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel."""
+
+    dtype: str
+    dim: int
+    registers: int
+    spilled: int
+    """bytes"""
+    remark: bool
+    """of the assembler on wgmma or setmaxnreg: products made to wait for one another, or registers not moved"""
+    loop: Loop
+    """over keys, without the instructions of the mask"""
+
+
+def without_mask(loop: Loop) -> Loop:
+    """The loop as it runs on a tile that every row sees: what a branch around the mask leaves out is left out."""
+    masks = [n for n, i in enumerate(loop) if i.starts("FSEL") and "-INF" in i.operands]
+    if not masks:
+        return loop
+    branch = max(n for n, i in enumerate(loop[: masks[0]]) if i.starts("BRA"))
+    return loop[: branch + 1] + loop[masks[-1] + 1 :]
+
+
+def compile_source() -> tuple[str, str]:
+    """The assembler's report and the machine code, as text.
+
+    Raises:
+        FileNotFoundError: nvcc is not installed.
+        RuntimeError: it fails; with what it says.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "forward.cubin"
+        run = subprocess.run([*COMMAND, str(SOURCE), "-o", str(target)], capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(run.stderr)
+        return run.stdout + run.stderr, sass.disassemble(target.read_bytes())
+
+
+_NAME = r"attention_forwardI\w*?(Half|BFloat)ELi(\d+)"
+
+
+def sections(listing: str) -> dict[tuple[str, int], str]:
+    """(dtype, head dim) -> machine code of that kernel."""
+    parts = re.split(r"\.section\s+\.text\.", listing)[1:]
+    return {(name[1], int(name[2])): part for part in parts if (name := re.search(_NAME, part))}
+
+
+def kernels(report: str, listing: str) -> list[Kernel]:
+    """Every kernel, by head dim and dtype."""
+    remarks = re.findall(r"\(C75\d\d\).*?" + _NAME, report)
+    found = {}
+    for part in re.split(r"Compiling entry function '", report)[1:]:
+        (dtype, dim), *_ = re.findall(_NAME, part)
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
+        found[dtype, int(dim)] = int(re.findall(r"Used (\d+) registers", part)[0]), spilled
+    compiled = []
+    for (dtype, dim), section in sections(listing).items():
+        (loop,) = sass.main_loops(section)
+        registers, spilled = found[dtype, dim]
+        remark = (dtype, str(dim)) in remarks
+        compiled.append(Kernel(dtype, dim, registers, spilled, remark, without_mask(loop)))
+    return sorted(compiled, key=lambda kernel: (kernel.dim, kernel.dtype))
+
+
+class _Unit:
+    """One that takes an instruction every so many cycles and lets a warp run on while few wait."""
+
+    def __init__(self, queue: int) -> None:
+        self.queue, self.free = queue, 0.0
+
+    def take(self, now: float, cycles: float) -> float:
+        """When the warp that gives it work at ``now`` goes on."""
+        self.free = max(self.free, now) + cycles
+        return max(now, self.free - self.queue * cycles)
+
+
+def in_turns(loop: Loop, iterations: int = 12) -> float:
+    """Cycles of an iteration of both consumers on a quarter of a multiprocessor, which has one warp of each.
+
+    BAR.SYNC waits for the turn, BAR.ARV passes it on; the first is the first consumer's.
+    """
+    issue, tensor = _Unit(0), _Unit(QUEUED_PRODUCTS)
+    exponentials, half_rate = _Unit(QUEUED), _Unit(QUEUED)
+    now = [0.0] * CONSUMERS
+    position = [0] * CONSUMERS
+    groups = [collections.deque([0.0] * 4, maxlen=4) for _ in range(CONSUMERS)]
+    passed: list[list[float]] = [[0.0], *([] for _ in range(CONSUMERS - 1))]  # to each: when its turns came
+    taken = [0] * CONSUMERS
+    ends: list[list[float]] = [[] for _ in range(CONSUMERS)]
+    while any(len(e) < iterations for e in ends):
+        ready = []
+        for c in range(CONSUMERS):
+            instruction = loop[position[c]]
+            if instruction.opcode.startswith("BAR.SYNC"):
+                if taken[c] < len(passed[c]):
+                    ready.append((max(now[c], passed[c][taken[c]]), c))
+            else:
+                ready.append((now[c], c))
+        start, c = min(ready)
+        instruction = loop[position[c]]
+        start = max(start, issue.free)
+        issue.free = start + 1
+        end = start + 1
+        if cycles := static_model.wgmma_cycles(instruction):
+            end = tensor.take(end, cycles)
+            if instruction.operands.endswith("gsb0"):
+                groups[c].append(tensor.free + static_model.WGMMA_LATENCY)
+        elif instruction.starts("MUFU"):
+            end = exponentials.take(end, static_model.EXPONENTIAL_CYCLES)
+        elif instruction.starts(*static_model._HALF_RATE):
+            end = half_rate.take(end, static_model.HALF_RATE_CYCLES)
+        elif instruction.opcode == "WARPGROUP.DEPBAR.LE":
+            end = max(end, groups[c][-1 - int(instruction.operands.split(",")[1], 16)])
+        elif instruction.opcode.startswith("BAR.SYNC"):
+            taken[c] += 1
+        elif instruction.opcode.startswith("BAR.ARV"):
+            passed[(c + 1) % CONSUMERS].append(end)
+        now[c] = end
+        position[c] = (position[c] + 1) % len(loop)
+        if position[c] == 0:
+            ends[c].append(end)
+    return (ends[0][iterations - 1] - ends[0][2]) / (iterations - 3)
+
+
+def keys_of(loop: Loop, dim: int) -> int:
+    """How many keys an iteration handles: it has dim / 16 products for the scores, the others take 16 keys each."""
+    return 16 * (sass.count(loop).wgmma - dim // 16)
+
+
+def row(kernel: Kernel) -> dict[str, str]:
+    """The table's row of one kernel."""
+    counts, keys = sass.count(kernel.loop), keys_of(kernel.loop, kernel.dim)
+    units = static_model.predict(kernel.loop, "forward", BLOCK_M, keys, kernel.dim, 4 * CONSUMERS, kernel.registers, 0)
+    useful = static_model.PRODUCTS["forward"] * 2 * BLOCK_M * keys * kernel.dim / static_model.FLOP_PER_CYCLE
+    turns = max(in_turns(kernel.loop), units.l2)
+    limits = {name: getattr(units, name) for name in ("tensor", "issue", "exponentials", "half_rate", "l2")}
+    busiest = max(limits, key=lambda name: limits[name])
+    return {
+        "dtype": kernel.dtype,
+        "dim": str(kernel.dim),
+        "keys": str(keys),
+        "registers": str(kernel.registers),
+        "spilled": str(kernel.spilled),
+        "remarks": "yes" if kernel.remark else "none",
+        "instructions": str(counts.instructions),
+        "wgmma": str(counts.wgmma),
+        **{name: f"{cycles:.0f}" for name, cycles in limits.items()},
+        "in step": f"{useful / max(units.l2, static_model.walk(kernel.loop, 4 * CONSUMERS)):.3f}",
+        "in turns": f"{useful / turns:.3f}",
+        "bound": busiest if limits[busiest] >= 0.8 * turns else "waits",
+    }
+
+
+def main() -> None:
+    """Command line: compile and print the table."""
+    print(
+        "Cycles per tile of keys and block. Shares of the tensor peak in the inner loop: a filter for gaps above 15 %."
+    )
+    print(static_model.text([row(kernel) for kernel in kernels(*compile_source())]))
+
+
+if __name__ == "__main__":
+    main()
