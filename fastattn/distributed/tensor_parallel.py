@@ -1,16 +1,25 @@
 """Models whose heads and hidden units are divided among ranks, by PyTorch's own `parallelize_module`."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from fastattn.nn import Attention, FeedForward
+from fastattn.functional.dropout import dropout
+from fastattn.nn import Attention, Block, Decoder, Encoder, FeedForward, MultiheadAttention
+
+_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_STACKS = (Encoder, Decoder, nn.TransformerEncoder, nn.TransformerDecoder)
 
 
-def tensor_parallel_plan(model: nn.Module, ranks: int, *, vocabulary: bool = False) -> dict[str, ParallelStyle]:
+def tensor_parallel_plan(
+    model: nn.Module, ranks: int, *, vocabulary: bool = False, sequence: bool = False
+) -> dict[str, ParallelStyle]:
     """The plan by which `torch.distributed.tensor.parallel.parallelize_module` divides a model of `fastattn.nn`.
 
     Each rank has some of the heads and some of the hidden units, and a KV cache of its heads; the input and the output
@@ -18,44 +27,142 @@ def tensor_parallel_plan(model: nn.Module, ranks: int, *, vocabulary: bool = Fal
 
         parallelize_module(model, mesh["tp"], tensor_parallel_plan(model, mesh["tp"].size()))
 
+    The drop-ins for torch.nn are divided likewise. A packed projection becomes three, ``q_proj_weight``,
+    ``k_proj_weight`` and ``v_proj_weight``: torch.nn's names where sizes differ. Load a checkpoint with packed ones
+    before.
+
+    Dropout drops what it drops on one process where the generators of all ranks are alike.
+
     Args:
-        model: a `fastattn.nn.CausalLM`, `EncoderDecoder`, `Encoder`, `Decoder` or `Block`, or what holds such.
+        model: a `fastattn.nn.CausalLM`, `EncoderDecoder`, `Encoder`, `Decoder`, `Block`, `MultiheadAttention` or
+            ``Transformer...``, or what holds such.
         ranks: of the mesh dimension.
         vocabulary: divide the output layer too, `model.head`. Logits are then a DTensor divided by tokens of the
             vocabulary, and no rank ever holds all of them: loss and backward pass belong inside of
             `torch.distributed.tensor.parallel.loss_parallel()`. For training alone.
+        sequence: divide the sequence, too, between attention and feed-forward: norms, residual sums and dropout are of
+            this rank's elements alone, and so is what the backward pass keeps of them. Elements are gathered before
+            attention and before feed-forward, and sums scattered behind them: the bytes that move stay the same. The
+            drop-ins' ``step`` is then refused.
 
     Returns:
         Name of each layer -> how it is divided.
 
     Raises:
-        TypeError: vocabulary without a linear ``head``.
+        TypeError: vocabulary without a linear ``head``; layers of torch.nn that `fastattn.convert` has not swapped.
         ValueError: nothing to divide; heads, hidden units or a vocabulary that do not divide by ranks; an output layer
             tied to an embedding, which is whole.
 
-    Source: Shoeybi et al., Megatron-LM, 2019 (arXiv:1909.08053).
+    Source: Shoeybi et al., Megatron-LM, 2019 (arXiv:1909.08053); ``sequence``: Korthikanti et al., 2022
+    (arXiv:2205.05198).
     """
-    plan: dict[str, ParallelStyle] = {}
+    divided = _Plan(model, ranks, sequence)
     for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(module, Attention):
-            for heads, count in (("num_heads", module.num_heads), ("num_kv_heads", module.num_kv_heads)):
-                _divides(f"{prefix}{heads}", count, ranks)
-            columns, row = ("q_proj", "k_proj", "v_proj"), "out_proj"
-            plan[name] = _Heads()
-        elif isinstance(module, FeedForward):
-            _divides(f"{prefix}up_proj.out_features", module.up_proj.out_features, ranks)
-            columns = ("up_proj",) if module.gate_proj is None else ("gate_proj", "up_proj")
-            row = "down_proj"
-        else:
-            continue
-        plan |= {prefix + column: ColwiseParallel() for column in columns} | {prefix + row: RowwiseParallel()}
+        divided.add(name, module)
+    plan = divided.styles
     if not plan:
-        raise ValueError(f"model: expected one with fastattn.nn.Attention or FeedForward, got {type(model).__name__}")
+        raise ValueError(
+            "model: expected one with fastattn.nn.Attention, FeedForward or MultiheadAttention, got "
+            f"{type(model).__name__}"
+        )
+    if sequence:
+        for first, last in _stacks(model):
+            divided.shard_between(first, last)
     if vocabulary:
         _check_head(model, ranks)
         plan["head"] = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
     return plan
+
+
+class _Plan:
+    """A plan in the making."""
+
+    def __init__(self, model: nn.Module, ranks: int, sequence: bool) -> None:
+        self.styles: dict[str, ParallelStyle] = {}
+        self._model, self._ranks, self._sequence = model, ranks, sequence
+        self._on_shards: dict[nn.Module, int] = {}  # parts of layers -> dimension of the sequence
+
+    def add(self, name: str, module: nn.Module) -> None:
+        """What is done with a module; a layer comes before its parts."""
+        prefix = f"{name}." if name else ""
+        if isinstance(module, Attention):
+            self._divides(f"{prefix}num_heads", module.num_heads)
+            self._divides(f"{prefix}num_kv_heads", module.num_kv_heads)
+            self.styles[name] = _Heads()
+            self._project(prefix, module, ("q_proj", "k_proj", "v_proj"), "out_proj")
+        elif isinstance(module, FeedForward):
+            self._divides(f"{prefix}up_proj.out_features", module.up_proj.out_features)
+            self.styles[name] = _Gathered()
+            columns = ("up_proj",) if module.gate_proj is None else ("gate_proj", "up_proj")
+            self._project(prefix, module, columns, "down_proj")
+        elif isinstance(module, nn.MultiheadAttention):
+            if not isinstance(module, MultiheadAttention):
+                raise TypeError(
+                    f"{name or 'model'}: expected a fastattn.nn.MultiheadAttention, got torch.nn's; fastattn.convert "
+                    "swaps it"
+                )
+            self._divides(f"{prefix}num_heads", module.num_heads)
+            self.styles[name] = _PackedHeads(on_shards=module in self._on_shards)
+            self._project(prefix, module, (), "out_proj")
+        elif isinstance(module, _LAYERS):
+            self._divides(f"{prefix}linear1.out_features", module.linear1.out_features)
+            dim = self._layer(prefix, module, ("norm1", "norm2", "norm3"), ("dropout1", "dropout2", "dropout3"))
+            self.styles[f"{prefix}dropout"] = _Dropout()
+            self._project(prefix, module, (), "linear2")
+            self.styles[f"{prefix}linear1"] = ColwiseParallel(input_layouts=None if dim is None else Shard(dim))
+        elif isinstance(module, Block):
+            self._layer(prefix, module, ("self_norm", "cross_norm", "feed_forward_norm"), ("dropout",))
+
+    def _layer(self, prefix: str, module: nn.Module, norms: tuple[str, ...], dropouts: tuple[str, ...]) -> int | None:
+        """What a layer does between its parts, where the sequence is divided there: along the dimension returned."""
+        if not self._sequence:
+            return None
+        dim = _sequence_dim(module)
+        self._on_shards |= dict.fromkeys((module, *module.children()), dim)
+        for names, style in ((norms, _OnShards), (dropouts, _Dropout)):
+            for part in names:
+                if getattr(module, part, None) is not None:
+                    self.styles[prefix + part] = style()
+        return dim
+
+    def _project(self, prefix: str, module: nn.Module, columns: tuple[str, ...], row: str) -> None:
+        self.styles |= {prefix + column: ColwiseParallel() for column in columns}
+        dim = self._on_shards.get(module)
+        self.styles[prefix + row] = (
+            RowwiseParallel() if dim is None else RowwiseParallel(output_layouts=Shard(dim), use_local_output=False)
+        )
+
+    def shard_between(self, first: str, last: str) -> None:
+        """The sequence is whole before the one and behind the other."""
+        dim = _sequence_dim(self._model.get_submodule(first))
+        self.styles[first] = _OnShards(enters=dim, leaves=first == last)
+        if first != last:
+            self.styles[last] = _OnShards(leaves=True)
+
+    def _divides(self, name: str, count: int) -> None:
+        _divides(name, count, self._ranks)
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(first, last) module of each stack of layers; of a layer that is in none, itself twice."""
+    seen: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if isinstance(module, _STACKS):
+            layers = "blocks" if isinstance(module, (Encoder, Decoder)) else "layers"
+            count = len(module.get_submodule(layers))  # pyright: ignore[reportArgumentType]
+            seen.update(module.modules())
+            if count:
+                last = f"{prefix}{layers}.{count - 1}" if module.norm is None else f"{prefix}norm"
+                yield f"{prefix}{layers}.0", last
+        elif isinstance(module, (Block, *_LAYERS)) and module not in seen:
+            yield name, name
+
+
+def _sequence_dim(layer: nn.Module) -> int:
+    """Where the elements of a sequence lie in what a layer takes, with and without a batch."""
+    attention = getattr(layer, "self_attn", None)
+    return 0 if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first else -2
 
 
 def _divides(name: str, count: int, ranks: int) -> None:
@@ -72,7 +179,39 @@ def _check_head(model: nn.Module, ranks: int) -> None:
         raise ValueError("model.head.weight: expected one that is not tied to an embedding with vocabulary=True")
 
 
-class _Heads(ParallelStyle):
+class _Style(ParallelStyle):
+    """What the styles below share."""
+
+    def _place(self, module: nn.Module, name: str, parameter: Tensor | None, mesh: DeviceMesh, at: Placement) -> None:
+        """Make a parameter of a module one that is divided, or the same on every rank."""
+        if parameter is None:
+            return
+        with torch.no_grad():
+            placed = distribute_tensor(parameter, mesh, [at], src_data_rank=self.src_data_rank)
+        module.register_parameter(name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+
+
+def _gathered(x: Tensor, mesh: DeviceMesh) -> DTensor:
+    """The whole of x, to which every rank adds a part of the gradient: summed once, not by each projection of x."""
+    if isinstance(x, DTensor):
+        return x.redistribute(mesh, [Replicate()])
+    return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+
+
+class _Gathered(_Style):
+    """A module whose projections take the whole of its inputs ``x`` and ``memory``."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+            if options.get("memory") is not None:
+                options = {**options, "memory": _gathered(options["memory"], device_mesh)}
+            return tuple(_gathered(x, device_mesh) if isinstance(x, Tensor) else x for x in args), options
+
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        return module
+
+
+class _Heads(_Gathered):
     """The heads of an `Attention` and what belongs to each of them: sinks, slopes; norms are every head's."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -82,14 +221,124 @@ class _Heads(ParallelStyle):
         module.num_kv_heads //= ranks
         module.first_head = device_mesh.get_local_rank() * module.num_heads
         for name in ("sinks", "alibi_slopes"):
-            if (parameter := getattr(module, name)) is not None:
-                module.register_parameter(name, self._placed(parameter, device_mesh, Shard(0)))
+            self._place(module, name, getattr(module, name), device_mesh, Shard(0))
         for norm in (module.q_norm, module.k_norm):
-            if norm is not None and norm.weight is not None:
-                norm.register_parameter("weight", self._placed(norm.weight, device_mesh, Replicate()))
+            if norm is not None:
+                self._place(norm, "weight", norm.weight, device_mesh, Replicate())
+        return super()._apply(module, device_mesh)
+
+
+class _PackedHeads(_Style):
+    """The heads of a `MultiheadAttention`. Its packed projection has all queries, then all keys, then all values."""
+
+    def __init__(self, *, on_shards: bool) -> None:
+        super().__init__()
+        self._on_shards = on_shards
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, MultiheadAttention)
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        weights = tuple(getattr(module, name) for name in names)
+        if (packed := module.in_proj_weight) is not None:
+            weights = tuple(nn.Parameter(x, packed.requires_grad) for x in packed.detach().chunk(3))
+            module.register_parameter("in_proj_weight", None)
+            module._qkv_same_embed_dim = False
+        for name, weight in zip(names, weights, strict=True):
+            self._place(module, name, weight, device_mesh, Shard(0))
+        self._place(module, "in_proj_bias", module.in_proj_bias, device_mesh, Replicate())
+        for name in ("bias_k", "bias_v"):
+            self._place(module, name, getattr(module, name), device_mesh, Shard(2))
+        count = module.num_heads // device_mesh.size()
+        first = device_mesh.get_local_rank() * count
+        module.own_heads = slice(first, first + count)
+        module.on_shards = self._on_shards
+
+        def enter(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+            found: dict[int, Tensor] = {}  # the layer asks which of its inputs are the same
+
+            def own(x: Any) -> Any:
+                if (
+                    not isinstance(x, Tensor)
+                    or not x.is_floating_point()
+                    or (type(x) is Tensor and not x.requires_grad)
+                ):
+                    return x
+                if x.is_nested:
+                    raise TypeError("MultiheadAttention: expected dense tensors under a plan, got a nested tensor")
+                if id(x) not in found:
+                    found[id(x)] = _gathered(x, device_mesh).to_local(grad_placements=[Partial()])
+                return found[id(x)]
+
+            return tuple(own(x) for x in args), {name: own(x) for name, x in options.items()}
+
+        module.register_forward_pre_hook(enter, with_kwargs=True)
         return module
 
-    def _placed(self, parameter: Tensor, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
-        with torch.no_grad():
-            placed = distribute_tensor(parameter, mesh, [placement], src_data_rank=self.src_data_rank)
-        return nn.Parameter(placed, requires_grad=parameter.requires_grad)
+
+class _OnShards(_Style):
+    """A module between attention and feed-forward, whose input is divided along the sequence.
+
+    Args:
+        enters: the dimension along which this is the first that divides it; None: it comes so.
+        leaves: its output is whole again.
+    """
+
+    def __init__(self, *, enters: int | None = None, leaves: bool = False) -> None:
+        super().__init__()
+        self._enters, self._leaves = enters, leaves
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            self._place(module, name, parameter, device_mesh, Replicate())
+        if (dim := self._enters) is not None:
+
+            def enter(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+                def divided(x: Tensor) -> Tensor:
+                    return _gathered(x, device_mesh).redistribute(device_mesh, [Shard(dim % x.ndim)])
+
+                if args:
+                    return (divided(args[0]), *args[1:]), options
+                first = next(iter(options))
+                return args, {**options, first: divided(options[first])}
+
+            module.register_forward_pre_hook(enter, with_kwargs=True)
+        if self._leaves:
+
+            def leave(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+                return _gathered(out, device_mesh).to_local()
+
+            module.register_forward_hook(leave)
+        return module
+
+
+class _Dropout(_Style):
+    """Dropout of what is divided, by units or along the sequence."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if type(module) is nn.Dropout:
+            module.__class__ = _DividedDropout
+            assert isinstance(module, _DividedDropout)
+            module.mesh = device_mesh
+        return module
+
+
+class _DividedDropout(nn.Dropout):
+    """Drops of this rank's part what `torch.nn.Dropout` drops there in the whole, for which it draws.
+
+    The part is a DTensor, or of the last dimension.
+    """
+
+    mesh: DeviceMesh
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return input
+        if isinstance(input, DTensor):
+            keep = DTensor.from_local(self._drawn(input, input.shape), self.mesh, [Replicate()])
+            return input * keep.redistribute(self.mesh, input.placements)
+        ranks = self.mesh.size()
+        keep = self._drawn(input, (*input.shape[:-1], ranks * input.shape[-1]))
+        return input * keep.chunk(ranks, -1)[self.mesh.get_local_rank()]
+
+    def _drawn(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return dropout(torch.ones(shape, dtype=like.dtype, device=like.device), self.p)

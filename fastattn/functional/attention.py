@@ -224,7 +224,7 @@ def attention_varlen(
             q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
             dropout_p=dropout_p, return_lse=return_lse, backend=backend,
         )  # fmt: skip
-    spec = _varlen_spec(
+    spec = varlen_spec(
         q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), seqused_k=seqused_k, causal=causal,
         q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
         dropout_p=dropout_p, return_lse=return_lse,
@@ -237,7 +237,7 @@ def attention_varlen(
     return out, lse.squeeze(0)
 
 
-def _varlen_spec(
+def varlen_spec(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
     max_seqlens: tuple[int | Tensor | None, int | Tensor | None], **options: Any,
 ) -> AttentionSpec:  # fmt: skip
@@ -268,7 +268,7 @@ def explain_varlen(
     """`explain` for `attention_varlen`, with its arguments."""
     if unknown:
         keywords.refuse(explain_varlen, unknown)
-    spec = _varlen_spec(
+    spec = varlen_spec(
         q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), seqused_k=seqused_k, causal=causal,
         q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
         dropout_p=dropout_p, return_lse=return_lse,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import attention, divided
+from fastattn.functional.parts import attention_of_heads, for_own_heads, of_all_heads, own_part
 from fastattn.nn import keywords
 from fastattn.nn.cache import KVCache
 from fastattn.nn.tracing import fx_leaf, refuse_torchscript
@@ -32,6 +33,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     - `attn_mask` and `key_padding_mask` are not expanded to a (N*H, L, S) tensor, and may differ in type.
     - The layer runs the same code in training and evaluation, and no layer of torch.nn that holds it can bypass it.
     """
+
+    own_heads: slice | None = None
+    """this rank's, where `fastattn.distributed.tensor_parallel_plan` divides them; `num_heads` counts all"""
+    on_shards = False
+    """whether that plan divides the sequence too, outside of attention"""
 
     @keywords.multihead_attention
     def __init__(
@@ -114,8 +120,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             projected = (x.unsqueeze(batch_dim) for x in projected)
         q, k, v = map(self._split_heads, projected)  # (N, H, L, D), twice (N, H, S, D): views
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, _as_key(self.bias_k, k)], dim=2)
-            v = torch.cat([v, _as_key(self.bias_v, v)], dim=2)
+            k = torch.cat([k, _as_key(own_part(self.bias_k), k)], dim=2)
+            v = torch.cat([v, _as_key(own_part(self.bias_v), v)], dim=2)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         extra_keys = int(self.bias_k is not None) + int(self.add_zero_attn)
@@ -123,20 +129,27 @@ class MultiheadAttention(nn.MultiheadAttention):
         causal = is_causal and not need_weights and not extra_keys
         if not is_batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        mask, bias = _merge_masks(q, k, None if causal else attn_mask, key_padding_mask, extra_keys)
+        heads = slice(0, self.num_heads) if self.own_heads is None else self.own_heads
+        mask, bias = _merge_masks(
+            q, k, None if causal else attn_mask, key_padding_mask, extra_keys, self.num_heads, heads
+        )
 
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            out, weights = _attention_with_weights(q, k, v, mask, bias, dropout_p)
+            out, weights = _attention_with_weights(q, k, v, mask, bias, dropout_p, self.num_heads, heads)
         else:
-            out = attention(q, k, v, causal=causal, q_offset=0, mask=mask, bias=bias, dropout_p=dropout_p)
+            out = attention_of_heads(
+                heads.start, q, k, v, causal=causal, q_offset=0, mask=mask, bias=bias, dropout_p=dropout_p
+            )
 
         out = self._merge_heads(out)
         if not is_batched:
             out = out.squeeze(batch_dim)
         if weights is not None:
-            if average_attn_weights:
+            if self.own_heads is not None:
+                weights = of_all_heads(weights, self.q_proj_weight, average_attn_weights)
+            elif average_attn_weights:
                 weights = weights.mean(dim=1)
             if not is_batched:
                 weights = weights.squeeze(0)
@@ -156,29 +169,34 @@ class MultiheadAttention(nn.MultiheadAttention):
         Returns:
             A tensor of x's shape: what `forward` with a causal mask gives at these positions.
         """
-        if self.bias_k is not None or self.add_zero_attn or self.in_proj_weight is None:
-            raise ValueError("MultiheadAttention.step: expected no add_bias_kv, add_zero_attn, kdim and vdim")
+        self._check_for_cache("step")
         q, k, v = (self._split_heads(t) for t in self._project(x, x, x))
         return self._merge_heads(cache.attend(layer, q, k, v, causal=True))
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of (N, S, E) with `batch_first`, else (S, N, E), for `step_cross`: (N, H, S, D) each."""
-        if self.bias_k is not None or self.add_zero_attn or self.in_proj_weight is None:
-            raise ValueError("MultiheadAttention.keys_values: expected no add_bias_kv, add_zero_attn, kdim and vdim")
+        self._check_for_cache("keys_values")
+        if self.own_heads is not None:
+            _, (w_k, b_k), (w_v, b_v) = self._own_projections()
+            return self._split_heads(F.linear(memory, w_k, b_k)), self._split_heads(F.linear(memory, w_v, b_v))
         E, b = self.embed_dim, self._in_proj_bias()
         k, v = F.linear(memory, self.in_proj_weight[E:], None if b is None else b[E:]).chunk(2, dim=-1)
         return self._split_heads(k), self._split_heads(v)
 
     def step_cross(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Cross-attention to what `keys_values` made. mask: boolean, broadcastable to (N, H, L, S), True takes part."""
-        E, b = self.embed_dim, self._in_proj_bias()
-        q = F.linear(x, self.in_proj_weight[:E], None if b is None else b[:E])
+        if self.own_heads is not None:
+            (w, b), *_ = self._own_projections()
+        else:
+            E, b = self.embed_dim, self._in_proj_bias()
+            w, b = self.in_proj_weight[:E], None if b is None else b[:E]
+        q = F.linear(x, w, b)
         k, v = k.to(q.dtype), v.to(q.dtype)  # they may have been made outside of autocast
         return self._merge_heads(attention(self._split_heads(q), k, v, mask=mask))
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(N, L, E), or (L, N, E), as (N, H, L, D): a view."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        x = x.unflatten(-1, (-1, self.head_dim))
         return (x if self.batch_first else x.transpose(0, 1)).transpose(1, 2)
 
     def _merge_heads(self, out: Tensor) -> Tensor:
@@ -190,6 +208,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         """The three input projections, in as few matrix products as the identity of the inputs allows."""
         E = self.embed_dim
         w, b = self.in_proj_weight, self._in_proj_bias()
+        if self.own_heads is not None:
+            inputs = zip((query, key, value), self._own_projections(), strict=True)
+            q, k, v = (F.linear(x, *projection) for x, projection in inputs)
+            return q, k, v
         if w is None:  # kdim or vdim differ from embed_dim
             b_q, b_k, b_v = (None, None, None) if b is None else b.chunk(3)
             return F._in_projection(  # pyright: ignore[reportAttributeAccessIssue]
@@ -208,11 +230,31 @@ class MultiheadAttention(nn.MultiheadAttention):
         b_k, b_v = (None, None) if b_kv is None else b_kv.chunk(2)
         return q, F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
 
+    def _own_projections(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias for the queries, keys and values of this rank's heads, where a plan divides them."""
+        assert self.own_heads is not None
+        b, D = self._in_proj_bias(), self.head_dim
+        own = slice(self.own_heads.start * D, self.own_heads.stop * D)
+        biases = [None] * 3 if b is None else [part[own] for part in b.chunk(3)]
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        return [(own_part(w), b) for w, b in zip(weights, biases, strict=True)]
+
+    def _check_for_cache(self, method: str) -> None:
+        """Refuse what a cache has no place for."""
+        differ = (self.kdim, self.vdim) != (self.embed_dim, self.embed_dim)
+        if self.bias_k is not None or self.add_zero_attn or differ:
+            raise ValueError(f"MultiheadAttention.{method}: expected no add_bias_kv, add_zero_attn, kdim and vdim")
+        if self.on_shards:
+            raise ValueError(
+                f"MultiheadAttention.{method}: expected tensor_parallel_plan with sequence=False, got True"
+            )
+
     def _in_proj_bias(self) -> Tensor | None:
         """The bias in the dtype of the weights: a checkpoint may hold it in another, which a matrix product refuses."""
         b = self.in_proj_bias
         if b is None:
             return None
+        b = for_own_heads(b)
         weight = self.in_proj_weight if self.in_proj_weight is not None else self.q_proj_weight
         return b if b.dtype == weight.dtype else b.to(weight.dtype)
 
@@ -293,14 +335,20 @@ def _as_key(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _merge_masks(
-    q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, extra_keys: int
+    q: Tensor,
+    k: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    extra_keys: int,
+    H: int,
+    own: slice,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The two masks of the layer (True = ignore, or float) as the operator's `mask` (True = take part) and `bias`.
 
     Two masks become one tensor only where both are float. Else each stays as small as it came and the operator
-    broadcasts it, so nothing of N*H*L*S elements is made that the caller did not make.
+    broadcasts it, so nothing of N*H*L*S elements is made that the caller did not make. ``own``: of the H heads.
     """
-    N, H, L, _ = q.shape
+    N, _, L, _ = q.shape
     S = k.shape[2]
     mask = bias = None
     if attn_mask is not None:
@@ -310,7 +358,7 @@ def _merge_masks(
                 f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
             )
         if attn_mask.dim() == 3:
-            attn_mask = attn_mask.unflatten(0, (N, H))
+            attn_mask = attn_mask.unflatten(0, (N, H))[:, own]
         if extra_keys:  # they are open to all
             attn_mask = F.pad(attn_mask, (0, extra_keys))
         if attn_mask.dtype == torch.bool:
@@ -341,7 +389,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _attention_with_weights(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float, H: int, own: slice
 ) -> tuple[Tensor, Tensor]:
     """Attention that returns its weights (N, H, L, S), hence unfused. Dropout draws what torch.nn's layer draws."""
     divided.refuse("need_weights", "True")
@@ -358,5 +406,8 @@ def _attention_with_weights(
         # A row with nothing allowed would be NaN, and its gradient too: give it finite scores, then zero weights.
         nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)
         weights = scores.masked_fill(nothing, 0.0).softmax(dim=-1).masked_fill(nothing, 0.0).to(v.dtype)
-    weights = F.dropout(weights, dropout_p)
+    if dropout_p and own != slice(0, H):  # what all heads draw, and of this what these do
+        weights = weights * F.dropout(weights.new_ones(weights.shape[0], H, *weights.shape[2:]), dropout_p)[:, own]
+    else:
+        weights = F.dropout(weights, dropout_p)
     return weights @ v, weights

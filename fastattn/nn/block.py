@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import _check as check
-from fastattn.functional import attention, attention_varlen, divided
-from fastattn.functional.parts import for_own_heads, own_part
+from fastattn.functional import attention, divided
+from fastattn.functional.parts import attention_of_heads, attention_varlen_of_heads, for_own_heads, own_part
 from fastattn.nn import keywords
 from fastattn.nn.cache import KVCache
 from fastattn.nn.config import TransformerConfig
@@ -139,13 +139,14 @@ class Attention(nn.Module):
                 q, k = both.split((q.shape[-2], k.shape[-2]), dim=-2)
 
         if cu_seqlens is not None:
-            out = attention_varlen(q, k, v, cu_seqlens, cu_seqlens_k, dropout_p=dropout_p, **options)
+            options["dropout_p"] = dropout_p
+            out = attention_varlen_of_heads(self.first_head, q, k, v, cu_seqlens, cu_seqlens_k, **options)
             return self.out_proj(out.flatten(-2))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None and not self.cross:
             out = cache.attend(self.layer, q, k, v, **options)
         else:
-            out = attention(q, k, v, mask=mask, dropout_p=dropout_p, **options)
+            out = attention_of_heads(self.first_head, q, k, v, mask=mask, dropout_p=dropout_p, **options)
         return self.out_proj(out.transpose(1, 2).flatten(-2))
 
     def _slopes(self, alibi: ALiBi, device: torch.device) -> Tensor:

@@ -406,7 +406,8 @@ def _make_cache(
     attn = layers[0].self_attn
     assert isinstance(attn, MultiheadAttention)
     weight = attn.out_proj.weight
-    sizes = (len(layers), batch, capacity, attn.num_heads, attn.head_dim)
+    heads = attn.num_heads if attn.own_heads is None else attn.own_heads.stop - attn.own_heads.start
+    sizes = (len(layers), batch, capacity, heads, attn.head_dim)
     return allocate(kind, sizes, like=weight, model_window=None, **options)
 
 

@@ -154,14 +154,17 @@ class Calls:
     def __init__(self, monkeypatch):
         import fastattn.nn.attention as module
 
-        original = module.attention
         self.kwargs = []
 
-        def attention(*args, **kwargs):
-            self.kwargs.append(kwargs)
-            return original(*args, **kwargs)
+        def counted(original):
+            def call(*args, **kwargs):
+                self.kwargs.append(kwargs)
+                return original(*args, **kwargs)
 
-        monkeypatch.setattr(module, "attention", attention)
+            return call
+
+        for name in ("attention", "attention_of_heads"):
+            monkeypatch.setattr(module, name, counted(getattr(module, name)))
 
     def __len__(self):
         return len(self.kwargs)
