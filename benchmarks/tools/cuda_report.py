@@ -40,6 +40,8 @@ class Kernel:
 
     dtype: str
     dim: int
+    capped: bool
+    """with a softcap"""
     registers: int
     spilled: int
     """bytes"""
@@ -73,30 +75,36 @@ def compile_source() -> tuple[str, str]:
         return run.stdout + run.stderr, sass.disassemble(target.read_bytes())
 
 
-_NAME = r"attention_forwardI\w*?(Half|BFloat)ELi(\d+)"
+_NAME = re.compile(r"attention_forwardI\w*?(Half|BFloat)ELi(\d+)ELb([01])")
+Name = tuple[str, int, bool]
+"""dtype, head dim, whether there is a softcap"""
 
 
-def sections(listing: str) -> dict[tuple[str, int], str]:
-    """(dtype, head dim) -> machine code of that kernel."""
+def _name(text: str) -> Name:
+    found = _NAME.search(text)
+    assert found is not None, text[:200]
+    return found[1], int(found[2]), found[3] == "1"
+
+
+def sections(listing: str) -> dict[Name, str]:
+    """The machine code of each kernel."""
     parts = re.split(r"\.section\s+\.text\.", listing)[1:]
-    return {(name[1], int(name[2])): part for part in parts if (name := re.search(_NAME, part))}
+    return {_name(part): part for part in parts}
 
 
 def kernels(report: str, listing: str) -> list[Kernel]:
-    """Every kernel, by head dim and dtype."""
-    remarks = re.findall(r"\(C75\d\d\).*?" + _NAME, report)
+    """Every kernel, by softcap, head dim and dtype."""
+    remarks = [_name(line) for line in report.splitlines() if "(C75" in line]
     found = {}
-    for part in re.split(r"Compiling entry function '", report)[1:]:
-        (dtype, dim), *_ = re.findall(_NAME, part)
+    for part in report.split("Compiling entry function '")[1:]:
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
-        found[dtype, int(dim)] = int(re.findall(r"Used (\d+) registers", part)[0]), spilled
+        found[_name(part)] = int(re.findall(r"Used (\d+) registers", part)[0]), spilled
     compiled = []
-    for (dtype, dim), section in sections(listing).items():
+    for name, section in sections(listing).items():
         (loop,) = sass.main_loops(section)
-        registers, spilled = found[dtype, dim]
-        remark = (dtype, str(dim)) in remarks
-        compiled.append(Kernel(dtype, dim, registers, spilled, remark, without_mask(loop)))
-    return sorted(compiled, key=lambda kernel: (kernel.dim, kernel.dtype))
+        registers, spilled = found[name]
+        compiled.append(Kernel(*name, registers, spilled, name in remarks, without_mask(loop)))
+    return sorted(compiled, key=lambda kernel: (kernel.capped, kernel.dim, kernel.dtype))
 
 
 class _Unit:
@@ -175,6 +183,7 @@ def row(kernel: Kernel) -> dict[str, str]:
     return {
         "dtype": kernel.dtype,
         "dim": str(kernel.dim),
+        "softcap": "yes" if kernel.capped else "no",
         "keys": str(keys),
         "registers": str(kernel.registers),
         "spilled": str(kernel.spilled),

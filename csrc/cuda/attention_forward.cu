@@ -14,7 +14,7 @@ struct Maps {
 template <class T, int N, int>
 using Plain = T[N];
 
-template <class Element, class Shape>
+template <class Element, class Shape, bool kCapped>
 struct Gpu {
   Registers<Shape, Plain> own;
   const Plan& plan;
@@ -24,6 +24,7 @@ struct Gpu {
   __device__ __forceinline__ uint32_t shared() const { return first; }
   __device__ __forceinline__ int block() const { return blockIdx.x; }
   __device__ __forceinline__ int blocks() const { return gridDim.x; }
+  static __device__ __forceinline__ constexpr bool capped() { return kCapped; }
   __device__ __forceinline__ uint32_t barrier(int i) const { return first + Shape::kTiles + 8 * i; }
 
   template <class F>
@@ -103,6 +104,11 @@ struct Gpu {
     return y;
   }
   __device__ __forceinline__ float log2(float x) { return log2f(x); }
+  __device__ __forceinline__ float inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
   // Two elements in one register, the first in the low half.
   __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t both;
@@ -112,14 +118,14 @@ struct Gpu {
   }
 };
 
-template <class Element, int D>
+template <class Element, int D, bool kCapped>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_forward(const __grid_constant__ Plan plan, const __grid_constant__ Maps maps) {
   extern __shared__ uint8_t memory[];
   if (threadIdx.x == 0) {
     for (int operand = 0; operand < kOperands; ++operand) tma_prefetch(&maps.of[operand]);
   }
-  Gpu<Element, Shape<D>> gpu = {{}, plan, maps, (uint32_t(__cvta_generic_to_shared(memory)) + 1023) / 1024 * 1024};
+  Gpu<Element, Shape<D>, kCapped> gpu = {{}, plan, maps, (uint32_t(__cvta_generic_to_shared(memory)) + 1023) / 1024 * 1024};
   gpu.own.index = threadIdx.x % kGroupThreads;
   // The same in all threads of a warp, and the compiler sees that it is.
   attend<Shape<D>>(gpu, plan, __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroupThreads, 0));
@@ -150,7 +156,7 @@ static CUresult encode(Encode function, const OperandMap& map, int dtype, CUtens
 template <class Element, int D>
 int start(const FastattnForward& f, int32_t works) {
   const auto failed = [](cudaError_t error) { return fail(FASTATTN_CUDA_ERROR, "CUDA: %s", cudaGetErrorString(error)); };
-  const auto kernel = attention_forward<Element, D>;
+  const auto kernel = f.softcap > 0.0f ? attention_forward<Element, D, true> : attention_forward<Element, D, false>;
   cudaError_t error = cudaSetDevice(f.device);
   if (error != cudaSuccess) return failed(error);
   static const Encode function = find_encode(&error);

@@ -24,7 +24,8 @@
 //   begin_values(), values(k, b)     o += p b, 64 x D x 16, columns 16 k of p from registers
 //   commit(), finish<n>()            products are asynchronous: a group of them; all groups but the last n have ended
 //   quad_max(), quad_sum()           of `peak` and `sum`, over the four threads that share a row
-//   exp2(x), log2(x), pack(a, b), shared() (the address of the first tile), block(), blocks()
+//   exp2(x), log2(x), inverse(x), pack(a, b), shared() (the address of the first tile), block(), blocks(),
+//   capped() (whether there is a softcap)
 #pragma once
 
 #include <cmath>
@@ -52,7 +53,7 @@ struct Registers {
   Array<float, Shape::kDim / 2, kOutput> o;        // fragment of 64 x D
   float peak[2], sum[2];  // of rows r and r + 8: running maximum of the unscaled scores, and sum of the weights
   float maximum[2], correction[2];
-  int limit[2];  // how many keys the row sees
+  int begin[2], seen[2];  // the first key that the row sees, and how many
 };
 
 // Stage and parity of the n-th tile. A barrier's phase n / stages has parity n / stages % 2; the wait for a stage to be
@@ -93,7 +94,8 @@ FASTATTN_DEVICE void produce(Machine& m, const Plan& plan) {
       if (tile < work.tiles) {
         const int s = stage<Shape>(n + tile);
         m.wait(Shape::free_keys(s), free_parity<Shape>(n + tile));
-        load(kKeys, Shape::keys(s), Shape::kKeys, tile * Shape::kKeys, work, Shape::full_keys(s));
+        load(kKeys, Shape::keys(s), Shape::kKeys, work.first_key + tile * Shape::kKeys, work,
+             Shape::full_keys(s));
       }
       if (tile == 0) {  // after the first keys: the output of the work before may still lie in their place
         m.wait(Shape::kFreeQueries, parity);
@@ -101,22 +103,57 @@ FASTATTN_DEVICE void produce(Machine& m, const Plan& plan) {
       } else {
         const int s = stage<Shape>(n + tile - 1);
         m.wait(Shape::free_values(s), free_parity<Shape>(n + tile - 1));
-        load(kValues, Shape::values(s), Shape::kKeys, (tile - 1) * Shape::kKeys, work, Shape::full_values(s));
+        load(kValues, Shape::values(s), Shape::kKeys, work.first_key + (tile - 1) * Shape::kKeys, work,
+             Shape::full_values(s));
       }
     }
     n += work.tiles;
   }
 }
 
+// Keys that every row of a consumer sees.
+FASTATTN_HD Range common_keys(const FastattnForward& f, const Work& work, int group) {
+  const int first = work.first + group * kGroupRows;
+  return {visible_keys(f, first + kGroupRows - 1).begin, visible_keys(f, first).end};
+}
+
+// Scores to the power of 2: what they are multiplied with, and under a cap, what with before tanh.
+struct Scaling {
+  float scale, inner;
+};
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+FASTATTN_HD constexpr Scaling scaling(const FastattnForward& f) {
+  const bool capped = f.softcap > 0.0f;
+  return {(capped ? f.softcap : f.scale) * kLog2e, capped ? f.scale / f.softcap : 1.0f};
+}
+
+// From one exponential; near 0, where 1 - 2 / (e^2x + 1) cancels, a series.
+template <class Machine>
+FASTATTN_DEVICE float tanh(Machine& m, float x) {
+  const float square = x * x;
+  const float near = x * (1.0f - square * (0.3333333333f - square * (0.1333333333f - square * 0.0539682540f)));
+  const float far = 1.0f - 2.0f * m.inverse(m.exp2(x * (2.0f * kLog2e)) + 1.0f);
+  return square < 0.01f ? near : far;
+}
+
 // Scores become weights relative to the running maximum, which moves on; `correction` is what older sums are worth.
 template <class Shape, class Machine>
-FASTATTN_DEVICE void weigh(Machine& m, int first_key, float scale) {
+FASTATTN_DEVICE void weigh(Machine& m, int first_key, const Range& common, const Scaling& scaling) {
   constexpr int kElements = Shape::kKeys / 2;
+  const float scale = scaling.scale;
   m.each([&](auto& t) {
-    if (t.limit[0] < first_key + Shape::kKeys || t.limit[1] < first_key + Shape::kKeys) {
-      const int start = first_key + fragment_column(t.index, 0), seen[2] = {t.limit[0] - start, t.limit[1] - start};
+    if (m.capped()) {
+      FASTATTN_UNROLL for (int i = 0; i < kElements; ++i) t.s[i] = tanh(m, t.s[i] * scaling.inner);
+    }
+    // The same for all threads: wgmma, elect.sync and shuffles ask that warps do not part.
+    if (first_key < common.begin || first_key + Shape::kKeys > common.end) {
+      const int start = first_key + fragment_column(t.index, 0);
+      const int before[2] = {t.begin[0] - start, t.begin[1] - start};
       FASTATTN_UNROLL for (int i = 0; i < kElements; ++i) {
-        if (fragment_column(0, i) >= seen[i / 2 % 2]) t.s[i] = -kInfinity;
+        const int column = fragment_column(0, i) - before[i / 2 % 2];  // below 0: a large unsigned number
+        if (uint32_t(column) >= uint32_t(t.seen[i / 2 % 2])) t.s[i] = -kInfinity;
       }
     }
     FASTATTN_UNROLL for (int r = 0; r < 2; ++r) t.peak[r] = t.maximum[r];
@@ -154,7 +191,9 @@ FASTATTN_DEVICE void start_rows(Machine& m, const Plan& plan, const Work& work, 
     FASTATTN_UNROLL for (int i = 0; i < Shape::kDim / 2; ++i) t.o[i] = 0.0f;
     FASTATTN_UNROLL for (int r = 0; r < 2; ++r) {
       const int row = work.first + group * kGroupRows + fragment_row(t.index, 2 * r);
-      t.limit[r] = visible_keys(row, f.kv_len, f.causal, f.q_offset);
+      const Range visible = visible_keys(f, row);
+      t.begin[r] = visible.begin;
+      t.seen[r] = visible.end > visible.begin ? visible.end - visible.begin : 0;
       t.maximum[r] = -kInfinity;
       t.sum[r] = 0.0f;
     }
@@ -166,17 +205,19 @@ template <class Shape, class Machine>
 FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work, int group, float scale) {
   const FastattnForward& f = plan.f;
   m.quad_sum();
+  const float sink = f.sinks == nullptr ? -kInfinity : f.sinks[work.head] * kLog2e;
   m.each([&](auto& t) {
     FASTATTN_UNROLL for (int r = 0; r < 2; ++r) {
       const int own = group * kGroupRows + fragment_row(t.index, 2 * r), row = work.first + own;
-      const float inverse = t.sum[r] == 0.0f ? 0.0f : 1.0f / t.sum[r];  // nothing allowed: output 0
+      const float maximum = t.maximum[r] * scale, top = fmaxf(maximum, sink), base = top == -kInfinity ? 0.0f : top;
+      const float share = m.exp2(maximum - base), total = t.sum[r] * share + m.exp2(sink - base);
+      const float inverse = total == 0.0f ? 0.0f : share / total;  // nothing allowed: output 0
       FASTATTN_UNROLL for (int i = 0; i < Shape::kDim / 8; ++i) {
         m.put(m.shared() + Shape::queries() + tile_offset(kRows, own, i) + t.index % 4 * 4,
               m.pack(t.o[4 * i + 2 * r] * inverse, t.o[4 * i + 2 * r + 1] * inverse));
       }
       if (t.index % 4 == 0 && row < f.q_len) {
-        f.lse[(int64_t(work.batch) * f.q_heads + work.head) * f.q_len + row] =
-            (t.maximum[r] * scale + m.log2(t.sum[r])) * 0.6931471805599453f;
+        f.lse[(int64_t(work.batch) * f.q_heads + work.head) * f.q_len + row] = (top + m.log2(total)) * 0.6931471805599453f;
       }
     }
   });
@@ -196,7 +237,7 @@ template <class Shape, class Machine>
 FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
   constexpr std::integral_constant<int, 0> none;
   constexpr std::integral_constant<int, 1> one;
-  const float scale = plan.f.scale * 1.4426950408889634f;  // log2(e): weights are powers of two
+  const Scaling scales = scaling(plan.f);
   const auto scores = [&](int n) {
     m.begin_scores();
     FASTATTN_UNROLL for (int k = 0; k < Shape::kDim / 16; ++k) {
@@ -217,6 +258,7 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
   int n = 0, parity = 0;
   for (int index = m.block(); index < plan.works; index += m.blocks(), parity ^= 1) {
     const Work work = work_at(plan, index, Shape::kKeys);
+    const Range common = common_keys(plan.f, work, group);
     start_rows<Shape>(m, plan, work, group);
     m.wait(Shape::kFullQueries, parity);
     if (work.tiles > 0) {
@@ -224,7 +266,7 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
       scores(n);
       m.finish(none);
       m.release(Shape::free_keys(stage<Shape>(n)));
-      weigh<Shape>(m, 0, scale);
+      weigh<Shape>(m, work.first_key, common, scales);
       hand_over<Shape>(m);
       for (int tile = 1; tile < work.tiles; ++tile, ++n) {
         m.wait(Shape::full_keys(stage<Shape>(n + 1)), full_parity<Shape>(n + 1));
@@ -235,7 +277,7 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
         m.signal(kTurn + (group + 1) % kConsumers, kConsumers * kGroupThreads);
         m.finish(one);
         m.release(Shape::free_keys(stage<Shape>(n + 1)));
-        weigh<Shape>(m, tile * Shape::kKeys, scale);
+        weigh<Shape>(m, work.first_key + tile * Shape::kKeys, common, scales);
         m.finish(none);
         m.release(Shape::free_values(stage<Shape>(n)));
         hand_over<Shape>(m);
@@ -246,7 +288,7 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
       m.release(Shape::free_values(stage<Shape>(n)));
       ++n;
     }
-    finish_rows<Shape>(m, plan, work, group, scale);
+    finish_rows<Shape>(m, plan, work, group, scales.scale);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <initializer_list>
 
 #ifndef FASTATTN_DIGEST
 #define FASTATTN_DIGEST ""  // of the sources; the build passes it
@@ -14,24 +15,29 @@
 extern "C" {
 
 // Counts changes of what is declared here.
-#define FASTATTN_ABI 1
+#define FASTATTN_ABI 2
 
 enum FastattnDtype { FASTATTN_FLOAT16 = 0, FASTATTN_BFLOAT16 = 1 };
 
 enum FastattnStatus { FASTATTN_OK = 0, FASTATTN_BAD_ARGUMENT = 1, FASTATTN_CUDA_ERROR = 2 };
 
-// Strides in elements, of batch entry, head and row; elements of a row are adjacent. Query row i sees the keys up to
-// i + q_offset if `causal` is not 0, else all.
+// A side of the window that forbids nothing; sides are at most 2^30 in size else.
+#define FASTATTN_OPEN (INT64_C(1) << 40)
+
+// Strides in elements, of batch entry, head and row; elements of a row are adjacent. Query row i sees the keys from
+// i + q_offset - left to i + q_offset + right.
 struct FastattnForward {
   const void *q, *k, *v;  // (B, Hq, Lq, D), (B, Hk, Lk, D), (B, Hk, Lk, D)
   void* out;              // (B, Hq, Lq, D)
   float* lse;             // (B, Hq, Lq), contiguous
+  const float* sinks;     // (Hq,), contiguous, or null: one more logit in each row's softmax, with no value
   void* stream;           // cudaStream_t
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
-  int64_t q_offset;
+  int64_t q_offset, left, right;
   int32_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
-  int32_t dtype, causal, device;
+  int32_t dtype, device;
   float scale;
+  float softcap;  // scores become softcap tanh(score / softcap); 0 is none
 };
 
 int fastattn_abi();
@@ -92,8 +98,17 @@ int fastattn_attention_forward(const FastattnForward* arguments) {
     return fail(FASTATTN_BAD_ARGUMENT, "q_heads: expected a multiple of kv_heads == %d, got %d", f.kv_heads, f.q_heads);
   }
   if (!(f.scale > 0.0f)) return fail(FASTATTN_BAD_ARGUMENT, "scale: expected more than 0, got %g", f.scale);
+  if (!(f.softcap >= 0.0f && f.softcap <= 3e38f)) {
+    return fail(FASTATTN_BAD_ARGUMENT, "softcap: expected a finite number, 0 for none, got %g", f.softcap);
+  }
   if (f.q_offset < -longest || f.q_offset > longest) {
     return fail(FASTATTN_BAD_ARGUMENT, "q_offset: expected at most 2^30 in size, got %lld", (long long)f.q_offset);
+  }
+  for (const int64_t side : {f.left, f.right}) {
+    if (side != FASTATTN_OPEN && (side < -longest || side > longest)) {
+      return fail(FASTATTN_BAD_ARGUMENT, "left, right: expected at most 2^30 in size, or 2^40, got %lld, %lld",
+                  (long long)f.left, (long long)f.right);
+    }
   }
   const int64_t blocks = (int64_t(f.q_len) + 127) / 128 * f.batch * f.q_heads;
   if (blocks == 0) return FASTATTN_OK;

@@ -36,7 +36,7 @@ template <int D>
 struct Shape {
   static constexpr int kDim = D;
   static constexpr int kPanels = D / 64;
-  static constexpr int kKeys = D == 256 ? 80 : 128;  // as many as registers and shared memory hold
+  static constexpr int kKeys = D == 256 ? 64 : 128;  // what registers hold, with a softcap too
   static constexpr int kStages = 2;
   static constexpr uint32_t kQueryBytes = panel_bytes(kRows) * kPanels;
   static constexpr uint32_t kTileBytes = panel_bytes(kKeys) * kPanels;

@@ -88,14 +88,12 @@ __device__ __forceinline__ void store_shared(uint32_t to, uint32_t value) {
 #define F8(x, i) F4(x, i), F4(x, i + 4)
 #define F32(x, i) F8(x, i), F8(x, i + 8), F8(x, i + 16), F8(x, i + 24)
 #define FLOATS32(x) F32(x, 0)
-#define FLOATS40(x) F32(x, 0), F8(x, 32)
 #define FLOATS64(x) F32(x, 0), F32(x, 32)
 #define FLOATS128(x) F32(x, 0), F32(x, 32), F32(x, 64), F32(x, 96)
-#define WORDS20(x) U4(x, 0), U4(x, 4), U4(x, 8), U4(x, 12), U4(x, 16)
-#define WORDS32(x) WORDS20(x), U4(x, 20), U4(x, 24), U4(x, 28)
+#define WORDS16(x) U4(x, 0), U4(x, 4), U4(x, 8), U4(x, 12)
+#define WORDS32(x) WORDS16(x), U4(x, 16), U4(x, 20), U4(x, 24), U4(x, 28)
 #define TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define R32 TEN() TEN(1) TEN(2) "%30, %31"
-#define R40 TEN() TEN(1) TEN(2) "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
 #define R64 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63"
 #define R128 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) \
   "%120, %121, %122, %123, %124, %125, %126, %127"
@@ -106,10 +104,10 @@ __device__ __forceinline__ void store_shared(uint32_t to, uint32_t value) {
 #define HOLD(count, type, list) \
   __device__ __forceinline__ void hold(type (&x)[count]) { asm volatile("" : list(x)::"memory"); }
 HOLD(32, float, FLOATS32)
-HOLD(40, float, FLOATS40)
+
 HOLD(64, float, FLOATS64)
 HOLD(128, float, FLOATS128)
-HOLD(20, uint32_t, WORDS20)
+HOLD(16, uint32_t, WORDS16)
 HOLD(32, uint32_t, WORDS32)
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -129,7 +127,7 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
     if constexpr (std::is_same_v<Element, Half>) SCORES_OF("f16.f16", n, regs, a_, b_, add_, list(s));                 \
     else SCORES_OF("bf16.bf16", n, regs, a_, b_, add_, list(s));                                                       \
   }
-SCORES(40, 80, R40, 40, 41, 42, FLOATS40)
+SCORES(32, 64, R32, 32, 33, 34, FLOATS32)
 SCORES(64, 128, R64, 64, 65, 66, FLOATS64)
 
 // o += p b, 64 x n x 16; p from registers, b transposed.

@@ -16,24 +16,33 @@ struct Plan {
   int32_t apart[kOperands][2];  // 0 where all heads, or all batch entries, of an operand are one (stride 0), else 1
 };
 
-// How many keys, from the first, a query row sees: all, or those up to its own position.
-FASTATTN_HD constexpr int visible_keys(int row, int kv_len, bool causal, int64_t q_offset) {
-  const int64_t end = causal ? row + q_offset + 1 : kv_len;
-  return int(end < 0 ? 0 : end < kv_len ? end : kv_len);
+// Keys from `begin`, before `end`; none where end <= begin.
+struct Range {
+  int begin, end;
+};
+
+FASTATTN_HD constexpr int clamp(int64_t position, int length) {
+  return int(position < 0 ? 0 : position < length ? position : length);
+}
+
+// What a query row sees.
+FASTATTN_HD constexpr Range visible_keys(const FastattnForward& f, int row) {
+  return {clamp(row + f.q_offset - f.left, f.kv_len), clamp(row + f.q_offset + f.right + 1, f.kv_len)};
 }
 
 FASTATTN_HD constexpr int divide_up(int length, int size) { return (length + size - 1) / size; }
 
-// Tiles of `keys` keys that some row of the block from row `first` sees.
-FASTATTN_HD constexpr int key_tiles(int first, int q_len, int kv_len, bool causal, int64_t q_offset, int keys) {
-  const int last = first + kRows < q_len ? first + kRows - 1 : q_len - 1;
-  return divide_up(visible_keys(last, kv_len, causal, q_offset), keys);
+// Tiles of `keys` keys that some row sees, of kRows from row `first`.
+FASTATTN_HD constexpr Range key_tiles(const FastattnForward& f, int first, int keys) {
+  const int last = first + kRows < f.q_len ? first + kRows - 1 : f.q_len - 1;
+  const int begin = visible_keys(f, first).begin / keys;
+  return {begin, divide_up(visible_keys(f, last).end, keys)};
 }
 
 struct Work {
   int batch, head, kv_head;
-  int first;  // query row
-  int tiles;  // of keys
+  int first;            // query row
+  int first_key, tiles;  // tiles of keys, and where the first of them begins
 };
 
 // Works in the order in which blocks take them: block b has b, b + blocks, b + 2 blocks, ...
@@ -52,7 +61,9 @@ FASTATTN_HD Work work_at(const Plan& plan, int index, int keys) {
   work.head = pair % f.q_heads;
   work.kv_head = work.head / (f.q_heads / f.kv_heads);
   work.first = (row_tiles - 1 - inside / heads) * kRows;
-  work.tiles = key_tiles(work.first, f.q_len, f.kv_len, f.causal, f.q_offset, keys);
+  const Range tiles = key_tiles(f, work.first, keys);
+  work.first_key = tiles.begin * keys;
+  work.tiles = tiles.end > tiles.begin ? tiles.end - tiles.begin : 0;
   return work;
 }
 
@@ -94,7 +105,7 @@ OperandMap operand_map(const Plan& plan, Operand operand) {
   for (int i = 0; i < 3; ++i) {  // a stride says nothing where there is one place only, and TMA takes none of 0
     const bool one = i > 0 && plan.apart[operand][i - 1] == 0;
     map.size[i + 1] = one ? 1 : sizes[i];
-    map.stride[i] = map.size[i + 1] == 1 ? 2 * Shape::kDim : 2 * stride[2 - i];
+    map.stride[i] = map.size[i + 1] <= 1 ? 2 * Shape::kDim : 2 * stride[2 - i];
   }
   map.box_rows = operand == kQueries ? kRows : operand == kOut ? kGroupRows : Shape::kKeys;
   return map;

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fastattn.spec import AttentionSpec, CacheSpec, Operands, Options
 
-ABI = 1
+ABI = 2
 HEAD_DIMS = (64, 128, 256)
 PROVEN: dict[tuple[str, int, bool], str] = {}
 """(dtype, head dim, causal) -> digest of the sources whose kernel has passed parity on a GPU there, recorded in
@@ -29,18 +29,20 @@ _LIBRARY = Path(__file__).parents[1] / "libfastattn_cuda.so"
 _SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"  # in a checkout, whatever link leads here
 _DTYPES = {"float16": 0, "bfloat16": 1}
 _BAD_ARGUMENT = 1
+_OPEN = 1 << 40
+"""a side of the window that forbids nothing"""
 
 
 class Forward(ctypes.Structure):
     """`FastattnForward` of csrc/cuda/interface.cuh."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "stream")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "sinks", "stream")),
         *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out")),
-        ("q_offset", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("q_offset", "left", "right")),
         *((name, ctypes.c_int32) for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim")),
-        *((name, ctypes.c_int32) for name in ("dtype", "causal", "device")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("dtype", "device")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
     ]  # fmt: skip
 
 
@@ -91,7 +93,8 @@ def problem() -> str | None:
 
 def unasked(spec: AttentionSpec) -> bool:
     """Whether this backend may serve ``spec`` without being asked for: its parity on a GPU is on record."""
-    if not PROVEN:
+    plain = spec.left is None and spec.right in (None, 0) and spec.softcap is None and spec.sinks is None
+    if not PROVEN or not plain:
         return False
     digest = PROVEN.get((str(spec.q.dtype).removeprefix("torch."), spec.q.shape[3], spec.causal))
     return digest is not None and problem() is None and load(_LIBRARY).fastattn_source_digest().decode() == digest
@@ -130,10 +133,7 @@ def reasons(spec: AttentionSpec) -> list[str]:
         "block masks": spec.block_mask is not None,
         "bias": spec.bias is not None,
         "alibi_slopes": spec.alibi_slopes is not None,
-        "sinks": spec.sinks is not None,
-        "softcap": spec.softcap is not None,
         "dropout": spec.dropout_p > 0.0,
-        "window": spec.left is not None or spec.right not in (None, 0),
         "q_offset per batch entry": spec.q_offset_tensor is not None,
     }
     reasons += [f"it has no {name}" for name, wanted in absent.items() if wanted]
@@ -173,7 +173,7 @@ def forward(
     """Fill ``out`` (B, Hq, Lq, D) and ``lse`` (B, Hq, Lq, float32) for q (B, Hq, Lq, D) and k, v (B, Hk, Lk, D).
 
     ``statistics`` is left as it is, since there is no backward pass; `reasons` lets no call through that has
-    ``operands``, or options other than causal, q_offset and scale.
+    ``operands`` but sinks, or dropout.
 
     Raises:
         ValueError: a tensor does not start at a multiple of 16 bytes, or the library refuses an argument.
@@ -182,12 +182,15 @@ def forward(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.data_ptr() % 16:
             raise ValueError(f"{name}: expected to start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
+    sinks = None if operands.sinks is None else operands.sinks.float().contiguous()  # held until the kernel is queued
     arguments = Forward(
         **{name: t.data_ptr() for name, t in (("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse))},
         **{f"{name}_stride": _strides(t) for name, t in (("q", q), ("k", k), ("v", v), ("out", out))},
-        q_offset=options.q_offset, batch=q.shape[0], q_heads=q.shape[1], kv_heads=k.shape[1],
+        sinks=None if sinks is None else sinks.data_ptr(), q_offset=options.q_offset,
+        left=_OPEN if options.left is None else options.left, right=_OPEN if options.right is None else options.right,
+        batch=q.shape[0], q_heads=q.shape[1], kv_heads=k.shape[1],
         q_len=q.shape[2], kv_len=k.shape[2], head_dim=q.shape[3], dtype=_DTYPES[str(q.dtype).removeprefix("torch.")],
-        causal=options.right is not None, device=q.device.index or 0, scale=options.scale,
+        device=q.device.index or 0, scale=options.scale, softcap=options.softcap or 0.0,
     )  # fmt: skip
     library = load(_LIBRARY)
     with _current(q.device) as arguments.stream:

@@ -56,7 +56,7 @@ def stub(folder, abi=cuda.ABI, digest=None, without=""):
     ("changes", "text"),
     [
         ({}, None),
-        ({"abi": 99}, r"expected ABI 1, got 99; build it again: make ext"),
+        ({"abi": 99}, f"expected ABI {cuda.ABI}, got 99; build it again: make ext"),
         ({"digest": "000000000000"}, r"expected sources \w{12}, built from 000000000000; build it again"),
         *(({"without": name}, f"expected the functions of csrc/cuda/interface.cuh: .*{name}") for name in INTERFACE),
     ],
@@ -103,6 +103,7 @@ needs_cuda_names = pytest.mark.skipif(torch.version.hip is not None, reason="com
 REASONS = {  # options of gpu_spec, and the one reason against them
     "served": ({}, None),
     "served, causal": ({"dtype": BFLOAT, "dims": (128, 128), "causal": True, "q_offset": 3}, None),
+    "served, all": ({"sinks": on_gpu(2), "softcap": 2.0, "window": (3, 2)}, None),
     "Ampere": ({"capability": (8, 0)}, "runs on Hopper GPUs (compute capability 9.0), this GPU has 8.0"),
     "Blackwell": ({"capability": (10, 0)}, "this GPU has 10.0"),
     "dtype": ({"dtype": torch.float32}, "float16 and bfloat16, got float32"),
@@ -111,10 +112,7 @@ REASONS = {  # options of gpu_spec, and the one reason against them
     "mask": ({"mask": on_gpu(1, 1, 8, 8, dtype=torch.bool)}, "it has no mask"),
     "bias": ({"bias": on_gpu(1, 1, 8, 8)}, "it has no bias"),
     "alibi_slopes": ({"alibi_slopes": on_gpu(1, 2)}, "it has no alibi_slopes"),
-    "sinks": ({"sinks": on_gpu(2)}, "it has no sinks"),
-    "softcap": ({"softcap": 2.0}, "it has no softcap"),
     "dropout": ({"dropout_p": 0.1}, "it has no dropout"),
-    "window": ({"window": (3, 2)}, "it has no window"),
     "offsets": ({"causal": True, "q_offset": on_gpu(1, dtype=torch.int64)}, "it has no q_offset per batch entry"),
     "scale": ({"scale": -1.0}, "expects scale > 0, got -1"),
     "gradient": ({"requires_grad": True}, "it has no gradient"),
@@ -163,7 +161,8 @@ def test_the_default_where_proven(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "PROVEN", {("float16", 64, True): digest, ("float16", 128, True): "another"})
     explanation = backends.explain(gpu_spec((9, 0), monkeypatch, causal=True))
     assert explanation.backend == "cuda" and "on record" not in str(explanation)
-    for options in ({"causal": False}, {"dtype": BFLOAT}, {"dims": (128, 128)}, {"softcap": 1.0}):
+    others = ({"softcap": 1.0}, {"window": (3, None)}, {"sinks": on_gpu(2)})
+    for options in ({"causal": False}, {"dtype": BFLOAT}, {"dims": (128, 128)}, *others):
         spec = gpu_spec((9, 0), monkeypatch, **{"causal": True, **options})
         assert backends.choose(spec) == "triton"
 
@@ -208,8 +207,8 @@ def compiled():
     return cuda_report.compile_source()
 
 
-KERNELS = [(name, dim) for name in ("BFloat", "Half") for dim in cuda.HEAD_DIMS]
-KEYS = {64: 128, 128: 128, 256: 80}
+KERNELS = [(name, dim, capped) for name in ("BFloat", "Half") for dim in cuda.HEAD_DIMS for capped in (False, True)]
+KEYS = {64: 128, 128: 128, 256: 64}
 
 
 def test_compiled_without_spills_and_in_parallel(compiled):
@@ -218,7 +217,7 @@ def test_compiled_without_spills_and_in_parallel(compiled):
 
     assert not re.search(r"warning|serialized|\(C\d+\)", compiled[0], re.IGNORECASE)
     kernels = cuda_report.kernels(*compiled)
-    assert sorted((kernel.dtype, kernel.dim) for kernel in kernels) == KERNELS
+    assert sorted((kernel.dtype, kernel.dim, kernel.capped) for kernel in kernels) == KERNELS
     for kernel in kernels:
         assert kernel.registers == 168 and kernel.spilled == 0  # 384 threads share 65536; setmaxnreg moves them
         row = cuda_report.row(kernel)
@@ -234,7 +233,7 @@ def test_machine_code(compiled):
 
     sections = cuda_report.sections(compiled[1])
     assert sorted(sections) == KERNELS
-    for (_, dim), section in sections.items():
+    for (_, dim, _), section in sections.items():
 
         def count(name, section=section):
             return len(re.findall(name, section))

@@ -42,15 +42,13 @@ def layout(path):
     library = ctypes.CDLL(str(path))
     for name in ("layout_row_descriptor", "layout_value_descriptor"):
         getattr(library, name).restype = ctypes.c_uint64
-    library.schedule_visible_keys.argtypes = [*(ctypes.c_int,) * 2, ctypes.c_bool, ctypes.c_int64]
-    library.schedule_key_tiles.argtypes = [*(ctypes.c_int,) * 3, ctypes.c_bool, ctypes.c_int64, ctypes.c_int]
     return library
 
 
 # Index maths, exhaustively, against formulas from the PTX ISA
 
 
-@pytest.mark.parametrize("rows", [80, 128])
+@pytest.mark.parametrize("rows", [64, 128])
 def test_a_tile_is_swizzled_panels(layout, rows):
     """Every 8 elements have a place of their own, in the order of the 128-byte swizzle."""
     places = [layout.layout_tile_offset(rows, row, chunk) for row in range(rows) for chunk in range(16)]
@@ -69,7 +67,7 @@ def swizzled(address):
     return address ^ (address >> 7 & 7) << 4
 
 
-@pytest.mark.parametrize("rows", [80, 128])
+@pytest.mark.parametrize("rows", [64, 128])
 @pytest.mark.parametrize("tile", [0, 3072, 99 * 1024])
 def test_products_read_what_loads_wrote(layout, tile, rows):
     """The hardware's address of each element under a descriptor is where `tile_offset` put it."""
@@ -105,27 +103,44 @@ def test_fragments(layout):
     assert seen == set(itertools.product(range(64), range(128)))
 
 
-@pytest.mark.parametrize("q_len", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize(
+    "window", [(None, None), (None, 0), (0, None), (0, 0), (150, -20), (-130, 140), (200, 3)], ids=str
+)
+@pytest.mark.parametrize("q_len", [1, 128, 129, 300])
 @pytest.mark.parametrize("kv_len", [0, 1, 128, 129, 300])
-def test_tile_bounds(layout, q_len, kv_len):
-    """A block visits the tiles that hold a key which one of its rows sees, and no other."""
-    for causal, q_offset in itertools.product((False, True), (-400, -129, -1, 0, kv_len - q_len, 130, 400)):
+def test_tile_bounds(layout, q_len, kv_len, window):
+    """A block visits the tiles from the first to the last key that one of its rows sees; a row sees what it may."""
+    left, right = (cuda._OPEN if side is None else side for side in window)
+    pair = (ctypes.c_int * 2)()
+    for q_offset in (-400, -129, -1, 0, kv_len - q_len, 130, 400):
+        problem = cuda.Forward(q_len=q_len, kv_len=kv_len, left=left, right=right, q_offset=q_offset)
         for first in range(0, q_len, 128):
-            rows = range(first, min(first + 128, q_len))
-            seen = [sum(j <= i + q_offset or not causal for j in range(kv_len)) for i in rows]
-            assert [layout.schedule_visible_keys(i, kv_len, causal, q_offset) for i in rows] == seen
-            for keys in (80, 128):
-                count = layout.schedule_key_tiles(first, q_len, kv_len, causal, q_offset, keys)
-                assert count == -(-max(seen) // keys)
-    far = 1 << 30
-    assert layout.schedule_visible_keys(far, far, True, far) == far
-    assert layout.schedule_visible_keys(0, far, True, -far) == 0
+            seen = set()
+            for row in range(first, min(first + 128, q_len)):
+                keys = [j for j in range(kv_len) if -left <= j - row - q_offset <= right]
+                layout.schedule_visible_keys(ctypes.byref(problem), row, pair)
+                assert list(range(*pair)) == keys
+                seen.update(keys)
+            for keys in (64, 128):
+                layout.schedule_key_tiles(ctypes.byref(problem), first, keys, pair)
+                assert set(range(*pair)) >= {key // keys for key in seen}
+                assert not seen or list(pair) == [min(seen) // keys, max(seen) // keys + 1]
+
+
+def test_far_positions(layout):
+    """At the ends of what the interface takes."""
+    far, pair = 1 << 30, (ctypes.c_int * 2)()
+    for q_offset, right, expected in ((far, far, (0, far)), (-far, 0, (0, 0)), (far, cuda._OPEN, (0, far))):
+        problem = cuda.Forward(q_len=far, kv_len=far, left=cuda._OPEN, right=right, q_offset=q_offset)
+        layout.schedule_visible_keys(ctypes.byref(problem), 0, pair)
+        assert tuple(pair) == expected
 
 
 @pytest.mark.parametrize("section", [1, 2, 5, 12])
 def test_works(layout, section):
     """Each is there once; inside a section of heads the longest come first, and heads of a group follow one another."""
-    problem = cuda.Forward(batch=3, q_heads=4, kv_heads=2, q_len=300, kv_len=520, head_dim=64, causal=1, q_offset=220)
+    sizes = {"batch": 3, "q_heads": 4, "kv_heads": 2, "q_len": 300, "kv_len": 520, "head_dim": 64}
+    problem = cuda.Forward(**sizes, q_offset=220, left=cuda._OPEN)
     works, work = [], (ctypes.c_int * 5)()
     for index in range(3 * 4 * 3):
         layout.schedule_work(ctypes.byref(problem), section, index, 128, work)
@@ -216,6 +231,9 @@ def forward_arguments(**changes):
         ({"kv_heads": 0}, "kv_heads == 0"),
         ({"scale": -0.5}, "scale: expected more than 0, got -0.5"),
         ({"scale": float("nan")}, "scale: expected more than 0"),
+        ({"softcap": -1.0}, "softcap: expected a finite number, 0 for none, got -1"),
+        ({"softcap": float("inf")}, "softcap: expected a finite number, 0 for none, got inf"),
+        ({"left": (1 << 30) + 1}, "left, right: expected at most 2^30 in size, or 2^40, got 1073741825, 0"),
         ({"q_offset": 1 << 31}, "q_offset: expected at most 2^30 in size, got 2147483648"),
         ({"q_len": 1 << 30, "batch": 1 << 20}, "at most 2^31 - 1 blocks"),
         ({"q_len": 1, "q": 8}, "q, k, v, out: expected rows apart from one another at multiples of 16 bytes"),

@@ -105,11 +105,14 @@ int layout_fragment_row(int t, int i) { return fastattn::fragment_row(t, i); }
 int layout_fragment_column(int t, int i) { return fastattn::fragment_column(t, i); }
 int layout_operand_row(int t, int j) { return fastattn::operand_row(t, j); }
 int layout_operand_column(int t, int j) { return fastattn::operand_column(t, j); }
-int schedule_visible_keys(int row, int kv_len, bool causal, int64_t q_offset) {
-  return fastattn::visible_keys(row, kv_len, causal, q_offset);
+// first and end of what a row sees; of the tiles that a block visits
+void schedule_visible_keys(const FastattnForward* f, int row, int* range) {
+  const fastattn::Range r = fastattn::visible_keys(*f, row);
+  range[0] = r.begin, range[1] = r.end;
 }
-int schedule_key_tiles(int first, int q_len, int kv_len, bool causal, int64_t q_offset, int keys) {
-  return fastattn::key_tiles(first, q_len, kv_len, causal, q_offset, keys);
+void schedule_key_tiles(const FastattnForward* f, int first, int keys, int* range) {
+  const fastattn::Range r = fastattn::key_tiles(*f, first, keys);
+  range[0] = r.begin, range[1] = r.end;
 }
 int schedule_section_heads(const FastattnForward* f) { return fastattn::section_heads(*f); }
 // (batch entry, head, head of k and v, first row, tiles) of a work, in sections of `section` heads

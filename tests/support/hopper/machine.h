@@ -145,6 +145,7 @@ class Machine {
   uint32_t shared() const { return kBase; }
   int block() const { return block_.number; }
   int blocks() const { return block_.count; }
+  bool capped() const { return block_.plan.f.softcap > 0.0f; }
 
   template <class F>
   void each(F f) {
@@ -229,6 +230,7 @@ class Machine {
   }
   float exp2(float x) { return exp2f(x); }
   float log2(float x) { return log2f(x); }
+  float inverse(float x) { return 1.0f / x; }
   uint32_t pack(float low, float high) { return narrow(low, block_.half) | uint32_t(narrow(high, block_.half)) << 16; }
 
  private:
