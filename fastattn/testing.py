@@ -20,8 +20,10 @@ from fastattn import _rounding, ops
 from fastattn._rounding import learned_operands
 from fastattn.backends import reference
 from fastattn.backends.reference import definition
+from fastattn.backends.reference.kvcache import quantise
 from fastattn.functional import Backend, attention, attention_varlen, attention_with_kvcache, explain
 from fastattn.spec import make_spec
+from fastattn.spec.cache_operands import dequantised, over_keys
 
 FACTOR = 2.0
 ORDERS = 8
@@ -259,23 +261,29 @@ def check_kvcache(
     """
     lens = [cache_lens] * q.shape[0] if isinstance(cache_lens, int) else cache_lens.tolist()
     added = 0 if k is None else k.shape[2]
-    caches = [_appended(cache, new, lens, block_table) for cache, new in zip((k_cache, v_cache), (k, v), strict=True)]
+    scales = options.get("k_scale"), options.get("v_scale")
+    expected_caches = [
+        _after_append(cache, scale, new, lens, block_table)
+        for cache, scale, new in zip((k_cache, v_cache), scales, (k, v), strict=True)
+    ]
     function: Any = attention_with_kvcache
     results = function(
         q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, num_splits=num_splits,
         backend=backend, return_lse=lse, **options,
     )  # fmt: skip
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[q.element_size()]  # NaN is equal to itself there
-    for name, cache, expected_cache in zip(("k_cache", "v_cache"), (k_cache, v_cache), caches, strict=True):
-        if not torch.equal(cache.view(bits), expected_cache.view(bits)):
-            raise AssertionError(f"{name}: not the new rows in their places and nothing else")
+    for name, cache, scale, after in zip("kv", (k_cache, v_cache), scales, expected_caches, strict=True):
+        for what, actual, wanted in ((f"{name}_cache", cache, after[0]), (f"{name}_scale", scale, after[1])):
+            if actual is not None and wanted is not None and not _same_bits(actual, wanted):
+                raise AssertionError(f"{what}: not the new rows in their places and nothing else")
 
     def specification(dtype: torch.dtype, order: Tensor | None = None) -> list[tuple[Tensor, ...]]:
         """(out, lse) over the keys of each batch entry; in float64 also the sizes of what is summed for each."""
         found = []
         for entry, n in enumerate(lens):
-            rows = (_cached_rows(cache, block_table, entry)[: n + added] for cache in caches)
-            own_k, own_v = (x.transpose(0, 1)[None].to(dtype) for x in rows)
+            own_k, own_v = (
+                dequantised(cache, scale, block_table, slice(entry, entry + 1), n + added, dtype).to(dtype)
+                for cache, scale in expected_caches
+            )
             own_q = q[entry : entry + 1].to(dtype)
             if order is not None:
                 own_q, own_k = own_q[..., order], own_k[..., order]
@@ -292,9 +300,22 @@ def check_kvcache(
         assert_parity(actual, exact, [torch.cat([step[index] for step in one]) for one in plain], name, size)
 
 
-def _cached_rows(cache: Tensor, block_table: Tensor | None, entry: int) -> Tensor:
-    """(capacity, Hk, D) of one batch entry."""
-    return cache[entry] if block_table is None else cache[block_table[entry].long()].flatten(0, 1)
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN is equal to itself."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.view(bits), b.view(bits))
+
+
+def _after_append(
+    cache: Tensor, scale: Tensor | None, new: Tensor | None, lens: list[int], block_table: Tensor | None
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Copies of a cache and of its scale as they are when the new rows (B, Hk, Lnew, D) are there."""
+    if scale is None or new is None:
+        return _appended(cache, new, lens, block_table), scale
+    given = None if scale.ndim == 3 else scale.reshape(1, -1, 1, 1)
+    values, measured = quantise(new, given, cache.dtype)
+    cache = _appended(cache.view(torch.uint8), values.view(torch.uint8), lens, block_table).view(cache.dtype)
+    return cache, scale if given is not None else _appended(scale[..., None], measured, lens, block_table)[..., 0]
 
 
 def _appended(cache: Tensor, new: Tensor | None, lens: list[int], block_table: Tensor | None) -> Tensor:
@@ -314,14 +335,19 @@ def _appended(cache: Tensor, new: Tensor | None, lens: list[int], block_table: T
 def _run_step(q: Tensor, k: Tensor, v: Tensor, entry: int, options: dict[str, Any]) -> tuple[Tensor, ...]:
     """`reference.attention` of one batch entry over the keys it has; see `check_kvcache`."""
     own = {"causal": True, **options}
-    own |= {
-        name: x.double() if q.dtype == torch.float64 else x.float() for name, x in learned_operands(options).items()
-    }
+    start = own.pop("mask_start", None)
+    start = 0 if start is None else start if isinstance(start, int) else int(start[entry])
+    for name, outside in (("mask", True), ("bias", 0.0)):
+        if (x := own.get(name)) is not None:
+            x = x[(None,) * (4 - x.ndim)]
+            own[name] = over_keys(x if x.shape[0] == 1 else x[entry : entry + 1], start, k.shape[2], outside)
+    own = {name: x for name, x in own.items() if name not in ("k_scale", "v_scale")}
+    own |= {name: x.double() if q.dtype == torch.float64 else x.float() for name, x in learned_operands(own).items()}
     if own.get("alibi_slopes") is not None and own["alibi_slopes"].ndim == 2:
         own["alibi_slopes"] = own["alibi_slopes"][entry]
     spec = make_spec(q, k, v, **own)
     out, lse = reference.attention(
-        q, k, v, None, None, spec.alibi_slopes, spec.sinks, left=spec.left, right=spec.right,
+        q, k, v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, left=spec.left, right=spec.right,
         q_offset=spec.q_offset, scale=spec.scale, softcap=spec.softcap,
     )  # fmt: skip
     if q.dtype != torch.float64:

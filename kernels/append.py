@@ -5,16 +5,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, launch, replay
-from .operands import Rows
+from .operands import Cache
 from .ranges import locate, rows_of
-from .tiles import decode_stride, head_rows
+from .tiles import cast, decode_size, decode_stride, head_rows
 
 RUNTIME = ("table_stride", "entries", "kv_heads", "new_len", "capacity", "pages")
 
 
 @triton.jit
 def columns(cache, UNIT: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Offsets of the elements of one row of a cache, an `operands.Rows`."""
+    """Offsets of the elements of one row of an `operands.Cache`."""
     cols = tl.arange(0, BLOCK_C)
     if cache.strides[3] is None:
         return cols
@@ -29,14 +29,53 @@ def cached_rows(cache, page, slot, UNIT: tl.constexpr):
 
 
 @triton.jit
+def scale_offsets(cache, head, page, slot):
+    """Where the scales of rows (page, slot, head) of a quantised cache are; 64-bit indices."""
+    offset = head * decode_size(cache.scale_strides[2])
+    if cache.scale_strides[0] is not None:
+        offset += page * decode_size(cache.scale_strides[0]) + slot * decode_size(cache.scale_strides[1])
+    return offset
+
+
+@triton.jit
+def quantised(tile, cache, head, page, slot, inside):
+    """Rows as a quantised cache holds them: divided by their scales, rounded and cut to what its dtype holds.
+
+    Where tokens have scales of their own, these are measured and stored. See `reference.kvcache.quantise`.
+    """
+    INTEGERS: tl.constexpr = cache.ptr.dtype.element_ty == tl.int8
+    LARGEST: tl.constexpr = 127.0 if INTEGERS else 448.0
+    x = tile.to(tl.float32)
+    ptrs = cache.scale + scale_offsets(cache, head, page, slot)
+    if cache.scale_strides[0] is None:
+        scale = tl.load(ptrs, mask=inside, other=1.0)
+    else:
+        scale = tl.math.div_rn(tl.max(tl.abs(x), 1) + tl.sum(x * 0.0, 1), tl.full([x.shape[0]], LARGEST, tl.float32))
+        tl.store(ptrs, scale, mask=inside)
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    y = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    known = y == y
+    y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
+    if INTEGERS:
+        whole = (y + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, even ones where two are as near
+        return tl.where(known, whole, 0.0).to(tl.int8)
+    else:
+        return cast(tl.where(known, y, float("nan")), cache.ptr.dtype.element_ty)
+
+
+@triton.jit
 def copy_rows(
     cache, x, batch, head, row, page, slot, inside, N_COLS: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Copy rows (head, row) of a batch entry of ``x`` to (page, slot, head) of the cache, bit by bit."""
+    """Copy rows (head, row) of a batch entry of ``x`` to (page, slot, head) of the cache: bit by bit, or quantised."""
     cols = tl.arange(0, BLOCK_C)[None, :]
     mask = inside[:, None] & (cols < N_COLS)
     ptr, row_stride = head_rows(x, batch, head, 0, UNIT)
-    tile = tl.load((ptr + row.to(tl.int64) * row_stride)[:, None] + cols, mask=mask)
+    ptrs = (ptr + row.to(tl.int64) * row_stride)[:, None] + cols
+    if cache.scale is None:
+        tile = tl.load(ptrs, mask=mask)
+    else:
+        tile = quantised(tl.load(ptrs, mask=mask, other=0.0), cache, head, page, slot, inside)
     cached = cached_rows(cache, page, slot, UNIT) + head * decode_stride(cache.strides[2], UNIT)
     tl.store(cache.ptr + (cached[:, None] + columns(cache, UNIT, BLOCK_C)[None, :]), tile, mask=mask)
 
@@ -69,15 +108,28 @@ def append_kernel(
 
 
 def cache_unit(k_cache: Tensor, v_cache: Tensor, *others: Tensor) -> int:
-    """The unit of all strides. A cache whose rows are not adjacent elements is too large to copy: its unit is 1."""
-    adjacent = all(_adjacent(cache) for cache in (k_cache, v_cache))
-    return launch.stride_unit(k_cache, v_cache, *others) if adjacent else 1
+    """The unit of all strides: twice the usual one for single bytes, where it can be.
+
+    A cache whose rows are not adjacent elements is too large to copy: its unit is 1.
+    """
+    tensors = k_cache, v_cache, *others
+    if not all(_adjacent(cache) for cache in (k_cache, v_cache)):
+        return 1
+    if k_cache.element_size() == 1 and all(s % 16 == 0 for x in tensors for s in x.stride()[:-1]):
+        return 16
+    return launch.stride_unit(*tensors)
 
 
-def cache_rows(cache: Tensor, unit: int) -> Rows:
-    """A cache (page, slot, head, D) for a kernel."""
+def cache_rows(cache: Tensor, unit: int, scale: Tensor | None = None) -> Cache:
+    """A cache (page, slot, head, D) for a kernel, with its scale (), (head,) or (page, slot, head)."""
     columns = None if _adjacent(cache) else launch.encode(cache.stride(3))
-    return Rows(cache, (*launch.encode_strides(cache, unit), columns))
+    strides = (*launch.encode_strides(cache, unit), columns)
+    if scale is None:
+        return Cache(cache, strides, None, None)
+    if scale.ndim == 3:
+        page, slot, head = (launch.encode(s) for s in scale.stride())
+        return Cache(cache, strides, scale, (page, slot, head))
+    return Cache(cache, strides, scale, (None, None, launch.encode(scale.stride(0) if scale.ndim else 0)))
 
 
 def _adjacent(cache: Tensor) -> bool:
@@ -95,13 +147,14 @@ def pages_of(cache: Tensor, block_table: Tensor | None) -> tuple[Tensor | None, 
 
 def append_rows(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
-    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write ``k`` (B, Hk, L, D) and ``v`` (B, Hk, L, Dv) into the caches, from position ``lens[b]`` on.
 
     Caches (B, Lmax, Hk, D) and (B, Lmax, Hk, Dv), or (pages, page_size, Hk, D) and (pages, page_size, Hk, Dv) with
     ``block_table`` int32 (B, max_pages); ``lens`` int32 or int64 (B,). Rows that have no place in the cache are left
-    out. With ``cu_seqlens_q`` int (B + 1,) ``k`` and ``v`` are (1, Hk, total, D), one entry behind the other.
+    out. With ``cu_seqlens_q`` int (B + 1,) ``k`` and ``v`` are (1, Hk, total, D), one entry behind the other. With
+    scales float32 (), (Hk,) or one for each position and head the caches are int8 or float8_e4m3fn.
     """
     memory_entries, kv_heads, new_len, head_dim = k.shape
     k, v = launch.unit_last(k), launch.unit_last(v)
@@ -113,9 +166,9 @@ def append_rows(
         return
     with launch.on_device(k):
         arguments = (
-            cache_rows(k_cache, unit), cache_rows(v_cache, unit), launch.rows(k, unit), launch.rows(v, unit),
-            lens.contiguous(), table, cu_seqlens_q, table_stride, lens.shape[0], kv_heads, new_len, capacity,
-            k_cache.shape[0], page, unit, head_dim, v.shape[3], cfg.block_m,
+            cache_rows(k_cache, unit, k_scale), cache_rows(v_cache, unit, v_scale), launch.rows(k, unit),
+            launch.rows(v, unit), lens.contiguous(), table, cu_seqlens_q, table_stride, lens.shape[0], kv_heads,
+            new_len, capacity, k_cache.shape[0], page, unit, head_dim, v.shape[3], cfg.block_m,
         )  # fmt: skip
         replay.start(append_kernel, programs, arguments, cfg)
 
@@ -123,7 +176,7 @@ def append_rows(
 @replay.replayed
 def kv_cache_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
-    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`append_rows` by itself."""
-    append_rows(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q)
+    append_rows(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q, k_scale, v_scale)

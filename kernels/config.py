@@ -146,8 +146,9 @@ def lookup(
     elif crowded and kernel == "forward" and architecture != "interpreter":
         config = dataclasses.replace(config, block_n=max(16, config.block_n // 2))
     if kernel == "decode" and rows > 2 * config.block_m:
-        warps = 8 if head_dim > 128 or (head_dim > 64 and architecture == "sm_80") else 4  # with 4 they would spill
-        config = LaunchConfig(64, min(config.block_n, 64), warps, min(config.num_stages, 2))
+        warps = 8 if head_dim > (64 if crowded or architecture == "sm_80" else 128) else 4  # with 4 they would spill
+        widest = 4096 // padded if crowded else 64
+        config = LaunchConfig(64, min(config.block_n, widest), warps, min(config.num_stages, 2))
     if kernel == "decode" and element_size > 2:
         config = dataclasses.replace(config, block_n=min(config.block_n, 64))
     if kernel == "forward" and not indirect:

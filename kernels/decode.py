@@ -12,7 +12,7 @@ from fastattn.spec.cache import CacheSpec
 from fastattn.spec.operands import Operands
 
 from . import config, launch, replay
-from .append import append_rows, cache_rows, cache_unit, cached_rows, columns, pages_of
+from .append import append_rows, cache_rows, cache_unit, cached_rows, columns, pages_of, scale_offsets
 from .operands import Partial
 from .ranges import locate, rows_of, tile_position, tile_ranges
 from .scores import (
@@ -81,6 +81,26 @@ def load_keys(
 
 
 @triton.jit
+def load_scales(cache, kv_head, page, slot, col, start, end, CHECK: tl.constexpr, BLOCK: tl.constexpr):
+    """The scales of the keys ``col .. col + BLOCK`` of one head of a quantised cache; with ``CHECK`` 0 outside."""
+    ptrs = cache.scale + scale_offsets(cache, kv_head, page, slot)
+    if cache.scale_strides[0] is None:
+        return tl.zeros([BLOCK], tl.float32) + tl.load(ptrs)
+    elif CHECK:
+        keys = col + tl.arange(0, BLOCK)
+        return tl.load(ptrs, mask=(keys >= start) & (keys < end), other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def dequantised(tile, scales, dtype: tl.constexpr):
+    """Numbers of a quantised cache in the dtype of the queries: times their scales, or where these are None exact."""
+    wide = tile.to(tl.float32)
+    return cast(wide if scales is None else wide * scales[:, None], dtype)
+
+
+@triton.jit
 def head_row_offsets(x, batch, heads, rows, UNIT: tl.constexpr):
     """Where rows (batch, heads[i], rows[i]) of an `operands.Rows` begin, in elements."""
     offset = batch * decode_stride(x.strides[0], UNIT) + heads * decode_stride(x.strides[1], UNIT)
@@ -89,7 +109,7 @@ def head_row_offsets(x, batch, heads, rows, UNIT: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def decode_kernel(
-    q, k, v, out, lse_ptr, partial, lens_ptr, table_ptr, cu_seqlens_ptr, terms,
+    q, k, v, out, lse_ptr, partial, lens_ptr, table_ptr, cu_seqlens_ptr, terms, mask_start_ptr,
     table_stride, entries, kv_heads, group, q_len, added, capacity, pages, splits, left, right,
     PAGE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -102,6 +122,7 @@ def decode_kernel(
     """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
+    READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
     split, rest = tl.program_id(0) % splits, tl.program_id(0) // splits
     tile, tiles, batch, kv_head = locate(rest, cu_seqlens_ptr, entries, kv_heads, q_len * group, BLOCK_M, group)
     memory_entry, q_first, q_rows = rows_of(cu_seqlens_ptr, batch, q_len)
@@ -116,6 +137,9 @@ def decode_kernel(
     slope = terms.slopes
     if terms.slopes is not None:
         slope = tl.load(terms.slopes + batch * kv_heads * group + heads)[:, None]
+    mask_start = 0
+    if mask_start_ptr is not None:
+        mask_start = tl.load(mask_start_ptr + batch).to(tl.int32)
 
     kv_len = cached_length(lens_ptr, batch, q_rows if added is None else added, capacity)
     offset = kv_len - q_rows
@@ -136,12 +160,20 @@ def decode_kernel(
             k_tile = load_keys(
                 k, kv_head, page, slot, col, start, end, EDGE == 1, HEAD_DIM, UNIT, BLOCK_N, BLOCK_D
             )  # fmt: skip
+            if k.scale is not None:
+                k_tile = dequantised(k_tile, None, q_tile.dtype)
+            s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+            if k.scale is not None:  # behind the product: fewer scores than numbers
+                s *= load_scales(k, kv_head, page, slot, col, start, end, EDGE == 1, BLOCK_N)[None, :]
             s, _ = finish_scores(
-                dot(q_tile, tl.trans(k_tile), None, PRECISION), rows[:, None], cols, q_rows, kv_len, offset, left,
-                right, terms, slope, batch, kv_head, None, EDGE == 1,
+                s, rows[:, None], cols, q_rows, kv_len, offset, left, right, terms, slope, batch, heads[:, None],
+                None, EDGE == 1, mask_start,
             )  # fmt: skip
-            p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, terms, EDGE == 1)
+            p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, terms, EDGE == 1 or READS_SCORES)
             v_tile = load_keys(v, kv_head, page, slot, col, start, end, EDGE == 1, V_DIM, UNIT, BLOCK_N, BLOCK_DV)
+            if v.scale is not None:  # before it: weights times a small scale would leave the range of float16
+                scales = load_scales(v, kv_head, page, slot, col, start, end, EDGE == 1, BLOCK_N)
+                v_tile = dequantised(v_tile, scales, q_tile.dtype)
             acc = dot(cast(p, v_tile.dtype), v_tile, acc, PRECISION)
 
     if terms.slopes is not None:  # what `finish_scores` has added to every score of the row
@@ -269,7 +301,10 @@ def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
 def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """``spec`` without its length, which changes with every step and nothing here reads."""
     if spec.k is not None and spec.v is not None:
-        append_rows(spec.k_cache, spec.v_cache, spec.k, spec.v, spec.lens, spec.block_table, spec.cu_seqlens_q)
+        append_rows(
+            spec.k_cache, spec.v_cache, spec.k, spec.v, spec.lens, spec.block_table, spec.cu_seqlens_q, spec.k_scale,
+            spec.v_scale,
+        )  # fmt: skip
     k_cache, v_cache, left, right = spec.k_cache, spec.v_cache, spec.left, spec.right
     memory_entries, q_heads, q_len, head_dim = spec.q.shape
     kv_heads, v_dim = k_cache.shape[2], v_cache.shape[3]
@@ -281,7 +316,8 @@ def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     mean = q_len if starts is None else -(-q_len // entries)  # whether most entries are prompts or steps
     architecture, widest = launch.architecture(q.device), max(head_dim, v_dim)
     cfg = config.lookup(
-        "decode", architecture, widest, q.element_size(), rows=group * mean, indirect=table is not None
+        "decode", architecture, widest, q.element_size(), rows=group * mean, indirect=table is not None,
+        crowded=any(x is not None and x.shape[2] != 1 for x in (spec.mask, spec.bias)),
     )  # fmt: skip
     programs = launch.tiles(group * q_len, cfg.block_m, starts) * memory_entries * kv_heads
     if programs == 0:
@@ -295,12 +331,17 @@ def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
         partial = Partial(replay.scratch((splits, total, v_dim), lse), replay.scratch((2, splits, total), lse))
     operands = Operands(alibi_slopes=spec.alibi_slopes, sinks=spec.sinks)
     terms = launch.terms(operands, scale, spec.softcap, entries, (entries, q_heads, q_len, capacity))
+    for name, x in (("mask", spec.mask), ("bias", spec.bias)):
+        if x is not None:
+            full = (entries, q_heads, q_len, x.shape[3])
+            terms = terms._replace(**{name: launch.scores(x, full, x.shape[3])})
     out_rows = launch.rows(out, unit)
     with launch.on_device(q):
         arguments = (
-            launch.rows(q, unit), cache_rows(k_cache, unit), cache_rows(v_cache, unit), out_rows, lse, partial,
-            spec.lens.contiguous(), table, starts, terms if splits == 1 else terms._replace(sinks=None), table_stride,
-            entries, kv_heads, group, q_len, spec.added, capacity, k_cache.shape[0], splits, left, right, page, unit,
+            launch.rows(q, unit), cache_rows(k_cache, unit, spec.k_scale), cache_rows(v_cache, unit, spec.v_scale),
+            out_rows, lse, partial, spec.lens.contiguous(), table, starts,
+            terms if splits == 1 else terms._replace(sinks=None), spec.mask_start, table_stride, entries, kv_heads,
+            group, q_len, spec.added, capacity, k_cache.shape[0], splits, left, right, page, unit,
             launch.dot_precision(q.dtype), head_dim, v_dim, cfg.block_m, cfg.block_n,
         )  # fmt: skip
         replay.start(decode_kernel, programs * splits, arguments, cfg)

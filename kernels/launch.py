@@ -83,16 +83,21 @@ def rows(tensor: Tensor | None, unit: int) -> Rows:
     return Rows(None, None) if tensor is None else Rows(tensor, encode_strides(tensor, unit))
 
 
-def scores(tensor: Tensor | None, shape: tuple[int, int, int, int]) -> Scores:
-    """A mask or bias, 4-D, broadcast to ``shape`` without a copy. bool is read as bytes."""
+def scores(tensor: Tensor | None, shape: tuple[int, int, int, int], columns: int | None = None) -> Scores:
+    """A mask or bias, 4-D, broadcast to ``shape`` without a copy. bool is read as bytes.
+
+    ``columns``: over a KV cache, whose keys may be others than those that it is about.
+    """
     if tensor is None:
-        return Scores(None, None)
+        return Scores(None, None, None)
     one_row = tensor.shape[2] == 1
     adjacent = tensor.shape[3] != 1 and tensor.stride(3) == 1
     if tensor.dtype == torch.bool:
         tensor = replay.same_address(tensor.view(torch.uint8), of=tensor)
     b, h, m, n = (encode_wide(s) for s in tensor.expand(shape).stride())
-    return Scores(tensor, (b, h, None if one_row else m, None if adjacent else n))
+    one_head = columns is not None and tensor.shape[1] == 1
+    strides = (b, None if one_head else h, None if one_row else m, None if adjacent else n)
+    return Scores(tensor, strides, None if columns is None else encode(columns))
 
 
 def sparse(block_mask: Sequence[Tensor], by_key: bool = False) -> Sparse:

@@ -14,7 +14,19 @@ class Rows(NamedTuple):
     ptr: Any
     """None for a gradient that another launch makes"""
     strides: Any
-    """(batch, head, row) from `launch.encode_strides`; of a cache (page, slot, head, column or None if adjacent)"""
+    """(batch, head, row) from `launch.encode_strides`"""
+
+
+class Cache(NamedTuple):
+    """The rows of a KV cache, of every page, slot and head."""
+
+    ptr: Any
+    strides: Any
+    """(page, slot, head, column or None if adjacent) from `launch.encode_strides`"""
+    scale: Any
+    """float32, what the numbers of a row are multiplied by; None where the cache is not quantised"""
+    scale_strides: Any
+    """(page, slot, head), encoded; page and slot None where all rows of a head have one scale"""
 
 
 class Scores(NamedTuple):
@@ -23,7 +35,9 @@ class Scores(NamedTuple):
     ptr: Any
     """None without one. Ask this and not the group: Triton 3.6.0 cannot compare a tuple that holds None."""
     strides: Any
-    """from `launch.encode_wide`; None for queries: one row for all of them; None for keys: adjacent elements"""
+    """from `launch.encode_wide`; None for heads or queries: one for all of them; None for keys: adjacent elements"""
+    columns: Any
+    """how many keys it is about, encoded, the others being allowed and without a bias; None: about all"""
 
 
 class Terms(NamedTuple):

@@ -8,24 +8,40 @@ import triton
 import triton.language as tl
 
 from .ranges import SPARSE_BLOCK
-from .tiles import decode_wide
+from .tiles import decode_size, decode_wide
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_scores(x, batch, head, rows, cols, n_rows, n_cols, CHECK: tl.constexpr):
-    """A tile of an `operands.Scores` at one head; a single row of it where that broadcasts over the queries."""
-    cols64 = cols.to(tl.int64)
-    ptrs = x.ptr + (batch * decode_wide(x.strides[0]) + head * decode_wide(x.strides[1]))
+def load_columns(x, batch, cols, OTHER: tl.constexpr):
+    """What an `operands.Scores` with one row for all queries and heads says of some keys."""
+    stride = 1 if x.strides[3] is None else decode_wide(x.strides[3])
+    ptrs = x.ptr + batch * decode_wide(x.strides[0]) + cols.to(tl.int64) * stride
+    return tl.load(ptrs, mask=(cols >= 0) & (cols < decode_size(x.columns)), other=OTHER)
+
+
+@triton.jit
+def load_scores(x, batch, head, rows, cols, n_rows, n_cols, CHECK: tl.constexpr, OTHER: tl.constexpr = 0):
+    """A tile of an `operands.Scores`, OTHER outside of it; a single row where that broadcasts over the queries."""
+    cols64 = cols if x.columns is not None and x.strides[3] is None else cols.to(tl.int64)
+    if x.columns is not None and x.strides[1] is None and x.strides[2] is None:
+        # One for all rows: as a vector, since the scores would take the layout in which a tile is loaded.
+        return tl.expand_dims(load_columns(x, batch, tl.reshape(cols, [cols.shape[1]]), OTHER), 0)
+    offset = batch * decode_wide(x.strides[0])
+    if x.strides[1] is not None:
+        offset += head * decode_wide(x.strides[1])
+    ptrs = x.ptr + offset
     ptrs += cols64 if x.strides[3] is None else cols64 * decode_wide(x.strides[3])
     inside = cols < n_cols
+    if x.columns is not None:
+        inside = (cols >= 0) & (cols < decode_size(x.columns))
     if x.strides[2] is not None:
         ptrs += rows.to(tl.int64) * decode_wide(x.strides[2])
         inside = inside & (rows < n_rows)
-    if CHECK:
-        return tl.load(ptrs, mask=inside, other=0)
+    if CHECK or x.columns is not None:
+        return tl.load(ptrs, mask=inside, other=OTHER)
     else:
         return tl.load(ptrs)
 
@@ -54,14 +70,15 @@ def nearest_key(rows, offset, kv_len, terms):
 
 @triton.jit
 def finish_scores(
-    s, rows, cols, q_len, kv_len, offset, left, right, terms, slope, batch, head, pool_tile, EDGE: tl.constexpr
+    s, rows, cols, q_len, kv_len, offset, left, right, terms, slope, batch, head, pool_tile, EDGE: tl.constexpr,
+    mask_start=0,
 ):  # fmt: skip
     """(scores, d capped / d uncapped) of one tile from the products ``s = Q K^T``; -inf where not allowed.
 
     ``rows`` and ``cols`` come in any orientation that broadcasts to the tile. Where no term is added, the scores still
     lack a factor, which `exponent` applies at no cost. ``EDGE`` tiles touch the border of what is visible or the end of
     a sequence; only they pay for index comparisons. ``pool_tile`` points to the tile of a block mask that these
-    indices lie in, or is None.
+    indices lie in, or is None. ``mask_start`` is the key that the first column of mask and bias is about.
     """
     ADDED: tl.constexpr = terms.bias.ptr is not None or slope is not None
     cap_gradient = 1.0
@@ -72,12 +89,13 @@ def finish_scores(
     elif ADDED:
         s = s * terms.scale
     if terms.bias.ptr is not None:
-        s += load_scores(terms.bias, batch, head, rows, cols, q_len, kv_len, EDGE).to(tl.float32)
+        s += load_scores(terms.bias, batch, head, rows, cols - mask_start, q_len, kv_len, EDGE).to(tl.float32)
     if slope is not None:
         distance = tl.abs(rows + offset - cols) - nearest_key(rows, offset, kv_len, terms)
         s -= slope * distance.to(tl.float32)
     if terms.mask.ptr is not None:
-        keep = load_scores(terms.mask, batch, head, rows, cols, q_len, kv_len, EDGE)
+        outside: tl.constexpr = 0 if terms.mask.columns is None else 1
+        keep = load_scores(terms.mask, batch, head, rows, cols - mask_start, q_len, kv_len, EDGE, outside)
         s = tl.where(keep != 0, s, float("-inf"))
     if pool_tile is not None:
         keep = tl.load(pool_tile + (rows % SPARSE_BLOCK * SPARSE_BLOCK + cols % SPARSE_BLOCK))

@@ -10,11 +10,19 @@ INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """``x.to(dtype)``, rounding to nearest even everywhere: the interpreter truncates float32 to bfloat16."""
+    """``x.to(dtype)``, rounding to nearest even everywhere.
+
+    The interpreter truncates float32 to bfloat16, and loses the carry of what it rounds to float8.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
+    if INTERPRETED and dtype == tl.float8e4nv:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
+        small = (x + 24576.0) - 24576.0  # 1.5 * 2^14: to the nearest 2^-9, as far as subnormal numbers go
+        x = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
     return x.to(dtype)
 
 

@@ -30,6 +30,7 @@ class Feature:
     block_mask: bool = False
     page: int = 0  # of a KV cache, 0 if it is contiguous
     queries: int = 1  # for each key head of a KV cache there are twice as many rows
+    quantised: torch.dtype | None = None  # a KV cache of this dtype, with a scale for each token and head
     odd_dim: bool = False  # five columns fewer: no power of two, and rows that start at no multiple of 16 bytes
 
 
@@ -52,6 +53,9 @@ FEATURES = {
     "paged": Feature(page=16),  # as one query needs it, which is the last: causal forbids nothing
     "chunk": Feature(causal=True, queries=64),
     "packed_cache": Feature(causal=True, packed=True, page=16, queries=64),
+    "tree": Feature(mask="full", queries=64),
+    "int8": Feature(quantised=torch.int8),
+    "fp8": Feature(quantised=torch.float8_e4m3fn),
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
     "everything": Feature(
@@ -59,7 +63,7 @@ FEATURES = {
         q_offset_tensor=True, block_mask=True, page=16, queries=64,
     ),
 }  # fmt: skip
-CACHE_ONLY = ("paged", "chunk", "packed_cache")
+CACHE_ONLY = ("paged", "chunk", "packed_cache", "tree", "int8", "fp8")
 """Features of calls over a KV cache alone."""
 
 
@@ -73,22 +77,30 @@ def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> N
     if feature.page:
         shape = (batch * length // feature.page, feature.page, kv_heads, dim)
         table = empty(batch, length // feature.page, dtype=torch.int32)
-    k_cache, v_cache = empty(shape), empty(shape)
+    k_cache, v_cache = (empty(shape, dtype=feature.quantised or feature.dtype) for _ in "kv")
+    scales = [empty(shape[:3], dtype=torch.float32) if feature.quantised else None for _ in "kv"]
     lens = empty(batch, dtype=torch.int32)
     starts = empty(batch + 1, dtype=torch.int32) if feature.packed else None
     if kernel == "append":
         k, v = (empty(1 if feature.packed else batch, kv_heads, 1, dim) for _ in "kv")
-        append.kv_cache_append(k_cache, v_cache, k, v, lens, table, starts)
+        append.kv_cache_append(k_cache, v_cache, k, v, lens, table, starts, *scales)
         return
     q = empty(batch, heads, feature.queries, dim)
     if feature.packed:
         q = empty(1, heads, batch * feature.queries, dim)
+    mask = bias = None
+    if feature.mask:
+        mask = empty(batch, 1, feature.queries if feature.mask == "full" else 1, length, dtype=torch.bool)
+    if feature.bias:
+        bias = empty(1, heads, feature.queries, length)
     spec = CacheSpec(
         q, k_cache, v_cache, None, None, empty(1, heads, dtype=torch.float32) if feature.alibi else None,
         empty(heads, dtype=torch.float32) if feature.sinks else None, lens, table,
         added=None if feature.packed else 1, length=None, left=256 if feature.window else None,
         right=0 if feature.causal else None, scale=dim**-0.5, softcap=30.0 if feature.softcap else None,
-        num_splits=4 if kernel == "combine" else 1, return_lse=True, cu_seqlens_q=starts,
+        num_splits=4 if kernel == "combine" else 1, return_lse=True, cu_seqlens_q=starts, mask=mask,
+        bias=bias, mask_start=None if mask is None and bias is None else empty(batch, dtype=torch.int32),
+        k_scale=scales[0], v_scale=scales[1],
     )  # fmt: skip
     decode.attention_kvcache(torch.empty_like(q), empty(q.shape[:3], dtype=torch.float32), spec)
 

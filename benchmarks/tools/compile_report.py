@@ -273,7 +273,7 @@ def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], f
     """Every combination that exists: dk and dv come in one pass or in two, there is no dbias without a bias, and
     delta knows only the dtype and the dim.
 
-    A KV cache has no mask, bias, dropout or offset: "everything" is there what else there is.
+    A KV cache has no dropout, offset or block mask: "everything" is there what else there is.
     """
     cases = []
     for arch, kernel, dim, feature in itertools.product(archs, kernels, dims, features):
@@ -283,20 +283,9 @@ def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], f
             **{name: name in config.key_passes(arch, dim) and not cache_only for name in ("dkdv", "dk", "dv")},
             "dbias": FEATURES[feature].bias,
             "delta": simple,
-            "decode": feature
-            not in (
-                "mask",
-                "padding",
-                "bias",
-                "dropout",
-                "dropout_part",
-                "q_offset",
-                "packed",
-                "used_keys",
-                "block_mask",
-            ),
+            "decode": feature not in ("dropout", "dropout_part", "q_offset", "packed", "used_keys", "block_mask"),
             "combine": simple or feature in ("sinks", "packed_cache"),
-            "append": simple or feature in ("paged", "packed_cache"),
+            "append": simple or feature in ("paged", "packed_cache", "int8", "fp8"),
         }
         if exists.get(kernel, not cache_only):
             cases.append(Case(arch, kernel, dim, feature))

@@ -26,24 +26,12 @@ void copy_heads(const FastattnAppend& a, const FastattnView& cache, const Fastat
   }
 }
 
-// On one thread: a step appends some kilobytes, and a prompt's rows are read once more than they are computed with.
 template <class Element>
 void append_as(const FastattnAppend& a) {
-  for (int64_t b = 0; b < a.batch; b++) {
-    const bool packed = a.cu_seqlens_q != nullptr;
-    const int64_t begin = packed ? a.cu_seqlens_q[b] : 0, new_len = packed ? a.cu_seqlens_q[b + 1] - begin : a.new_len;
-    for (int64_t row = 0; row < new_len; row++) {
-      const int64_t first = a.lens[b];
-      if (first < -new_len || first >= a.capacity) break;  // first, so that the sum below cannot overflow
-      const int64_t position = first + row;
-      if (position < 0) continue;
-      if (position >= a.capacity || a.pages == 0) break;
-      if (!has_page(a, b, position)) continue;  // cut to a page that exists, it would destroy another row
-      const Place place = locate(a, b, position);
-      copy_heads<Element>(a, a.k_cache, a.k, a.head_dim, packed ? 0 : b, begin + row, place);
-      copy_heads<Element>(a, a.v_cache, a.v, a.v_dim, packed ? 0 : b, begin + row, place);
-    }
-  }
+  for_new_rows(a, [&](int64_t b, int64_t row, Place place) {
+    copy_heads<Element>(a, a.k_cache, a.k, a.head_dim, b, row, place);
+    copy_heads<Element>(a, a.v_cache, a.v, a.v_dim, b, row, place);
+  });
 }
 
 }  // namespace

@@ -34,5 +34,25 @@ inline bool has_page(const Cache& c, int64_t b, int64_t position) {
   return page >= 0 && page < c.pages;
 }
 
+// `visit(batch entry of k and v, row of theirs, place in the caches)` for every new row that has a place.
+//
+// On one thread: a step appends some kilobytes, and a prompt's rows are read once more than they are computed with.
+template <class Visit>
+void for_new_rows(const FastattnAppend& a, const Visit& visit) {
+  for (int64_t b = 0; b < a.batch; b++) {
+    const bool packed = a.cu_seqlens_q != nullptr;
+    const int64_t begin = packed ? a.cu_seqlens_q[b] : 0, new_len = packed ? a.cu_seqlens_q[b + 1] - begin : a.new_len;
+    for (int64_t row = 0; row < new_len; row++) {
+      const int64_t first = a.lens[b];
+      if (first < -new_len || first >= a.capacity) break;  // first, so that the sum below cannot overflow
+      const int64_t position = first + row;
+      if (position < 0) continue;
+      if (position >= a.capacity || a.pages == 0) break;
+      if (!has_page(a, b, position)) continue;  // cut to a page that exists, it would destroy another row
+      visit(packed ? 0 : b, begin + row, locate(a, b, position));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastattn::cpu

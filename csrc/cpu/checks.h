@@ -185,6 +185,24 @@ void check_cache(Checks& checks, const Cache& c) {
   checks.pointer("lens", c.lens);
 }
 
+template <class Cache>
+void check_quantised(Checks& checks, const Cache& c) {
+  if (c.quantised == nullptr || !checks.good()) return;
+  const FastattnQuantised& quantised = *c.quantised;
+  checks.size("cache_dtype", quantised.cache_dtype, FASTATTN_INT8, FASTATTN_FLOAT8);
+  const int64_t slots = c.page_size == 0 ? c.capacity : c.page_size;
+  checks.view("k_scale", quantised.k_scale, c.pages, slots, c.kv_heads, 1);
+  checks.view("v_scale", quantised.v_scale, c.pages, slots, c.kv_heads, 1);
+}
+
+inline void check_terms(Checks& checks, const FastattnDecode& d) {
+  if (d.terms == nullptr || !checks.good()) return;
+  checks.expect(d.cu_seqlens_q == nullptr, "mask, bias: expected none with cu_seqlens_q");
+  checks.size("mask_columns", d.terms->mask_columns, 0, kFar);
+  checks.size("bias_columns", d.terms->bias_columns, 0, kFar);
+  checks.size("bias_dtype", d.terms->bias_dtype, FASTATTN_FLOAT32, FASTATTN_FLOAT64);
+}
+
 inline void check_decode(Checks& checks, const FastattnDecode& d) {
   checks.heads(d.q_heads, d.kv_heads);
   check_cache(checks, d);
@@ -201,7 +219,12 @@ inline void check_decode(Checks& checks, const FastattnDecode& d) {
   checks.view("q", d.q, q_batch, d.q_heads, d.q_len, d.head_dim);
   checks.view("out", d.out, q_batch, d.q_heads, d.q_len, d.v_dim);
   checks.pointer("lse", d.lse);
+  checks.expect(d.quantised == nullptr || d.dtype != FASTATTN_FLOAT64, "dtype: expected no double over a quantised cache");
+  check_quantised(checks, d);
+  check_terms(checks, d);
 }
+
+inline void check_half_or_float(Checks& checks, int64_t dtype) { checks.size("dtype", dtype, FASTATTN_FLOAT32, FASTATTN_BFLOAT16); }
 
 inline void check_append(Checks& checks, const FastattnAppend& a) {
   check_cache(checks, a);
@@ -212,9 +235,9 @@ inline void check_append(Checks& checks, const FastattnAppend& a) {
   if (a.cu_seqlens_q != nullptr) checks.bounds("cu_seqlens_q", a.cu_seqlens_q, a.batch, a.new_len);
   checks.view("k", a.k, batch, a.kv_heads, a.new_len, a.head_dim);
   checks.view("v", a.v, batch, a.kv_heads, a.new_len, a.v_dim);
+  check_quantised(checks, a);
+  if (a.quantised != nullptr && checks.good()) check_half_or_float(checks, a.quantised->dtype);
 }
-
-inline void check_half_or_float(Checks& checks, int64_t dtype) { checks.size("dtype", dtype, FASTATTN_FLOAT32, FASTATTN_BFLOAT16); }
 
 inline void check_linear(Checks& checks, const FastattnLinear& l) {
   check_team(checks, l.team);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "bias.h"
 #include "decode_tiles.h"
 #include "variant.h"
 
@@ -12,6 +13,7 @@ namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
 constexpr int64_t kSplitBytes = 1 << 19;  // of the cache, at least, for each split
+constexpr int64_t kFarthest = int64_t(1) << 30;  // of a column from the keys
 constexpr int64_t kFewestKeys = 64, kMostKeys = 2048, kLongCache = 1024;
 
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return least(most(x, low), high); }
@@ -79,13 +81,40 @@ int64_t padded(int64_t width) {
   return (width + kLanes<Compute> - 1) / kLanes<Compute> * kLanes<Compute>;
 }
 
+// `count` numbers, `step` apart.
+template <class Element, class Compute>
+void widen_row(const void* data, int64_t first, int64_t step, int64_t count, Compute* to) {
+  const Element* from = static_cast<const Element*>(data) + first;
+  int64_t i = 0;
+  if (step == 1) {
+    for (; i + kLanes<Compute> <= count; i += kLanes<Compute>) store(to + i, load<Compute>(from + i));
+  }
+  for (; i < count; i++) to[i] = widen<Compute>(from[i * step]);
+}
+
+// What a mask or a bias says of the keys `key ..` of one row: of those at places `begin .. end`, from element `first` on.
+struct Columns {
+  int64_t first;
+  int begin, end;
+
+  Columns(const FastattnView& view, int64_t columns, int64_t start, int64_t row, int64_t key, int low, int high)
+      : begin(int(clamp(start - key, low, high))), end(int(clamp(start + columns - key, begin, high))) {
+    first = row + (key + begin - start) * view.stride[3];
+  }
+};
+
 // Row r of a key head: query head r % group of its group, query r / group. Rows of several heads are numbered through.
+// `Element` is that of the caches.
 template <class Element, class Compute>
 class Split {
  public:
   Split(const FastattnDecode& d, const Entry& entry)
       : d_(d), entry_(entry), group_(d.q_heads / d.kv_heads), rows_(group_ * entry.q_len), k_width_(padded<Compute>(d.head_dim)),
-        v_width_(padded<Compute>(d.v_dim)) {}
+        v_width_(padded<Compute>(d.v_dim)) {
+    if (d.terms == nullptr) return;
+    add_bias_row_ = add_bias_row_of<Compute>(d.terms->bias_dtype);
+    if (d.terms->mask_start != nullptr) mask_start_ = clamp(d.terms->mask_start[entry.number], -kFarthest, kFarthest);
+  }
 
   // Elements of type Compute, for `heads` key heads.
   static int64_t scratch_size(const FastattnDecode& d, const Entry& entry, int64_t heads) {
@@ -111,10 +140,15 @@ class Split {
     const bool k_in_order = rows_ == 1 && side_by_side(d_.k_cache, d_.head_dim, k_width_);
     const bool v_in_order = rows_ == 1 && side_by_side(d_.v_cache, d_.v_dim, v_width_);
     Positions<Element> k, v;
+    Positions<float> k_scales, v_scales;
     for (int64_t key = keys.start; key < keys.end; key += kBlock) {
       const int count = int(least<int64_t>(kBlock, keys.end - key));
       k.find(d_, d_.k_cache, entry_.number, key, count);
       v.find(d_, d_.v_cache, entry_.number, key, count);
+      if constexpr (kQuantised) {
+        k_scales.find(d_, d_.quantised->k_scale, entry_.number, key, count);
+        v_scales.find(d_, d_.quantised->v_scale, entry_.number, key, count);
+      }
       if (k_in_order) {
         for (int j = 0; j < count; j++) {
           const Element* row = k.at[j] + head * k_width_;
@@ -130,16 +164,20 @@ class Split {
           }
         }
       }
+      bool forbidden = false;
       for (int64_t h = head; h < head_end; h++) {
         const Partial<Compute> partial(partials + (h - head) * step, rows_, v_width_);
         for (int64_t r = 0; r < rows_; r++) {
           Compute* s = scores_ + ((h - head) * rows_ + r) * kBlock;
           const Seen seen = seen_by(r, key, count);
+          if constexpr (kQuantised) multiply(s, k_scales, d_.quantised->k_scale, h, 0, count);
           finish_scores(s, h, r, key, count);
+          if (d_.terms != nullptr) forbidden |= add_terms(s, h, r, key, seen);
           online_softmax(s, seen, r, partial);
+          if constexpr (kQuantised) multiply(s, v_scales, d_.quantised->v_scale, h, seen.first, seen.end);
         }
       }
-      if (v_in_order) {
+      if (v_in_order && !forbidden) {
         const Seen seen = seen_by(0, key, count);
         Compute* acc = Partial<Compute>(partials, rows_, v_width_).acc;
         for (int j = seen.first; j < seen.end; j++) {
@@ -148,14 +186,14 @@ class Split {
         }
         continue;
       }
-      const bool whole = all_see(key, count);
+      const bool whole = !forbidden && all_see(key, count);
       for (int j = 0; j < count; j += kKeyTile) {
         const int some = least(kKeyTile, count - j);
         Ahead ahead = after(d_.v_cache, v, j, head, head_end, d_.v_dim);
         for (int64_t h = head; h < head_end; h++) {
           const Rows<Element> rows(v, j, some, d_.v_cache, h, d_.v_dim, v_width_, copy_);
           const Partial<Compute> partial(partials + (h - head) * step, rows_, v_width_);
-          add_values(h - head, rows, key, j, some, count, whole, partial.acc, ahead);
+          add_values(h - head, rows, key, j, some, count, whole, forbidden, partial.acc, ahead);
         }
       }
     }
@@ -212,14 +250,19 @@ class Split {
 
   void start(int64_t head, int64_t number, Compute* partial) const {
     for (int64_t r = 0; r < rows_; r++) {
-      const Element* from = static_cast<const Element*>(d_.q.data) + entry_.batch * d_.q.stride[0] +
-                            q_head(head, r) * d_.q.stride[1] + (entry_.first + query(r)) * d_.q.stride[2];
+      const int64_t from = entry_.batch * d_.q.stride[0] + q_head(head, r) * d_.q.stride[1] +
+                           (entry_.first + query(r)) * d_.q.stride[2];
       Compute* to = q_ + (number * rows_ + r) * k_width_;
-      int64_t c = 0;
-      if (d_.q.stride[3] == 1) {
-        for (; c + kLanes<Compute> <= d_.head_dim; c += kLanes<Compute>) store(to + c, load<Compute>(from + c));
+      if constexpr (!kQuantised) {
+        widen_row<Element>(d_.q.data, from, d_.q.stride[3], d_.head_dim, to);
+      } else if (d_.dtype == FASTATTN_FLOAT32) {
+        widen_row<float>(d_.q.data, from, d_.q.stride[3], d_.head_dim, to);
+      } else if (d_.dtype == FASTATTN_FLOAT16) {
+        widen_row<float16>(d_.q.data, from, d_.q.stride[3], d_.head_dim, to);
+      } else {
+        widen_row<bfloat16>(d_.q.data, from, d_.q.stride[3], d_.head_dim, to);
       }
-      for (; c < k_width_; c++) to[c] = c < d_.head_dim ? widen<Compute>(from[c * d_.q.stride[3]]) : Compute(0);
+      for (int64_t c = d_.head_dim; c < k_width_; c++) to[c] = Compute(0);
     }
     const Partial<Compute> own(partial, rows_, v_width_);
     for (int64_t i = 0; i < rows_ * v_width_; i++) own.acc[i] = 0;
@@ -236,7 +279,7 @@ class Split {
   }
 
   void add_values(int64_t number, const Rows<Element>& v, int64_t key, int j, int some, int count, bool whole,
-                  Compute* acc, Ahead& ahead) const {
+                  bool forbidden, Compute* acc, Ahead& ahead) const {
     const Compute* p = scores_ + number * rows_ * kBlock;
     ForRows rows(rows_, ahead);
     if (whole) {
@@ -249,9 +292,16 @@ class Split {
     }
     rows.each<1>([&](int64_t r, Ahead& next) {  // not even 0 times a value that a row may not see: it could be NaN
       const Seen seen = seen_by(r, key, count);
-      const int first = most(seen.first, j), end = least(seen.end, j + some);
-      if (first >= end) return;
-      all_weighted_values<1>(acc + r * v_width_, v_width_, p + r * kBlock + first, v.row + first - j, end - first, next);
+      const int last = least(seen.end, j + some);
+      for (int first = most(seen.first, j), end; first < last; first = end) {
+        end = last;
+        if (forbidden) {  // those one after another that have a weight
+          while (first < last && p[r * kBlock + first] == 0) first++;
+          for (end = first; end < last && p[r * kBlock + end] != 0;) end++;
+          if (first == end) return;
+        }
+        all_weighted_values<1>(acc + r * v_width_, v_width_, p + r * kBlock + first, v.row + first - j, end - first, next);
+      }
     });
   }
 
@@ -271,6 +321,35 @@ class Split {
       const int64_t distance = entry_.length - entry_.q_len + query(r) - key;
       for (int j = 0; j < count; j++) s[j] -= slope * Compute(distance < j ? j - distance : distance - j);
     }
+  }
+
+  // Adds the bias of one row to finished scores, of the keys that it sees, and forbids what its mask does. Returns whether
+  // one of these keys is forbidden.
+  bool add_terms(Compute* s, int64_t head, int64_t r, int64_t key, Seen seen) const {
+    const FastattnView &mask = d_.terms->mask, &bias = d_.terms->bias;
+    if (bias.data != nullptr) {
+      const Columns own(bias, d_.terms->bias_columns, mask_start_, row_of(bias, head, r), key, seen.first, seen.end);
+      add_bias_row_(bias.data, own.first, bias.stride[3], s + own.begin, own.end - own.begin, Compute(1));
+    }
+    if (mask.data != nullptr) {
+      const Columns own(mask, d_.terms->mask_columns, mask_start_, row_of(mask, head, r), key, seen.first, seen.end);
+      const uint8_t* keep = static_cast<const uint8_t*>(mask.data) + own.first;
+      for (int j = own.begin; j < own.end; j++) {
+        if (!keep[(j - own.begin) * mask.stride[3]]) s[j] = -INFINITY;
+      }
+    }
+    bool forbidden = false;
+    for (int j = seen.first; j < seen.end; j++) forbidden |= s[j] == -INFINITY;
+    return forbidden;
+  }
+
+  int64_t row_of(const FastattnView& view, int64_t head, int64_t r) const {
+    return entry_.number * view.stride[0] + q_head(head, r) * view.stride[1] + query(r) * view.stride[2];
+  }
+
+  // Numbers of one row by the scales of their keys.
+  void multiply(Compute* s, const Positions<float>& scales, const FastattnView& view, int64_t head, int first, int end) const {
+    for (int j = first; j < end; j++) s[j] *= Compute(scales.at[j][head * view.stride[2]]);
   }
 
   // Turns one row's scores into weights, of the keys that it sees; the others get 0.
@@ -301,8 +380,12 @@ class Split {
     partial.sum[r] += sum_lanes(total);
   }
 
+  static constexpr bool kQuantised = sizeof(Element) == 1;
+
   const FastattnDecode& d_;
   Entry entry_;
+  int64_t mask_start_ = 0;  // the key of the first column of a mask or bias
+  AddBiasRow<Compute> add_bias_row_ = nullptr;
   int64_t group_, rows_, k_width_, v_width_;
   Compute *q_ = nullptr, *scores_ = nullptr;
   Element* copy_ = nullptr;
@@ -311,8 +394,8 @@ class Split {
 // -- The result ------------------------------------------------------------------------------------------------------
 
 // Merges `splits` partial results of each row of a key head, `step` elements apart, and writes out and lse.
-template <class Element, class Compute>
-void combine(const FastattnDecode& d, const Split<Element, Compute>& one, const Entry& e, int64_t kv_head,
+template <class Element, class Compute, class Part>
+void combine(const FastattnDecode& d, const Part& one, const Entry& e, int64_t kv_head,
              const Compute* partials, int64_t splits, int64_t step, int64_t stride, Compute* total) {
   constexpr Compute kLn2 = Compute(0.69314718055994530941723);
   const int64_t rows = one.rows();
@@ -346,10 +429,10 @@ void combine(const FastattnDecode& d, const Split<Element, Compute>& one, const 
   }
 }
 
-template <class Element, class Compute>
+template <class Element, class Compute, class Cached = Element>
 bool decode_as(const FastattnDecode& d, const Team& team) {
-  using Part = Split<Element, Compute>;
-  const int64_t keys = split_keys(d, sizeof(Element));
+  using Part = Split<Cached, Compute>;
+  const int64_t keys = split_keys(d, sizeof(Cached));
   const int64_t stride = padded<Compute>(d.v_dim);
   // Splits of all batch entries, numbered through: entry b has first[b] .. first[b + 1].
   Shared numbers(size_t(d.batch + 1) * sizeof(int64_t));
@@ -396,15 +479,27 @@ bool decode_as(const FastattnDecode& d, const Team& team) {
     const Entry entry(d, b);
     Compute* total = scratch<Compute>(d.v_dim);
     if (total == nullptr) return false;
-    combine<Element, Compute>(d, Part(d, entry), entry, head, results + (first[b] * d.kv_heads + head) * step, own,
+    combine<Element>(d, Part(d, entry), entry, head, results + (first[b] * d.kv_heads + head) * step, own,
                               d.kv_heads * step, stride, total);
     return true;
   });
 }
 
+template <class Cached>
+bool decode_quantised(const FastattnDecode& d, const Team& team) {
+  switch (d.dtype) {
+    case FASTATTN_FLOAT32: return decode_as<float, float, Cached>(d, team);
+    case FASTATTN_FLOAT16: return decode_as<float16, float, Cached>(d, team);
+    default: return decode_as<bfloat16, float, Cached>(d, team);
+  }
+}
+
 }  // namespace
 
 bool decode(const FastattnDecode& d, const Team& team) {
+  if (d.quantised != nullptr) {
+    return d.quantised->cache_dtype == FASTATTN_INT8 ? decode_quantised<int8_t>(d, team) : decode_quantised<float8>(d, team);
+  }
   switch (d.dtype) {
     case FASTATTN_FLOAT32: return decode_as<float, float>(d, team);
     case FASTATTN_FLOAT16: return decode_as<float16, float>(d, team);

@@ -11,9 +11,11 @@
 extern "C" {
 
 // Counts changes of what is declared here.
-#define FASTATTN_CPU_ABI 3
+#define FASTATTN_CPU_ABI 4
 
 enum FastattnCpuDtype { FASTATTN_FLOAT32 = 0, FASTATTN_FLOAT16 = 1, FASTATTN_BFLOAT16 = 2, FASTATTN_FLOAT64 = 3 };
+// Of quantised caches alone: integers, and float8_e4m3fn.
+enum FastattnCacheDtype { FASTATTN_INT8 = 4, FASTATTN_FLOAT8 = 5 };
 
 enum FastattnCpuStatus { FASTATTN_CPU_OK = 0, FASTATTN_CPU_BAD_ARGUMENT = 1, FASTATTN_CPU_NO_MEMORY = 2 };
 
@@ -79,6 +81,22 @@ struct FastattnGradients {
   void *dbias, *dalibi_slopes, *dsinks;
 };
 
+// A mask, one byte per element, 0 or 1, and a bias: (B, Hq, Lq, columns), each with columns of its own. The first one is
+// about key mask_start[b], or where that is null key 0. Keys without a column are allowed, and get no bias.
+struct FastattnScoreTerms {
+  FastattnView mask, bias;     // null: there is none
+  int64_t mask_columns, bias_columns, bias_dtype;
+  const int64_t* mask_start;   // (B,)
+};
+
+// A cache of FastattnCacheDtype, whose numbers are multiplied by scales, float (pages, slots, Hk).
+struct FastattnQuantised {
+  int64_t cache_dtype;
+  FastattnView k_scale, v_scale;  // the last stride is not read
+  int64_t dtype;                  // of new rows
+  int64_t k_measured, v_measured; // 1: an append finds the scales and writes them, 0: it takes those that are there
+};
+
 // Attention of few queries to a KV cache. q (B, Hq, Lq, D), out (B, Hq, Lq, Dv); the caches are (B, Lmax, Hk, D), or
 // (pages, page_size, Hk, D) with a `block_table` (B, max_pages): their strides are those of page, slot, head, column.
 // Batch entry b has lens[b] + added keys, cut to 0 .. capacity, and its last query stands at the last of them.
@@ -101,6 +119,8 @@ struct FastattnDecode {
   // have q_len rows.
   const int32_t* cu_seqlens_q;
   int64_t most_queries;        // packed entries with more are left out
+  const FastattnScoreTerms* terms;     // or null; not beside cu_seqlens_q
+  const FastattnQuantised* quantised;  // or null: the caches have the dtype of q
 };
 
 // New rows k (B, Hk, L, D) and v (B, Hk, L, Dv), written into the caches from position lens[b] on; rows without a place are
@@ -115,6 +135,7 @@ struct FastattnAppend {
   int64_t batch, kv_heads, new_len, head_dim, v_dim;
   int64_t pages, page_size, capacity;
   const int32_t* cu_seqlens_q;
+  const FastattnQuantised* quantised;  // or null: the caches have the dtype of k and v, whose element_size this is
 };
 
 // What a step of generation does beside attention, of few rows; `dtype` is that of all tensors but tables, and not

@@ -39,10 +39,11 @@ struct Engine {
   bool (*linear)(const FastattnLinear&, const Team&);
   void (*normalise)(const FastattnNorm&);
   void (*rotate)(const FastattnRotate&);
+  void (*append)(const FastattnAppend&);
   bool (*dropout)(const FastattnDropout&, const Team&);
 };
 
-#define OF_ROWS(NAME) NAME::decode, NAME::linear, NAME::normalise, NAME::rotate, NAME::dropout
+#define OF_ROWS(NAME) NAME::decode, NAME::linear, NAME::normalise, NAME::rotate, NAME::append_quantised, NAME::dropout
 #define ENGINE(NAME, SUPPORTED) {#NAME, SUPPORTED, NAME::forward, NAME::backward, OF_ROWS(NAME)}
 
 // The best one first.
@@ -185,7 +186,8 @@ int fastattn_cpu_append(const FastattnAppend* append) {
   check_append(checks, *append);
   if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
   if (append->batch == 0 || append->new_len == 0) return FASTATTN_CPU_OK;
-  append_rows(*append);
+  if (append->quantised == nullptr) append_rows(*append);
+  else engine().append(*append);
   return FASTATTN_CPU_OK;
 }
 

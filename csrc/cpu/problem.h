@@ -1,6 +1,7 @@
 // A call, taken apart: batch entries or packed sequences, heads, and what is visible to a row.
 #pragma once
 
+#include "bias.h"
 #include "dropout.h"
 #include "operand.h"
 
@@ -9,7 +10,6 @@ namespace {
 
 constexpr int64_t kQueries = 64;      // rows of q that share a visit to a block of keys
 constexpr int64_t kKeys = 128;        // a block of keys; a tile of a block mask
-constexpr double kLog2E = 1.4426950408889634074;
 template <class T>
 constexpr T kInfinity = T(__builtin_inf());
 

@@ -1,4 +1,7 @@
-// What is done to single rows, beside products and attention: RMS norm, rotary positions, dropout.
+// What is done to single rows, beside products and attention: RMS norm, rotary positions, dropout, quantising.
+#include <type_traits>
+
+#include "cache.h"
 #include "dropout.h"
 #include "simd.h"
 #include "variant.h"
@@ -69,6 +72,63 @@ void rotate_as(const FastattnRotate& o) {
   }
 }
 
+// A number in the dtype of a quantised cache.
+template <class Cached>
+inline Cached quantised(float y) {
+  constexpr bool kInteger = std::is_same_v<Cached, int8_t>;
+  constexpr float kLargest = kInteger ? 127.0f : 448.0f;
+  const float cut = y > kLargest ? kLargest : y < -kLargest ? -kLargest : y;
+  if constexpr (kInteger) return cut == cut ? int8_t((cut + 0x1.8p23f) - 0x1.8p23f) : int8_t(0);
+  else return narrow<float8>(cut);
+}
+
+// One row, and its scale where that is measured: see `quantise` of the reference.
+template <class Cached, class Element>
+void quantise_row(Cached* to, int64_t to_step, const Element* from, int64_t from_step, int64_t width, float* scale,
+                  bool measured) {
+  if (measured) {
+    float largest = 0.0f, poison = 0.0f;
+    for (int64_t i = 0; i < width; i++) {
+      const float x = widen<float>(from[i * from_step]), size = x < 0.0f ? -x : x;
+      largest = size > largest ? size : largest;
+      poison += x * 0.0f;  // NaN if one is NaN or infinite
+    }
+    *scale = (largest + poison) / (std::is_same_v<Cached, int8_t> ? 127.0f : 448.0f);
+  }
+  const float divisor = *scale == 0.0f ? 1.0f : *scale;
+  for (int64_t i = 0; i < width; i++) to[i * to_step] = quantised<Cached>(widen<float>(from[i * from_step]) / divisor);
+}
+
+template <class Cached, class Element>
+void quantise_heads(const FastattnAppend& a, const FastattnView& cache, const FastattnView& scales, bool measured,
+                    const FastattnView& rows, int64_t width, int64_t b, int64_t row, Place place) {
+  Cached* to = static_cast<Cached*>(cache.data) + place.page * cache.stride[0] + place.slot * cache.stride[1];
+  float* scale = static_cast<float*>(scales.data) + place.page * scales.stride[0] + place.slot * scales.stride[1];
+  const Element* from = static_cast<const Element*>(rows.data) + b * rows.stride[0] + row * rows.stride[2];
+  for (int64_t head = 0; head < a.kv_heads; head++) {
+    quantise_row(to + head * cache.stride[2], cache.stride[3], from + head * rows.stride[1], rows.stride[3], width,
+                 scale + head * scales.stride[2], measured);
+  }
+}
+
+template <class Cached, class Element>
+void append_quantised_as(const FastattnAppend& a) {
+  const FastattnQuantised& q = *a.quantised;
+  for_new_rows(a, [&](int64_t b, int64_t row, Place place) {
+    quantise_heads<Cached, Element>(a, a.k_cache, q.k_scale, q.k_measured != 0, a.k, a.head_dim, b, row, place);
+    quantise_heads<Cached, Element>(a, a.v_cache, q.v_scale, q.v_measured != 0, a.v, a.v_dim, b, row, place);
+  });
+}
+
+template <class Cached>
+void append_quantised_from(const FastattnAppend& a) {
+  switch (a.quantised->dtype) {
+    case FASTATTN_FLOAT32: return append_quantised_as<Cached, float>(a);
+    case FASTATTN_FLOAT16: return append_quantised_as<Cached, float16>(a);
+    default: return append_quantised_as<Cached, bfloat16>(a);
+  }
+}
+
 constexpr int64_t kTaskElements = 1 << 14;
 
 template <class Element>
@@ -117,6 +177,11 @@ void rotate(const FastattnRotate& o) {
     case FASTATTN_FLOAT16: return rotate_as<float16>(o);
     default: return rotate_as<bfloat16>(o);
   }
+}
+
+void append_quantised(const FastattnAppend& a) {
+  if (a.quantised->cache_dtype == FASTATTN_INT8) append_quantised_from<int8_t>(a);
+  else append_quantised_from<float8>(a);
 }
 
 bool dropout(const FastattnDropout& d, const Team& team) {

@@ -13,55 +13,6 @@ inline void prefetch_line(const E* from, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(E))) __builtin_prefetch(from + i);
 }
 
-// A finite bias stays finite in base 2: a row of the lowest numbers weighs all its keys alike.
-template <class T>
-inline Vec<T> bias_in_base_2(Vec<T> bias) {
-  constexpr T largest = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
-  const Vec<T> scaled = bias * T(kLog2E);
-  const Vec<T> kept = -larger(Vec<T>{} - largest, -larger(Vec<T>{} - largest, scaled));
-  return bias - bias == T(0) ? kept : scaled;
-}
-
-// s[i] = s[i] * factor + bias[i], for `count` elements, `step` apart.
-template <class T, class Element>
-void add_bias_row(const void* bias, int64_t first, int64_t step, T* s, int64_t count, T factor) {
-  const Element* from = static_cast<const Element*>(bias) + first;
-  constexpr bool same_lanes = sizeof(T) == 4 ? sizeof(Element) <= 4 : sizeof(Element) == 8;
-  using Wide = std::conditional_t<sizeof(Element) == 8, double, float>;
-  int64_t i = 0;
-  if constexpr (same_lanes) {
-    Vec<T> beyond{};  // 0, or NaN: only then is there something that must be kept finite
-    for (; step == 1 && i + kLanes<T> <= count; i += kLanes<T>) {
-      const Vec<T> scaled = load<T>(from + i) * T(kLog2E);
-      beyond += scaled * T(0);
-      store(s + i, load(s + i) * factor + scaled);
-    }
-    if (sum_lanes(beyond) != T(0)) {
-      for (int64_t n = 0; n < i; n += kLanes<T>) {
-        const Vec<T> x = load<T>(from + n), kept = bias_in_base_2<T>(x);
-        store(s + n, x * T(kLog2E) == kept ? load(s + n) : kept);
-      }
-    }
-  }
-  for (; i < count; i += kLanes<T>) {
-    const int64_t lanes = least(kLanes<T>, count - i);
-    Vec<T> x{};
-    for (int64_t n = 0; n < lanes; n++) x[n] = T(widen<Wide>(from[(i + n) * step]));
-    x = bias_in_base_2<T>(x);
-    for (int64_t n = 0; n < lanes; n++) s[i + n] = s[i + n] * factor + x[n];
-  }
-}
-
-template <class T>
-using AddBiasRow = void (*)(const void* bias, int64_t first, int64_t step, T* s, int64_t count, T factor);
-
-template <class T>
-AddBiasRow<T> add_bias_row_of(int64_t dtype) {
-  if (dtype == FASTATTN_FLOAT16) return add_bias_row<T, float16>;
-  if (dtype == FASTATTN_BFLOAT16) return add_bias_row<T, bfloat16>;
-  return dtype == FASTATTN_FLOAT64 ? add_bias_row<T, double> : add_bias_row<T, float>;
-}
-
 // What one query head adds to its products. A term that is absent costs a branch per row and block.
 template <class T>
 class Scores {

@@ -49,6 +49,10 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+struct float8 {  // e4m3fn: no infinities, largest number 448
+  uint8_t bits;
+};
+
 // -- Loads and stores ------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -100,6 +104,34 @@ inline Vec<float> load(const float16* from) {
   const VecBits special = (VecBits)(magnitude >= 0x0f800000u) & 0x7f800000u;
   return (Vec<float>)((VecBits)finite | special | (bits & 0x8000u) << 16);
 #endif
+}
+
+// Bytes of a quantised cache, as wide as they are computed with.
+inline VecBits load_bytes(const uint8_t* from) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  return (VecBits)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  return (VecBits)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  VecBits x;
+  for (int i = 0; i < kLanes<float>; i++) x[i] = from[i];
+  return x;
+#endif
+}
+
+template <class Compute>
+inline Vec<float> load(const int8_t* from) {
+  const VecInt<float> signs = (VecInt<float>)(load_bytes(reinterpret_cast<const uint8_t*>(from)) << 24);
+  return __builtin_convertvector(signs >> 24, Vec<float>);
+}
+
+template <class Compute>
+inline Vec<float> load(const float8* from) {
+  const VecBits bits = load_bytes(&from->bits), magnitude = bits & 0x7fu;
+  const Vec<float> shifted = (Vec<float>)((magnitude << 20) + (120u << 23));  // the exponent's other bias
+  const Vec<float> finite = magnitude < 8u ? shifted * 2.0f - 0x1p-6f : shifted;  // denormals were given a leading 1
+  const VecBits nan = (VecBits)(magnitude == 0x7fu) & 0x7fc00000u;
+  return (Vec<float>)((VecBits)finite | nan | (bits & 0x80u) << 24);
 }
 
 template <class Compute>
@@ -157,6 +189,23 @@ inline float16 narrow<float16>(float x) {
     return {uint16_t(sign | (bits - 0x3f000000))};
   }
   return {uint16_t(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13))};
+}
+
+template <>
+inline float8 narrow<float8>(float x) {  // to nearest even, of numbers up to 448 in size, and NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint8_t sign = uint8_t(bits >> 24 & 0x80);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {uint8_t(sign | 0x7f)};
+  if (bits < 0x3c800000) {  // below 2^-6: adding 1.5 * 2^14 rounds to multiples of 2^-9
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof magnitude);
+    magnitude += 0x1.8p14f;
+    std::memcpy(&bits, &magnitude, sizeof bits);
+    return {uint8_t(sign | (bits & 0xf))};
+  }
+  return {uint8_t(sign | ((bits - 0x3c000000 + 0x7ffff + (bits >> 20 & 1)) >> 20))};
 }
 
 template <class Element>

@@ -23,6 +23,7 @@ constexpr int64_t element_bytes(int64_t dtype) {
   bool linear(const FastattnLinear&, const Team&);                                                                  \
   void normalise(const FastattnNorm&);                                                                              \
   void rotate(const FastattnRotate&);                                                                               \
+  void append_quantised(const FastattnAppend&);                                                                     \
   bool dropout(const FastattnDropout&, const Team&);                                                                \
   }
 

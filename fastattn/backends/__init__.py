@@ -209,12 +209,22 @@ def _describe_cache(spec: CacheSpec) -> list[str]:
     if spec.left is not None or spec.right is not None:
         plain = spec.right == 0 and spec.left is None
         parts.append("causal" if plain else f"window ({spec.left}, {spec.right})")
-    parts += _describe_tensors(block_table=spec.block_table, alibi_slopes=spec.alibi_slopes, sinks=spec.sinks)
+    if spec.quantised:
+        kind = str(k_cache.dtype).removeprefix("torch.")
+        parts.append(f"{kind} cache with k_scale {_shape(spec.k_scale)} v_scale {_shape(spec.v_scale)}")
+    parts += _describe_tensors(
+        block_table=spec.block_table, mask=spec.mask, bias=spec.bias, mask_start=spec.mask_start,
+        alibi_slopes=spec.alibi_slopes, sinks=spec.sinks,
+    )  # fmt: skip
     if spec.softcap is not None:
         parts.append(f"softcap {spec.softcap:g}")
     if spec.return_lse:
         parts.append("lse")
     return parts
+
+
+def _shape(x: Tensor | None) -> tuple[int, ...]:
+    return () if x is None else tuple(x.shape)
 
 
 def _describe_tensors(**tensors: Tensor | None) -> list[str]:

@@ -79,6 +79,16 @@ def cache_reasons(spec: CacheSpec) -> list[str]:
             reasons.append(f"it has no {name}")
     if spec.return_lse:
         reasons.append("it does not return lse")
+    if spec.quantised:
+        reasons.append("it has no quantised caches")
+    if spec.mask_start is not None:
+        reasons.append("it has no mask_start")
+    elif (spec.mask is not None or spec.bias is not None) and not reasons:
+        length = spec.length
+        assert length is not None  # there would be a reason
+        if not all(x is None or known(x.shape[3] >= length) for x in (spec.mask, spec.bias)):
+            return ["it needs a column of mask and bias for each key"]
+        return _reasons_of_cached(spec)
     return reasons
 
 
@@ -111,10 +121,17 @@ def attention(spec: AttentionSpec) -> Tensor:
 
 def attention_cached(spec: CacheSpec) -> Tensor:
     """`attention` to the first ``spec.length`` entries of contiguous caches."""
+    return attention(_over_cached(spec))
+
+
+def _reasons_of_cached(spec: CacheSpec) -> list[str]:
+    return reasons(_over_cached(spec))
+
+
+def _over_cached(spec: CacheSpec) -> AttentionSpec:
     keys, values = (cache[:, : spec.length].transpose(1, 2) for cache in (spec.k_cache, spec.v_cache))
-    return attention(
-        AttentionSpec(
-            spec.q, keys, values, mask=None, bias=None, alibi_slopes=None, sinks=None, q_offset_tensor=None, left=None,
-            right=spec.right, q_offset=0, scale=spec.scale, softcap=None, dropout_p=0.0, return_lse=False,
-        )
+    mask, bias = (x if x is None else x[..., : spec.length] for x in (spec.mask, spec.bias))
+    return AttentionSpec(
+        spec.q, keys, values, mask=mask, bias=bias, alibi_slopes=None, sinks=None, q_offset_tensor=None, left=None,
+        right=spec.right, q_offset=0, scale=spec.scale, softcap=None, dropout_p=0.0, return_lse=False,
     )  # fmt: skip

@@ -20,7 +20,11 @@ def reasons(spec: AttentionSpec) -> list[str]:
 
 
 def cache_reasons(spec: CacheSpec) -> list[str]:
-    return _reasons(spec.q, spec.v_cache.shape[3])
+    reasons = _reasons(spec.q, spec.v_cache.shape[3])
+    eight_bits = spec.k_cache.dtype == torch.float8_e4m3fn and spec.q.device.type == "cuda"
+    if eight_bits and (target.rocm() or target.capability(spec.q.device) < (8, 9)):
+        reasons.append("a float8_e4m3fn cache needs an NVIDIA GPU of compute capability 8.9 or newer")
+    return reasons
 
 
 def forward(
@@ -38,9 +42,10 @@ def backward(
 
 def kv_cache_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
-    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    _launchers().append.kv_cache_append(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q)
+    append = _launchers().append.kv_cache_append
+    append(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q, k_scale, v_scale)
 
 
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastattn.functional import attention, attention_varlen, attention_with_kvcache
+from fastattn.functional.rotary import turn
 
 __all__ = [
     "flash_attn_func",
@@ -325,7 +326,10 @@ def _by_position(cache: Tensor, step: int) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, first: int | Tensor, interleaved: bool, still: bool) -> Tensor:
-    """``x`` (B, L, H, D) turned by its positions, ``first`` and on, or ``first`` for all where it stands still."""
+    """``x`` (B, L, H, D) turned by its positions, ``first`` and on, or ``first`` for all where it stands still.
+
+    Not what `attention_with_kvcache` does with the tables: there a query is always where it stands.
+    """
     if cos.shape != sin.shape or cos.ndim != 2 or 2 * cos.shape[1] > x.shape[-1]:
         raise ValueError(
             f"rotary_cos, rotary_sin: expected one shape (positions, R / 2), R at most D == {x.shape[-1]}, "
@@ -335,13 +339,4 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, first: int | Tensor, interleave
     first = first.long() if isinstance(first, Tensor) else torch.full((batch,), first, device=x.device)
     steps = torch.arange(length, device=x.device)
     position = first[:, None] + (torch.zeros_like(steps) if still else steps)
-    accumulator = torch.promote_types(x.dtype, torch.float32)
-    c, s = (table[position].unsqueeze(2).to(accumulator) for table in (cos, sin))  # (B, L, 1, R / 2)
-    turned, rest = x.split([2 * cos.shape[1], x.shape[-1] - 2 * cos.shape[1]], -1)
-    if interleaved:
-        a, b = turned.to(accumulator).unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)
-    else:
-        a, b = turned.to(accumulator).chunk(2, -1)
-        turned = torch.cat([a * c - b * s, a * s + b * c], -1)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+    return turn(x.transpose(1, 2), cos, sin, position, interleaved).transpose(1, 2)

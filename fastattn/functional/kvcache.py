@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastattn import backends, ops
 from fastattn.backends import Explanation
-from fastattn.functional import divided, keywords
+from fastattn.functional import divided, keywords, rotary
 from fastattn.functional.attention import Backend
 from fastattn.spec import CacheSpec, check_flag, make_cache_spec
 
@@ -18,6 +18,9 @@ def attention_with_kvcache(
     window: tuple[int | None, int | None] | None = ..., softcap: float | None = ..., alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
     num_splits: int | None = ..., batch_invariant: bool = ..., backend: Backend | None = ...,
+    mask: Tensor | None = ..., bias: Tensor | None = ..., mask_start: int | Tensor | None = ...,
+    rotary_cos: Tensor | None = ..., rotary_sin: Tensor | None = ..., rotary_interleaved: bool = ...,
+    k_scale: Tensor | None = ..., v_scale: Tensor | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention_with_kvcache(
@@ -26,6 +29,9 @@ def attention_with_kvcache(
     window: tuple[int | None, int | None] | None = ..., softcap: float | None = ..., alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
     num_splits: int | None = ..., batch_invariant: bool = ..., backend: Backend | None = ...,
+    mask: Tensor | None = ..., bias: Tensor | None = ..., mask_start: int | Tensor | None = ...,
+    rotary_cos: Tensor | None = ..., rotary_sin: Tensor | None = ..., rotary_interleaved: bool = ...,
+    k_scale: Tensor | None = ..., v_scale: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention_with_kvcache(
     q: Tensor,
@@ -39,10 +45,18 @@ def attention_with_kvcache(
     cu_seqlens_q: Tensor | None = None,
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask_start: int | Tensor | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
     batch_invariant: bool = False,
@@ -59,8 +73,9 @@ def attention_with_kvcache(
     Args:
         q: (B, Hq, Lq, D), Lq at least 1; float16, bfloat16, float32 or, on the torch and reference backends, float64;
             any strides.
-        k_cache: (B, Lmax, Hk, D), or (pages, page_size, Hk, D) with a ``block_table``; dtype and device of q, any
-            strides. Hq is a multiple of Hk. What lies beyond a length is never used and may be NaN.
+        k_cache: (B, Lmax, Hk, D), or (pages, page_size, Hk, D) with a ``block_table``; on the device of q, any
+            strides. Hq is a multiple of Hk. What lies beyond a length is never used and may be NaN. Its dtype is that
+            of q; or, with scales, int8 or float8_e4m3fn.
         v_cache: the same with head dim Dv.
         k: (B, Hk, Lnew, D) new keys, or None to append nothing. Lnew may differ from Lq.
         v: (B, Hk, Lnew, Dv) new values; given where k is.
@@ -73,6 +88,22 @@ def attention_with_kvcache(
             cu_seqlens_q[b + 1]`` of q (total_q, Hq, D) and, where it appends, of k (total_q, Hk, D) and v; it may have
             none. Nothing is padded, and the cache is read where it is.
         causal, window, softcap, alibi_slopes, sinks, scale, return_lse: as in `fastattn.attention`.
+        mask: bool, broadcastable to (B, Hq, Lq, W), True takes part. Column c is about key ``mask_start[b] + c``. The
+            last axis does not broadcast: W columns are about W keys. Keys without a column take part; columns without
+            a key are not read.
+        bias: float, likewise with a W of its own, added to the scaled scores. Keys without a column get 0.
+        mask_start: the key that the first column of ``mask`` and ``bias`` is about: one int for all batch entries, or
+            int32 or int64 (B,), which may be negative. None is key 0. With ``cache_lens`` columns begin at the first
+            new key, as the mask of a tree of draft tokens does.
+        rotary_cos, rotary_sin: float (positions, R / 2), R at most D: the first R numbers of each head of q and of k
+            are turned by their positions before k is appended. New key i of entry b is at ``cache_lens[b] + i``, and
+            queries are where they stand. Turned in float32 at least; on a GPU positions are cut to those that exist.
+        rotary_interleaved: numbers 2 i and 2 i + 1 turn together, as in GPT-J; False: i and i + R / 2, as in GPT-NeoX.
+        k_scale: float32 on the device of q, for a quantised cache: a key is the number in the cache times its scale.
+            () for the whole cache, or (Hk,) for each head: new keys are divided by it, rounded and cut to what the
+            dtype holds. (B, Lmax, Hk) or (pages, page_size, Hk) for each token and head: the scale of a new key is
+            measured, its largest number over 127 (int8) or 448 (float8_e4m3fn), and written here in place.
+        v_scale: likewise for the values.
         num_splits: into how many parts the Triton kernel divides the keys; None chooses from shapes and the number of
             multiprocessors. It changes rounding alone, and means nothing to other backends.
         batch_invariant: an entry's result has the same bits in every batch size and beside any other entries: how keys
@@ -103,8 +134,11 @@ def attention_with_kvcache(
     spec = make_cache_spec(
         q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, cu_seqlens_q=cu_seqlens_q,
         causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale,
-        num_splits=num_splits, return_lse=return_lse,
+        num_splits=num_splits, return_lse=return_lse, mask=mask, bias=bias, mask_start=mask_start, k_scale=k_scale,
+        v_scale=v_scale,
     )  # fmt: skip
+    if rotary_cos is not None or rotary_sin is not None:
+        spec = rotary.turn_new(spec, rotary_cos, rotary_sin, rotary_interleaved)
     if batch_invariant:
         spec = _invariant(spec)
     out, lse = ops.attention_kvcache(spec, backends.choose(spec, backend, batch_invariant))
@@ -119,9 +153,12 @@ def attention_with_kvcache(
 def explain_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
     cache_lens: int | Tensor, block_table: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
-    causal: bool = True, window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+    causal: bool = True, window: tuple[int | None, int | None] | None = None, mask: Tensor | None = None,
+    bias: Tensor | None = None, mask_start: int | Tensor | None = None, softcap: float | None = None,
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, scale: float | None = None,
-    return_lse: bool = False, num_splits: int | None = None, batch_invariant: bool = False,
+    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None, rotary_interleaved: bool = False,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, return_lse: bool = False,
+    num_splits: int | None = None, batch_invariant: bool = False,
     backend: Backend | None = None, **unknown: Any,
 ) -> Explanation:  # fmt: skip
     """`explain` for `attention_with_kvcache`, with its arguments. Nothing is written into the caches."""
@@ -130,8 +167,11 @@ def explain_with_kvcache(
     spec = make_cache_spec(
         q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, cu_seqlens_q=cu_seqlens_q,
         causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale,
-        num_splits=num_splits, return_lse=return_lse,
+        num_splits=num_splits, return_lse=return_lse, mask=mask, bias=bias, mask_start=mask_start, k_scale=k_scale,
+        v_scale=v_scale,
     )  # fmt: skip
+    if rotary_cos is not None or rotary_sin is not None:
+        rotary.check(spec, rotary_cos, rotary_sin, rotary_interleaved)
     return backends.explain(spec, backend, batch_invariant)
 
 

@@ -19,7 +19,7 @@ from fastattn.spec import AttentionSpec, CacheSpec, known
 
 APPEND = define(
     "kv_cache_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lens, Tensor? block_table, "
-    "Tensor? cu_seqlens_q, str backend) -> ()"
+    "Tensor? cu_seqlens_q, Tensor(c!)? k_scale, Tensor(d!)? v_scale, str backend) -> ()"
 )
 KVCACHE = define(f"attention_kvcache({arguments(CacheCall)}) -> (Tensor out, Tensor lse)")
 KVCACHE_BACKWARD = define("attention_kvcache_backward(Tensor gradient, SymInt[] shape) -> Tensor")
@@ -52,13 +52,21 @@ def attention_kvcache(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor | N
 
 
 def _is_prompt(spec: CacheSpec) -> bool:
-    """Whether the cache was empty: attention among the new entries, for kernels with taller tiles."""
-    return known(spec.length == spec.added) and known(spec.added == spec.q.shape[2])
+    """Whether the cache was empty: attention among the new entries, for kernels with taller tiles.
+
+    Not where the cache holds them rounded, nor where a mask begins at another key than the first or ends too soon.
+    """
+    if spec.quantised or spec.mask_start is not None:
+        return False
+    if not (known(spec.length == spec.added) and known(spec.added == spec.q.shape[2])):
+        return False
+    return all(x is None or known(x.shape[3] >= spec.q.shape[2]) for x in (spec.mask, spec.bias))
 
 
 def _prompt(spec: CacheSpec, k: Tensor, v: Tensor) -> AttentionSpec:
+    mask, bias = (x if x is None else x[..., : spec.length] for x in (spec.mask, spec.bias))
     return AttentionSpec(
-        spec.q, k, v, mask=None, bias=None, alibi_slopes=spec.alibi_slopes, sinks=spec.sinks, q_offset_tensor=None,
+        spec.q, k, v, mask=mask, bias=bias, alibi_slopes=spec.alibi_slopes, sinks=spec.sinks, q_offset_tensor=None,
         left=spec.left, right=spec.right, q_offset=0, scale=spec.scale, softcap=spec.softcap, dropout_p=0.0,
         return_lse=spec.return_lse,
     )  # fmt: skip
@@ -68,10 +76,11 @@ def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str, direct: boo
     """Write new entries into the caches, in place; the torch backend has the reference's way of doing so."""
     arguments = (
         spec.k_cache, spec.v_cache, k.detach(), v.detach(), spec.lens, spec.block_table, spec.cu_seqlens_q,
+        spec.k_scale, spec.v_scale,
     )  # fmt: skip
     if direct:
         _append(*arguments, backend)
-        _count_change(spec.k_cache, spec.v_cache)
+        _count_change(*_written(spec))
         return
     append = _append if backend == "torch" and not torch.compiler.is_compiling() else APPEND
     append(*arguments, "reference" if backend == "torch" else backend)
@@ -81,8 +90,15 @@ def _append_and_attend(spec: CacheSpec) -> tuple[Tensor, Tensor]:
     """A decode step of the Triton backend, its kernels launched together."""
     out, lse = _results(spec, "triton")
     backends.triton.append_and_attend(out, lse, spec)
-    _count_change(spec.k_cache, spec.v_cache)
+    _count_change(*_written(spec))
     return out, lse
+
+
+def _written(spec: CacheSpec) -> list[Tensor]:
+    """What an append changes: scales are measured where each token has its own."""
+    if not spec.quantised:
+        return [spec.k_cache, spec.v_cache]
+    return [spec.k_cache, spec.v_cache, *(x for x in (spec.k_scale, spec.v_scale) if x is not None and x.ndim == 3)]
 
 
 def _count_change(*changed: Tensor) -> None:
@@ -93,14 +109,16 @@ def _count_change(*changed: Tensor) -> None:
 
 def _append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
-    cu_seqlens_q: Tensor | None, backend: str,
+    cu_seqlens_q: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
-    backends.module(backend).kv_cache_append(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q)
+    append = backends.module(backend).kv_cache_append
+    append(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q, k_scale, v_scale)
 
 
 def _append_in_place(keys: torch.DispatchKeySet, k_cache: Tensor, v_cache: Tensor, *args: Any) -> None:
-    """Let autograd know that the caches have changed, for whoever saved them."""
-    torch.autograd.graph.increment_version((k_cache, v_cache))
+    """Let autograd know that the caches, and scales, have changed, for whoever saved them."""
+    scales = [x for x in args[5:7] if x is not None]
+    torch.autograd.graph.increment_version((k_cache, v_cache, *scales))
     with torch._C._AutoDispatchBelowADInplaceOrView():
         APPEND.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, k_cache, v_cache, *args)
 

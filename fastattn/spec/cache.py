@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.spec.cache_operands import QUANTISED, check_cache_scores, check_scales
 from fastattn.spec.checks import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
@@ -32,7 +33,7 @@ class CacheSpec(NamedTuple):
     q: Tensor
     """(B, Hq, Lq, D); its last row stands at the last key. Packed queries are one batch entry: (1, Hq, total, D)"""
     k_cache: Tensor
-    """(B, Lmax, Hk, D), or with a block table (pages, page_size, Hk, D)"""
+    """(B, Lmax, Hk, D), or with a block table (pages, page_size, Hk, D); with `k_scale` int8 or float8_e4m3fn"""
     v_cache: Tensor
     k: Tensor | None
     """(B, Hk, Lnew, D) new keys, packed as the queries are"""
@@ -57,6 +58,20 @@ class CacheSpec(NamedTuple):
     return_lse: bool
     cu_seqlens_q: Tensor | None = None
     """int (B + 1,): where the queries of each batch entry begin, where they are packed"""
+    mask: Tensor | None = None
+    """bool, 4-D, broadcastable to (B, Hq, Lq, columns); True takes part"""
+    bias: Tensor | None = None
+    """float, 4-D, likewise with columns of its own"""
+    mask_start: Tensor | None = None
+    """int (B,): the key that the first column of mask and bias is about; None is key 0"""
+    k_scale: Tensor | None = None
+    """float32 (), (Hk,) or (pages, slots, Hk): what its numbers are multiplied by; None: not quantised"""
+    v_scale: Tensor | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the caches hold numbers to be multiplied by scales."""
+        return self.k_scale is not None
 
     @property
     def entries(self) -> int:
@@ -92,6 +107,11 @@ def make_cache_spec(
     scale: float | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask_start: int | Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> CacheSpec:
     """Validate the arguments of `fastattn.attention_with_kvcache`.
 
@@ -105,6 +125,10 @@ def make_cache_spec(
         cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     _check_caches(q, k_cache, v_cache, block_table, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
     _check_new(q, k_cache, v_cache, k, v, packed=cu_seqlens_q is not None)
+    if k_scale is not None or v_scale is not None or k_cache.dtype in QUANTISED:
+        check_scales(k_scale, v_scale, q, k_cache, v_cache, appends=k is not None)
+    if mask is not None or bias is not None or mask_start is not None:
+        mask, bias, mask_start = check_cache_scores(mask, bias, mask_start, q, cu_seqlens_q)
     _, _, q_len, head_dim = q.shape
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     added = 0 if k is None else k.shape[2] if cu_seqlens_q is None else None
@@ -128,7 +152,7 @@ def make_cache_spec(
     lens, length = _lengths(cache_lens, q, cu_seqlens_q, added, left, capacity, block_table, k_cache.shape[0])
     return CacheSpec(
         q, k_cache, v_cache, k, v, alibi_slopes, sinks, lens, block_table, added, length, left, right, scale, softcap,
-        num_splits, return_lse, cu_seqlens_q,
+        num_splits, return_lse, cu_seqlens_q, mask, bias, mask_start, k_scale, v_scale,
     )  # fmt: skip
 
 
@@ -143,8 +167,8 @@ def _as_one_entry(name: str, x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]
 
 
-def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str) -> None:
-    """A dense 4-D tensor of the dtype and on the device of ``q``."""
+def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str, cache: bool = False) -> None:
+    """A dense 4-D tensor of the dtype and on the device of ``q``; a ``cache`` may be quantised."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.is_nested or x.layout is not torch.strided:
@@ -153,8 +177,9 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str) -> None:
     check_plain(name, x, q)
     if x.ndim != 4:
         raise ValueError(f"{name}: expected 4 dimensions {layout}, got shape {tuple(x.shape)}")
-    if x.dtype != q.dtype:
-        raise TypeError(f"{name}.dtype: expected q.dtype == {q.dtype}, got {x.dtype}")
+    if x.dtype != q.dtype and not (cache and x.dtype in QUANTISED):
+        quantised = ", or int8 or float8_e4m3fn with scales" if cache else ""
+        raise TypeError(f"{name}.dtype: expected q.dtype == {q.dtype}{quantised}, got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name}.device: expected q.device == {q.device}, got {x.device}")
 
@@ -170,8 +195,8 @@ def _check_caches(
     if q.dtype not in FLOAT_DTYPES:
         raise TypeError(f"q.dtype: expected float16, bfloat16, float32 or float64, got {q.dtype}")
     layout = "(batch, length, heads, head_dim)" if block_table is None else "(pages, page_size, heads, head_dim)"
-    _check_tensor("k_cache", k_cache, q, layout)
-    _check_tensor("v_cache", v_cache, q, layout)
+    _check_tensor("k_cache", k_cache, q, layout, cache=True)
+    _check_tensor("v_cache", v_cache, q, layout, cache=True)
     if packed_entries is None and q.shape[2] < 1:
         raise ValueError(f"q.shape[2]: expected at least one query, got {q.shape[2]}")
     if v_cache.shape[:3] != k_cache.shape[:3]:

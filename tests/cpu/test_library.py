@@ -98,6 +98,8 @@ STRUCTS = {
     "FastattnGradients": cpu._GRADIENTS,
     "FastattnDecode": cpu._DECODE,
     "FastattnAppend": cpu._APPEND,
+    "FastattnScoreTerms": cpu._SCORE_TERMS,
+    "FastattnQuantised": cpu._QUANTISED,
     "FastattnDropout": cpu._DROPOUT,
     "FastattnLinear": program.LINEAR,
     "FastattnNorm": program.NORM,

@@ -203,8 +203,24 @@ def test_opcheck(device, backend):
     caches = [t.nan_to_num() for t in problem.caches]
     q, k, v = (t.transpose(0, 1)[None] for t in (problem.q, *(problem.new or ())))
     append = torch.ops.fastattn.kv_cache_append.default
-    torch.library.opcheck(append, (*caches, k, v, problem.lens, problem.table, problem.starts, backend))
-    args = (None, None, problem.lens, problem.table, None, None, 9, 0, 0.25, 5.0, 1, True, problem.starts, backend)
+    torch.library.opcheck(append, (*caches, k, v, problem.lens, problem.table, problem.starts, None, None, backend))
+    args = (
+        None,
+        None,
+        problem.lens,
+        problem.table,
+        None,
+        None,
+        9,
+        0,
+        0.25,
+        5.0,
+        1,
+        True,
+        problem.starts,
+        *[None] * 5,
+        backend,
+    )
     torch.library.opcheck(torch.ops.fastattn.attention_kvcache.default, (q, *caches, k, v, *args))
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastattn.nn as fnn
-from fastattn.backends.reference.kvcache import cached
+from fastattn.spec.cache_operands import cached
 
 LAYERS, HEADS, DIM, PAGE, WINDOW, CHUNK = 2, 2, 3, 16, 20, 7
 CAPACITY = 70

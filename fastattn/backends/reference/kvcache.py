@@ -7,25 +7,37 @@ from torch import Tensor
 
 from fastattn.backends.reference.blockwise import forward
 from fastattn.spec.cache import CacheSpec, cache_capacity
+from fastattn.spec.cache_operands import QUANTISED, dequantised, over_keys
 from fastattn.spec.operands import Operands, Options
 
 
-def cached(cache: Tensor, block_table: Tensor | None, entries: slice, length: int) -> Tensor:
-    """The first ``length`` positions (B, H, length, D) of some batch entries; of one, if there is a block table."""
-    if block_table is None:
-        return cache[entries, :length].transpose(1, 2)
-    pages = block_table[entries.start, : -(-length // cache.shape[1])].long().clamp(0, max(cache.shape[0] - 1, 0))
-    return cache[pages].flatten(0, 1)[:length].transpose(0, 1)[None]
+def quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x / scale in a dtype of `QUANTISED`, cut to its range; the scale (..., 1)), from rows x (..., D).
+
+    The scale is given, or measured: the largest number of a row becomes the largest of the dtype. NaN and infinity make
+    a measured scale NaN, and so the whole row; under a given one NaN is 0 in int8, and infinity is cut.
+    """
+    largest = QUANTISED[dtype]
+    x = x.float()
+    if scale is None:
+        scale = (x.abs().amax(-1, keepdim=True) + (x * 0.0).sum(-1, keepdim=True)) / largest
+    y = (x / scale.masked_fill(scale == 0.0, 1.0)).clamp(-largest, largest)
+    return (y.nan_to_num(0.0).round() if dtype == torch.int8 else y).to(dtype), scale
 
 
 def kv_cache_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
-    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write ``k`` and ``v`` (B, H, L, D) into the caches from position ``lens[b]`` on, where the cache has a place.
 
-    With ``cu_seqlens_q`` they are (1, H, total, D), one entry after the other.
+    With ``cu_seqlens_q`` they are (1, H, total, D), one entry after the other. With scales they are quantised, and
+    the scales of tokens and heads are written too.
     """
+    if k_scale is not None and v_scale is not None:
+        _append_quantised(k_cache, k_scale, k, lens, block_table, cu_seqlens_q)
+        _append_quantised(v_cache, v_scale, v, lens, block_table, cu_seqlens_q)
+        return
     if cu_seqlens_q is not None:
         for entry, (first, end) in enumerate(itertools.pairwise(cu_seqlens_q.tolist())):
             own = slice(entry, entry + 1)
@@ -54,6 +66,17 @@ def kv_cache_append(
     v_cache[at] = v.transpose(1, 2)[inside]
 
 
+def _append_quantised(
+    cache: Tensor, scale: Tensor, x: Tensor, lens: Tensor, block_table: Tensor | None, cu_seqlens_q: Tensor | None
+) -> None:  # fmt: skip
+    """`kv_cache_append` into a quantised cache, as bytes, and into its scales."""
+    measured = scale.ndim == 3
+    values, scales = quantise(x, None if measured else scale.reshape(1, -1, 1, 1), cache.dtype)
+    into, of = (t.view(torch.uint8) for t in (cache, values))
+    scale_cache, scales = (scale[..., None], scales) if measured else (into[..., :0], of[..., :0])
+    kv_cache_append(into, scale_cache, of, scales, lens, block_table, cu_seqlens_q)
+
+
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """Fill ``out`` and ``lse``: `forward` over the ``lens[b] + added`` cached keys of each batch entry.
 
@@ -62,20 +85,29 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """
     capacity, slopes, length = spec.capacity, spec.alibi_slopes, spec.length
     packed = None if spec.cu_seqlens_q is None else list(itertools.pairwise(spec.cu_seqlens_q.tolist()))
-    if length is not None and spec.block_table is None:
+    if length is not None and spec.block_table is None and spec.mask_start is None:
         parts = [(slice(0, spec.entries), min(max(length, 0), capacity))]
     else:
         added = spec.added if packed is None else [end - first if spec.added is None else 0 for first, end in packed]
         lengths = (spec.lens.long().cpu() + torch.as_tensor(added)).clamp(0, capacity).tolist()
         parts = [(slice(b, b + 1), n) for b, n in enumerate(lengths)]
     statistics = lse.new_empty((2, *lse.shape))
+    starts = None if spec.mask_start is None else spec.mask_start.tolist()
     for entries, n in parts:
-        k, v = (cached(cache, spec.block_table, entries, n) for cache in (spec.k_cache, spec.v_cache))
+        k, v = (
+            dequantised(cache, scale, spec.block_table, entries, n, spec.q.dtype)
+            for cache, scale in ((spec.k_cache, spec.k_scale), (spec.v_cache, spec.v_scale))
+        )
+        start = 0 if starts is None else starts[entries.start]
+        mask, bias = (
+            over_keys(x if x is None or x.shape[0] == 1 else x[entries], start, n, outside)
+            for x, outside in ((spec.mask, True), (spec.bias, 0.0))
+        )
         own_slopes = slopes if slopes is None or slopes.shape[0] == 1 else slopes[entries]
         in_memory, rows = (entries, slice(None)) if packed is None else (slice(None), slice(*packed[entries.start]))
         own_q = spec.q[in_memory, :, rows]
         forward(
             out[in_memory, :, rows], lse[in_memory, :, rows], statistics[:, in_memory, :, rows], own_q, k, v,
-            Operands(alibi_slopes=own_slopes, sinks=spec.sinks),
+            Operands(mask=mask, bias=bias, alibi_slopes=own_slopes, sinks=spec.sinks),
             Options(spec.left, spec.right, n - own_q.shape[2], spec.scale, spec.softcap),
         )  # fmt: skip

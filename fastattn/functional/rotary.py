@@ -1,0 +1,78 @@
+"""Rotary positions of the queries and the new keys of a call over a KV cache."""
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import FLOAT_DTYPES, CacheSpec, check_flag
+from fastattn.spec.checks import check_plain, readable
+
+
+def turn_new(spec: CacheSpec, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> CacheSpec:
+    """The call with its queries and new keys turned; see `fastattn.attention_with_kvcache`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    cos, sin = check(spec, cos, sin, interleaved)
+    of_q, of_k = _positions(spec)
+    q = turn(spec.q, cos, sin, of_q, interleaved)
+    return spec._replace(q=q, k=None if spec.k is None else turn(spec.k, cos, sin, of_k, interleaved))
+
+
+def check(spec: CacheSpec, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The tables, which fit the call; positions are looked at where the host sees them."""
+    check_flag("rotary_interleaved", interleaved)
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        if not isinstance(table, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, since the other one is given, got {type(table).__name__}")
+        check_plain(name, table, spec.q)
+        if table.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name}.dtype: expected a floating-point dtype, got {table.dtype}")
+        if table.device != spec.q.device:
+            raise ValueError(f"{name}.device: expected q.device == {spec.q.device}, got {table.device}")
+    assert cos is not None and sin is not None
+    if cos.ndim != 2 or 2 * cos.shape[1] > spec.q.shape[3] or cos.shape[0] == 0:
+        raise ValueError(
+            f"rotary_cos.shape: expected (positions, R / 2), R at most D == {spec.q.shape[3]}, got {tuple(cos.shape)}"
+        )
+    if sin.shape != cos.shape:
+        raise ValueError(f"rotary_sin.shape: expected rotary_cos.shape == {tuple(cos.shape)}, got {tuple(sin.shape)}")
+    if readable(spec.lens):
+        highest = max((int(x.max()) for x in _positions(spec) if x.numel()), default=0)
+        if highest >= cos.shape[0]:
+            raise ValueError(
+                f"rotary_cos.shape[0]: expected more than the last position {highest}, got {cos.shape[0]} positions"
+            )
+    return cos, sin
+
+
+def _positions(spec: CacheSpec) -> tuple[Tensor, Tensor]:
+    """Where the queries and the new keys stand: (B, Lq) and (B, Lnew); packed ones (1, total) both."""
+    lens, rows = spec.lens.long(), torch.arange(spec.q.shape[2], device=spec.q.device)
+    starts = spec.cu_seqlens_q
+    if starts is not None:
+        entry = torch.bucketize(rows, starts[1:].long(), right=True).clamp(max=spec.entries - 1)
+        first = lens if spec.added is None else lens - starts.diff()
+        position = (first[entry] + rows - starts[entry].long())[None]
+        return position, position
+    added = 0 if spec.k is None else spec.k.shape[2]
+    new = torch.arange(added, device=spec.q.device)
+    return lens[:, None] + (added - spec.q.shape[2]) + rows, lens[:, None] + new
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: bool) -> Tensor:
+    """x (B, H, L, D) turned by its positions (B, L), cut to those of the tables (positions, R / 2).
+
+    Computed in float32 at least; of x's shape and dtype.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    position = position.clamp(0, cos.shape[0] - 1)
+    c, s = (table[position].unsqueeze(1).to(dtype) for table in (cos, sin))  # (B, 1, L, R / 2)
+    turned, rest = x.split([2 * cos.shape[1], x.shape[-1] - 2 * cos.shape[1]], -1)
+    if interleaved:
+        a, b = turned.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)
+    else:
+        a, b = turned.to(dtype).chunk(2, -1)
+        turned = torch.cat([a * c - b * s, a * s + b * c], -1)
+    return torch.cat([turned.to(x.dtype), rest], -1)
