@@ -17,12 +17,14 @@ import torch
 
 import fastattn
 import fastattn.distributed as fd
-from examples.charlm.data import ALICE, DataError, Text
+from examples.beside import time_beside
+from examples.charlm.data import ALICE, DataError, Text, windows
 from examples.charlm.models import KINDS, Kind, Shape
+from examples.charlm.on_torch import OnTorch
 from examples.charlm.parallel import Ranks, Sizes
 from examples.charlm.report import Result, metrics, table
 from examples.charlm.sample import continue_text, kept_of, load
-from examples.charlm.train import ALONE, History, Recipe, build, fit
+from examples.charlm.train import ALONE, History, Recipe, build, fit, loss_of
 from examples.common import (
     Progress,
     add_common_arguments,
@@ -177,9 +179,13 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
             resume=args.resume, compiled=args.compile, on_step=show if ranks.first else lambda done, history: None,
             ranks=ranks,
         )  # fmt: skip
-        results.append(Result(shape, count_parameters(model), history))
         if ranks.first:
             progress.close()
+        step = None
+        if kind == "gpt" and ranks.count == 1:
+            batch = windows(text.train, shape.block)[: recipe.batch].to(args.device)
+            step = time_beside(model, OnTorch(model), lambda model, batch=batch: loss_of(model, batch, recipe.amp))
+        results.append(Result(shape, count_parameters(model), history, step))
     if ranks.first:
         report(args, results, recipe, text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from examples.beside import Beside
 from examples.charlm.data import Text
 from examples.charlm.models import Shape
 from examples.charlm.train import History, Recipe
@@ -18,6 +19,7 @@ class Result:
     shape: Shape
     parameters: int
     history: History
+    step: Beside | None = None  # of the kind that torch.nn has every part of
 
     @property
     def loss(self) -> float:
@@ -36,6 +38,7 @@ def table(results: list[Result]) -> str:
             f"{result.shape.kind:<8} {result.parameters:>10,} {result.loss:>16.4f} "
             f"{history.evaluated[history.best]:>11,} {history.validation[-1]:>10.4f} {history.seconds:>8.0f}"
         )
+    lines += [f"{result.shape.kind}: {result.step}" for result in results if result.step is not None]
     return "\n".join(lines)
 
 
@@ -55,6 +58,7 @@ def metrics(results: list[Result], recipe: Recipe, text: Text, source: str, devi
                 "parameters": result.parameters,
                 "validation_loss": result.loss,
                 "seconds": result.history.seconds,
+                "step_ms": None if result.step is None else asdict(result.step),
                 "evaluations": _evaluations(result.history),
             }
             for result in results

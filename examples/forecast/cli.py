@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
             f"  {parity.method}: the losses differ by at most {parity.difference:.1e} of their size; two torch.nn runs "
             f"whose weights differ in the last bit: {parity.rounding:.1e}"
         )
+        print(f"  {parity.method}: {parity.step}")
 
     results = train_all(args, problems)
     files: list[Path] = []

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from examples import beside
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -11,3 +13,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def steps_are_timed_once(monkeypatch):
+    monkeypatch.setattr(beside, "SECONDS", 0.0)

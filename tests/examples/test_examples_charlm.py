@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
+from examples.beside import time_beside
 from examples.charlm import cli
 from examples.charlm.data import ALICE, DataError, Text, Vocabulary, random_batch, windows
 from examples.charlm.models import KINDS, Shape
+from examples.charlm.on_torch import OnTorch
 from examples.charlm.sample import continue_text, kept_of, load
 from examples.charlm.train import Recipe, build, evaluate, fit, loss_of, make_optimizer
 from examples.common import CheckpointError, count_parameters
@@ -307,6 +309,25 @@ def test_gpt_goes_on_from_the_last_half(trained):
     assert kept_of(model.config.position) == 4
 
 
+def test_gpt_on_torchs_layers_is_the_same_function(text):
+    model = build(Shape("gpt", **TINY), text.vocabulary, 0)
+    tokens = text.train[:32].view(4, 8)
+    exact = build(Shape("gpt", **TINY), text.vocabulary, 0).double()(tokens)
+    theirs = OnTorch(model)
+    assert_parity(theirs(tokens), exact, model(tokens), "logits")
+    assert count_parameters(theirs) == count_parameters(model)
+
+
+def test_timing_leaves_models_as_they_were(text):
+    model = build(Shape("gpt", **TINY), text.vocabulary, 0).eval()
+    theirs = OnTorch(model)
+    before = [p.clone() for p in model.parameters()]
+    step = time_beside(model, theirs, lambda model: loss_of(model, text.train[:9][None], amp=False))
+    assert step.fastattn > 0 and step.torch > 0 and str(step).endswith("times as fast")
+    assert not model.training and theirs.training
+    assert all(p.grad is None and torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
 # -------------------------------------------------------------------------------------------------- the program
 
 OPTIONS = ["--block", "8", "--layers", "1", "--heads", "2", "--width", "16", "--device", "cpu"]
@@ -339,6 +360,9 @@ def test_program_from_a_text_to_its_files(tmp_path, capsys):
         assert losses[-1] < losses[0] < math.log(29) + 0.2
         assert model["validation_loss"] == min(losses)
         assert f"{model['parameters']:,}" in printed.out
+    times, nothing = (model.pop("step_ms") for model in metrics["models"])
+    assert nothing is None and times["fastattn"] > 0 and times["torch"] > 0
+    assert f"gpt: a training step takes {times['fastattn']:.2f} ms with fastattn" in printed.out
 
     # Samples alone: those that followed the training.
     first = printed.out.split("--- modern\n")[1]
@@ -350,6 +374,8 @@ def test_program_from_a_text_to_its_files(tmp_path, capsys):
     # Resuming a run that has ended changes nothing.
     assert cli.main([*training, "--prompt", "the ", "--length", "20", "--resume"]) == 0
     again = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    for model in again["models"]:
+        del model["step_ms"]
     assert again == metrics
 
 

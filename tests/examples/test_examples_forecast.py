@@ -128,6 +128,7 @@ def test_same_losses_with_torch_and_fastattn_layers(kind):
     assert len(parity.torch) == len(parity.fastattn) == 3
     assert parity.torch[-1] < parity.torch[0]
     assert parity.difference <= FACTOR * parity.rounding + torch.finfo(torch.float32).eps
+    assert parity.step.fastattn > 0 and parity.step.torch > 0
 
 
 # ----------------------------------------------------------------------------------------------------- program
@@ -170,7 +171,7 @@ def test_from_csv_to_figures(cli, series_csv, tmp_path, capsys):
         "attention backend",
         "expected: at most about",
         "90% held",
-        "torch.nn",
+        "encoder-decoder: a training step takes",
         "last value",
         "seasonal naive",
         "AR(20)",
