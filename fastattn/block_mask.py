@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 BLOCK = 128
 """Side of a tile. Every launch configuration has tiles that divide it."""
 
-_EMPTY, _FULL = 0, 1  # the first two tiles of every pool
+EMPTY, FULL = 0, 1  # the first two tiles of every pool
 
 
 class BlockTensors(NamedTuple):
@@ -234,7 +234,7 @@ class BlockMask:
             full = cut.all(-1).all(-1)
             partial = cut.any(-1).any(-1) & ~full
             stored = cut[partial]
-            kind = full.to(torch.int32) * _FULL
+            kind = full.to(torch.int32) * FULL
             kind[partial] = torch.arange(count, count + len(stored), dtype=torch.int32, device=device)
             count += len(stored)
             kinds.append(kind)
@@ -242,8 +242,7 @@ class BlockMask:
         table = (
             torch.stack(kinds, 2) if kinds else torch.zeros(batch, heads, 0, columns, dtype=torch.int32, device=device)
         )
-        by_query, by_key = _lines(table), _lines(table.transpose(2, 3))
-        return cls(shape, BlockTensors(*by_query, *by_key, table.contiguous(), torch.cat(tiles)))
+        return of_tiles(shape, table, torch.cat(tiles))
 
     def to(self, device: torch.device | str) -> "BlockMask":
         """The same mask on another device."""
@@ -258,7 +257,7 @@ class BlockMask:
     def sparsity(self) -> float:
         """Fraction of tiles that are empty: what attention does not compute."""
         table = self.tensors.table
-        return (table == _EMPTY).double().mean().item() if table.numel() else 0.0
+        return (table == EMPTY).double().mean().item() if table.numel() else 0.0
 
     def to_dense(self) -> Tensor:
         """The bool mask (B or 1, H or 1, Lq, Lk) in full."""
@@ -270,11 +269,25 @@ class BlockMask:
         return f"BlockMask({what})"
 
 
+def of_tiles(shape: tuple[int, int, int, int], table: Tensor, pool: Tensor) -> BlockMask:
+    """The mask of these tiles; ``table`` and ``pool`` as `BlockTensors` has them."""
+    by_query, by_key = _lines(table), _lines(table.transpose(2, 3))
+    return BlockMask(shape, BlockTensors(*by_query, *by_key, table.contiguous(), pool))
+
+
+def some_lines(mask: BlockMask, cut: Callable[[Tensor], Tensor]) -> BlockMask:
+    """The mask of some batch entries and heads, to which ``cut`` brings a (B or 1, H or 1, ...); tiles of all stay."""
+    tensors = mask.tensors
+    query, key, table = (cut(x).contiguous() for x in (tensors.query_offsets, tensors.key_offsets, tensors.table))
+    shape = (table.shape[0], table.shape[1], *mask.shape[2:])
+    return BlockMask(shape, BlockTensors(query, tensors.query_entries, key, tensors.key_entries, table, tensors.pool))
+
+
 def _lines(table: Tensor) -> tuple[Tensor, Tensor]:
     """(offsets, entries) of a table (B, H, lines, tiles), as `BlockTensors` has them."""
     flat = table.flatten(0, 2)
     tiles = flat.shape[1]
-    partial, full = flat > _FULL, flat == _FULL
+    partial, full = flat > FULL, flat == FULL
     partials, fulls = partial.sum(1), full.sum(1)
     start = (partials + fulls).cumsum(0) - partials - fulls
     offsets = torch.stack([start, start + partials, start + partials + fulls], 1)

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastattn import backends, ops
+from fastattn.block_mask import BlockMask, check_block_mask
 from fastattn.distributed import ring, ulysses
+from fastattn.distributed.blocks import seen_tiles
 from fastattn.distributed.comm import Ranks
 from fastattn.distributed.cost import STRATEGIES, Choice, Link, Sizes, Strategy, costs, routes_of, rows_of
 from fastattn.distributed.layout import Balance, Piece, Starts, View, check_balance, joined, length_of, pieces, relation
@@ -31,6 +33,7 @@ def context_parallel_attention(
     q_offset: int | None = None,
     window: tuple[int | None, int | None] | None = None,
     mask: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -62,12 +65,16 @@ def context_parallel_attention(
             work under causal order; ``"documents"``, which does so within packed documents.
         cu_seqlens_q: int32 or int64 (documents + 1,), where each packed document begins, and the end of the last, of
             the whole and the same on every rank; B is 1. Then all counts within documents, as in `attention_varlen`;
-            ``alibi_slopes`` may be (documents, Hq), and there is no ``mask`` and no ``bias``. Shards may cut documents.
+            ``alibi_slopes`` may be (documents, Hq), and there is no ``mask``, ``block_mask`` or ``bias``. Shards may
+            cut documents.
         cu_seqlens_k: likewise for the keys; None means ``cu_seqlens_q``.
         causal, window, softcap, scale, return_lse: as in `fastattn.attention`.
         q_offset: position of query 0 of the whole; None is the whole's Lk - Lq.
         mask: bool, broadcastable to (B, Hq, Lq, whole Lk): this rank's rows, all keys in the order of the whole.
-        bias: float, likewise.
+        block_mask: `fastattn.BlockMask` of the whole, (B or 1, Hq or 1, whole Lq, whole Lk), the same on every rank, in
+            the order of the whole whatever the shards. Make it once: what a rank needs of it is kept with it. Keys go
+            only to ranks whose rows have a tile with them that is not empty.
+        bias: float, as ``mask``.
         alibi_slopes: float (Hq,) or (B, Hq); with ``"striped"`` shards only by ``"ulysses"``.
         sinks: float (Hq,).
         dropout_p: as there. The seed is the one that the first rank draws, and a weight's bits are those of its place
@@ -88,9 +95,9 @@ def context_parallel_attention(
         keywords.refuse(context_parallel_attention, unknown)
     call = _agree(
         q, k, v, mesh, strategy, balance, link, timeout, backend, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, mask=mask, bias=bias,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
-        return_lse=return_lse,
+        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, mask=mask,
+        block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
+        dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     out, lse = _run(call, backend)
     return (out, lse) if return_lse else out
@@ -110,6 +117,7 @@ def explain(
     q_offset: int | None = None,
     window: tuple[int | None, int | None] | None = None,
     mask: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -130,9 +138,9 @@ def explain(
         keywords.refuse(explain, unknown)
     return _agree(
         q, k, v, mesh, strategy, balance, link, timeout, backend, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, mask=mask, bias=bias,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
-        return_lse=return_lse,
+        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, mask=mask,
+        block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
+        dropout_p=dropout_p, return_lse=return_lse,
     ).choice  # fmt: skip
 
 
@@ -147,7 +155,7 @@ def _run(call: "_Call", backend: str | None) -> tuple[Tensor, Tensor]:
         spec = spec._replace(return_lse=True)
         plan = ring.Plan(
             peers.outer, call.choice.strategy, rows_of(call.sizes), routes_of(call.sizes), call.sizes.view,
-            spec.options, backends.choose(spec, backend), call.seed, spec.q.device, head,
+            spec.options, backends.choose(spec, backend), call.seed, spec.q.device, head, spec.block_mask,
         )  # fmt: skip
         return ring.run(plan, spec)
 
@@ -194,8 +202,11 @@ def _agree(
             raise RuntimeError(f"context parallel, {peers}: rank {rank} raised {words}")
     assert spec is not None
     q_total, kv_total = _check_together(headers, balance, documents)
-    view = View(options["q_offset"], *check_window(options["window"], options["causal"]), documents)
+    tiles = None if spec.block_mask is None else seen_tiles(spec.block_mask)
+    view = View(options["q_offset"], *check_window(options["window"], options["causal"]), documents, tiles)
     if documents is None:
+        if spec.block_mask is not None:
+            check_block_mask(spec.block_mask, (*q.shape[:2], q_total, kv_total), q.device)
         offset = kv_total - q_total if view.q_offset is None else view.q_offset
         view = view._replace(q_offset=offset)
         pair = relation(Piece(0, q_total), Piece(0, kv_total), offset, view.left, view.right)
@@ -225,9 +236,10 @@ def check_how(strategy: str | None, balance: str) -> None:
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, peers: Ranks, strategy: str | None, balance: str, backend: str | None,
-    options: dict[str, Any],
+    given: dict[str, Any],
 ) -> tuple[AttentionSpec, tuple[Starts, Starts] | None]:  # fmt: skip
     check_how(strategy, balance)
+    options = dict(given)
     if isinstance(options["q_offset"], Tensor):
         raise TypeError("q_offset: expected an int or None where the sequence is divided, got a Tensor")
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
@@ -242,11 +254,15 @@ def _check(
             raise ValueError(
                 "balance: expected 'contiguous', 'zigzag' or 'striped' without cu_seqlens_q, got 'documents'"
             )
+        block_mask = options.pop("block_mask")
         make_spec(q, k, v, **{**options, "mask": None, "bias": None, **offset})
         # The operands are checked against all keys: as many as they have, which the ranks then compare.
         width = max(_width(options), 1)
         wide = (_of_length(x, width) for x in (k, v))
-        spec = make_spec(q, *wide, **{**options, **offset})._replace(k=k, v=v)
+        spec = make_spec(q, *wide, **{**options, **offset})._replace(k=k, v=v, block_mask=block_mask)
+        if block_mask is not None:  # its lengths are those of the whole, which are not known yet
+            lengths = block_mask.shape[2:] if isinstance(block_mask, BlockMask) else (0, 0)
+            check_block_mask(block_mask, (*q.shape[:2], *lengths), q.device)
     if strategy == "ulysses" and peers.inner is not None:
         raise ValueError(f"strategy: expected 'ring', 'all_gather' or None, got 'ulysses'; {_BY_HEADS}")
     routed = strategy in ("ring", "all_gather") or peers.inner is not None
@@ -270,9 +286,9 @@ def _check_documents(
     make_spec(q, k, v, scale=options["scale"])
     if q.shape[0] != 1:
         raise ValueError(f"q.shape[0]: expected 1 with cu_seqlens_q, all documents in one row, got {q.shape[0]}")
-    for name in ("mask", "bias"):
+    for name in ("mask", "block_mask", "bias"):
         if options[name] is not None:
-            raise ValueError(f"{name}: expected None with cu_seqlens_q, got a Tensor")
+            raise ValueError(f"{name}: expected None with cu_seqlens_q, got a {type(options[name]).__name__}")
     given = [options[name] for name in ("cu_seqlens_q", "cu_seqlens_k")]
     ends = [int(x[-1]) if isinstance(x, Tensor) and x.ndim == 1 and x.numel() else 0 for x in given]
     spec = make_spec(*(_of_length(x, end) for x, end in zip((q, k, v), (*ends, ends[1]), strict=True)), **options)
@@ -305,6 +321,8 @@ def _describe(spec: AttentionSpec, documents: Any, strategy: str | None, balance
     parts = [f"strategy={strategy!r}", f"balance={balance!r}", *(f"{name}={options[name]!r}" for name in names)]
     tensors = {"mask": spec.mask, "bias": spec.bias, "alibi_slopes": spec.alibi_slopes, "sinks": spec.sinks}
     parts += [name for name, x in tensors.items() if x is not None]
+    if spec.block_mask is not None:
+        parts.append(str(seen_tiles(spec.block_mask)))
     if documents is not None:
         parts.append(f"documents {zlib.crc32(repr(documents).encode()):08x}")
     if torch.is_grad_enabled():
@@ -378,4 +396,6 @@ def _choose(sizes: Sizes, link: Link, strategy: str | None, spec: AttentionSpec)
         parts.append(f"q_offset={view.q_offset}")
     if view.documents is not None:
         parts.append(f"{len(view.documents[0]) - 1} documents")
+    if spec.block_mask is not None:
+        parts.append(f"block mask, {spec.block_mask.sparsity:.1%} of its tiles empty")
     return Choice(chosen, found, refused, ", ".join(parts), link, strategy is not None)

@@ -6,7 +6,8 @@ striped shards: Brandon et al., 2023 (arXiv:2311.09431).
 
 import bisect
 import itertools
-from typing import Literal, NamedTuple
+import math
+from typing import Literal, NamedTuple, Protocol
 
 from fastattn.flops import allowed_pairs
 
@@ -45,6 +46,14 @@ class Pair(NamedTuple):
     right: int | None
 
 
+class Tiles(Protocol):
+    """What the tiles of a block mask let through; hashable by their content."""
+
+    def share(self, rows: Piece, keys: Piece) -> float:
+        """The part of these pairs that lies in tiles that are not empty."""
+        ...
+
+
 class View(NamedTuple):
     """What the rows of the whole see of its keys; with documents, of the keys of their own, where positions begin."""
 
@@ -54,6 +63,8 @@ class View(NamedTuple):
     right: int | None
     documents: tuple[Starts, Starts] | None = None
     """of queries and of keys"""
+    tiles: Tiles | None = None
+    """of a block mask; without documents only"""
 
 
 class Part(NamedTuple):
@@ -73,6 +84,8 @@ class Part(NamedTuple):
     """the first"""
     starts: tuple[Starts, Starts] | None = None
     """of several documents, counted from the first row and key"""
+    share: float = 1.0
+    """of these pairs, which a block mask lets through"""
 
 
 def pieces(balance: Balance, total: int, ranks: int, documents: Starts | None = None) -> list[list[Piece]]:
@@ -177,8 +190,11 @@ def parts(rows: Piece, keys: Piece, view: View) -> list[Part]:
     """
     if view.documents is None:
         pair = relation(rows, keys, view.q_offset or 0, view.left, view.right)
-        whole = (slice(0, rows.length), slice(0, keys.length))
-        return [] if pair is None else [Part(*whole, (pair.q_offset,), pair.left, pair.right, rows.start, keys.start)]
+        share = 1.0 if pair is None or view.tiles is None else view.tiles.share(rows, keys)
+        if pair is None or share == 0.0:
+            return []
+        whole, at = (slice(0, rows.length), slice(0, keys.length)), (rows.start, keys.start)
+        return [Part(*whole, (pair.q_offset,), pair.left, pair.right, *at, share=share)]
     found: list[Part] = []
     packed: list[tuple[int, Piece, Piece, int]] = []  # document, its rows and keys, q_offset
 
@@ -241,10 +257,11 @@ def _packed(documents: list[tuple[int, Piece, Piece, int]], rows: Piece, keys: P
 
 
 def pairs_of(part: Part) -> int:
-    """How many (query, key) it allows."""
+    """How many (query, key) it allows; all of a tile that a block mask has not empty."""
     if part.starts is None:
         sizes = (part.rows.stop - part.rows.start, part.keys.stop - part.keys.start)
-        return allowed_pairs(*sizes, part.left, part.right, part.q_offsets[0])
+        pairs = allowed_pairs(*sizes, part.left, part.right, part.q_offsets[0])
+        return pairs if part.share == 1.0 else math.ceil(pairs * part.share)
     lengths = ([b - a for a, b in itertools.pairwise(x)] for x in part.starts)
     each = zip(*lengths, part.q_offsets, strict=True)
     return sum(allowed_pairs(n, m, part.left, part.right, offset) for n, m, offset in each)

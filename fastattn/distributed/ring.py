@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fastattn import backends, ops
+from fastattn.block_mask import BlockMask
+from fastattn.distributed.blocks import cut
 from fastattn.distributed.comm import Message, Peers, Pending
 from fastattn.distributed.layout import Part, Piece, View, parts
 from fastattn.functional import merge
@@ -59,6 +61,8 @@ class Plan(NamedTuple):
     device: torch.device
     head: int = 0
     """the first of the query heads, among those of the whole"""
+    block_mask: BlockMask | None = None
+    """of the whole, for these heads"""
 
     @property
     def own_rows(self) -> list[tuple[slice, Piece]]:
@@ -201,6 +205,8 @@ def _operator_call(plan: Plan, of_all: Operands, call: _Call) -> tuple[Operands,
     """Operands and options of one call, from those of the whole."""
     part, rows, keys = call.part, call.of_rows, call.of_keys
     own = of_all._replace(mask=_cut(of_all.mask, call.rows, keys), bias=_cut(of_all.bias, call.rows, keys))
+    if plan.block_mask is not None:
+        own = own._replace(block_mask=list(cut(plan.block_mask, rows, keys).tensors))
     if plan.seed is not None:
         at = {"rows": (part.first_row, rows.stride), "keys": (part.first_key, keys.stride)}
         own = own._replace(seed=ops.seed_of_part(plan.seed, batch=part.document, head=plan.head, **at))

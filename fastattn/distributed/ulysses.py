@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.distributed.blocks import of_heads
 from fastattn.distributed.comm import Message, Peers
 from fastattn.distributed.layout import Piece, length_of, pieces
 from fastattn.distributed.ring import placed
@@ -40,7 +41,8 @@ Attend = Callable[[AttentionSpec, int], tuple[Tensor, Tensor | None]]
 def run(
     peers: Peers, rows: list[list[Piece]], keys: list[list[Piece]], spec: AttentionSpec, attend: Attend
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of this rank's rows, differentiable. The spec's bias and mask are for its rows and all keys.
+    """(out, lse) of this rank's rows, differentiable. The spec's bias and mask are for its rows and all keys,
+    its block mask is the whole's.
 
     ``rows`` and ``keys`` say where the tokens of each of these ranks lie in the tensors that ``attend`` gets.
     """
@@ -61,7 +63,8 @@ def run(
     mask = rest.pop(0).bool() if spec.mask is not None else None
     mine = own[peers.rank]
     if mine.stop == mine.start:  # nothing to compute, but the backward pass must come through here on every rank
-        lse = q.sum(-1) + sum(x.sum() for x in (k, v, bias) if x is not None)
+        none = (x[..., :0] for x in (spec.alibi_slopes, spec.sinks) if x is not None)  # whose gradients are 0 here
+        lse = q.sum(-1) + sum(x.sum() for x in (k, v, bias, *none) if x is not None)
         out = lse[..., None].expand(*q.shape[:3], v.shape[3]).to(q.dtype)
         lse = lse.to(torch.promote_types(q.dtype, torch.float32))
     else:
@@ -70,6 +73,7 @@ def run(
         local = spec._replace(
             q=q, k=k, v=v, bias=bias, mask=mask,
             alibi_slopes=None if slopes is None else slopes[:, mine], sinks=None if sinks is None else sinks[mine],
+            block_mask=None if spec.block_mask is None else of_heads(spec.block_mask, mine),
         )  # fmt: skip
         out, lse = attend(local, mine.start)
         assert lse is not None

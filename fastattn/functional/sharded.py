@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from fastattn import backends, ops
 from fastattn.backends import Explanation
-from fastattn.block_mask import BlockMask, BlockTensors
+from fastattn.block_mask import some_lines
 from fastattn.ops.schema import heads_last
 from fastattn.spec import AttentionSpec
 
@@ -178,18 +178,8 @@ def _own_part(spec: AttentionSpec, layout: _Layout) -> AttentionSpec:
         name: layout.part(x, *places[name]) for name in places if (x := getattr(spec, name)) is not None
     }  # fmt: skip
     if spec.block_mask is not None:
-        changes["block_mask"] = _own_blocks(spec.block_mask, layout)
+        changes["block_mask"] = some_lines(spec.block_mask, lambda x: layout.part(x, 0, 1))
     return spec._replace(k=k, v=v, **changes)
-
-
-def _own_blocks(mask: BlockMask, layout: _Layout) -> BlockMask:
-    """This rank's part: tables of its batch entries and heads, into the entries and tiles of all."""
-    tensors = mask.tensors
-    query, key, table = (
-        layout.part(x, 0, 1).contiguous() for x in (tensors.query_offsets, tensors.key_offsets, tensors.table)
-    )
-    shape = (table.shape[0], table.shape[1], *mask.shape[2:])
-    return BlockMask(shape, BlockTensors(query, tensors.query_entries, key, tensors.key_entries, table, tensors.pool))
 
 
 def _first_ranks(seed: Tensor, mesh: DeviceMesh) -> Tensor:

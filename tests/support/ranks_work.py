@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 import fastattn.distributed as fd
-from fastattn import testing
+from fastattn import BlockMask, testing
+from fastattn.block_mask import BLOCK
 from fastattn.distributed import comm
 from fastattn.distributed.layout import length_of, pieces
 from fastattn.distributed.ring import placed
@@ -37,6 +38,8 @@ def make_inputs(case):
         options["bias"] = draw(*(n if wide else 1 for n, wide in zip(sizes, shape, strict=True)))
     if case.get("mask"):
         options["mask"] = torch.rand(batch, 1, q_len, kv_len, generator=g) < 0.7
+    if shape := case.get("block_mask"):
+        options["block_mask"] = BlockMask.from_mask(in_tiles(*shape, q_len, kv_len, g))
     if case.get("alibi"):
         options["alibi_slopes"] = torch.rand(q_heads, generator=g).mul(0.2).requires_grad_()
     if documents is not None:
@@ -50,6 +53,17 @@ def make_inputs(case):
     inputs = {"q": q, "k": k, "v": v, "dout": draw(batch, q_heads, q_len, v_dim).detach()}
     inputs["dlse"] = torch.randn(batch, q_heads, q_len, generator=g)
     return inputs, options
+
+
+def in_tiles(batch, heads, q_len, kv_len, g):
+    """A bool mask with empty, full and partial tiles, which differ from head to head, and with a row of nothing."""
+    rows, columns = -(-q_len // BLOCK), -(-kv_len // BLOCK)
+    kinds = torch.randint(0, 3, (batch, heads, rows, columns), generator=g)
+    kinds[..., 0, 0], kinds[..., -1, 0] = 1, 0
+    of_keys = kinds.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)[:, :, :q_len, :kv_len]
+    mask = (of_keys == 1) | ((of_keys == 2) & (torch.rand(of_keys.shape, generator=g) < 0.5))
+    mask[:, :, q_len // 2] = False
+    return mask
 
 
 def attend(mesh, case):
@@ -187,10 +201,10 @@ def explained(mesh, options, length=8192, heads=(8, 8)):
     return fd.explain(q, k, k, mesh=mesh, **options)
 
 
-def traffic(mesh, options):
+def traffic(mesh, options, length=16):
     """Bytes that this rank is sent, and how many of the messages with keys; counted where they are received."""
     received = []
-    q = torch.randn(1, 2, 16, 8)
+    q = torch.randn(1, 2, length, 8)
     seen = comm.Peers.start
 
     def start(self, sends, receives):
@@ -203,3 +217,32 @@ def traffic(mesh, options):
     finally:
         comm.Peers.start = seen
     return sum(received), len(received)
+
+
+def traffic_of_blocks(mesh, strategy, tiles):
+    """`traffic` of four ranks with a tile each, under the mask of these tiles."""
+    dense = torch.tensor(tiles, dtype=torch.bool).repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    return traffic(mesh, {"strategy": strategy, "block_mask": BlockMask.from_mask(dense)}, BLOCK)
+
+
+def choice_of_blocks(mesh):
+    """(text, costs, costs without) of a mask with a tile of four."""
+    dense = torch.zeros(2 * BLOCK, 2 * BLOCK, dtype=torch.bool)
+    dense[BLOCK:, :BLOCK] = True
+    q = torch.randn(1, 2, BLOCK, 8)
+    choice = fd.explain(q, q, q, mesh=mesh, block_mask=BlockMask.from_mask(dense))
+    return str(choice), choice.costs, fd.explain(q, q, q, mesh=mesh).costs
+
+
+def refused_blocks(mesh, kind):
+    dense = torch.ones(1, 1, 12, 12, dtype=torch.bool)
+    if kind == "dense":
+        return small_call(mesh, block_mask=dense)
+    if kind == "length":
+        dense = dense[:, :, :6]
+    if kind == "heads":
+        dense = dense.expand(1, 3, 12, 12)
+    if kind == "other" and mesh.get_rank() == 1:
+        dense[..., 0] = False
+    documents = {"cu_seqlens_q": torch.tensor([0, 12])} if kind == "documents" else {}
+    return small_call(mesh, block_mask=BlockMask.from_mask(dense), **documents)

@@ -1,0 +1,143 @@
+"""Block masks of the whole sequence, the same on every rank: what each rank needs of one, without a message."""
+
+import ctypes
+import weakref
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.block_mask import BLOCK, EMPTY, FULL, BlockMask, of_tiles, some_lines
+from fastattn.distributed.layout import Piece
+
+_CHUNK = 64  # tiles that are put together at a time, 128 KiB of indices each
+_KEPT: "weakref.WeakKeyDictionary[BlockMask, dict[Any, Any]]" = weakref.WeakKeyDictionary()
+"""What was made of a mask, for every layer and step that shares it."""
+
+
+def _kept(mask: BlockMask, name: Any, make: Callable[[], Any]) -> Any:
+    found = _KEPT.setdefault(mask, {})
+    if name not in found:
+        found[name] = make()
+    return found[name]
+
+
+class SeenTiles:
+    """`fastattn.distributed.layout.Tiles` of a mask, which it does not keep alive; equal where masks are."""
+
+    def __init__(self, mask: BlockMask) -> None:
+        self._mask = weakref.ref(mask)
+        self._shares: dict[tuple[Piece, Piece], float] = {}
+        self.name = (mask.shape, _checksum(mask.tensors.table), _checksum(mask.tensors.pool))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SeenTiles) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __str__(self) -> str:
+        shape, table, pool = self.name
+        return f"block mask {shape} {table:08x}{pool:08x}"
+
+    def share(self, rows: Piece, keys: Piece) -> float:
+        """The part of these pairs that lies in tiles that are not empty, in the mean over batch and heads."""
+        if (rows, keys) not in self._shares:
+            mask = self._mask()
+            assert mask is not None
+            tiles = mask.tensors.table[:, :, _tiles_of(rows), _tiles_of(keys)]
+            self._shares[rows, keys] = int(tiles.count_nonzero()) / tiles.numel()
+        return self._shares[rows, keys]
+
+
+def seen_tiles(mask: BlockMask) -> SeenTiles:
+    """Of a mask, made once."""
+    return _kept(mask, "seen", lambda: SeenTiles(mask))
+
+
+def of_heads(mask: BlockMask, heads: slice) -> BlockMask:
+    """The mask of some heads."""
+    if mask.shape[1] == 1:
+        return mask
+    return _kept(mask, (heads.start, heads.stop), lambda: some_lines(mask, lambda x: x[:, heads]))
+
+
+def cut(mask: BlockMask, rows: Piece, keys: Piece) -> BlockMask:
+    """The mask of a piece of queries and a piece of keys, in tiles that begin where the pieces do."""
+    return _kept(mask, (rows, keys), lambda: _cut(mask, rows, keys))
+
+
+def _cut(mask: BlockMask, rows: Piece, keys: Piece) -> BlockMask:
+    least = most = mask.tensors.table
+    for dim, piece in ((2, rows), (3, keys)):
+        first, last = _tiles_below(piece, least.device)
+        least, most = _over(least, dim, first, last, torch.minimum), _over(most, dim, first, last, torch.maximum)
+    full = (least == FULL) & (most == FULL)
+    for dim, piece in ((2, rows), (3, keys)):
+        if piece.length % BLOCK:  # a tile that ends early is not full: kernels trust that all of those are there
+            full.select(dim, -1).fill_(False)
+    mixed = (most != EMPTY) & ~full
+    table = full.to(torch.int32) * FULL
+    empty = mask.tensors.pool.new_zeros(1, BLOCK, BLOCK)
+    kinds, stored, count = [], [empty, empty + 1], 2
+    for places in mixed.nonzero().split(_CHUNK):
+        tiles = _tiles_at(mask, rows, keys, places)
+        whole = tiles.flatten(1).all(1)
+        partial = tiles.flatten(1).any(1) & ~whole
+        kind = whole.to(torch.int32) * FULL
+        new = int(partial.sum())
+        kind[partial] = torch.arange(count, count + new, dtype=torch.int32, device=kind.device)
+        kinds.append(kind)
+        stored.append(tiles[partial].to(torch.uint8))
+        count += new
+    if kinds:
+        table[mixed] = torch.cat(kinds)
+    return of_tiles((*mask.shape[:2], rows.length, keys.length), table, torch.cat(stored))
+
+
+def _tiles_at(mask: BlockMask, rows: Piece, keys: Piece, places: Tensor) -> Tensor:
+    """bool (places, BLOCK, BLOCK): tiles of the part, False behind its end.
+
+    places: int64 (places, 4): batch entry, head, row and column of tiles.
+    """
+    batch, head, *where = places.unbind(1)
+    tile, within, there = [], [], []
+    for piece, number in zip((rows, keys), where, strict=True):
+        index = number[:, None] * BLOCK + torch.arange(BLOCK, device=places.device)
+        there.append(index < piece.length)
+        position = piece.start + piece.stride * index.clamp(max=piece.length - 1)
+        tile.append(position // BLOCK)
+        within.append(position % BLOCK)
+    (row, column), (i, j), (rows_in, keys_in) = tile, within, there
+    batch, head = batch[:, None, None], head[:, None, None]
+    kind = mask.tensors.table[batch, head, row[:, :, None], column[:, None, :]].long()
+    inside = rows_in[:, :, None] & keys_in[:, None, :]
+    return mask.tensors.pool[kind, i[:, :, None], j[:, None, :]].bool() & inside
+
+
+def _tiles_of(piece: Piece) -> slice:
+    """The whole's tiles in which a piece lies, and those between."""
+    return slice(piece.start // BLOCK, (piece.start + (piece.length - 1) * piece.stride) // BLOCK + 1)
+
+
+def _tiles_below(piece: Piece, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first and the last of the whole's tiles below each tile of a piece."""
+    begin = torch.arange(0, piece.length, BLOCK, device=device)
+    end = (begin + BLOCK - 1).clamp(max=piece.length - 1)
+    first, last = ((piece.start + piece.stride * x) // BLOCK for x in (begin, end))
+    return first, last
+
+
+def _over(x: Tensor, dim: int, first: Tensor, last: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``x`` from ``first`` to ``last`` along ``dim``, joined."""
+    found = x.index_select(dim, first)
+    for step in range(1, int((last - first).max()) + 1):
+        found = join(found, x.index_select(dim, torch.minimum(first + step, last)))
+    return found
+
+
+def _checksum(x: Tensor) -> int:
+    x = x.cpu().contiguous()
+    return zlib.crc32((ctypes.c_char * x.nbytes).from_address(x.data_ptr())) if x.nbytes else 0
