@@ -206,7 +206,7 @@ def _agree(
     view = View(options["q_offset"], *check_window(options["window"], options["causal"]), documents, tiles)
     if documents is None:
         if spec.block_mask is not None:
-            check_block_mask(spec.block_mask, (*q.shape[:2], q_total, kv_total), q.device)
+            check_block_mask(spec.block_mask, (q.shape[0], q.shape[1], q_total, kv_total), q.device)
         offset = kv_total - q_total if view.q_offset is None else view.q_offset
         view = view._replace(q_offset=offset)
         pair = relation(Piece(0, q_total), Piece(0, kv_total), offset, view.left, view.right)
@@ -261,8 +261,8 @@ def _check(
         wide = (_of_length(x, width) for x in (k, v))
         spec = make_spec(q, *wide, **{**options, **offset})._replace(k=k, v=v, block_mask=block_mask)
         if block_mask is not None:  # its lengths are those of the whole, which are not known yet
-            lengths = block_mask.shape[2:] if isinstance(block_mask, BlockMask) else (0, 0)
-            check_block_mask(block_mask, (*q.shape[:2], *lengths), q.device)
+            q_len, kv_len = block_mask.shape[2:] if isinstance(block_mask, BlockMask) else (0, 0)
+            check_block_mask(block_mask, (q.shape[0], q.shape[1], q_len, kv_len), q.device)
     if strategy == "ulysses" and peers.inner is not None:
         raise ValueError(f"strategy: expected 'ring', 'all_gather' or None, got 'ulysses'; {_BY_HEADS}")
     routed = strategy in ("ring", "all_gather") or peers.inner is not None
