@@ -1,5 +1,6 @@
 """Messages between the ranks of a mesh dimension: errors name the rank that is missing, and nothing waits for ever."""
 
+import hashlib
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 _TEXT = 480  # bytes of a header's text
+_KEPT = 1024  # headers
+_LEAST = -(1 << 63)
 
 
 class Message(NamedTuple):
@@ -109,6 +112,18 @@ class Peers:
         )
         return found
 
+    def largest(self, own: Tensor) -> Tensor:
+        """Of what every rank has, element by element; the same on every rank, after log2(ranks) exchanges."""
+        step = 1
+        while step < self.size:
+            coming = torch.empty_like(own)
+            self.exchange(
+                [Message(own, (self.rank + step) % self.size)], [Message(coming, (self.rank - step) % self.size)]
+            )
+            own = torch.maximum(own, coming)
+            step *= 2
+        return own
+
 
 class Ranks:
     """All ranks of a mesh of one or two dimensions, as this one sees them, row by row.
@@ -133,7 +148,9 @@ class Ranks:
         self.width = 1 if self.inner is None else self.inner.size
         self.size = self.outer.size * self.width
         self.rank = self.outer.number(self.outer.rank)
-        self._device = mesh.device_type
+        groups = (self.outer.group, mesh.get_group(mesh.ndim - 1))
+        by_host = all("cpu" in dist.get_backend_config(group) for group in groups)
+        self._device = "cpu" if by_host else mesh.device_type  # of headers: reading them need not wait for the device
 
     def __str__(self) -> str:
         return str(self.outer)
@@ -151,11 +168,55 @@ class Ranks:
         rows = self.outer.gather(row, [sum(sizes[self.row(i)]) for i in range(self.outer.size)])
         return list(torch.cat(rows).split(sizes))
 
-    def headers(self, numbers: list[int], text: str) -> list[tuple[list[int], str]]:
-        """What every rank says of its call: some numbers, and a text of at most 480 bytes of UTF-8."""
-        raw = text.encode()[:_TEXT].ljust(_TEXT, b"\0")
-        own = torch.tensor([*numbers, *raw], dtype=torch.int64, device=self._device)
-        values = torch.stack(self.gather(own)).tolist()
+    def headers(self, numbers: list[int], text: str) -> list["Header"]:
+        """What every rank says of its call, as `agree` has it."""
+        return self.agree(numbers, text)[0]
+
+    def agree(self, numbers: list[int], text: str, seed: int = 0) -> tuple[list["Header"], int]:
+        """(what every rank says of its call, the first rank's ``seed``). Every rank calls it.
+
+        Args:
+            numbers: as many on every rank.
+            text: at most 480 bytes of UTF-8 are told.
+            seed: 64 bits that may change from call to call.
+
+        Headers are kept. Where every rank has those that the same call found before, a digest of them tells so, in
+        log2(ranks) short messages; else all exchange them. Every rank goes the same way, whatever it has kept: the
+        largest and the smallest digest are known to all.
+        """
+        own: Header = ([*numbers], text.encode()[:_TEXT].decode(errors="ignore"))
+        name = (self.size, self.rank, tuple(numbers), own[1])
+        known, digest = _kept_headers.get(name, ([], 0))
+        told = torch.tensor(
+            [digest, -digest, seed if self.rank == 0 else _LEAST], dtype=torch.int64, device=self._device
+        )
+        for peers in (self.inner, self.outer):
+            told = told if peers is None else peers.largest(told)
+        largest, opposite, seed = told.tolist()  # the opposite of the smallest
+        if largest != -opposite or largest == 0:
+            known = self._exchange_headers(own)
+            if len(_kept_headers) >= _KEPT:
+                _kept_headers.clear()
+            _kept_headers[name] = known, _digest(known)
+        return known, seed
+
+    def _exchange_headers(self, own: "Header") -> list["Header"]:
+        numbers, text = own
+        raw = text.encode().ljust(_TEXT, b"\0")
+        values = torch.tensor([*numbers, *raw], dtype=torch.int64, device=self._device)
         return [
-            (row[: len(numbers)], bytes(row[len(numbers) :]).rstrip(b"\0").decode(errors="ignore")) for row in values
+            (row[: len(numbers)], bytes(row[len(numbers) :]).rstrip(b"\0").decode())
+            for row in torch.stack(self.gather(values)).tolist()
         ]
+
+
+Header = tuple[list[int], str]
+"""What a rank says of its call."""
+
+_kept_headers: dict[Any, tuple[list[Header], int]] = {}
+"""A rank's own header -> those of all ranks and their digest. Whatever the group: equal digests are equal headers."""
+
+
+def _digest(headers: list[Header]) -> int:
+    """62 bits, not 0."""
+    return int.from_bytes(hashlib.blake2b(repr(headers).encode(), digest_size=8).digest(), "big") >> 2 | 1

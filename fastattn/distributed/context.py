@@ -100,7 +100,7 @@ def context_parallel_attention(
         dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     out, lse = _run(call, backend)
-    return (out, lse) if return_lse else out
+    return out if not return_lse or lse is None else (out, lse)
 
 
 def explain(
@@ -144,7 +144,7 @@ def explain(
     ).choice  # fmt: skip
 
 
-def _run(call: "_Call", backend: str | None) -> tuple[Tensor, Tensor]:
+def _run(call: "_Call", backend: str | None) -> tuple[Tensor, Tensor | None]:
     peers = call.peers
 
     def over_all_keys(spec: AttentionSpec, head: int) -> tuple[Tensor, Tensor | None]:
@@ -187,14 +187,15 @@ def _agree(
     """Check this rank's arguments, then those of all ranks against each other: all go on, or all raise."""
     peers = Ranks(mesh, timeout)
     problem: Exception | None = None
-    spec, documents, numbers, text = None, None, [0] * 11, ""
+    spec, documents, numbers, text, seed = None, None, [0] * 10, "", 0
     try:
         spec, documents = _check(q, k, v, peers, strategy, balance, backend, options)
         numbers = [1, *_numbers(spec, q, k, v, options)]
         text = _describe(spec, documents, strategy, balance, options)
+        seed = int(ops.draw_seed(q.device)) if spec.dropout_p else 0
     except Exception as error:
         problem, text = error, f"{type(error).__name__}: {error}"
-    headers = peers.headers(numbers, text)
+    headers, seed = peers.agree(numbers, text, seed)
     if problem is not None:
         raise problem
     for rank, (their, words) in enumerate(headers):
@@ -213,7 +214,7 @@ def _agree(
         if pair is not None:  # a side that forbids nothing is open
             view = view._replace(left=pair.left, right=pair.right)
     spec = spec._replace(left=view.left, right=view.right, q_offset=view.q_offset)
-    seed = torch.tensor(headers[0][0][10:], device=q.device) if spec.dropout_p else None
+    of_all = torch.tensor([seed], device=q.device) if spec.dropout_p else None
     scores = sum(x.element_size() for x in (spec.bias, spec.mask) if x is not None)
     batch, q_heads, _, head_dim = q.shape
     sizes = Sizes(
@@ -224,7 +225,7 @@ def _agree(
     rows, keys = (
         pieces(balance, total, peers.size, own) for total, own in zip((q_total, kv_total), of_both, strict=True)
     )  # fmt: skip
-    return _Call(peers, spec, rows, keys, sizes, _choose(sizes, link or Link(), strategy, spec), seed)
+    return _Call(peers, spec, rows, keys, sizes, _choose(sizes, link or Link(), strategy, spec), of_all)
 
 
 def check_how(strategy: str | None, balance: str) -> None:
@@ -311,13 +312,12 @@ def _width(options: dict[str, Any]) -> int:
 
 def _numbers(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> list[int]:
     dtype = FLOAT_DTYPES.index(spec.q.dtype)
-    seed = int(ops.draw_seed(q.device)) if spec.dropout_p else 0
-    return [*q.shape, k.shape[1], k.shape[2], v.shape[3], dtype, _width(options), seed]
+    return [*q.shape, k.shape[1], k.shape[2], v.shape[3], dtype, _width(options)]
 
 
 def _describe(spec: AttentionSpec, documents: Any, strategy: str | None, balance: str, options: dict[str, Any]) -> str:
     """What must be the same on every rank, beside shapes."""
-    names = ("causal", "window", "q_offset", "softcap", "scale", "dropout_p")
+    names = ("causal", "window", "q_offset", "softcap", "scale", "dropout_p", "return_lse")
     parts = [f"strategy={strategy!r}", f"balance={balance!r}", *(f"{name}={options[name]!r}" for name in names)]
     tensors = {"mask": spec.mask, "bias": spec.bias, "alibi_slopes": spec.alibi_slopes, "sinks": spec.sinks}
     parts += [name for name, x in tensors.items() if x is not None]
@@ -371,7 +371,7 @@ def _check_together(
 
 
 def _shapes(numbers: list[int]) -> str:
-    _, batch, q_heads, q_len, dim, kv_heads, kv_len, v_dim, dtype, _, _ = numbers
+    _, batch, q_heads, q_len, dim, kv_heads, kv_len, v_dim, dtype, _ = numbers
     name = str(FLOAT_DTYPES[dtype]).removeprefix("torch.")
     q, k, v = (batch, q_heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, v_dim)
     return f"q {q} k {k} v {v} {name}"

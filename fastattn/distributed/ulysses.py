@@ -40,10 +40,10 @@ Attend = Callable[[AttentionSpec, int], tuple[Tensor, Tensor | None]]
 
 def run(
     peers: Peers, rows: list[list[Piece]], keys: list[list[Piece]], spec: AttentionSpec, attend: Attend
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of this rank's rows, differentiable. The spec's bias and mask are for its rows and all keys,
-    its block mask is the whole's.
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse if the spec asks for it) of this rank's rows, differentiable.
 
+    The spec's bias and mask are for its rows and all keys, its block mask is the whole's.
     ``rows`` and ``keys`` say where the tokens of each of these ranks lie in the tensors that ``attend`` gets.
     """
     q_heads = spec.q.shape[1]
@@ -76,7 +76,9 @@ def run(
             block_mask=None if spec.block_mask is None else of_heads(spec.block_mask, mine),
         )  # fmt: skip
         out, lse = attend(local, mine.start)
-        assert lse is not None
+    if not spec.return_lse:
+        return _SwapBack.apply(peers, Swap(own, rows), out)[0], None  # pyright: ignore[reportOptionalSubscript]
+    assert lse is not None
     out, lse = _SwapBack.apply(peers, Swap(own, rows), out, lse[..., None])  # pyright: ignore[reportGeneralTypeIssues]
     return out, lse[..., 0]
 

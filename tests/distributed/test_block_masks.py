@@ -10,13 +10,13 @@ from fastattn.distributed.layout import Piece
 from tests.distributed.test_context_parallel import BALANCES, STRATEGIES
 from tests.support import ranks_work as work
 
-ODD = {"block_mask": (1, 1), "q_len": 300, "kv_len": 300, "q_heads": 2, "kv_heads": 1, "batch": 1}
+ODD = {"tiles": (1, 1), "q_len": 300, "kv_len": 300, "q_heads": 2, "kv_heads": 1, "batch": 1}
 CASES = {
     "plain": {},
     "causal_dropout": {"options": {"causal": True, "dropout_p": 0.3}},
-    "heads_and_window": {"block_mask": (1, 2), "options": {"window": (150, 40)}, "sinks": True},
-    "more_keys_bias": {"block_mask": (1, 2), "q_len": 140, "kv_len": 270, "bias": (0, 1, 1, 1), "mask": True},
-    "batch_softcap": {"block_mask": (2, 1), "batch": 2, "q_len": 170, "kv_len": 140, "options": {"softcap": 2.0}},
+    "heads_and_window": {"tiles": (1, 2), "options": {"window": (150, 40)}, "sinks": True},
+    "more_keys_bias": {"tiles": (1, 2), "q_len": 140, "kv_len": 270, "bias": (0, 1, 1, 1), "mask": True},
+    "batch_softcap": {"tiles": (2, 1), "batch": 2, "q_len": 170, "kv_len": 140, "options": {"softcap": 2.0}},
 }  # fmt: skip
 
 

@@ -88,6 +88,12 @@ def test_the_same_bits_each_time(ranks, strategy):
     assert all(ranks.run(work.attend_twice, case))
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_out_alone(ranks, strategy):
+    assert all(ranks.run(work.out_alone, strategy, ranks=3))
+    assert strategy == "ulysses" or all(ranks.run(work.out_alone, strategy, ranks="2x2"))
+
+
 @pytest.mark.parametrize("strategy", ["ring", "all_gather"])
 def test_what_no_row_sees_is_not_sent(ranks, strategy):
     piece = 2 * 16 * (8 + 8) * 4  # heads, tokens, numbers, bytes
@@ -105,6 +111,15 @@ def test_what_no_row_sees_is_not_sent(ranks, strategy):
 def test_shard_and_unshard(ranks, balance, length):
     found = ranks.run(work.round_trip, length, balance)
     assert all(same for _, same in found) and sum(n for n, _ in found) == length
+
+
+@pytest.mark.parametrize("size", [3, "2x2"])
+def test_headers_are_exchanged_where_a_rank_has_a_new_one(ranks, size):
+    """19 and 20 tokens, or 37 and 38, are the same number on the first rank: it knows its header, another does not."""
+    first, second = (19, 20) if size == 3 else (37, 38)
+    for found in ranks.run(work.calls_of_lengths, [first, first, second, first, first], ranks=size):
+        assert all(right for right, _ in found)
+        assert [new for _, new in found[1:]] == [False, True, True, False]
 
 
 # Errors

@@ -152,7 +152,7 @@ ARROWS = {
     "_rounding": {"backends.reference", "ops", "spec"},
     "examples": {"", "distributed", "functional", "inference", "integrations", "nn"},
     "compat": {"block_mask", "compat", "functional"},
-    "distributed": {"backends", "distributed", "flops", "functional", "nn", "ops", "spec"},
+    "distributed": {"backends", "block_mask", "distributed", "flops", "functional", "nn", "ops", "spec"},
     "integrations": {"backends", "block_mask", "functional", "integrations", "nn", "ops", "spec"},
     "inference": {"_check", "functional", "inference", "nn"},
     "nn": {"_check", "functional", "nn"},

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import fastattn.distributed as fd
-from fastattn import BlockMask, testing
+from fastattn import BlockMask, attention, testing
 from fastattn.block_mask import BLOCK
 from fastattn.distributed import comm
 from fastattn.distributed.layout import length_of, pieces
@@ -38,7 +38,7 @@ def make_inputs(case):
         options["bias"] = draw(*(n if wide else 1 for n, wide in zip(sizes, shape, strict=True)))
     if case.get("mask"):
         options["mask"] = torch.rand(batch, 1, q_len, kv_len, generator=g) < 0.7
-    if shape := case.get("block_mask"):
+    if shape := case.get("tiles"):
         options["block_mask"] = BlockMask.from_mask(in_tiles(*shape, q_len, kv_len, g))
     if case.get("alibi"):
         options["alibi_slopes"] = torch.rand(q_heads, generator=g).mul(0.2).requires_grad_()
@@ -150,6 +150,40 @@ def small_call(mesh, length=6, **options):
 
 def call_with(mesh, options):
     return small_call(mesh, **options)
+
+
+def calls_of_lengths(mesh, lengths):
+    """Of calls one after the other over so many tokens: whether each is right, and whether headers were exchanged."""
+    found = []
+    seen = comm.Ranks._exchange_headers
+
+    def exchange(self, own):
+        found[-1][1] = True
+        return seen(self, own)
+
+    comm.Ranks._exchange_headers = exchange
+    try:
+        for length in lengths:
+            found.append([None, False])
+            whole = torch.randn(1, 2, length, 8, generator=torch.Generator().manual_seed(length))
+            q = fd.shard(whole, mesh=mesh, dim=2)
+            out = fd.context_parallel_attention(q, q, q, mesh=mesh, causal=True)
+            exact, expected = (attention(x, x, x, causal=True) for x in (whole.double(), whole))
+            testing.assert_parity(out, *(fd.shard(x, mesh=mesh, dim=2) for x in (exact, expected)))
+            found[-1][0] = True
+    finally:
+        comm.Ranks._exchange_headers = seen
+    return found
+
+
+def out_alone(mesh, strategy):
+    """A call without gradients and lse, which may take another backend."""
+    whole = [torch.randn(1, 4, 14, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    own = (fd.shard(x, mesh=mesh, dim=2) for x in whole)
+    out = fd.context_parallel_attention(*own, mesh=mesh, strategy=strategy, causal=True)
+    exact, expected = (attention(*x, causal=True) for x in ([x.double() for x in whole], whole))
+    testing.assert_parity(out, *(fd.shard(x, mesh=mesh, dim=2) for x in (exact, expected)))
+    return True
 
 
 def model_of_traffic(mesh, options):
