@@ -2,30 +2,18 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from fastattn.distributed.layout import Balance, Piece, Starts, View, joined, length_of, pairs_of, parts, pieces
-from fastattn.distributed.ring import Route, find_routes, steps_of
+from fastattn.distributed.ring import Hop, Route, find_routes, returns_of, steps_of
+from fastattn.distributed.schedule import Link, Move, Step, play, received
 from fastattn.distributed.ulysses import query_heads
+from fastattn.flops import BACKWARD_FACTOR
 from fastattn.functional.sharded import key_heads
 
 Strategy = Literal["ring", "all_gather", "ulysses"]
 STRATEGIES: tuple[Strategy, ...] = ("ring", "all_gather", "ulysses")
-
-
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """What the model assumes of the machines; only ratios decide. Give what you measure on yours.
-
-    Args:
-        latency: seconds from the start of a message to its first byte.
-        bandwidth: bytes per second that a rank receives.
-        flops: floating-point operations per second of attention.
-    """
-
-    latency: float = 20e-6
-    bandwidth: float = 50e9
-    flops: float = 300e12
 
 
 class Sizes(NamedTuple):
@@ -55,7 +43,7 @@ class Sizes(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """The forward pass of the rank that has most to do."""
+    """One pass, by the rank that has most of each."""
 
     bytes: int
     """received"""
@@ -64,9 +52,9 @@ class Cost(NamedTuple):
     memory: int
     """bytes of what arrives, held at once"""
     compute: float
-    """seconds, with what a rank waits for slower ones"""
+    """seconds of work"""
     exposed: float
-    """seconds of messages that no computation hides"""
+    """seconds more until the last rank is done: waiting for messages, or for slower ranks"""
 
     @property
     def seconds(self) -> float:
@@ -92,11 +80,9 @@ class Choice:
 
     def __str__(self) -> str:
         link = self.link
-        lines = [
-            self.call,
-            f"  assuming {link.latency * 1e6:g} us, {link.bandwidth / 1e9:g} GB/s, {link.flops / 1e12:g} TFLOP/s; "
-            "forward pass of the busiest rank",
-        ]
+        near = f" ({link.near_bandwidth / 1e9:g} GB/s within machines of {link.machine})" if link.near_bandwidth else ""
+        rates = f"{link.latency * 1e6:g} us, {link.bandwidth / 1e9:g} GB/s{near}, {link.flops / 1e12:g} TFLOP/s"
+        lines = [self.call, f"  assuming {rates}; forward pass of the busiest rank"]
         for name in STRATEGIES:
             if name in self.refused:
                 lines.append(f"  {name:<10} {self.refused[name]}")
@@ -107,7 +93,27 @@ class Choice:
                 f"  {name:<10} {cost.bytes / 2**20:10.2f} MiB received in {cost.hops} hops, {cost.memory / 2**20:.2f} "
                 f"MiB held, {cost.compute * 1e3:.3f} ms of work, {cost.exposed * 1e3:.3f} ms exposed{verdict}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.reasons])
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why this one: what each other strategy would take, and where the time goes."""
+        if self.asked:
+            return []
+        chosen = self.costs[self.strategy]
+        found = []
+        for name in STRATEGIES:
+            if name == self.strategy or name in self.refused:
+                continue
+            other = self.costs[name]
+            more = {"work": other.compute - chosen.compute, "waiting": other.exposed - chosen.exposed}
+            differences = ", ".join(
+                f"{abs(x) * 1e3:.3f} {'more' if x > 0 else 'less'} {of}" for of, x in more.items() if x
+            )
+            if not differences:
+                differences = "the same, but more memory" if other.memory > chosen.memory else "the same"
+            found.append(f"{name} {other.seconds * 1e3:.3f} ms ({differences})")
+        return [f"  {self.strategy} takes {chosen.seconds * 1e3:.3f} ms; {'; '.join(found)}"] if found else []
 
 
 def _rows_of_mesh(sizes: Sizes, total: int, documents: Starts | None) -> list[list[Piece]]:
@@ -134,23 +140,51 @@ def routes_of(sizes: Sizes) -> list[Route]:
 
 @functools.lru_cache(maxsize=256)
 def costs(sizes: Sizes, link: Link) -> dict[str, Cost]:
-    """What each strategy costs."""
-    return {
-        "ring": _cost_of_routes(sizes, link, "ring"),
-        "all_gather": _cost_of_routes(sizes, link, "all_gather"),
-        "ulysses": _cost_of_ulysses(sizes, link),
-    }
+    """What the forward pass of each strategy costs."""
+    return {name: cost(sizes, link, name) for name in STRATEGIES}
 
 
-def _seconds(sizes: Sizes, link: Link, pairs: int, heads: int) -> float:
-    return 2.0 * sizes.batch * heads * pairs * (sizes.head_dim + sizes.v_dim) / link.flops
+def cost(sizes: Sizes, link: Link, strategy: Strategy, backward: bool = False) -> Cost:
+    """What a strategy costs: its steps, played. ``backward``: that of the backward pass."""
+    if strategy == "ulysses":
+        swap = _swap(sizes, sizes.ranks, sizes.q_len, sizes.kv_len)
+        whole = parts(Piece(0, sizes.q_len), Piece(0, sizes.kv_len), sizes.view)
+        work = _seconds(sizes, link, list(map(pairs_of, whole)), swap.heads, backward)
+        steps = _swap_steps(swap, sizes.ranks, work, backward)
+        return _cost_of(steps, sizes.ranks, link, swap.memory)
+    ranks, width = len(rows_of(sizes)), sizes.width
+    swap = _swap(sizes, width, *(max(map(length_of, own)) for own in (rows_of(sizes), keys_of(sizes))))
+    steps = _route_steps(sizes, link, strategy, swap, backward)
+    held = sorted((max(x) for x in received([step._replace(leave=()) for step in steps], ranks)), reverse=True)
+    found = _cost_of(steps, ranks, link, swap.memory + sum(held[:2]), lambda rank: rank * width)
+    row = _cost_of(_swap_steps(swap, width, 0.0, backward), width, link, 0)
+    return found._replace(
+        bytes=found.bytes + row.bytes, hops=found.hops + row.hops, exposed=found.exposed + row.exposed
+    )
+
+
+def _cost_of(
+    steps: list[Step], ranks: int, link: Link, memory: int, number: Callable[[int], int] = lambda rank: rank
+) -> Cost:  # fmt: skip
+    messages = received(steps, ranks)
+    compute = max(map(sum, zip(*(step.work for step in steps), strict=True)))
+    bytes_in = max(map(sum, zip(*messages, strict=True)), default=0)
+    return Cost(bytes_in, len(messages), memory, compute, max(play(steps, ranks, link, number)) - compute)
+
+
+def _seconds(sizes: Sizes, link: Link, calls: list[int], heads: int, backward: bool) -> float:
+    """Of calls with so many pairs each."""
+    pairs = sum(calls) * (BACKWARD_FACTOR if backward else 1.0)
+    operations = 2.0 * sizes.batch * heads * pairs * (sizes.head_dim + sizes.v_dim)
+    return operations / link.flops + len(calls) * link.call
 
 
 class _Swap(NamedTuple):
     """Tokens for heads, there and back, in a row of ranks: for the first of them, which has most heads."""
 
-    bytes: int
-    """received"""
+    there: int
+    """bytes received"""
+    back: int
     memory: int
     heads: int
     kv_heads: int
@@ -162,52 +196,57 @@ def _swap(sizes: Sizes, ranks: int, q_len: int, kv_len: int) -> _Swap:
     shared = [key_heads(heads, sizes.q_heads // sizes.kv_heads) for heads in own]
     mine, keys = own[0].stop - own[0].start, max(x.stop - x.start for x in shared)
     if ranks == 1:
-        return _Swap(0, 0, mine, keys)
+        return _Swap(0, 0, 0, mine, keys)
     row = sizes.batch * sizes.element
     whole = q_len * mine * sizes.head_dim * row + kv_len * keys * (sizes.head_dim + sizes.v_dim) * row
     whole += sizes.bias * mine * q_len // (sizes.q_heads * max(sizes.q_len, 1))
     back = -(-q_len // ranks) * sizes.q_heads * sizes.v_dim * row
-    return _Swap((whole + back) * (ranks - 1) // ranks, whole, mine, keys)
+    return _Swap(whole * (ranks - 1) // ranks, back * (ranks - 1) // ranks, whole, mine, keys)
 
 
-def _cost_of_routes(sizes: Sizes, link: Link, strategy: str) -> Cost:
-    routes, rows = routes_of(sizes), rows_of(sizes)
-    ranks = len(rows)
-    swap = _swap(sizes, sizes.width, max(map(length_of, rows)), max(map(length_of, keys_of(sizes))))
+def _swap_steps(swap: _Swap, ranks: int, work: float, backward: bool) -> list[Step]:
+    """Every rank as the first; in the backward pass gradients go the other way."""
+
+    def moves(size: int) -> list[Move]:
+        each = [-(-size * (i + 1) // (ranks - 1)) - -(-size * i // (ranks - 1)) for i in range(ranks - 1)]
+        return [Move(r, (r + 1 + i) % ranks, each[i]) for i in range(ranks - 1) for r in range(ranks)]
+
+    there, back = moves(swap.there), moves(swap.back)
+    return [Step(back if backward else there, [work] * ranks, there if backward else back)]
+
+
+@functools.lru_cache(maxsize=256)
+def _pairs_of_routes(sizes: Sizes) -> list[dict[int, list[int]]]:
+    """Of each route, for each rank on it: the pairs of each call."""
+    rows = rows_of(sizes)
+    return [
+        {
+            rank: [pairs_of(part) for piece in rows[rank] for part in parts(piece, route.piece, sizes.view)]
+            for rank in (route.source, *route.stops)
+        }
+        for route in routes_of(sizes)
+    ]
+
+
+def _route_steps(sizes: Sizes, link: Link, strategy: Strategy, swap: _Swap, backward: bool) -> list[Step]:
+    """As `fastattn.distributed.ring` takes them."""
+    routes, pairs = routes_of(sizes), _pairs_of_routes(sizes)
     kv_row = sizes.kv_row * swap.kv_heads // sizes.kv_heads
+    gradient_row = kv_row * max(sizes.element, 4) // sizes.element
 
-    def work(rank: int, route: Route) -> int:
-        return sum(pairs_of(part) for piece in rows[rank] for part in parts(piece, route.piece, sizes.view))
+    def work(computed: list[tuple[int, int]]) -> list[float]:
+        calls: list[list[int]] = [[] for _ in range(len(rows_of(sizes)))]
+        for rank, number in computed:
+            calls[rank] += pairs[number][rank]
+        return [_seconds(sizes, link, own, swap.heads, backward) for own in calls]
 
-    own = [0] * ranks
-    for route in routes:
-        own[route.source] += work(route.source, route)
-    busy, received = [own], [[0] * ranks]
-    for hops in steps_of(routes, strategy):
-        busy.append([0] * ranks)
-        received.append([0] * ranks)
-        for hop in hops:
-            busy[-1][hop.receiver] += work(hop.receiver, hop.route)
-            received[-1][hop.receiver] += hop.route.piece.length * kv_row
-    each = [_seconds(sizes, link, max(step), swap.heads) for step in busy]
-    exposed = sum(
-        max(0.0, link.latency + max(step) / link.bandwidth - before)
-        for step, before in zip(received[1:], each, strict=False)
-    )
-    hops = 2 if sizes.width > 1 else 0
-    largest = sorted((max(step) for step in received), reverse=True)
-    return Cost(
-        swap.bytes + max(map(sum, zip(*received, strict=True))), hops + len(received) - 1,
-        swap.memory + sum(largest[:2]), sum(each), exposed + hops * link.latency + swap.bytes / link.bandwidth,
-    )  # fmt: skip
+    def moves(hops: list[Hop], row: int) -> list[Move]:
+        return [Move(hop.sender, hop.receiver, hop.route.piece.length * row) for hop in hops]
 
-
-def _cost_of_ulysses(sizes: Sizes, link: Link) -> Cost:
-    swap = _swap(sizes, sizes.ranks, sizes.q_len, sizes.kv_len)
-    hops = 2 if sizes.ranks > 1 else 0
-    whole = parts(Piece(0, sizes.q_len), Piece(0, sizes.kv_len), sizes.view)
-    pairs = sum(map(pairs_of, whole))
-    return Cost(
-        swap.bytes, hops, swap.memory, _seconds(sizes, link, pairs, swap.heads),
-        hops * link.latency + swap.bytes / link.bandwidth,
-    )  # fmt: skip
+    steps = [Step((), work([(route.source, route.number) for route in routes]))]
+    ranks = len(rows_of(sizes))
+    for hops, back in zip(*(f(routes, strategy, ranks) for f in (steps_of, returns_of)), strict=True):
+        home = moves(back, gradient_row) if backward else []
+        arrived = work([(hop.receiver, hop.route.number) for hop in hops])
+        steps.append(Step(moves(hops, kv_row), arrived, home))
+    return steps

@@ -116,29 +116,41 @@ def find_routes(rows: list[list[Piece]], keys: list[list[Piece]], view: View) ->
     return found
 
 
-def steps_of(routes: list[Route], strategy: str) -> list[list[Hop]]:
-    """The messages of keys and values, step by step; the same list on every rank."""
-    if strategy == "all_gather":
-        hops = [Hop(route, route.source, stop) for route in routes for stop in route.stops]
-        return [hops] if hops else []
-    steps: list[list[Hop]] = [[] for _ in range(max((len(route.stops) for route in routes), default=0))]
+def steps_of(routes: list[Route], strategy: str, ranks: int) -> list[list[Hop]]:
+    """The messages of keys and values, step by step; the same list on every rank.
+
+    A ring brings a piece to a rank in the step that is its distance, also where it spares ranks between: so that under
+    causal order what a rank gets in a step is as much work as what every other gets.
+    """
+    steps: list[list[Hop]] = [[] for _ in range(ranks - 1)]
     for route in routes:
-        way = (route.source, *route.stops)
-        for step, (sender, receiver) in enumerate(itertools.pairwise(way)):
-            steps[step].append(Hop(route, sender, receiver))
+        for before, stop in itertools.pairwise((route.source, *route.stops)):
+            sender = before if strategy == "ring" else route.source
+            steps[_step(route, stop, ranks)].append(Hop(route, sender, stop))
+    if strategy == "all_gather":  # in one step; in this order no rank gets from all others at once
+        steps = [[*itertools.chain(*steps)]]
+    while steps and not steps[-1]:
+        steps.pop()
     return steps
 
 
-def returns_of(routes: list[Route], strategy: str, step: int) -> list[Hop]:
-    """The messages of gradients after ``step``: on to the next rank of the route, and from its last one home."""
+def _step(route: Route, rank: int, ranks: int) -> int:
+    """The step of the ring in which a rank gets a piece."""
+    return (rank - route.source - 1) % ranks
+
+
+def returns_of(routes: list[Route], strategy: str, ranks: int) -> list[list[Hop]]:
+    """The messages of gradients after each step: to the next rank of the route in time, and from its last one home."""
+    there = steps_of(routes, strategy, ranks)
     if strategy == "all_gather":
-        return [Hop(route, stop, route.source) for route in routes for stop in route.stops]
-    found = []
+        return [[Hop(hop.route, hop.receiver, hop.sender) for hop in hops] for hops in there]
+    steps: list[list[Hop]] = [[] for _ in there]
     for route in routes:
-        if step < len(route.stops):
-            last = step == len(route.stops) - 1
-            found.append(Hop(route, route.stops[step], route.source if last else route.stops[step + 1]))
-    return found
+        for stop, following in itertools.pairwise(route.stops):
+            steps[_step(route, following, ranks) - 1].append(Hop(route, stop, following))
+        if route.stops:
+            steps[_step(route, route.stops[-1], ranks)].append(Hop(route, route.stops[-1], route.source))
+    return steps
 
 
 def run(plan: Plan, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -152,7 +164,8 @@ def run(plan: Plan, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
 def _arrivals(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, list[tuple[Route, Tensor, Tensor]]]]:
     """(step, the pieces that this rank computes with); its own in step -1. The next step is under way then."""
-    me, steps = plan.peers.rank, steps_of(plan.routes, plan.strategy)
+    me, steps = plan.peers.rank, steps_of(plan.routes, plan.strategy, plan.peers.size)
+    last = {hop.route.number: step for step, hops in enumerate(steps) for hop in hops if hop.sender == me}
     own = [route for route in plan.routes if route.source == me]
     places = [where for where, piece in placed_of(plan.routes, me)]
     held = {
@@ -175,8 +188,8 @@ def _arrivals(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, list[tupl
     yield -1, [unpack(route) for route in own]
     for step in range(len(steps)):
         pending.wait()
-        held = coming
-        arrived = [route for route in plan.routes if route.number in held]
+        held = {number: x for number, x in held.items() if last.get(number, -1) > step} | coming
+        arrived = [route for route in plan.routes if route.number in coming]
         # From the nearest rank of the ring on: one order of sums, whichever message came first.
         arrived.sort(key=lambda route: ((me - route.source) % plan.peers.size, route.number))
         pending, coming = begin(step + 1)
@@ -313,6 +326,7 @@ class _Sums:
 
     def __init__(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None) -> None:
         self._plan, self._k, self._v = plan, k, v
+        self._returns = returns_of(plan.routes, plan.strategy, plan.peers.size)
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.dq = torch.zeros_like(q, dtype=dtype)
         self.dbias, self.dslopes = (None if x is None else torch.zeros_like(x, dtype=dtype) for x in (bias, slopes))
@@ -352,7 +366,7 @@ class _Sums:
             return
         plan, me = self._plan, self._plan.peers.rank
         self._arrive()
-        hops = returns_of(plan.routes, plan.strategy, step)
+        hops = self._returns[step]
         sends = [
             Message(self._mine.pop(h.route.number), h.receiver, 1 + h.route.number) for h in hops if h.sender == me
         ]
