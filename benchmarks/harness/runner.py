@@ -26,7 +26,7 @@ from .provenance import ROOT, conditions, provenance, without_kernels
 
 SUITES = (
     "forward", "backward", "features", "decode", "layers", "generation", "huggingface", "overhead", "launch", "memory",
-    "cpu",
+    "cpu", "scaling",
 )  # fmt: skip
 RESERVE = 10.0
 """Seconds kept at the end of a budget for the last cell and the table."""

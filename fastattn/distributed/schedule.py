@@ -17,6 +17,8 @@ class Link:
         bandwidth: bytes per second that a rank receives, and sends.
         flops: floating-point operations per second of attention.
         call: seconds of each call of the kernel beside its operations.
+        copy: seconds of a rank's own time for each byte that it sends or receives, in which it cannot compute: none
+            where a network reads the device's memory, as gloo's on a CPU does not.
         machine: how many ranks, numbered one after the other, share a machine; those of a row of a mesh of two
             dimensions should.
         near_latency, near_bandwidth: of messages within a machine; None is as between machines.
@@ -26,6 +28,7 @@ class Link:
     bandwidth: float = 50e9
     flops: float = 300e12
     call: float = 0.0
+    copy: float = 0.0
     machine: int = 1
     near_latency: float | None = None
     near_bandwidth: float | None = None
@@ -56,6 +59,15 @@ class Step(NamedTuple):
     """goes after the work, and is waited for after the work of the next step"""
 
 
+class _Posted(NamedTuple):
+    """Messages under way."""
+
+    ends: dict[int, float]
+    """rank -> when its last one has come"""
+    copied: dict[int, int]
+    """rank -> bytes"""
+
+
 def play(
     steps: Sequence[Step], ranks: int, link: Link, number: Callable[[int], int] = lambda rank: rank
 ) -> list[float]:
@@ -67,8 +79,8 @@ def play(
     clock = [0.0] * ranks
     taken: dict[tuple[bool, bool, int], float] = {}
 
-    def post(moves: Sequence[Move]) -> dict[int, float]:
-        ends: dict[int, float] = {}
+    def post(moves: Sequence[Move]) -> _Posted:
+        ends, copied = _Posted({}, {})
         for sender, receiver, size in moves:
             near, latency, bandwidth = link.way(number(sender), number(receiver))
             out, into = (near, True, sender), (near, False, receiver)
@@ -77,16 +89,17 @@ def play(
             end = start + latency + size / bandwidth
             for rank in (sender, receiver):
                 ends[rank] = max(ends.get(rank, 0.0), end)
-        return ends
+                copied[rank] = copied.get(rank, 0) + size
+        return _Posted(ends, copied)
 
-    def wait(ends: dict[int, float]) -> None:
-        for rank, end in ends.items():
-            clock[rank] = max(clock[rank], end)
+    def wait(posted: _Posted) -> None:
+        for rank, end in posted.ends.items():
+            clock[rank] = max(clock[rank], end) + posted.copied[rank] * link.copy
 
-    coming, leaving = post(steps[0].arrive) if steps else {}, {}
+    coming, leaving = post(steps[0].arrive), post(())
     for index, step in enumerate(steps):
         wait(coming)
-        coming = post(steps[index + 1].arrive) if index + 1 < len(steps) else {}
+        coming = post(steps[index + 1].arrive if index + 1 < len(steps) else ())
         clock = [time + work for time, work in zip(clock, step.work, strict=True)]
         wait(leaving)
         leaving = post(step.leave)

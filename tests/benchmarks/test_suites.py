@@ -26,6 +26,7 @@ EXPECTED = {
     "overhead": {"fastattn", "sdpa", "torch"},
     "launch": {"fastattn", "triton-binder", "torch"},
     "cpu": {"fastattn", "sdpa", "torch", "read"},
+    "scaling": {"torch", "ring", "all_gather", "ulysses", "ring, heads by 8", "all_gather, heads by 8"},
 }
 
 
@@ -58,9 +59,9 @@ def test_the_grid_is_the_fields():
 
 def test_suites_by_device():
     assert {c.suite for c in runner.cells_of(runner.SUITES, Device())} == {
-        *("generation", "huggingface", "overhead", "launch", "cpu")
+        *("generation", "huggingface", "overhead", "launch", "cpu", "scaling")
     }
-    assert {c.suite for c in runner.cells_of(runner.SUITES, CudaDevice())} == set(runner.SUITES) - {"cpu"}
+    assert {c.suite for c in runner.cells_of(runner.SUITES, CudaDevice())} == set(runner.SUITES) - {"cpu", "scaling"}
     priorities = [c.priority for c in runner.cells_of(runner.SUITES, CudaDevice())]
     assert priorities == sorted(priorities) and priorities[0] == 0
     decode = [c.label for c in runner.cells_of(["decode"], CudaDevice())]

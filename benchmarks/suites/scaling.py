@@ -1,0 +1,297 @@
+"""Context parallelism on more GPUs than there are: the schedule of each strategy, played message by message.
+
+The model is the one by which `fastattn.distributed` chooses a strategy (`fastattn/distributed/cost.py`), fed with
+figures of links and kernels. Here it is held against real steps of 2 and 4 processes on gloo, with the link and the
+kernels measured among the same processes, and then asked about 8 to 4096 GPUs.
+
+A step is the forward and the backward pass of one layer's attention, causal, in zigzag shards.
+
+Sources of `NETWORKS`: bandwidth: NVIDIA H100 datasheet (NVLink 900 GB/s, both directions together), NDR InfiniBand, 400
+Gb/s, one port per GPU, and 100 Gb/s Ethernet per GPU. Latency: NCCL's own model, src/graph/tuning.cc, protocol Simple:
+8.4 us for each start, and 3.4 us by NVLink or 9.6 us by network; that of Ethernet is assumed.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+import fastattn.distributed as fd
+from benchmarks.harness import predictions, processes
+from benchmarks.harness.device import DryRun, summarize
+from benchmarks.harness.runner import Bench, Cell
+from fastattn.distributed.comm import Message, Peers
+from fastattn.distributed.cost import Cost, Sizes, Strategy, cost
+from fastattn.distributed.layout import Balance, View
+from fastattn.flops import BACKWARD_FACTOR, forward_flops
+
+DEVICES = ("cpu",)
+
+PEAK = 989e12
+"""Of H100 SXM, bfloat16, dense; its datasheet."""
+MACHINE = 8
+NEAR = {"machine": MACHINE, "near_latency": 11.8e-6, "near_bandwidth": 450e9}
+NETWORKS = {
+    "InfiniBand": fd.Link(latency=18e-6, bandwidth=50e9, **NEAR),
+    "Ethernet": fd.Link(latency=50e-6, bandwidth=12.5e9, **NEAR),
+}
+GPUS = (8, 64, 512, 4096)
+TOKENS = (32 << 10, 128 << 10, 512 << 10, 2 << 20, 10 << 20)
+HEADS, KV_HEADS, DIM = 32, 8, 128
+
+
+def whole(tokens: int, ranks: int, width: int = 1, balance: Balance = "zigzag", **sizes: Any) -> Sizes:
+    """A causal layer: of a Llama with 32 query and 8 key heads in bfloat16, unless ``sizes`` says otherwise."""
+    shape = {"q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "v_dim": DIM, "element": 2} | sizes
+    view = View(0, None, 0)
+    return Sizes(ranks=ranks, balance=balance, batch=1, q_len=tokens, kv_len=tokens, view=view, width=width, **shape)
+
+
+# Played
+
+
+def kernel_rate() -> tuple[float, str]:
+    """(floating-point operations per second of our kernel on an H100, where that comes from)."""
+    asked = {"case": "grid", "mode": "forward", "provider": "fastattn", "dtype": "bf16", "head_dim": str(DIM)}
+    found = predictions.of(asked | {"causal": "yes"})
+    share = float(found["of_matmul"]) if found else 0.6
+    return share * PEAK, f"kernel at {share:.0%} of the peak, as the static model predicts; nothing measured on GPUs"
+
+
+def ways(gpus: int) -> dict[str, tuple[int, Strategy]]:
+    """Provider -> (ranks that divide heads, strategy), as far as it makes sense."""
+    found: dict[str, tuple[int, Strategy]] = {}
+    if gpus <= 64:
+        found |= {"ring": (1, "ring"), "all_gather": (1, "all_gather")}
+    if gpus <= HEADS:
+        found["ulysses"] = (1, "ulysses")
+    if gpus > MACHINE:
+        found |= {"ring, heads by 8": (MACHINE, "ring"), "all_gather, heads by 8": (MACHINE, "all_gather")}
+    return found
+
+
+class Played(NamedTuple):
+    """A step of one rank."""
+
+    work: float
+    exposed: float
+    """seconds"""
+    memory: int
+    """bytes: q, k, v, out and gradients of its tokens, and what arrives"""
+    received: int
+    """bytes"""
+
+    @property
+    def seconds(self) -> float:
+        return self.work + self.exposed
+
+
+def play(sizes: Sizes, strategy: Strategy, link: fd.Link, back: fd.Link | None = None) -> Played:
+    """A step by the model; ``back`` is the link with the rate of the backward kernel."""
+    passes: list[Cost] = [cost(sizes, link, strategy), cost(sizes, back or link, strategy, True)]
+    own = -(-sizes.q_len // sizes.ranks) * sizes.batch
+    row = 4 * sizes.q_heads * sizes.head_dim + 4 * sizes.kv_heads * sizes.head_dim  # and their gradients
+    return Played(
+        sum(x.compute for x in passes), sum(x.exposed for x in passes),
+        own * row * sizes.element + max(x.memory for x in passes), sum(x.bytes for x in passes),
+    )  # fmt: skip
+
+
+def measure_played(bench: Bench, gpus: int, network: str) -> None:
+    """All lengths and strategies of so many GPUs."""
+    rate, where = kernel_rate()
+    link = dataclasses.replace(NETWORKS[network], flops=rate)
+    lengths = TOKENS[:1] if isinstance(bench.device, DryRun) else TOKENS
+    for tokens in lengths:
+        if tokens < gpus * 128:  # shards shorter than a tile of the kernel
+            continue
+        for name, (width, strategy) in ways(gpus).items():
+            step = play(whole(tokens, gpus, width), strategy, link)
+            key = {
+                "case": f"{gpus} GPUs, {network}", "mode": "step, played", "provider": name, "dtype": "bf16",
+                "batch": 1, "q_heads": HEADS, "kv_heads": KV_HEADS, "q_len": tokens, "kv_len": tokens,
+                "head_dim": DIM, "causal": True, "p50_ms": step.seconds * 1e3, "mbytes": step.received / 1e6,
+            }  # fmt: skip
+            note = f"exposed {step.exposed * 1e3:.4g} ms; {where}"
+            bench.record("scaling", key, peak_mib=step.memory / 2**20, note=note)
+
+
+# Checked against processes
+
+
+class Check(NamedTuple):
+    """One real step."""
+
+    ranks: int
+    strategy: Strategy
+    balance: Balance
+    width: int = 1
+
+    @property
+    def case(self) -> str:
+        mesh = f"{self.ranks // self.width}x{self.width}" if self.width > 1 else str(self.ranks)
+        return f"{mesh} processes on gloo, {self.balance}"
+
+    def piece(self, length: int) -> tuple[int, int]:
+        """(tokens, heads) of the calls of the kernel that a rank makes."""
+        if self.strategy == "ulysses":
+            return length, SHAPE["q_heads"] // self.ranks
+        runs = self.ranks // self.width * (2 if self.balance == "zigzag" else 1)
+        return length // runs, SHAPE["q_heads"] // self.width
+
+
+CHECKS = [
+    *(Check(2, strategy, balance) for balance in ("zigzag", "contiguous") for strategy in ("ring", "all_gather")),
+    Check(2, "ulysses", "zigzag"),
+    *(Check(4, strategy, "zigzag") for strategy in ("ring", "all_gather", "ulysses")),
+    Check(4, "ring", "zigzag", 2),
+]  # fmt: skip
+SHAPE = {"q_heads": 4, "kv_heads": 4, "head_dim": 64, "v_dim": 64, "element": 4}
+LENGTH = 2048
+
+
+class Measured(NamedTuple):
+    """Seconds of a check: forward and backward pass together, repeat by repeat, and as predicted."""
+
+    check: Check
+    seconds: list[float]
+    predicted: float
+
+
+def run_checks(length: int, repeats: int) -> list[Measured]:
+    """In each process: the links and kernels of 2 and of 4 processes, what they predict, and the steps themselves."""
+    rank = dist.get_rank()
+    meshes = {(n, 1): DeviceMesh("cpu", list(range(n)), mesh_dim_names=("cp",)) for n in (2, 4)}
+    meshes[4, 2] = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("ring", "heads"))
+    alone = [DeviceMesh("cpu", [n], mesh_dim_names=("cp",)) for n in range(dist.get_world_size())][rank]
+    found = []
+    for ranks in (2, 4):
+        if rank < ranks:
+            found += _checks_of(ranks, meshes, alone, length, repeats)
+        dist.barrier()
+    return found
+
+
+def _checks_of(ranks: int, meshes: Any, alone: DeviceMesh, length: int, repeats: int) -> list[Measured]:
+    mesh = meshes[ranks, 1]
+    peers = Peers(mesh, 0, None)
+    checks = [check for check in CHECKS if check.ranks == ranks]
+    runs: dict[Any, Run] = {c: _step(meshes[ranks, c.width], length, c.strategy, c.balance) for c in checks}
+    runs["start"] = _step(alone, 2)
+    for check in checks:
+        for causal in (False, True):
+            tokens, heads = check.piece(length)
+            runs[(tokens, heads), causal] = _step(alone, tokens, causal=causal, heads=heads)
+    piece = torch.empty(length // ranks * SHAPE["kv_heads"] * (SHAPE["head_dim"] + SHAPE["v_dim"]))
+    runs["work"] = _step(alone, length // ranks, causal=False)
+    runs |= {"first byte": _pass_on(peers, piece[:64]), "message": _pass_on(peers, piece)}
+    runs["beside"] = _pass_on(peers, piece, runs["work"])
+    times: dict[Any, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(repeats):  # all take turns, so that what else the machine does is the same for all
+        for name, run in runs.items():
+            times[name].append(_slowest(peers, run))
+    middle = {name: [statistics.median(x) for x in zip(*of_name, strict=True)] for name, of_name in times.items()}
+    copy = max(middle["beside"][0] - middle["work"][0], 1e-9) / (2 * piece.nbytes)
+    latency = middle["first byte"][0]
+    wire = max(middle["message"][0] - latency - 2 * piece.nbytes * copy, 1e-9)
+    link = fd.Link(latency=latency, bandwidth=piece.nbytes / wire, copy=copy)
+    found = []
+    for check in checks:
+        links = [_with_kernel(link, middle, check.piece(length), index) for index in (0, 1)]
+        step = play(whole(length, ranks, check.width, check.balance, **SHAPE), check.strategy, *links)
+        found.append(Measured(check, [sum(x) for x in times[check]], sum(middle["start"]) + step.seconds))
+    return found
+
+
+def _with_kernel(link: fd.Link, middle: Any, piece: tuple[int, int], index: int) -> fd.Link:
+    """With what makes the times of a square of pairs and of the triangle below its diagonal those measured."""
+    length, heads = piece
+    square, triangle = (max(middle[piece, causal][index] - middle["start"][index], 1e-9) for causal in (False, True))
+    pairs = length * length, length * (length + 1) // 2
+    operations = [forward_flops(1, heads, n, SHAPE["head_dim"], SHAPE["v_dim"]) for n in pairs]
+    factor = BACKWARD_FACTOR if index else 1.0
+    flops = factor * (operations[0] - operations[1]) / max(square - triangle, 1e-9)
+    return dataclasses.replace(link, flops=flops, call=max(square - factor * operations[0] / flops, 0.0))
+
+
+Run = Callable[[], tuple[float, float]]
+"""Seconds of the forward and of the backward pass."""
+
+
+def _step(
+    mesh: DeviceMesh, length: int, strategy: Strategy = "ring", balance: Balance = "contiguous", causal: bool = True,
+    heads: int = SHAPE["q_heads"],
+) -> Run:  # fmt: skip
+    shape = (1, heads, length, SHAPE["head_dim"])
+    own = [fd.shard(torch.randn(shape), mesh=mesh, dim=2, balance=balance).requires_grad_() for _ in range(3)]
+    dout = torch.randn_like(own[0])
+
+    def run() -> tuple[float, float]:
+        begin = time.perf_counter()
+        out = fd.context_parallel_attention(*own, mesh=mesh, strategy=strategy, balance=balance, causal=causal)
+        assert isinstance(out, torch.Tensor)
+        middle = time.perf_counter()
+        torch.autograd.grad(out, own, dout)
+        return middle - begin, time.perf_counter() - middle
+
+    return run
+
+
+def _pass_on(peers: Peers, buffer: torch.Tensor, beside: Run | None = None) -> Run:
+    """Each rank sends to the next, while it runs something else: the time of both, but of a forward pass alone."""
+    coming = torch.empty_like(buffer)
+    right, left = (peers.rank + 1) % peers.size, (peers.rank - 1) % peers.size
+
+    def run() -> tuple[float, float]:
+        begin = time.perf_counter()
+        pending = peers.start([Message(buffer, right)], [Message(coming, left)])
+        backward = 0.0 if beside is None else beside()[1]
+        pending.wait()
+        return time.perf_counter() - begin - backward, 0.0
+
+    return run
+
+
+def _slowest(peers: Peers, run: Run) -> tuple[float, float]:
+    """The time of the rank that takes longest, from a common start on."""
+    dist.barrier(peers.group)
+    times = torch.tensor(run(), dtype=torch.float64)
+    dist.all_reduce(times, dist.ReduceOp.MAX, peers.group)
+    forward, backward = times.tolist()
+    return forward, backward
+
+
+def measure_checks(bench: Bench) -> None:
+    """What is predicted and what is measured, as rows beside each other."""
+    if isinstance(bench.device, DryRun):
+        found = [Measured(check, [1e-3], 1e-3) for check in CHECKS]
+    else:
+        found = processes.run(4, run_checks, LENGTH, 7)
+    for check, seconds, predicted in found:
+        key = {
+            "case": check.case, "mode": "step", "provider": check.strategy, "dtype": "fp32", "batch": 1,
+            "q_heads": SHAPE["q_heads"], "kv_heads": SHAPE["kv_heads"], "q_len": LENGTH, "kv_len": LENGTH,
+            "head_dim": SHAPE["head_dim"], "causal": True,
+        }  # fmt: skip
+        timing = summarize([1e3 * x for x in seconds])
+        bench.record("scaling", key, timing)
+        bench.record("scaling", key | {"mode": "step, predicted", "p50_ms": 1e3 * predicted})
+        ratio = 1e3 * predicted / timing.p50
+        print(
+            f"{check.case}, {check.strategy}: {timing.p50:.1f} ms, predicted {1e3 * predicted:.1f}, {ratio:.2f} of it"
+        )
+
+
+def cells() -> list[Cell]:
+    found = [Cell("scaling", "checks", measure_checks, 3)]
+    for network in NETWORKS:
+        for gpus in GPUS:
+            run = functools.partial(measure_played, gpus=gpus, network=network)
+            found.append(Cell("scaling", f"{gpus} GPUs, {network}", run, 4))
+    return found
