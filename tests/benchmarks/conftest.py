@@ -19,7 +19,7 @@ def dry(tmp_path_factory):
             ("forward", "L=1024"), ("backward", "L=1024"), ("features", "L=1024"), ("features", "L=16384"),
             ("layers", "L=1024"), ("layers", "training step"), ("memory", "L=1024"), ("memory", "L=2048"),
             ("overhead", ""), ("launch", ""), ("cpu", "L=128"), ("cpu", "decode, 8/8"), ("decode", "L=1024"),
-            ("generation", "64 tokens"), ("huggingface", "L=2048"),
+            ("generation", "64 tokens"), ("huggingface", "L=2048"), ("scaling", ""),
         ):  # fmt: skip
             dry_run(folder, suite, "--match", match)
     return folder / "dry-run"
