@@ -127,6 +127,7 @@ BLOCKS: dict[str, Callable[[Data], str]] = {
     "features": suite_block("features", gpu=True),
     "layers": suite_block("layers", gpu=True),
     "memory": suite_block("memory", gpu=True),
+    "memory-cpu": suite_block("memory", gpu=False),
     "cpu": suite_block("cpu", gpu=False),
     "generation": suite_block("generation", gpu=True),
     "generation-cpu": suite_block("generation", gpu=False),

@@ -1,6 +1,7 @@
 """Timing on a CPU, and on stand-ins for the functions of torch.cuda."""
 
 import contextlib
+import sys
 import time
 import types
 from collections import Counter
@@ -8,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks.harness import device
+from benchmarks.harness import device, resident
 from benchmarks.harness.device import CudaDevice, Device
 
 
@@ -46,6 +47,22 @@ def test_memory_of_a_call_on_a_cpu():
     assert found.largest == 1 << 24
     assert 1 << 24 <= found.peak < (1 << 24) + (4 << 20)
     assert Device().peak_memory(call) == pytest.approx(found.peak / 2**20, rel=0.01)
+
+
+def prepare_bytes(results: int, scratch: int):
+    """A call that holds so much more than it returns, past PyTorch's allocator."""
+
+    def call():
+        other = b"x" * scratch
+        return b"y" * results, len(other)
+
+    return call
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_a_process_grows_by():
+    peak = resident.peak(prepare_bytes, 20 << 20, 30 << 20)
+    assert 50 <= peak < 58  # MiB; an interpreter's own come and go
 
 
 def test_blocks_of_short_calls_are_divided():

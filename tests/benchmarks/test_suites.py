@@ -59,7 +59,7 @@ def test_the_grid_is_the_fields():
 
 def test_suites_by_device():
     assert {c.suite for c in runner.cells_of(runner.SUITES, Device())} == {
-        *("generation", "huggingface", "overhead", "launch", "cpu", "scaling")
+        *("generation", "huggingface", "overhead", "launch", "memory", "cpu", "scaling")
     }
     assert {c.suite for c in runner.cells_of(runner.SUITES, CudaDevice())} == set(runner.SUITES) - {"cpu", "scaling"}
     priorities = [c.priority for c in runner.cells_of(runner.SUITES, CudaDevice())]
