@@ -5,8 +5,10 @@ reading as many bytes as its cache has, by `torch.sum`.
 `python -m benchmarks.tools.cpu_ratios` prints the ratios of the rows.
 """
 
+import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,8 +33,10 @@ ANY_PEER = (OWN, SDPA, "flex", "sdpa-math")
 SIZES: dict[str, Any] = {"batch": 1, "q_heads": 8, "kv_heads": 8, "head_dim": 64, "dtype": "fp32"}
 PLAIN: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}}
 
-# Of the features: their rates are held against that of "causal". Packed documents are far shorter than a tile.
+# Of the features: at this length their rates are held against that of "causal" and of all peers, at the others against
+# PyTorch's kernel. Packed documents are far shorter than a tile.
 FEATURE_LENGTH = 1024
+FEATURE_LENGTHS = (256, 1024, 2048)
 FEATURES: dict[str, dict[str, Any]] = {
     "window 256": {"window": 256, "causal": True},
     "softcap 30": {"softcap": 30.0, "causal": True},
@@ -49,6 +53,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": "fp16", "causal": True},
 }
 
+MATMUL = "matmul"
 READ = "read"
 CACHE_BYTES = 1 << 26
 # (q_heads, kv_heads, head_dim) of a decode step.
@@ -60,15 +65,17 @@ CASES = PLAIN | FEATURES
 
 def cells() -> list[Cell]:
     """Most important first: plain attention, features, long sequences, layers."""
-    found = []
+    found = [Cell("cpu", f"{MATMUL}, {counted(1)}", functools.partial(measure_matmul, threads=1), 0)]
     for length, head_dim, threads in itertools.product(LENGTHS, HEAD_DIMS, THREADS):
         for (case, changes), mode in itertools.product(PLAIN.items(), MODES):
             problem = Problem(**{**SIZES, "length": length, "head_dim": head_dim, **changes})
             priority = 3 if length > 2048 else 1
             found.append(attention_cell(case, problem, mode, threads, (OWN, SDPA), priority))
-    for (case, changes), mode in itertools.product(FEATURES.items(), MODES):
-        problem = Problem(**{**SIZES, "length": FEATURE_LENGTH, **changes})
-        found.append(attention_cell(case, problem, mode, 1, ANY_PEER, 2))
+    for length, (case, changes), mode in itertools.product(FEATURE_LENGTHS, FEATURES.items(), MODES):
+        problem = Problem(**{**SIZES, "length": length, **changes})
+        held_against_all = length == FEATURE_LENGTH
+        providers = ANY_PEER if held_against_all else (OWN, SDPA)
+        found.append(attention_cell(case, problem, mode, 1, providers, 2 if held_against_all else 3))
     kinds = ("MultiheadAttention", "TransformerEncoderLayer")
     for length, kind, (mode, padded) in itertools.product((64, 256, 1024), kinds, (("train", False), ("eval", True))):
         run = functools.partial(
@@ -121,12 +128,24 @@ def measure_threads(
     bench: Bench, case: str, problem: Problem, mode: str, threads: int, providers: tuple[str, ...]
 ) -> None:  # fmt: skip
     """`measure` on this many threads, which become part of the case."""
+    with on_threads(bench, threads):
+        measure(bench, "cpu", f"{case}, {counted(threads)}", problem, mode, providers)
+
+
+def measure_matmul(bench: Bench, threads: int) -> None:
+    """What a matrix product reaches on so many threads: the ceiling of the chart of rates."""
+    with on_threads(bench, threads):
+        bench.measure_matmul("cpu", f", {counted(threads)}")
+
+
+@contextlib.contextmanager
+def on_threads(bench: Bench, threads: int) -> Iterator[None]:
     before, stamp, ceiling = torch.get_num_threads(), bench.stamp, bench.matmul_tflops
     torch.set_num_threads(threads)
     bench.stamp = stamp | {"threads": str(threads)}
     bench.matmul_tflops = {}  # measured on another number of threads
     try:
-        measure(bench, "cpu", f"{case}, {counted(threads)}", problem, mode, providers)
+        yield
     finally:
         torch.set_num_threads(before)
         bench.stamp, bench.matmul_tflops = stamp, ceiling

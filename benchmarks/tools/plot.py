@@ -145,8 +145,83 @@ def draw_all(folder: Path, output: Path) -> list[Path]:
     base = {line: "sdpa" if "training step" in line else "torch" for line in layers}
     faster = {line: ratio_cells(cells, base[line]) for line, cells in layers.items()}
     draw("layers", faster, "tflops", "times as fast as torch", columns=4)
-    draw("cpu", by_line(results.read(folder / "cpu.csv")), "p50_ms", "ms", columns=4)
+    if panels := cpu_panels(results.read(folder / "cpu.csv")):
+        made.append(output / "cpu.png")
+        draw_rates(panels, results.read(folder / "cpu.csv"), made[-1])
     return made
+
+
+def rate(row: Row) -> float | None:
+    """GFLOP/s by the least time, as the tables of a CPU are."""
+    tflops, least, median = (number(row, name) for name in ("tflops", "min_ms", "p50_ms"))
+    return None if not tflops or not least or not median else 1e3 * tflops * median / least
+
+
+def cpu_panels(rows: Sequence[Row]) -> dict[str, list[Cell]]:
+    """Case -> its cells of one thread at head dim 64, forward and backward."""
+    wanted = [row for row in rows if row["threads"] == "1" and row["head_dim"] == "64" and row["mode"] in STYLES]
+    panels: dict[str, list[Cell]] = {}
+    for case in dict.fromkeys(row["case"] for row in wanted):
+        cells = summary.cells([row for row in wanted if row["case"] == case])
+        if any(cell.own and rate(cell.own) for cell in cells):
+            panels[case.removesuffix(", 1 thread")] = cells
+    return panels
+
+
+STYLES = {"forward": "-", "backward": "--"}
+
+
+def draw_rates(panels: dict[str, list[Cell]], rows: Sequence[Row], path: Path) -> None:
+    """A panel for each case: GFLOP/s over allowed pairs by length, beside the best peer and a matrix product."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    columns = min(4, len(panels))
+    height = -(-len(panels) // columns)
+    fig, grid = pyplot.subplots(
+        height, columns, figsize=(3.1 * columns, 2.1 * height + 0.6), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    ceiling = next((rate(row) for row in rows if row["case"].startswith("matmul") and row["threads"] == "1"), None)
+    for axes, (title, cells) in zip(grid.flat, panels.items(), strict=False):
+        for mode, style in STYLES.items():
+            of_mode = [cell for cell in cells if line_mode(cell) == mode]
+            own = [(cell.length, value) for cell in of_mode if cell.own and (value := rate(cell.own))]
+            peers = [
+                (cell.length, max(values)) for cell in of_mode
+                if (values := [value for row in cell.peers.values() if (value := rate(row))])
+            ]  # fmt: skip
+            for points, colour in ((own, COLOURS[OWN]), (peers, COLOURS["sdpa"])):
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=colour)
+        if ceiling:
+            axes.axhline(ceiling, color="#7f7f7f", linewidth=1)
+        axes.set_title(title, fontsize=10)
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    lengths = sorted({cell.length for cells in panels.values() for cell in cells})
+    grid[0][0].set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+    grid[0][0].set_ylim(bottom=0)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.axis("off")
+    for row in grid:
+        row[0].set_ylabel("GFLOP/s")
+    legend = [
+        *(Line2D([], [], color=colour, label=name) for name, colour in
+          ((OWN, COLOURS[OWN]), ("best of PyTorch", COLOURS["sdpa"]), ("matrix product", "#7f7f7f"))),
+        *(Line2D([], [], color="black", linestyle=style, label=mode) for mode, style in STYLES.items()),
+    ]  # fmt: skip
+    fig.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(fig)
+
+
+def line_mode(cell: Cell) -> str:
+    return next(row["mode"] for row in (cell.own, *cell.peers.values()) if row)
 
 
 def tables(folder: Path) -> str:

@@ -62,7 +62,7 @@ def prepare_bytes(results: int, scratch: int):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_that_a_process_grows_by():
     peak = resident.peak(prepare_bytes, 20 << 20, 30 << 20)
-    assert 50 <= peak < 58  # MiB; an interpreter's own come and go
+    assert 49 < peak < 58  # MiB; an interpreter has some free, and takes some of its own
 
 
 def test_blocks_of_short_calls_are_divided():
