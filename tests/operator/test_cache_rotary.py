@@ -1,0 +1,135 @@
+"""Rotary positions of queries and new keys over a KV cache, against complex numbers in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastattn import attention_with_kvcache, explain_with_kvcache
+from fastattn.nn import RoPE
+from fastattn.nn.position import rotate
+from fastattn.testing import assert_parity
+from tests.support.attention_cases import DTYPE_NAMES, HALF, SINGLE
+from tests.support.cache_problems import make_problem
+
+LENS = (37, 0, 9)
+
+
+def tables(rotated, positions=96, dtype=SINGLE):
+    return [x.to(dtype) for x in RoPE().tables(torch.arange(positions), rotated)]
+
+
+def turned(x, first, cos, sin, interleaved):
+    """One entry x (H, L, D), by complex numbers in float64."""
+    rotated = 2 * cos.shape[1]
+    at = slice(first, first + x.shape[1])
+    factor = torch.complex(cos[at].double(), sin[at].double())
+    part = x[..., :rotated].double()
+    pairs = part.unflatten(-1, (-1, 2)) if interleaved else torch.stack(part.chunk(2, -1), -1)
+    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * factor)
+    part = pairs.flatten(-2) if interleaved else torch.cat(pairs.unbind(-1), -1)
+    return torch.cat([part, x[..., rotated:].double()], -1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize("rotated", [16, 6])
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("page", [0, 16])
+def test_what_is_appended_and_asked_is_turned(page, dtype, rotated, interleaved):
+    problem = make_problem("cpu", LENS, new=3, q_len=3, page=page, dtype=dtype)
+    cos, sin = tables(rotated)
+    own, exact, eager = problem.copy(), problem.copy(), problem.copy()
+    for field in dataclasses.fields(exact):
+        x = getattr(exact, field.name)
+        if x is not None and x.is_floating_point():
+            setattr(exact, field.name, x.double())
+    for name in ("q", "k"):
+        x = torch.stack([turned(getattr(problem, name)[b], n, cos, sin, interleaved) for b, n in enumerate(LENS)])
+        setattr(exact, name, x)
+        setattr(eager, name, x.to(dtype))
+    options = {"rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": interleaved}
+    assert_parity(own.run(**options), exact.run(), eager.run())
+    assert_parity(own.k_cache.nan_to_num(), exact.k_cache.nan_to_num(), eager.k_cache.nan_to_num())
+    assert torch.equal(own.v_cache.nan_to_num(), eager.v_cache.nan_to_num())
+
+
+@pytest.mark.parametrize(("new", "q_len"), [(0, 2), (4, 2)])
+def test_queries_are_turned_where_they_stand(new, q_len):
+    problem = make_problem("cpu", (37, 8, 9), new=new, q_len=q_len)
+    cos, sin = tables(16)
+    by_hand = problem.copy()
+    for name, count in (("q", q_len), ("k", new)):
+        if (x := getattr(by_hand, name)) is not None:
+            positions = problem.lens[:, None] + new - count + torch.arange(count)
+            pair = (cos[positions], sin[positions])
+            setattr(by_hand, name, rotate(x.transpose(1, 2), pair).transpose(1, 2))
+    assert torch.equal(problem.run(rotary_cos=cos, rotary_sin=sin), by_hand.run())
+
+
+def test_packed_queries():
+    """Each entry as by itself, bit for bit; also where nothing is appended. Rows of no entry are nobody's."""
+    counts, held = (2, 0, 5), (30, 7, 3)
+    starts, total = torch.tensor([0, 2, 2, 7], dtype=torch.int32), 9
+    cos, sin = tables(16)
+    options = {"rotary_cos": cos, "rotary_sin": sin, "backend": "reference"}
+    problem = make_problem("cpu", held, new=0)
+    q, k, v = torch.randn(total, 4, 16), torch.randn(total, 2, 16), torch.randn(total, 2, 16)
+    whole = problem.copy()
+    out = attention_with_kvcache(
+        q, whole.k_cache, whole.v_cache, k, v, cache_lens=problem.lens, cu_seqlens_q=starts, **options
+    )
+    after = problem.lens + torch.tensor(counts)
+    again = attention_with_kvcache(q, whole.k_cache, whole.v_cache, cache_lens=after, cu_seqlens_q=starts, **options)
+    assert torch.equal(out, again) and not out[7:].any()
+    for entry, (first, end) in enumerate(((0, 2), (2, 2), (2, 7))):
+        if first < end:
+            caches = [x[entry : entry + 1].clone() for x in (problem.k_cache, problem.v_cache)]
+            new = [x[None, first:end].transpose(1, 2) for x in (q, k, v)]
+            one = attention_with_kvcache(new[0], *caches, *new[1:], cache_lens=held[entry], **options)
+            assert torch.equal(out[first:end], one[0].transpose(0, 1))
+
+
+Q, CACHE, NEW = torch.zeros(2, 4, 1, 16), torch.zeros(2, 32, 2, 16), torch.zeros(2, 2, 1, 16)
+TABLE = torch.zeros(32, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"rotary_sin": None}, TypeError, "rotary_sin: expected a Tensor, since the other one is given, got NoneType"),
+        ({"rotary_cos": TABLE.int()}, TypeError, "rotary_cos.dtype: expected a floating-point dtype, got torch.int32"),
+        ({"rotary_cos": TABLE.to("meta")}, ValueError, "rotary_cos.device: expected q.device == cpu, got meta"),
+        ({"rotary_cos": TABLE[0]}, ValueError, r"rotary_cos.shape: expected \(positions, R / 2\), R at most D == 16"),
+        ({"rotary_sin": TABLE[:, :4]}, ValueError, r"rotary_sin.shape: expected rotary_cos.shape == \(32, 8\), got"),
+        (dict.fromkeys(("rotary_cos", "rotary_sin"), TABLE.repeat(1, 2)), ValueError, "R at most D == 16, got"),
+        (
+            dict.fromkeys(("rotary_cos", "rotary_sin"), TABLE[:20]), ValueError,
+            r"rotary_cos.shape\[0\]: expected more than the last position 20, got 20 positions",
+        ),
+        ({"rotary_interleaved": 1}, TypeError, "rotary_interleaved: expected a bool, got int"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)  # fmt: skip
+def test_bad_arguments(changes, error, text):
+    given = {
+        "q": Q, "k_cache": CACHE, "v_cache": CACHE.clone(), "k": NEW, "v": NEW, "cache_lens": torch.tensor([20, 7]),
+        "rotary_cos": TABLE, "rotary_sin": TABLE, **changes,
+    }  # fmt: skip
+    for function in (attention_with_kvcache, explain_with_kvcache):
+        with pytest.raises(error, match=text):
+            function(**given)
+    assert not given["k_cache"].any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step():
+    torch._dynamo.reset()
+    compiled = torch.compile(attention_with_kvcache, fullgraph=True, dynamic=True, backend="aot_eager")
+    problem = make_problem("cpu", LENS, new=2, q_len=2)
+    eager, (cos, sin) = problem.copy(), tables(16)
+    options = {"cache_lens": problem.lens, "rotary_cos": cos, "rotary_sin": sin, "rotary_interleaved": True}
+    ours = compiled(problem.q, problem.k_cache, problem.v_cache, problem.k, problem.v, **options)
+    assert torch.equal(ours, eager.run(**options)) and torch.equal(
+        problem.k_cache.nan_to_num(), eager.k_cache.nan_to_num()
+    )
+    torch._dynamo.reset()
