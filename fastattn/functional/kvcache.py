@@ -132,10 +132,9 @@ def attention_with_kvcache(
     divided.refuse("k_cache", "a KV cache")
     check_flag("batch_invariant", batch_invariant)
     spec = make_cache_spec(
-        q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, cu_seqlens_q=cu_seqlens_q,
-        causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale,
-        num_splits=num_splits, return_lse=return_lse, mask=mask, bias=bias, mask_start=mask_start, k_scale=k_scale,
-        v_scale=v_scale,
+        q, k_cache, v_cache, k, v, mask, bias, mask_start, k_scale, v_scale, cache_lens=cache_lens,
+        block_table=block_table, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
     if rotary_cos is not None or rotary_sin is not None:
         spec = rotary.turn_new(spec, rotary_cos, rotary_sin, rotary_interleaved)
@@ -165,10 +164,9 @@ def explain_with_kvcache(
     if unknown:
         keywords.refuse(explain_with_kvcache, unknown)
     spec = make_cache_spec(
-        q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, cu_seqlens_q=cu_seqlens_q,
-        causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale,
-        num_splits=num_splits, return_lse=return_lse, mask=mask, bias=bias, mask_start=mask_start, k_scale=k_scale,
-        v_scale=v_scale,
+        q, k_cache, v_cache, k, v, mask, bias, mask_start, k_scale, v_scale, cache_lens=cache_lens,
+        block_table=block_table, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
     if rotary_cos is not None or rotary_sin is not None:
         rotary.check(spec, rotary_cos, rotary_sin, rotary_interleaved)

@@ -56,9 +56,9 @@ def _is_prompt(spec: CacheSpec) -> bool:
 
     Not where the cache holds them rounded, nor where a mask begins at another key than the first or ends too soon.
     """
-    if spec.quantised or spec.mask_start is not None:
-        return False
     if not (known(spec.length == spec.added) and known(spec.added == spec.q.shape[2])):
+        return False
+    if spec.quantised or spec.mask_start is not None:
         return False
     return all(x is None or known(x.shape[3] >= spec.q.shape[2]) for x in (spec.mask, spec.bias))
 
@@ -80,7 +80,7 @@ def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str, direct: boo
     )  # fmt: skip
     if direct:
         _append(*arguments, backend)
-        _count_change(*_written(spec))
+        _count_change(spec)
         return
     append = _append if backend == "torch" and not torch.compiler.is_compiling() else APPEND
     append(*arguments, "reference" if backend == "torch" else backend)
@@ -90,19 +90,18 @@ def _append_and_attend(spec: CacheSpec) -> tuple[Tensor, Tensor]:
     """A decode step of the Triton backend, its kernels launched together."""
     out, lse = _results(spec, "triton")
     backends.triton.append_and_attend(out, lse, spec)
-    _count_change(*_written(spec))
+    _count_change(spec)
     return out, lse
 
 
-def _written(spec: CacheSpec) -> list[Tensor]:
-    """What an append changes: scales are measured where each token has its own."""
-    if not spec.quantised:
-        return [spec.k_cache, spec.v_cache]
-    return [spec.k_cache, spec.v_cache, *(x for x in (spec.k_scale, spec.v_scale) if x is not None and x.ndim == 3)]
+def _count_change(spec: CacheSpec) -> None:
+    """Let autograd know that tensors have changed, for whoever saved them; inference tensors nobody can save.
 
-
-def _count_change(*changed: Tensor) -> None:
-    """Let autograd know that tensors have changed, for whoever saved them; inference tensors nobody can save."""
+    Scales change where each token has its own.
+    """
+    changed = [spec.k_cache, spec.v_cache]
+    if spec.k_scale is not None:
+        changed += [x for x in (spec.k_scale, spec.v_scale) if x is not None and x.ndim == 3]
     if not any(x.is_inference() for x in changed):
         torch.autograd.graph.increment_version(changed)
 

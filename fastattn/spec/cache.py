@@ -95,6 +95,11 @@ def make_cache_spec(
     v_cache: Tensor,
     k: Tensor | None = None,
     v: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask_start: int | Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     cache_lens: int | Tensor,
     block_table: Tensor | None = None,
@@ -107,11 +112,6 @@ def make_cache_spec(
     scale: float | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    mask_start: int | Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
 ) -> CacheSpec:
     """Validate the arguments of `fastattn.attention_with_kvcache`.
 
@@ -125,7 +125,7 @@ def make_cache_spec(
         cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     _check_caches(q, k_cache, v_cache, block_table, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
     _check_new(q, k_cache, v_cache, k, v, packed=cu_seqlens_q is not None)
-    if k_scale is not None or v_scale is not None or k_cache.dtype in QUANTISED:
+    if k_scale is not None or v_scale is not None or k_cache.dtype is not q.dtype:
         check_scales(k_scale, v_scale, q, k_cache, v_cache, appends=k is not None)
     if mask is not None or bias is not None or mask_start is not None:
         mask, bias, mask_start = check_cache_scores(mask, bias, mask_start, q, cu_seqlens_q)

@@ -47,7 +47,7 @@ def reasons(spec: AttentionSpec) -> list[str]:
 
 def cache_reasons(spec: CacheSpec) -> list[str]:
     reasons = _reasons(spec.q, spec.v_cache.shape[3])
-    if spec.quantised and spec.q.dtype == torch.float64:
+    if spec.k_scale is not None and spec.q.dtype == torch.float64:
         reasons.append("float64 over a quantised cache is served by the reference backend")
     return reasons
 
@@ -133,7 +133,7 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     least = least_tall(spec)
     if longest >= least:
         attend = _attend_tall
-        if spec.quantised or spec.mask is not None or spec.bias is not None:
+        if spec.k_scale is not None or spec.mask is not None or spec.bias is not None:
             attend = _attend_tall_by_entry
         attend(out, lse, spec, lens if spec.added is None else lens + spec.added, least)
     if shortest >= least:
@@ -219,7 +219,9 @@ def pack_append(
     _, kv_heads, new_len, head_dim = k.shape
     lens, starts = lens.to(torch.int64).contiguous(), _int32(cu_seqlens_q)
     table, pages = _pages(k_cache, block_table)
-    address, quantised = _pack_quantised(k_cache, k_scale, v_cache, v_scale, k.dtype)
+    address = quantised = 0
+    if k_scale is not None:
+        address, quantised = _pack_quantised(k_cache, k_scale, v_cache, v_scale, k.dtype)
     packed = _APPEND.pack(
         *team(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), k_cache.data_ptr(), *k_cache.stride(),
         v_cache.data_ptr(), *v_cache.stride(), lens.data_ptr(), *_table(table), k.element_size(),
