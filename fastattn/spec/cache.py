@@ -243,6 +243,7 @@ def _check_new(
     for name, x in (("k", k), ("v", v)):
         _check_tensor(name, x, q, "(batch, heads, length, head_dim)")
     batch, heads, new = q.shape[0], k_cache.shape[2], k.shape[2]
+    addresses = readable(q)  # all are on its device
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         expected = (batch, heads, q.shape[2] if packed else new, cache.shape[3])
         if x.shape != expected:
@@ -252,7 +253,7 @@ def _check_new(
             raise ValueError(f"{name}.shape: expected {layout} == {wanted}, got {got}")
         if cache.requires_grad:
             raise ValueError(f"{name}_cache.requires_grad: expected False, since {name} is written into it in place")
-        if _same_memory(x, cache):
+        if addresses and _same_memory(x, cache):
             raise ValueError(f"{name}: expected memory of its own, got a part of {name}_cache")
         strides = cache.stride()
         if 0 in strides and any(step == 0 and size > 1 for step, size in zip(strides, cache.shape, strict=True)):
@@ -260,15 +261,13 @@ def _check_new(
                 f"{name}_cache: expected every element in a place of its own, got strides {cache.stride()}"
             )
 
-    if _same_memory(k_cache, v_cache):
+    if addresses and _same_memory(k_cache, v_cache):
         raise ValueError("v_cache: expected memory of its own where k and v are appended, got that of k_cache")
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have elements in common, as far as their first and last ones tell."""
-    if not (readable(a) and readable(b)) or a.numel() == 0 or b.numel() == 0:
-        return False
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.numel() == 0 or b.numel() == 0:
         return False
     (first_a, last_a), (first_b, last_b) = (
         (x.storage_offset(), x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)))
