@@ -3,7 +3,7 @@
     python -m benchmarks.tools.cuda_report
 
 compiles them with nvcc and prints registers, spills, the counts of the inner loop on tiles without a mask, and two
-predictions for it by the figures of `static_model`: ``in step``, as if both consumers did the same at the same time,
+predictions for it by the figures of `static_model`: ``in step``, as if all consumers did the same at the same time,
 and ``in turns``, where a walk through the loop lets each start products only when the other has passed on the turn.
 Nothing is fitted to a GPU; loads are taken to be there in time, within what the L2 cache gives.
 """
@@ -28,8 +28,7 @@ COMMAND = (
     "-Xptxas=-v",
     "-Werror=all-warnings",
 )
-BLOCK_M = 128
-CONSUMERS = 2
+GROUP_ROWS = 64  # query rows of a warp group that computes
 QUEUED_PRODUCTS = 3  # that a warp group may have waiting behind the one that runs
 QUEUED = 2  # instructions of a slow unit
 
@@ -49,6 +48,10 @@ class Kernel:
     """of the assembler on wgmma or setmaxnreg: products made to wait for one another, or registers not moved"""
     loop: Loop
     """over keys, without the instructions of the mask"""
+
+    def consumers(self) -> int:
+        """Warp groups that compute: all registers are given out at the start, and one group more loads."""
+        return static_model.REGISTERS // (128 * self.registers) - 1
 
 
 def without_mask(loop: Loop) -> Loop:
@@ -119,22 +122,22 @@ class _Unit:
         return max(now, self.free - self.queue * cycles)
 
 
-def in_turns(loop: Loop, iterations: int = 12) -> float:
-    """Cycles of an iteration of both consumers on a quarter of a multiprocessor, which has one warp of each.
+def in_turns(loop: Loop, consumers: int, iterations: int = 12) -> float:
+    """Cycles of an iteration of all consumers on a quarter of a multiprocessor, which has one warp of each.
 
     BAR.SYNC waits for the turn, BAR.ARV passes it on; the first is the first consumer's.
     """
     issue, tensor = _Unit(0), _Unit(QUEUED_PRODUCTS)
     exponentials, half_rate = _Unit(QUEUED), _Unit(QUEUED)
-    now = [0.0] * CONSUMERS
-    position = [0] * CONSUMERS
-    groups = [collections.deque([0.0] * 4, maxlen=4) for _ in range(CONSUMERS)]
-    passed: list[list[float]] = [[0.0], *([] for _ in range(CONSUMERS - 1))]  # to each: when its turns came
-    taken = [0] * CONSUMERS
-    ends: list[list[float]] = [[] for _ in range(CONSUMERS)]
+    now = [0.0] * consumers
+    position = [0] * consumers
+    groups = [collections.deque([0.0] * 4, maxlen=4) for _ in range(consumers)]
+    passed: list[list[float]] = [[0.0], *([] for _ in range(consumers - 1))]  # to each: when its turns came
+    taken = [0] * consumers
+    ends: list[list[float]] = [[] for _ in range(consumers)]
     while any(len(e) < iterations for e in ends):
         ready = []
-        for c in range(CONSUMERS):
+        for c in range(consumers):
             instruction = loop[position[c]]
             if instruction.opcode.startswith("BAR.SYNC"):
                 if taken[c] < len(passed[c]):
@@ -159,7 +162,7 @@ def in_turns(loop: Loop, iterations: int = 12) -> float:
         elif instruction.opcode.startswith("BAR.SYNC"):
             taken[c] += 1
         elif instruction.opcode.startswith("BAR.ARV"):
-            passed[(c + 1) % CONSUMERS].append(end)
+            passed[(c + 1) % consumers].append(end)
         now[c] = end
         position[c] = (position[c] + 1) % len(loop)
         if position[c] == 0:
@@ -174,16 +177,18 @@ def keys_of(loop: Loop, dim: int) -> int:
 
 def row(kernel: Kernel) -> dict[str, str]:
     """The table's row of one kernel."""
-    counts, keys = sass.count(kernel.loop), keys_of(kernel.loop, kernel.dim)
-    units = static_model.predict(kernel.loop, "forward", BLOCK_M, keys, kernel.dim, 4 * CONSUMERS, kernel.registers, 0)
-    useful = static_model.PRODUCTS["forward"] * 2 * BLOCK_M * keys * kernel.dim / static_model.FLOP_PER_CYCLE
-    turns = max(in_turns(kernel.loop), units.l2)
+    counts, keys, consumers = sass.count(kernel.loop), keys_of(kernel.loop, kernel.dim), kernel.consumers()
+    rows, warps = GROUP_ROWS * consumers, 4 * consumers
+    units = static_model.predict(kernel.loop, "forward", rows, keys, kernel.dim, warps, kernel.registers, 0)
+    useful = static_model.PRODUCTS["forward"] * 2 * rows * keys * kernel.dim / static_model.FLOP_PER_CYCLE
+    turns = max(in_turns(kernel.loop, consumers), units.l2)
     limits = {name: getattr(units, name) for name in ("tensor", "issue", "exponentials", "half_rate", "l2")}
     busiest = max(limits, key=lambda name: limits[name])
     return {
         "dtype": kernel.dtype,
         "dim": str(kernel.dim),
         "softcap": "yes" if kernel.capped else "no",
+        "rows": str(rows),
         "keys": str(keys),
         "registers": str(kernel.registers),
         "spilled": str(kernel.spilled),
@@ -191,7 +196,7 @@ def row(kernel: Kernel) -> dict[str, str]:
         "instructions": str(counts.instructions),
         "wgmma": str(counts.wgmma),
         **{name: f"{cycles:.0f}" for name, cycles in limits.items()},
-        "in step": f"{useful / max(units.l2, static_model.walk(kernel.loop, 4 * CONSUMERS)):.3f}",
+        "in step": f"{useful / max(units.l2, static_model.walk(kernel.loop, warps)):.3f}",
         "in turns": f"{useful / turns:.3f}",
         "bound": busiest if limits[busiest] >= 0.8 * turns else "waits",
     }

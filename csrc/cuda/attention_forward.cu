@@ -119,13 +119,14 @@ struct Gpu {
 };
 
 template <class Element, int D, bool kCapped>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Shape<D>::kThreads, 1)
     attention_forward(const __grid_constant__ Plan plan, const __grid_constant__ Maps maps) {
   extern __shared__ uint8_t memory[];
   if (threadIdx.x == 0) {
     for (int operand = 0; operand < kOperands; ++operand) tma_prefetch(&maps.of[operand]);
   }
-  Gpu<Element, Shape<D>, kCapped> gpu = {{}, plan, maps, (uint32_t(__cvta_generic_to_shared(memory)) + 1023) / 1024 * 1024};
+  const uint32_t first = (uint32_t(__cvta_generic_to_shared(memory)) + 1023) / 1024 * 1024;
+  Gpu<Element, Shape<D>, kCapped> gpu = {{}, plan, maps, first};
   gpu.own.index = threadIdx.x % kGroupThreads;
   // The same in all threads of a warp, and the compiler sees that it is.
   attend<Shape<D>>(gpu, plan, __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroupThreads, 0));
@@ -148,14 +149,17 @@ static CUresult encode(Encode function, const OperandMap& map, int dtype, CUtens
   for (int i = 0; i < 4; ++i) size[i] = map.size[i] > 0 ? map.size[i] : 1;  // no keys: nothing is loaded
   for (int i = 0; i < 3; ++i) stride[i] = map.stride[i];
   const cuuint32_t box[4] = {64, cuuint32_t(map.box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
-  return function(encoded, dtype == FASTATTN_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                  4, const_cast<void*>(map.base), size, stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto type = dtype == FASTATTN_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return function(encoded, type, 4, const_cast<void*>(map.base), size, stride, box, steps,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 template <class Element, int D>
 int start(const FastattnForward& f, int32_t works) {
-  const auto failed = [](cudaError_t error) { return fail(FASTATTN_CUDA_ERROR, "CUDA: %s", cudaGetErrorString(error)); };
+  const auto failed = [](cudaError_t error) {
+    return fail(FASTATTN_CUDA_ERROR, "CUDA: %s", cudaGetErrorString(error));
+  };
   const auto kernel = f.softcap > 0.0f ? attention_forward<Element, D, true> : attention_forward<Element, D, false>;
   cudaError_t error = cudaSetDevice(f.device);
   if (error != cudaSuccess) return failed(error);
@@ -179,7 +183,7 @@ int start(const FastattnForward& f, int32_t works) {
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return failed(error);
   const int blocks = works < multiprocessors ? works : multiprocessors;
-  kernel<<<blocks, kThreads, bytes, static_cast<cudaStream_t>(f.stream)>>>(plan, maps);
+  kernel<<<blocks, Shape<D>::kThreads, bytes, static_cast<cudaStream_t>(f.stream)>>>(plan, maps);
   error = cudaGetLastError();
   return error == cudaSuccess ? FASTATTN_OK : failed(error);
 }

@@ -1,9 +1,9 @@
-// One block of the forward pass, specialised by warp group: one loads, two compute (Shah et al., FlashAttention-3, 2024,
-// arXiv:2407.08608).
+// One block of the forward pass, specialised by warp group: one loads, the others compute (Shah et al.,
+// FlashAttention-3, 2024, arXiv:2407.08608).
 //
 // The loader fills stages of keys and values by TMA. A consumer starts the scores of the next tile and the product of
 // this tile's weights with the values together, and exponentiates those scores while the values are still multiplied.
-// The two consumers take turns in starting products, so that one multiplies while the other exponentiates.
+// The consumers take turns in starting products, so that one multiplies while the others exponentiate.
 //
 // The steps are written once and run on a Machine: the GPU (attention_forward.cu), where each thread is one, or the
 // tests' model of it (tests/support/hopper), which has one per warp group. A Machine has
@@ -38,10 +38,7 @@ namespace fastattn {
 constexpr float kInfinity = __builtin_huge_valf();
 
 // Named barriers; 0 is the whole block's.
-constexpr int kEveryone = 0, kTurn = 1, kStaging = kTurn + kConsumers;
-
-// Registers of a thread: 168 for each at the start, as 65536 over 384 allow. The loader gives up what it can.
-constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
+constexpr int kEveryone = 0, kTurn = 1, kStaging = kTurn + 3;
 
 enum Held { kScores = 1, kWeights = 2, kOutput = 4, kRowState = 8 };  // of a consumer's registers, for the model
 
@@ -68,12 +65,12 @@ FASTATTN_HD constexpr int free_parity(int n) { return 1 - full_parity<Shape>(n);
 template <class Shape, class Machine>
 FASTATTN_DEVICE void prepare(Machine& m) {
   m.init(Shape::kFullQueries, 1);
-  m.init(Shape::kFreeQueries, kConsumers);
+  m.init(Shape::kFreeQueries, Shape::kConsumers);
   for (int s = 0; s < Shape::kStages; ++s) {
     m.init(Shape::full_keys(s), 1);
     m.init(Shape::full_values(s), 1);
-    m.init(Shape::free_keys(s), 4 * kConsumers);
-    m.init(Shape::free_values(s), 4 * kConsumers);
+    m.init(Shape::free_keys(s), 4 * Shape::kConsumers);
+    m.init(Shape::free_values(s), 4 * Shape::kConsumers);
   }
   m.publish();
 }
@@ -89,7 +86,7 @@ FASTATTN_DEVICE void produce(Machine& m, const Plan& plan) {
   };
   int n = 0, parity = 1;
   for (int index = m.block(); index < plan.works; index += m.blocks(), parity ^= 1) {
-    const Work work = work_at(plan, index, Shape::kKeys);
+    const Work work = work_at<Shape>(plan, index);
     for (int tile = 0; tile <= work.tiles; ++tile) {
       if (tile < work.tiles) {
         const int s = stage<Shape>(n + tile);
@@ -99,7 +96,7 @@ FASTATTN_DEVICE void produce(Machine& m, const Plan& plan) {
       }
       if (tile == 0) {  // after the first keys: the output of the work before may still lie in their place
         m.wait(Shape::kFreeQueries, parity);
-        load(kQueries, Shape::queries(), kRows, work.first, work, Shape::kFullQueries);
+        load(kQueries, Shape::queries(), Shape::kRows, work.first, work, Shape::kFullQueries);
       } else {
         const int s = stage<Shape>(n + tile - 1);
         m.wait(Shape::free_values(s), free_parity<Shape>(n + tile - 1));
@@ -213,20 +210,21 @@ FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work,
       const float share = m.exp2(maximum - base), total = t.sum[r] * share + m.exp2(sink - base);
       const float inverse = total == 0.0f ? 0.0f : share / total;  // nothing allowed: output 0
       FASTATTN_UNROLL for (int i = 0; i < Shape::kDim / 8; ++i) {
-        m.put(m.shared() + Shape::queries() + tile_offset(kRows, own, i) + t.index % 4 * 4,
+        m.put(m.shared() + Shape::queries() + tile_offset(Shape::kRows, own, i) + t.index % 4 * 4,
               m.pack(t.o[4 * i + 2 * r] * inverse, t.o[4 * i + 2 * r + 1] * inverse));
       }
       if (t.index % 4 == 0 && row < f.q_len) {
-        f.lse[(int64_t(work.batch) * f.q_heads + work.head) * f.q_len + row] = (top + m.log2(total)) * 0.6931471805599453f;
+        const int64_t line = int64_t(work.batch) * f.q_heads + work.head;
+        f.lse[line * f.q_len + row] = (top + m.log2(total)) * 0.6931471805599453f;
       }
     }
   });
   m.fence();
   m.sync(kStaging + group, kGroupThreads);
   m.elected([&] {
+    const uint32_t own = m.shared() + Shape::queries() + group * panel_bytes(kGroupRows);
     for (int panel = 0; panel < Shape::kPanels; ++panel) {
-      m.store(m.shared() + Shape::queries() + panel * panel_bytes(kRows) + group * panel_bytes(kGroupRows), panel * 64,
-              work.first + group * kGroupRows, work);
+      m.store(own + panel * panel_bytes(Shape::kRows), panel * 64, work.first + group * kGroupRows, work);
     }
     m.stored();
     m.arrive(Shape::kFreeQueries);
@@ -241,7 +239,7 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
   const auto scores = [&](int n) {
     m.begin_scores();
     FASTATTN_UNROLL for (int k = 0; k < Shape::kDim / 16; ++k) {
-      m.scores(row_descriptor(m.shared() + Shape::queries(), kRows, group * kGroupRows, k),
+      m.scores(row_descriptor(m.shared() + Shape::queries(), Shape::kRows, group * kGroupRows, k),
                row_descriptor(m.shared() + Shape::keys(stage<Shape>(n)), Shape::kKeys, 0, k), k > 0);
     }
     m.commit();
@@ -254,10 +252,10 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
     m.commit();
   };
 
-  if (group == kConsumers - 1) m.signal(kTurn, kConsumers * kGroupThreads);  // the first turn is the first group's
+  if (group == Shape::kConsumers - 1) m.signal(kTurn, 2 * kGroupThreads);  // the first turn is the first group's
   int n = 0, parity = 0;
   for (int index = m.block(); index < plan.works; index += m.blocks(), parity ^= 1) {
-    const Work work = work_at(plan, index, Shape::kKeys);
+    const Work work = work_at<Shape>(plan, index);
     const Range common = common_keys(plan.f, work, group);
     start_rows<Shape>(m, plan, work, group);
     m.wait(Shape::kFullQueries, parity);
@@ -270,11 +268,11 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
       hand_over<Shape>(m);
       for (int tile = 1; tile < work.tiles; ++tile, ++n) {
         m.wait(Shape::full_keys(stage<Shape>(n + 1)), full_parity<Shape>(n + 1));
-        m.sync(kTurn + group, kConsumers * kGroupThreads);
+        m.sync(kTurn + group, 2 * kGroupThreads);  // with the one before
         scores(n + 1);
         m.wait(Shape::full_values(stage<Shape>(n)), full_parity<Shape>(n));
         values(n);
-        m.signal(kTurn + (group + 1) % kConsumers, kConsumers * kGroupThreads);
+        m.signal(kTurn + (group + 1) % Shape::kConsumers, 2 * kGroupThreads);
         m.finish(one);
         m.release(Shape::free_keys(stage<Shape>(n + 1)));
         weigh<Shape>(m, work.first_key + tile * Shape::kKeys, common, scales);
@@ -296,12 +294,12 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
 template <class Shape, class Machine>
 FASTATTN_DEVICE void attend(Machine& m, const Plan& plan, int group) {
   if (group == 0) m.elected([&] { prepare<Shape>(m); });
-  m.sync(kEveryone, kThreads);
+  m.sync(kEveryone, Shape::kThreads);
   if (group == 0) {
-    m.template registers<kLoaderRegisters, false>();
+    m.template registers<Shape::kLoaderRegisters, false>();
     m.elected([&] { produce<Shape>(m, plan); });
   } else {
-    m.template registers<kConsumerRegisters, true>();
+    m.template registers<Shape::kConsumerRegisters, true>();
     consume<Shape>(m, plan, group - 1);
   }
 }

@@ -1,4 +1,5 @@
-// The C interface: no PyTorch, no Python, nothing but pointers and numbers. `fastattn/backends/cuda.py` is its other side.
+// The C interface: no PyTorch, no Python, nothing but pointers and numbers. Its other side is
+// `fastattn/backends/cuda.py`.
 //
 // Included by one source per library, which defines `fastattn::launch`.
 #pragma once
@@ -7,6 +8,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
+
+#include "layout.cuh"
 
 #ifndef FASTATTN_DIGEST
 #define FASTATTN_DIGEST ""  // of the sources; the build passes it
@@ -49,7 +52,7 @@ int fastattn_attention_forward(const FastattnForward* arguments);
 
 namespace fastattn {
 
-int launch(const FastattnForward& f, int32_t works);  // of 128 query rows of a head each
+int launch(const FastattnForward& f, int32_t works);  // of block_rows(head_dim) query rows of a head each
 
 static thread_local char error_text[256] = "";
 
@@ -61,8 +64,8 @@ static int fail(int status, const char* format, ...) {
   return status;
 }
 
-// What TMA takes (CUDA driver API, cuTensorMapEncodeTiled): addresses and strides at multiples of 16 bytes, strides below
-// 2^40 bytes, and none of 0; heads and batch entries of stride 0 are one place (schedule.cuh), rows cannot be.
+// What TMA takes (CUDA driver API, cuTensorMapEncodeTiled): addresses and strides at multiples of 16 bytes, strides
+// below 2^40 bytes, and none of 0; heads and batch entries of stride 0 are one place (schedule.cuh), rows cannot be.
 static bool fits(const void* pointer, const int64_t* stride, int32_t rows) {
   bool fits = reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && (stride[2] != 0 || rows <= 1);
   for (int i = 0; i < 3; ++i) fits = fits && stride[i] % 8 == 0 && stride[i] >= 0 && stride[i] < int64_t(1) << 39;
@@ -78,7 +81,8 @@ const char* fastattn_source_digest() { return FASTATTN_DIGEST; }
 const char* fastattn_last_error() { return fastattn::error_text; }
 
 int fastattn_supported(int dtype, int head_dim) {
-  return (dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16) && (head_dim == 64 || head_dim == 128 || head_dim == 256);
+  const bool half = dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16;
+  return half && (head_dim == 64 || head_dim == 128 || head_dim == 256);
 }
 
 int fastattn_attention_forward(const FastattnForward* arguments) {
@@ -110,10 +114,12 @@ int fastattn_attention_forward(const FastattnForward* arguments) {
                   (long long)f.left, (long long)f.right);
     }
   }
-  const int64_t blocks = (int64_t(f.q_len) + 127) / 128 * f.batch * f.q_heads;
+  const int rows = fastattn::block_rows(f.head_dim);
+  const int64_t blocks = (int64_t(f.q_len) + rows - 1) / rows * f.batch * f.q_heads;
   if (blocks == 0) return FASTATTN_OK;
   if (blocks > INT32_MAX) {
-    return fail(FASTATTN_BAD_ARGUMENT, "expected at most 2^31 - 1 blocks of 128 rows, got %lld", (long long)blocks);
+    return fail(FASTATTN_BAD_ARGUMENT, "expected at most 2^31 - 1 blocks of %d rows, got %lld", rows,
+                (long long)blocks);
   }
   if (!fastattn::fits(f.q, f.q_stride, f.q_len) || !fastattn::fits(f.k, f.k_stride, f.kv_len) ||
       !fastattn::fits(f.v, f.v_stride, f.kv_len) || !fastattn::fits(f.out, f.out_stride, f.q_len)) {

@@ -19,11 +19,13 @@
 
 namespace fastattn {
 
-constexpr int kConsumers = 2;                      // warp groups that compute; each has 64 of the block's query rows
-constexpr int kGroupThreads = 128;                 // of a warp group
-constexpr int kThreads = 128 * (1 + kConsumers);   // one more warp group loads
-constexpr int kGroupRows = 64;
-constexpr int kRows = kGroupRows * kConsumers;     // query rows of a block
+constexpr int kGroupThreads = 128;  // of a warp group
+constexpr int kGroupRows = 64;      // query rows of one that computes
+
+// How many of them a block has; one more warp group loads. At D = 64 exponentials take as long as products: it needs
+// three for one to multiply at any time, and has the registers for them.
+FASTATTN_HD constexpr int consumers(int head_dim) { return head_dim == 64 ? 3 : 2; }
+FASTATTN_HD constexpr int block_rows(int head_dim) { return consumers(head_dim) * kGroupRows; }
 
 // The 128-byte swizzle: in each 1024 bytes, 16-byte chunk c of row r stands where chunk c ^ r would.
 FASTATTN_HD constexpr uint32_t swizzle(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
@@ -36,8 +38,13 @@ template <int D>
 struct Shape {
   static constexpr int kDim = D;
   static constexpr int kPanels = D / 64;
+  static constexpr int kConsumers = consumers(D);
+  static constexpr int kThreads = kGroupThreads * (1 + kConsumers);
+  static constexpr int kRows = block_rows(D);
   static constexpr int kKeys = D == 256 ? 64 : 128;  // what registers hold, with a softcap too
   static constexpr int kStages = 2;
+  // Registers of a thread: at the start 168, or 128 with three consumers, of which the loader gives up what it can.
+  static constexpr int kLoaderRegisters = kConsumers == 3 ? 32 : 24, kConsumerRegisters = kConsumers == 3 ? 160 : 240;
   static constexpr uint32_t kQueryBytes = panel_bytes(kRows) * kPanels;
   static constexpr uint32_t kTileBytes = panel_bytes(kKeys) * kPanels;
   static constexpr uint32_t kTiles = kQueryBytes + 2 * kStages * kTileBytes;

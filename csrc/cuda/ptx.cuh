@@ -22,7 +22,8 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
   uint32_t done;
   do {
-    asm volatile("{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+    asm volatile("{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n}"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
@@ -31,7 +32,9 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
 
 // "membar / fence": barriers that a thread made, visible to other threads; "Proxies": what it wrote, visible to TMA and
 // wgmma, which reach shared memory by another way than loads and stores.
-__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // "bar, barrier": the named barriers 0 to 15.

@@ -8,7 +8,7 @@ namespace fastattn {
 
 enum Operand { kQueries, kKeys, kValues, kOut, kOperands };
 
-// A call and what the host derived from it. A work is kRows query rows of one head of one batch entry.
+// A call and what the host derived from it. A work is a block's query rows of one head of one batch entry.
 struct Plan {
   FastattnForward f;
   int32_t works;
@@ -32,11 +32,11 @@ FASTATTN_HD constexpr Range visible_keys(const FastattnForward& f, int row) {
 
 FASTATTN_HD constexpr int divide_up(int length, int size) { return (length + size - 1) / size; }
 
-// Tiles of `keys` keys that some row sees, of kRows from row `first`.
-FASTATTN_HD constexpr Range key_tiles(const FastattnForward& f, int first, int keys) {
-  const int last = first + kRows < f.q_len ? first + kRows - 1 : f.q_len - 1;
-  const int begin = visible_keys(f, first).begin / keys;
-  return {begin, divide_up(visible_keys(f, last).end, keys)};
+// Tiles of keys that some row of the block from row `first` sees.
+template <class Shape>
+FASTATTN_HD constexpr Range key_tiles(const FastattnForward& f, int first) {
+  const int last = first + Shape::kRows < f.q_len ? first + Shape::kRows - 1 : f.q_len - 1;
+  return {visible_keys(f, first).begin / Shape::kKeys, divide_up(visible_keys(f, last).end, Shape::kKeys)};
 }
 
 struct Work {
@@ -47,11 +47,12 @@ struct Work {
 
 // Works in the order in which blocks take them: block b has b, b + blocks, b + 2 blocks, ...
 //
-// Section by section, so that the cache serves those who read the same keys; heads of one group are neighbours. Inside a
-// section the last rows come first: under causal order they see most, and what is long must not start last.
-FASTATTN_HD Work work_at(const Plan& plan, int index, int keys) {
+// Section by section, so that the cache serves those who read the same keys; heads of one group are neighbours. Inside
+// a section the last rows come first: under causal order they see most, and what is long must not start last.
+template <class Shape>
+FASTATTN_HD Work work_at(const Plan& plan, int index) {
   const FastattnForward& f = plan.f;
-  const int row_tiles = divide_up(f.q_len, kRows), pairs = f.batch * f.q_heads;
+  const int row_tiles = divide_up(f.q_len, Shape::kRows), pairs = f.batch * f.q_heads;
   const int start = index / (plan.section * row_tiles) * plan.section;
   const int heads = start + plan.section < pairs ? plan.section : pairs - start;
   const int inside = index - start * row_tiles;
@@ -60,9 +61,9 @@ FASTATTN_HD Work work_at(const Plan& plan, int index, int keys) {
   work.batch = pair / f.q_heads;
   work.head = pair % f.q_heads;
   work.kv_head = work.head / (f.q_heads / f.kv_heads);
-  work.first = (row_tiles - 1 - inside / heads) * kRows;
-  const Range tiles = key_tiles(f, work.first, keys);
-  work.first_key = tiles.begin * keys;
+  work.first = (row_tiles - 1 - inside / heads) * Shape::kRows;
+  const Range tiles = key_tiles<Shape>(f, work.first);
+  work.first_key = tiles.begin * Shape::kKeys;
   work.tiles = tiles.end > tiles.begin ? tiles.end - tiles.begin : 0;
   return work;
 }
@@ -107,7 +108,7 @@ OperandMap operand_map(const Plan& plan, Operand operand) {
     map.size[i + 1] = one ? 1 : sizes[i];
     map.stride[i] = map.size[i + 1] <= 1 ? 2 * Shape::kDim : 2 * stride[2 - i];
   }
-  map.box_rows = operand == kQueries ? kRows : operand == kOut ? kGroupRows : Shape::kKeys;
+  map.box_rows = operand == kQueries ? Shape::kRows : operand == kOut ? kGroupRows : Shape::kKeys;
   return map;
 }
 

@@ -20,7 +20,7 @@ from fastattn import backends
 from fastattn.backends import cuda
 from fastattn.spec import make_spec
 from tests.support.attention_cases import BFLOAT, DTYPE_NAMES, HALF, make_qkv
-from tests.support.cuda_calls import CASES, DTYPES, check_forward
+from tests.support.cuda_calls import CASES, DTYPES, KEYS, check_forward
 from tests.support.cuda_model import SOURCES, compile_cpp
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,7 +208,6 @@ def compiled():
 
 
 KERNELS = [(name, dim, capped) for name in ("BFloat", "Half") for dim in cuda.HEAD_DIMS for capped in (False, True)]
-KEYS = {64: 128, 128: 128, 256: 64}
 
 
 def test_compiled_without_spills_and_in_parallel(compiled):
@@ -219,7 +218,8 @@ def test_compiled_without_spills_and_in_parallel(compiled):
     kernels = cuda_report.kernels(*compiled)
     assert sorted((kernel.dtype, kernel.dim, kernel.capped) for kernel in kernels) == KERNELS
     for kernel in kernels:
-        assert kernel.registers == 168 and kernel.spilled == 0  # 384 threads share 65536; setmaxnreg moves them
+        assert kernel.registers == (128 if kernel.dim == 64 else 168)  # 512 or 384 threads share 65536
+        assert kernel.spilled == 0
         row = cuda_report.row(kernel)
         assert row["keys"] == str(KEYS[kernel.dim])
         assert float(row["in turns"]) > float(row["in step"])

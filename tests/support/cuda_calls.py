@@ -8,6 +8,8 @@ from fastattn.testing import assert_parity
 from tests.support.attention_cases import BFLOAT, HALF
 
 DTYPES = (HALF, BFLOAT)
+KEYS = {64: 128, 128: 128, 256: 64}
+"""head dim -> keys of a tile"""
 
 
 def specification(spec, dtype):

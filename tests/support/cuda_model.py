@@ -147,7 +147,7 @@ def table(model: Model) -> str:
         "",
         "## The kernel as it is",
         "",
-        "Every order in which the loader, both consumers and TMA can proceed, until no state is new. None breaks a",
+        "Every order in which the loader, the consumers and TMA can proceed, until no state is new. None breaks a",
         "rule.",
         "",
         "| works of a block | states, D = 64 | D = 128 | D = 256 |",

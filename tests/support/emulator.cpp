@@ -1,5 +1,5 @@
-// The forward kernel without a GPU: csrc/cuda/forward.cuh on a model of the hardware (hopper/), behind the library's own C
-// interface. What breaks a rule of the machine is an error of the call, which names it.
+// The forward kernel without a GPU: csrc/cuda/forward.cuh on a model of the hardware (hopper/), behind the C interface of
+// the library. What breaks a rule of the machine is an error of the call, which names it.
 #include <cstdlib>
 #include <cstring>
 
@@ -18,19 +18,20 @@ static void run(const FastattnForward& f, int32_t works) {
   const Plan plan = make_plan(f, works);
   const int blocks = std::min(works, most_blocks);
   for (int number = 0; number < blocks; ++number) {
-    hopper::Block block(plan, number, blocks, S::kTiles, seed + number);
+    hopper::Block block(plan, number, blocks, 1 + S::kConsumers, S::kTiles, seed + number);
     std::vector<hopper::Machine<S>> machines;
-    machines.reserve(hopper::kRoles);
-    std::array<std::function<void()>, hopper::kRoles> bodies;
-    for (int role = 0; role < hopper::kRoles; ++role) {
+    machines.reserve(block.groups);
+    std::vector<std::function<void()>> bodies;
+    for (int role = 0; role < block.groups; ++role) {
       machines.emplace_back(block, role);
-      bodies[role] = [&plan, role, &machine = machines.back()] { attend<S>(machine, plan, role); };
+      bodies.push_back([&plan, role, &machine = machines.back()] { attend<S>(machine, plan, role); });
     }
     block.run(bodies);
     if (number > 0) continue;
     recorded = {};
+    recorded.groups = block.groups;
     recorded.traces = block.traces;
-    for (int role = 0; role < hopper::kRoles; ++role) recorded.needed[role] = block.state.roles[role].needed;
+    for (int role = 0; role < block.groups; ++role) recorded.needed[role] = block.state.roles[role].needed;
     recorded.barriers.resize(S::kBarriers);
     const auto name = [](int barrier, std::string text) { recorded.barriers[barrier] = std::move(text); };
     name(S::kFullQueries, "full q");
@@ -66,9 +67,9 @@ extern "C" {
 void emulator_seed(uint64_t seed) { fastattn::seed = seed; }
 void emulator_blocks(int most) { fastattn::most_blocks = most; }
 
-// Explore the first block of the last call: with mutation `mutation` or, below 0, as it is; up to `limit` states by search,
-// or for a seed of 0 and more one order at random. What was found, the states, whether that is all, the report and the
-// schedule that led to it, separated by '\0'.
+// Explore the first block of the last call: with mutation `mutation` or, below 0, as it is; up to `limit` states by
+// search, or for a seed of 0 and more one order at random. The kind of report, the states, whether these are all, the
+// report and the schedule that led to it, separated by tabs.
 const char* emulator_explore(int mutation, long limit, long seed) {
   static std::string text;
   hopper::Program program = fastattn::recorded;
@@ -110,15 +111,18 @@ void schedule_visible_keys(const FastattnForward* f, int row, int* range) {
   const fastattn::Range r = fastattn::visible_keys(*f, row);
   range[0] = r.begin, range[1] = r.end;
 }
-void schedule_key_tiles(const FastattnForward* f, int first, int keys, int* range) {
-  const fastattn::Range r = fastattn::key_tiles(*f, first, keys);
+void schedule_key_tiles(const FastattnForward* f, int first, int* range) {
+  const fastattn::Range r = f->head_dim == 64    ? fastattn::key_tiles<fastattn::Shape<64>>(*f, first)
+                            : f->head_dim == 128 ? fastattn::key_tiles<fastattn::Shape<128>>(*f, first)
+                                                 : fastattn::key_tiles<fastattn::Shape<256>>(*f, first);
   range[0] = r.begin, range[1] = r.end;
 }
 int schedule_section_heads(const FastattnForward* f) { return fastattn::section_heads(*f); }
-// (batch entry, head, head of k and v, first row, tiles) of a work, in sections of `section` heads
-void schedule_work(const FastattnForward* f, int section, int index, int keys, int* work) {
+int layout_block_rows(int head_dim) { return fastattn::block_rows(head_dim); }
+// (batch entry, head, head of k and v, first row, tiles) of a work at head dim 128, in sections of `section` heads
+void schedule_work(const FastattnForward* f, int section, int index, int* work) {
   const fastattn::Plan plan = {*f, 0, section, {}};
-  const fastattn::Work w = fastattn::work_at(plan, index, keys);
+  const fastattn::Work w = fastattn::work_at<fastattn::Shape<128>>(plan, index);
   const int values[] = {w.batch, w.head, w.kv_head, w.first, w.tiles};
   std::memcpy(work, values, sizeof values);
 }

@@ -1,7 +1,7 @@
 // All orders in which the roles of a block and TMA can proceed, or many of them at random.
 //
-// A role's operations do not depend on the order, so they were recorded once (machine.h), and only their interleaving is
-// explored: by depth-first search, where a state that was met before is not entered again. Between two operations that
+// A role's operations do not depend on the order, so they were recorded once (machine.h), and only their interleaving
+// is explored: by depth-first search, where a state that was met before is not entered again. Between two operations that
 // another role can notice, a role runs on.
 #pragma once
 
@@ -17,6 +17,7 @@ namespace hopper {
 constexpr int kClasses = 24;  // cells of shared memory that the operations distinguish
 
 struct Program {
+  int groups = 0;  // warp groups of the block
   std::array<Trace, kRoles> traces;
   std::array<int, kRoles> needed{};
   std::array<std::vector<int>, kMbarriers> loads;  // bytes of each load, by the mbarrier it completes on
@@ -69,7 +70,7 @@ class Explorer {
   // Depth first, up to `limit` states.
   Outcome search(long limit) {
     Outcome outcome;
-    std::vector<Frame> stack(1);
+    std::vector<Frame> stack = {{Machine(program_.groups)}};
     std::unordered_set<uint64_t> met;
     try {
       begin(stack[0].state);
@@ -107,7 +108,7 @@ class Explorer {
     outcome.all = false;
     std::mt19937_64 random(seed);
     const unsigned lazy = seed % 8;
-    auto now = std::make_unique<Machine>();
+    auto now = std::make_unique<Machine>(program_.groups);
     try {
       begin(*now);
       for (int last = 0;;) {

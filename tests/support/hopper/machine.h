@@ -1,8 +1,8 @@
 // A Machine of csrc/cuda/forward.cuh: numbers and addresses as the hardware has them, one fiber for each warp group.
 //
-// What the instructions do is written here a second time, from the PTX ISA and independently of csrc/cuda/layout.cuh: how
-// a descriptor addresses shared memory, where TMA puts a box, where the elements of a fragment are. Shared memory starts
-// as NaN. Whatever is asynchronous happens as late as it may, loads at a moment of chance. Every operation is recorded
+// What the instructions do is written here a second time, from the PTX ISA and independently of csrc/cuda/layout.cuh:
+// how a descriptor addresses shared memory, where TMA puts a box, where the elements of a fragment are. Shared memory
+// starts as NaN. Whatever is asynchronous happens as late as it may, loads at a moment of chance. Every operation is recorded
 // for explore.h and obeys the rules of state.h.
 #pragma once
 
@@ -38,21 +38,21 @@ class Block {
  public:
   const fastattn::Plan& plan;
   const bool half;
-  const int number, count;
+  const int number, count, groups;  // of blocks; of warp groups
   std::vector<uint8_t> memory;
   State<256> state;
   std::array<Trace, kRoles> traces;
   std::array<std::vector<std::pair<int, std::function<void()>>>, kMbarriers> loads;  // bytes, and what TMA does
 
-  Block(const fastattn::Plan& plan, int number, int count, size_t bytes, uint64_t seed)
-      : plan(plan), half(plan.f.dtype == FASTATTN_FLOAT16), number(number), count(count), memory(kBase + bytes, 0xFF),
-        random_(seed) {}
+  Block(const fastattn::Plan& plan, int number, int count, int groups, size_t bytes, uint64_t seed)
+      : plan(plan), half(plan.f.dtype == FASTATTN_FLOAT16), number(number), count(count), groups(groups),
+        memory(kBase + bytes, 0xFF), state(groups), random_(seed) {}
 
-  void run(std::array<std::function<void()>, kRoles> bodies) {
-    for (int role = 0; role < kRoles; ++role) start(role, bodies[role]);
+  void run(const std::vector<std::function<void()>>& bodies) {
+    for (int role = 0; role < groups; ++role) start(role, bodies[role]);
     for (;;) {
       std::vector<int> ready;
-      for (int role = 0; role < kRoles; ++role) {
+      for (int role = 0; role < groups; ++role) {
         const Fiber& fiber = fibers_[role];
         if (!fiber.done && (fiber.next == nullptr || state.enabled(role, *fiber.next))) ready.push_back(role);
       }
@@ -72,8 +72,8 @@ class Block {
         state.deliver(chosen - kRoles, bytes);
       }
     }
-    for (const Fiber& fiber : fibers_) {
-      if (!fiber.done) throw Report{"deadlock", "every role waits"};
+    for (int role = 0; role < groups; ++role) {
+      if (!fibers_[role].done) throw Report{"deadlock", "every role waits"};
     }
     state.end();
   }

@@ -119,24 +119,29 @@ inline std::vector<Mutation> mutations(int query_cells, int tile_cells) {
   const auto touch = [](int mask) {
     return [=](int, const Op& op) { return op.kind == Kind::kTouch && op.registers & mask; };
   };
-  const auto turns = [](Kind kind) { return at(kind, 1, 2); };
+  const auto turns = [](Kind kind) { return at(kind, 1, 3); };
+  const Where staging = at(Kind::kSync, 4, 3);
   const int keys = query_cells, all_values = query_cells + 2 * tile_cells;
   return {
       // The loader.
       {"keys are loaded without waiting for a free stage", "barrier misuse", drop(at(Kind::kWait, kFreeK))},
       {"values are loaded without waiting for a free stage", "overwrite before release", drop(at(Kind::kWait, kFreeV))},
-      {"queries are loaded without waiting for their place", "overwrite before release", drop(at(Kind::kWait, kFreeQ, 1))},
+      {"queries are loaded without waiting for their place", "overwrite before release",
+       drop(at(Kind::kWait, kFreeQ, 1))},
       {"the loader waits for free keys with the other parity", "deadlock", change(at(Kind::kWait, kFreeK), flip)},
-      {"the loader waits for free values with parity 1 for ever", "wrong phase", change(at(Kind::kWait, kFreeV), value(1))},
+      {"the loader waits for free values with parity 1 for ever", "wrong phase",
+       change(at(Kind::kWait, kFreeV), value(1))},
       {"the loader waits for free queries with parity 1 for ever", "wrong phase",
        change(at(Kind::kWait, kFreeQ, 1), value(1))},
       {"keys expect half their bytes", "read before arrival", change(at(Kind::kExpect, kFullK), scaled(1, 2))},
       {"keys expect twice their bytes", "deadlock", change(at(Kind::kExpect, kFullK), scaled(2, 1))},
       {"values expect one row too few", "deadlock", change(at(Kind::kExpect, kFullV), scaled(127, 128))},
-      {"queries expect nothing, the barrier ends at once", "read before arrival", change(at(Kind::kExpect, kFullQ, 1), value(0))},
+      {"queries expect nothing, the barrier ends at once", "read before arrival",
+       change(at(Kind::kExpect, kFullQ, 1), value(0))},
       {"the loader forgets to expect values", "deadlock", drop(at(Kind::kExpect, kFullV))},
       {"keys are expected twice", "barrier misuse", twice(at(Kind::kExpect, kFullK))},
-      {"keys go to the other stage", "read before arrival", change(at(Kind::kLoad, kFullK), other_stage(keys, tile_cells))},
+      {"keys go to the other stage", "read before arrival",
+       change(at(Kind::kLoad, kFullK), other_stage(keys, tile_cells))},
       {"values go to the other stage", "read before arrival",
        change(at(Kind::kLoad, kFullV), other_stage(all_values, tile_cells))},
       {"values complete on the barrier of the keys", "deadlock",
@@ -168,7 +173,8 @@ inline std::vector<Mutation> mutations(int query_cells, int tile_cells) {
       {"scores do not wait for queries", "read before arrival", drop(at(Kind::kWait, kFullQ, 1))},
       {"consumers wait for keys with the other parity", "read before arrival", change(at(Kind::kWait, kFullK), flip)},
       {"consumers wait for values with parity 0 for ever", "deadlock", change(at(Kind::kWait, kFullV), value(0))},
-      {"consumers wait for queries with parity 0 for ever", "wrong phase", change(at(Kind::kWait, kFullQ, 1), value(0))},
+      {"consumers wait for queries with parity 0 for ever", "wrong phase",
+       change(at(Kind::kWait, kFullQ, 1), value(0))},
       {"consumers wait for the keys of stage 0 alone", "wrong phase", change(at(Kind::kWait, kFullK), on(kFullK))},
       {"the wait for values comes after their product", "read before arrival", trade(at(Kind::kWait, kFullV), values)},
       // They let go.
@@ -199,7 +205,8 @@ inline std::vector<Mutation> mutations(int query_cells, int tile_cells) {
       {"values read the keys of their stage", "read before arrival", change(values, [=](Op& op) {
          for (uint8_t& cell : op.cells) cell = uint8_t(cell - 2 * tile_cells);
        })},
-      {"the second consumer takes the first one's queries", "overwrite before release", change(in(2, scores), [=](Op& op) {
+      {"the second consumer takes the first one's queries", "overwrite before release",
+       change(in(2, scores), [=](Op& op) {
          for (uint8_t& cell : op.cells) cell = uint8_t(cell < query_cells ? cell - 8 : cell);
        })},
       // Turns.
@@ -210,16 +217,18 @@ inline std::vector<Mutation> mutations(int query_cells, int tile_cells) {
          trace.erase(std::find_if(trace.begin(), trace.end(), [](const Op& op) { return op.kind == Kind::kSignal; }));
        }},
       {"both consumers wait for one turn", "barrier misuse", change(turns(Kind::kSync), on(1))},
-      {"a consumer passes its turn to itself", "barrier misuse", change(turns(Kind::kSignal), [](Op& op) { op.barrier = 3 - op.barrier; })},
+      {"a consumer passes its turn to itself", "barrier misuse",
+       change(turns(Kind::kSignal), [](Op& op) { op.barrier = 3 - op.barrier; })},
       {"turns are passed on but not awaited", "barrier misuse", drop(turns(Kind::kSync))},
       // The output.
       {"no proxy fence before the output is stored", "proxy fence missing",
        drop([](int role, const Op& op) { return role > 0 && op.kind == Kind::kProxy; })},
-      {"the fence comes before the output is written", "proxy fence missing", trade(at(Kind::kPut), in(1, at(Kind::kProxy)))},
+      {"the fence comes before the output is written", "proxy fence missing",
+       trade(at(Kind::kPut), in(1, at(Kind::kProxy)))},
       {"no barrier between the output's writers and the thread that stores it", "proxy fence missing",
-       drop(at(Kind::kSync, 3, 2))},
-      {"the fence comes after that barrier", "proxy fence missing", trade(in(1, at(Kind::kProxy)), at(Kind::kSync, 3, 2))},
-      {"the barrier counts both consumers", "deadlock", change(at(Kind::kSync, 3, 2), value(256))},
+       drop(staging)},
+      {"the fence comes after that barrier", "proxy fence missing", trade(in(1, at(Kind::kProxy)), staging)},
+      {"the barrier counts both consumers", "deadlock", change(staging, value(256))},
       {"queries are released before the stores have read", "overwrite before release",
        trade(at(Kind::kStored), at(Kind::kArrive, kFreeQ, 1))},
       {"stores are not awaited", "overwrite before release", drop(at(Kind::kStored))},
@@ -231,7 +240,8 @@ inline std::vector<Mutation> mutations(int query_cells, int tile_cells) {
          return role > 0 && op.kind == Kind::kRegisters;
        })},
       {"the loader gives up more than it may", "register budget", change(in(0, at(Kind::kRegisters)), value(-16))},
-      {"a number of registers that is no multiple of 8", "register budget", change(in(1, at(Kind::kRegisters)), value(236))},
+      {"a number of registers that is no multiple of 8", "register budget",
+       change(in(1, at(Kind::kRegisters)), value(236))},
       {"dec where inc is meant", "register budget", change(in(1, at(Kind::kRegisters)), value(-240))},
   };
 }

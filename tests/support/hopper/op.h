@@ -7,7 +7,7 @@
 
 namespace hopper {
 
-constexpr int kRoles = 3;  // 0 loads, 1 and 2 compute
+constexpr int kRoles = 4;  // 0 loads, the others compute; what is not there has no operations
 constexpr int kRoleThreads = 128;
 
 enum class Kind : uint8_t {

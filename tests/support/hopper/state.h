@@ -2,7 +2,7 @@
 //
 // Races are found by what happens before what, not by luck: every role, and every unit that works asynchronously, has a
 // clock. Whoever waits for something learns the clocks of those who made it happen; an access to memory must know of
-// every earlier access that it conflicts with. So an order that shows a race need not be the one in which it would bite.
+// every earlier access that it conflicts with. So an order that shows a race need not be the one in which it bites.
 //
 // Names in quotation marks are sections of the PTX ISA.
 #pragma once
@@ -23,7 +23,7 @@ struct Report {
 };
 
 constexpr int kMbarriers = 16, kNamed = 8;
-constexpr int kPool = 65536, kStartRegisters = 168;
+constexpr int kPool = 65536;  // registers
 
 // Components of a clock: roles, loads counted by the mbarrier that they complete on, and of each role its groups of
 // wgmma, its stores, and its proxy fences that a barrier has followed.
@@ -58,7 +58,7 @@ struct Cell {
   uint16_t writer = 0;  // component
   uint16_t written = 0, fence = 0;
   std::array<uint16_t, 2 * kRoles> read{};  // by products and stores of each role
-  uint16_t unused = 0;
+  std::array<uint16_t, 3> unused{};
 };
 
 struct Role {
@@ -66,7 +66,7 @@ struct Role {
   uint16_t position = 0;  // in its trace
   uint16_t inside = 0, generation = 0;  // waits in a named barrier, until that has another generation
   uint16_t fenced = 0, committed = 0, ended = 0, stores = 0;
-  int16_t registers = kStartRegisters, needed = 0;  // given to a thread; what its values alone fill
+  int16_t registers = 0, needed = 0;  // given to a thread; what its values alone fill
   std::array<int16_t, kMbarriers> seen{};           // the last phase that it waited for
   std::array<uint8_t, 4> flying{};                  // registers of committed groups of products, by number
   uint8_t open = 0, dirty = 0xFF;                   // of products not committed; used since the last fence
@@ -78,11 +78,17 @@ struct State {
   std::array<Mbarrier, kMbarriers> mbarriers{};
   std::array<NamedBarrier, kNamed> named{};
   std::array<Role, kRoles> roles{};
-  int32_t pool = kPool - kRoles * kRoleThreads * kStartRegisters;
+  int32_t pool = kPool;
 
-  State() {
-    for (Role& role : roles) role.seen.fill(-1);
-    for (int r = 0; r < kRoles; ++r) roles[r].clock.at[r] = 1;
+  // A block of so many warp groups, each of whose threads has as many registers as go round, by 8.
+  explicit State(int groups) {
+    const int registers = kPool / (groups * kRoleThreads) / 8 * 8;
+    pool -= registers * groups * kRoleThreads;
+    for (int r = 0; r < kRoles; ++r) {
+      roles[r].seen.fill(-1);
+      roles[r].clock.at[r] = 1;
+      roles[r].registers = int16_t(registers);
+    }
   }
 
   bool enabled(int r, const Op& op) const {
@@ -319,7 +325,7 @@ struct State {
     Role& role = roles[r];
     const int count = std::abs(op.value);
     if (count < 24 || count > 256 || count % 8 != 0) throw Report{"register budget", "expected 24 to 256 by 8"};
-    if ((op.value < 0) != (count < role.registers)) throw Report{"register budget", "inc that takes, or dec that gives"};
+    if ((op.value < 0) != (count < role.registers)) throw Report{"register budget", "inc takes, or dec gives"};
     pool += (role.registers - count) * kRoleThreads;
     role.registers = int16_t(count);
   }
