@@ -29,9 +29,39 @@ def test_methods_beside_forward(ranks, name):
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-def test_a_checkpoint_loads_on_another_number_of_ranks(ranks, tmp_path):
-    ranks.run(work.save, str(tmp_path), ranks=4)
+@pytest.mark.parametrize("way", ["plain", "with_heads"])
+def test_a_checkpoint_loads_on_another_number_of_ranks(ranks, way, tmp_path):
+    ranks.run(work.save, str(tmp_path), way, ranks=4)
     exact, eager = work.trained(torch.float64), work.trained(torch.float32)
     for found in ranks.run(work.load, str(tmp_path), ranks=2):
         for name, weight in found.items():
             assert_parity(weight, exact[name], eager[name], name)
+
+
+def test_blocks_as_stages_of_a_pipeline(ranks):
+    exact_loss, exact = train_step(*work.make_lm(torch.float64))
+    loss, eager = train_step(*work.make_lm())
+    first, last = ranks.run(work.pipeline_step, ranks=2)
+    assert_parity(last[0], exact_loss, loss, "loss")
+    gradients = first[1] | last[1]
+    assert gradients.keys() == {*exact, "head.weight"}
+    gradients["embedding.weight"] += gradients.pop("head.weight")  # which is tied to it, on another rank
+    for name, gradient in gradients.items():
+        assert_parity(gradient, exact[name], eager[name], name)
+
+
+@pytest.mark.parametrize("way", ["heads", "with_heads"])
+def test_gradients_are_clipped_together(ranks, way):
+    """Of parameters some of which are divided in two ways, some in one and some not at all."""
+    expected = {}
+    for dtype in (torch.float64, torch.float32):
+        model, tokens = work.make_lm(dtype)
+        train_step(model, tokens)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        expected[dtype] = norm, {name: p.grad for name, p in model.named_parameters()}
+    (exact_norm, exact), (eager_norm, eager) = expected.values()
+    assert exact_norm > 0.1
+    for norm, gradients in ranks.run(work.clipped, way, ranks=4 if way == "with_heads" else 2):
+        assert_parity(norm, exact_norm, eager_norm, "norm")
+        for name, gradient in gradients.items():
+            assert_parity(gradient, exact[name], eager[name], name)

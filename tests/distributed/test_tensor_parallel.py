@@ -19,13 +19,22 @@ NAMES = ("rope", "of_heads", "alibi", "encoder_decoder")
      ("untied", True, True)],
 )  # fmt: skip
 def test_a_step_of_training(ranks, name, vocabulary, sequence):
+    check_step(ranks.run(work.divided_step, name, vocabulary, sequence, ranks=2), name)
+
+
+def check_step(found, name):
     loss, gradients = work.train_step(*work.make_model(name, torch.float64))
     eager_loss, eager = work.train_step(*work.make_model(name))
-    for their_loss, theirs in ranks.run(work.divided_step, name, vocabulary, sequence, ranks=2):
+    for their_loss, theirs in found:
         assert_parity(their_loss, loss, eager_loss, "loss")
         assert theirs.keys() == gradients.keys()
         for parameter, gradient in gradients.items():
             assert_parity(theirs[parameter], gradient, eager[parameter], parameter)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_compiled_step_with_activation_checkpointing(ranks, sequence):
+    check_step(ranks.run(work.divided_step, "rope", False, sequence, True, ranks=2), "rope")
 
 
 @pytest.mark.parametrize("sequence", [False, True])

@@ -1,6 +1,8 @@
 """What the processes of `tests.support.ranks` are asked to do with models whose parameters are divided (FSDP2)."""
 
 import torch
+import torch.nn.functional as F
+from torch.distributed import pipelining
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor.parallel import parallelize_module
@@ -36,6 +38,9 @@ def divided(mesh, way):
     if way == "compiled":
         for block in model.decoder.blocks:
             block.compile(backend="aot_eager")
+    if way == "heads":
+        parallelize_module(model, mesh, fd.tensor_parallel_plan(model, mesh.size()))
+        return model, tokens
     if way == "hsdp":
         fd.fully_shard(model, mesh=square())
         return model, own_rows(tokens, mesh.get_local_rank(), mesh.size())
@@ -83,9 +88,9 @@ def train(model, optimizer, tokens, steps):
         optimizer.step()
 
 
-def save(mesh, folder):
+def save(mesh, folder, way):
     """A checkpoint after two steps."""
-    model, tokens = divided(mesh, "plain")
+    model, tokens = divided(mesh, way)
     optimizer = make_optimizer(model)
     train(model, optimizer, tokens, 2)
     weights, state = get_state_dict(model, optimizer)
@@ -108,3 +113,32 @@ def trained(dtype):
     model, tokens = make_lm(dtype)
     train(model, make_optimizer(model), tokens, 3)
     return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def pipeline_step(mesh):
+    """(loss, on the last rank, gradients of what this rank has): each has one of two blocks."""
+    model, tokens = make_lm(checkpoint=False)
+    rows = ROWS // 2  # of a microbatch
+    pipe = pipelining.pipeline(
+        model, (tokens[:rows],), split_spec={"decoder.blocks.1": pipelining.SplitPoint.BEGINNING}
+    )
+    stage = pipe.build_stage(mesh.get_local_rank(), torch.device("cpu"), mesh.get_group())
+
+    def loss_of(logits, labels):
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    schedule, losses = pipelining.ScheduleGPipe(stage, 2, loss_fn=loss_of), []
+    if mesh.get_local_rank() == 0:
+        schedule.step(tokens)
+    else:
+        schedule.step(target=tokens, losses=losses)
+    gradients = {name: p.grad for name, p in stage.submod.named_parameters() if p.grad is not None}
+    return sum(losses) / 2 if losses else None, gradients
+
+
+def clipped(mesh, way):
+    """(norm, gradients of the whole batch by name)"""
+    model, tokens = divided(mesh, way)
+    models.train_step(model, tokens)
+    norm = fd.clip_grad_norm_(model.parameters(), 0.1)
+    return norm, {name: models.whole(p.grad) for name, p in model.named_parameters()}

@@ -20,7 +20,7 @@ MODELS = {
 }
 
 
-def make_model(name, dtype=torch.float32):
+def make_model(name, dtype=torch.float32, **changes):
     """(model, its inputs), the same in every process."""
     torch.manual_seed(1)
     sizes = {"d_model": 32, "num_layers": 2, "num_heads": 4}
@@ -28,7 +28,7 @@ def make_model(name, dtype=torch.float32):
         parts = [TransformerConfig(**sizes, **MODELS[kind]) for kind in ("rope", "of_heads")]
         model = EncoderDecoder(EncoderDecoderConfig(source_vocab_size=18, encoder=parts[0], decoder=parts[1]))
     else:
-        model = CausalLM(CausalLMConfig(vocab_size=18, **sizes, **MODELS[name]))
+        model = CausalLM(CausalLMConfig(vocab_size=18, **sizes, **MODELS[name], **changes))
     for parameter in model.parameters():  # sinks and norms that differ from head to head
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter.data, std=0.3)
@@ -53,10 +53,14 @@ def train_step(model, tokens):
     return whole(loss.detach()), gradients
 
 
-def divided_step(mesh, name, vocabulary=False, sequence=False):
-    model, tokens = make_model(name)
+def divided_step(mesh, name, vocabulary=False, sequence=False, compiled=False):
+    """The step; ``compiled``: block by block, whose activations are computed anew."""
+    model, tokens = make_model(name, **({"checkpoint": True} if compiled else {}))
     plan = fd.tensor_parallel_plan(model, mesh.size(), vocabulary=vocabulary, sequence=sequence)
     parallelize_module(model, mesh, plan)
+    if compiled:
+        for block in model.decoder.blocks:
+            block.compile(backend="aot_eager", dynamic=False)
     with loss_parallel() if vocabulary else contextlib.nullcontext():
         return train_step(model, tokens)
 
