@@ -35,7 +35,8 @@ def for_own_heads(parameter: Tensor) -> Tensor:
 def attention_of_heads(first: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """`fastattn.attention` of the query heads from ``first`` on, the other ones being other ranks'.
 
-    Dropout drops what it drops in one call with all of them, if the generators of all ranks are alike.
+    Dropout drops what it drops in one call with all of them, if the generators of all ranks are alike; but where the
+    sequence is divided too, what it drops for the first ones.
     """
     if first == 0 or not options["dropout_p"] or divided.current() is not None:
         return attention(q, k, v, **options)

@@ -9,7 +9,9 @@ from tests.support import ranks_data_parallel as work
 from tests.support.ranks_tensor_parallel import train_step
 
 
-@pytest.mark.parametrize(("way", "ranks_used"), [("plain", 2), ("compiled", 2), ("hsdp", 4), ("with_heads", 4)])
+@pytest.mark.parametrize(
+    ("way", "ranks_used"), [("plain", 2), ("compiled", 2), ("hsdp", 4), ("with_heads", 4), ("on_shards", 4)]
+)
 def test_a_step_of_training_and_generate(ranks, way, ranks_used):
     _, exact = train_step(*work.make_lm(torch.float64))
     model, tokens = work.make_lm()

@@ -49,10 +49,14 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [("modern", (2, 1, 2)), ("gpt", (2, 2, 1)), ("modern", (1, 2, 2))])
-def test_the_losses_of_the_example_are_those_of_one_process(ranks, folder, kind, sizes):
-    exact, eager = (work.fit(None, None, kind, folder, dtype) for dtype in (torch.float64, torch.float32))
-    for found in ranks.run(work.fit, sizes, kind, folder):
+@pytest.mark.parametrize(
+    ("kind", "sizes", "dropout"),
+    [("modern", (2, 1, 2), 0.0), ("gpt", (2, 2, 1), 0.0), ("modern", (1, 2, 2), 0.0), ("gpt", (1, 1, 4), 0.2)],
+)
+def test_the_losses_of_the_example_are_those_of_one_process(ranks, folder, kind, sizes, dropout):
+    """With dropout, too, where ranks share the heads alone."""
+    exact, eager = (work.fit(None, None, kind, folder, d, dropout=dropout) for d in (torch.float64, torch.float32))
+    for found in ranks.run(work.fit, sizes, kind, folder, torch.float32, None, dropout):
         for name, *numbers in zip(("train", "validation"), found, exact, eager, strict=False):
             assert_parity(*(torch.tensor(x, dtype=d) for x, d in zip(numbers, DTYPES, strict=True)), name=name)
 

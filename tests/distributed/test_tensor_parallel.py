@@ -64,7 +64,8 @@ LAYERS = ("encoder", "layer", "transformer")
 def test_drop_ins_of_torch(ranks, name, sequence):
     """Outputs, weights and every gradient, with the dropout of one process."""
     exact, eager = (work.drop_in_step(None, name, dtype) for dtype in (torch.float64, torch.float32))
-    for found in ranks.run(work.drop_in_step, name, torch.float32, sequence, ranks=2):
+    count = 4 if name == "transformer" else 2
+    for found in ranks.run(work.drop_in_step, name, torch.float32, sequence, ranks=count):
         assert found.keys() == exact.keys()
         for key, x in found.items():
             assert_parity(x, exact[key], eager[key], key)

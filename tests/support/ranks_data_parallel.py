@@ -44,9 +44,9 @@ def divided(mesh, way):
     if way == "hsdp":
         fd.fully_shard(model, mesh=square())
         return model, own_rows(tokens, mesh.get_local_rank(), mesh.size())
-    if way == "with_heads":
+    if way in ("with_heads", "on_shards"):
         mesh = square()
-        parallelize_module(model, mesh["tp"], fd.tensor_parallel_plan(model, 2))
+        parallelize_module(model, mesh["tp"], fd.tensor_parallel_plan(model, 2, sequence=way == "on_shards"))
         mesh = mesh["dp"]
     fd.fully_shard(model, mesh=mesh)
     return model, own_rows(tokens, mesh.get_local_rank(), mesh.size())

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 import fastattn.distributed as fd
 from fastattn.nn import ALiBi, CausalLM, CausalLMConfig, EncoderDecoder, EncoderDecoderConfig, RoPE, TransformerConfig
+from tests.support.ranks_sharding import square
 
 MODELS = {
     "rope": {"position": RoPE(), "num_kv_heads": 2},
@@ -146,10 +147,17 @@ ATTENTION = ("packed", "cross", "sizes", "causal")
 
 
 def drop_in_step(mesh, name, dtype=torch.float32, sequence=False):
-    """Outputs and all gradients by name, with dropout; in one process without a mesh."""
+    """Outputs and all gradients by name, with dropout; in one process without a mesh.
+
+    Of 4 ranks 2 share the heads, and the others, with the same input, the parameters.
+    """
     model, args, options = make_drop_in(name, dtype)
     if mesh is not None:
-        parallelize_module(model, mesh, fd.tensor_parallel_plan(model, mesh.size(), sequence=sequence))
+        both = square() if mesh.size() == 4 else None
+        heads = mesh if both is None else both["tp"]
+        parallelize_module(model, heads, fd.tensor_parallel_plan(model, heads.size(), sequence=sequence))
+        if both is not None:
+            fd.fully_shard(model, mesh=both["dp"])
     torch.manual_seed(5)
     out = model(*args, **options)
     out = [x for x in (out if isinstance(out, tuple) else (out,)) if x is not None]
