@@ -8,6 +8,7 @@ from fastattn import backends, ops
 from fastattn.backends import Explanation
 from fastattn.functional import divided, keywords, rotary
 from fastattn.functional.attention import Backend
+from fastattn.spec import QUANTISED as QUANTISED
 from fastattn.spec import CacheSpec, check_flag, make_cache_spec
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _check as check
-from fastattn.functional.kvcache import attention_with_kvcache
+from fastattn.functional.kvcache import QUANTISED, attention_with_kvcache
 
 __all__ = ["DynamicCache", "KVCache", "PagedCache", "SlidingWindowCache"]
 
@@ -29,10 +29,12 @@ class KVCache:
         capacity: tokens per entry.
         num_kv_heads: heads of keys and values.
         head_dim: of keys and of values.
-        device, dtype: of keys and values; the dtype is that of the queries.
+        device, dtype: of keys and values; the dtype is that of the queries. int8 or float8_e4m3fn: keys and values are
+            quantised, with a scale for each token and head.
 
     Attributes:
         k, v: per layer (batch, capacity, num_kv_heads, head_dim).
+        k_scale, v_scale: per layer (batch, capacity, num_kv_heads); empty lists where nothing is quantised.
         lens: int32 (batch,), tokens in the cache.
         length: the longest entry, on the host; entries may be shorter.
         block_table: int32 (batch, pages), or None; see `fastattn.attention_with_kvcache`.
@@ -74,6 +76,14 @@ class KVCache:
             [torch.empty(*rows, num_kv_heads, head_dim, device=device, dtype=dtype) for _ in range(num_layers)]
             for _ in "kv"
         )
+        scaled = self.k if dtype in QUANTISED else []
+        self.k_scale, self.v_scale = ([x.new_empty(x.shape[:3], dtype=torch.float32) for x in scaled] for _ in "kv")
+
+    def _replace_buffers(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put ``function`` of it in the place of every buffer that holds something for each token."""
+        self.k, self.v, self.k_scale, self.v_scale = (
+            [function(x) for x in buffers] for buffers in (self.k, self.v, self.k_scale, self.v_scale)
+        )
 
     def _rows(self, batch: int) -> tuple[int, int]:
         """The two first sizes of a buffer."""
@@ -101,7 +111,7 @@ class KVCache:
             return
         with torch.inference_mode(False):
             self.lens = torch.zeros_like(self.lens, device=device)
-            self.k, self.v = ([torch.empty_like(x, device=device) for x in buffers] for buffers in (self.k, self.v))
+            self._replace_buffers(lambda x: torch.empty_like(x, device=device))
             if self.block_table is not None:
                 self.block_table = self.block_table.to(device)
 
@@ -124,6 +134,8 @@ class KVCache:
         if self.lens.device != k.device:  # layers on several devices
             lens = lens if isinstance(lens, int) else lens.to(k.device)
             table = None if table is None else table.to(k.device)
+        if self.k_scale:
+            options |= {"k_scale": self.k_scale[layer], "v_scale": self.v_scale[layer]}
         return attention_with_kvcache(
             q, self.k[layer], self.v[layer], k, v, cache_lens=lens, block_table=table,
             batch_invariant=self.batch_invariant, **options,
@@ -153,7 +165,7 @@ class KVCache:
         As beam search needs it. Buffers stay where they are if the batch stays what it is.
         """
         _check_index(index, self.batch)
-        self.k, self.v = ([_selected(x, index) for x in buffers] for buffers in (self.k, self.v))
+        self._replace_buffers(lambda x: _selected(x, index))
         self._select_lengths(index)
 
     def _select_lengths(self, index: Tensor) -> None:
@@ -172,7 +184,7 @@ class DynamicCache(KVCache):
         if needed <= self.capacity:
             return
         self.capacity = max(needed, 2 * self.capacity)
-        self.k, self.v = ([self._grown(x) for x in buffers] for buffers in (self.k, self.v))
+        self._replace_buffers(self._grown)
 
     @torch.inference_mode(False)
     def _grown(self, x: Tensor) -> Tensor:
@@ -246,7 +258,7 @@ class SlidingWindowCache(KVCache):
     def select(self, index: Tensor) -> None:
         _check_index(index, self.batch)
         pages = (index[:, None] * self._pages + torch.arange(self._pages, device=index.device)).flatten()
-        self.k, self.v = ([_selected(x, pages) for x in buffers] for buffers in (self.k, self.v))
+        self._replace_buffers(lambda x: _selected(x, pages))
         self._select_lengths(index)
         if self.block_table is not None and index.shape[0] != self.block_table.shape[0]:
             self.block_table = self._table(index.shape[0])
@@ -365,10 +377,13 @@ class PagedCache(KVCache):
         self._free = list(range(pool))[::-1]
         self._owned = [[self._free.pop() for _ in range(n)] for n in used]
         target = torch.tensor([p for own in self._owned for p in own], dtype=torch.int64, device=self.lens.device)
-        for buffers in (self.k, self.v):
-            for layer, x in enumerate(buffers):
-                buffers[layer] = larger = x if pool == x.shape[0] else x.new_empty(pool, *x.shape[1:])
-                larger[target] = x[pages]
+
+        def moved(x: Tensor) -> Tensor:
+            larger = x if pool == x.shape[0] else x.new_empty(pool, *x.shape[1:])
+            _bytes(larger)[target] = _bytes(x)[pages]
+            return larger
+
+        self._replace_buffers(moved)
         self._select_lengths(index)
         if self.block_table is not None and len(sources) != self.block_table.shape[0]:
             self.block_table = self.block_table.new_zeros(len(sources), self.block_table.shape[1])
@@ -378,8 +393,13 @@ class PagedCache(KVCache):
 
 def _selected(x: Tensor, index: Tensor) -> Tensor:
     """x[index], in x itself where the sizes allow it."""
-    chosen = x.index_select(0, index)
+    chosen = _bytes(x).index_select(0, index).view(x.dtype)
     return x.copy_(chosen) if chosen.shape == x.shape else chosen
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """x for what moves elements: PyTorch's indexing does not know float8."""
+    return x.view(torch.uint8) if x.dtype in QUANTISED else x
 
 
 def _check_page_size(page_size: int) -> None:

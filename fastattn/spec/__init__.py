@@ -2,11 +2,13 @@
 
 from fastattn.spec.attention import AttentionSpec, make_spec
 from fastattn.spec.cache import CacheSpec, make_cache_spec
+from fastattn.spec.cache_operands import QUANTISED
 from fastattn.spec.checks import FLOAT_DTYPES, check_flag, is_dtensor, known
 from fastattn.spec.operands import Gradients, Inputs, Learned, Operands, Options
 
 __all__ = [
     "FLOAT_DTYPES",
+    "QUANTISED",
     "AttentionSpec",
     "CacheSpec",
     "Gradients",

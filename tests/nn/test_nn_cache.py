@@ -1,5 +1,7 @@
 """The KV caches by themselves, against a list per batch entry."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,8 +10,10 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fastattn
 import fastattn.nn as fnn
-from fastattn.spec.cache_operands import cached
+from fastattn.backends.reference.kvcache import quantise
+from fastattn.spec.cache_operands import cached, dequantised
 
 LAYERS, HEADS, DIM, PAGE, WINDOW, CHUNK = 2, 2, 3, 16, 20, 7
 CAPACITY = 70
@@ -21,9 +25,9 @@ KINDS = {
 }
 
 
-def make(kind, batch):
+def make(kind, batch, **more):
     cls, capacity, options = KINDS[kind]
-    return cls(LAYERS, batch, capacity, HEADS, DIM, **options)
+    return cls(LAYERS, batch, capacity, HEADS, DIM, **options, **more)
 
 
 class Twin:
@@ -179,3 +183,45 @@ def test_pages_are_not_assigned_inside_a_compiled_step():
     step = torch.compile(cache.reserve, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"cache\.reserve: expected to be called before the compiled step"):
         step(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_cache_holds_what_a_plain_one_does(kind, dtype):
+    """Rounded, with the scales of tokens in their places whatever is done to it; in a quarter of the memory."""
+    plain, small = make(kind, 3), make(kind, 3, dtype=dtype)
+
+    def append(lengths):
+        k, v = (torch.randn(len(lengths), HEADS, max(lengths), DIM) for _ in "kv")
+        for cache in (plain, small):
+            cache.reserve(max(lengths))
+            for layer in range(LAYERS):
+                cache.attend(layer, k, k + layer, v, window=(WINDOW, 0))
+            cache.advance(max(lengths), torch.tensor(lengths))
+
+    append([5, 3, 4])
+    append([1, 1, 1])
+    for cache in (plain, small):
+        cache.select(torch.tensor([2, 0, 0]))
+        if kind != "sliding":
+            cache.crop(5)
+    append([2, 6, 1])
+    assert small.lens.tolist() == plain.lens.tolist()
+    for layer in range(LAYERS):
+        for name in ("k", "v"):
+            whole, rounded = getattr(plain, name)[layer], getattr(small, name)[layer]
+            scale = getattr(small, f"{name}_scale")[layer]
+            assert 4 * rounded.nbytes == whole.nbytes and DIM * scale.nbytes == whole.nbytes
+            for b, n in enumerate(small.lens.tolist()):
+                own = slice(b, b + 1)
+                values, scales = quantise(cached(whole, plain.block_table, own, n), None, dtype)
+                expected = values.float() * scales
+                assert torch.equal(dequantised(rounded, scale, small.block_table, own, n, torch.float32), expected)
+
+
+def test_generation_over_a_quantised_cache():
+    config = fnn.CausalLMConfig(vocab_size=50, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2)
+    model, tokens = fnn.CausalLM(config).eval(), torch.randint(0, 50, (2, 9))
+    kinds = (functools.partial(kind, dtype=torch.int8) for kind in (fnn.KVCache, fnn.PagedCache))
+    ours = [fastattn.generate(model, tokens, 6, cache=kind).tokens for kind in kinds]
+    assert torch.equal(*ours) and ours[0].shape == (2, 6)
