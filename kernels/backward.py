@@ -26,17 +26,18 @@ from .ranges import (
     sparse_pool_tile,
     sparse_position,
     sparse_range,
+    tile_of_pass,
     tile_position,
 )
 from .scores import base_2, finish_scores, from_natural, load_statistics
-from .tiles import cast, dot, head_rows, load_tile, store_tile
+from .tiles import all_finite, cast, dot, head_rows, load_finite_rows, load_tile, store_tile
 
 RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right")
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dkdv_kernel(
-    q, k, v, dout, statistics_ptr, delta_ptr, dk, dv, terms, dropout, packed, sparse, q_offset_ptr,
+    q, k, v, dout, statistics_ptr, dk, dv, terms, dropout, packed, sparse, q_offset_ptr,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -63,7 +64,7 @@ def dkdv_kernel(
 
     cols = (col + tl.arange(0, BLOCK_N))[:, None]
     k_tile = load_tile(k_ptr, col, k_stride, kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
-    v_tile = load_tile(v_ptr, col, v_stride, kv_len, True, V_DIM, BLOCK_N, BLOCK_DV)
+    v_tile = load_finite_rows(v_ptr, col, v_stride, kv_len, V_DIM, BLOCK_N, BLOCK_DV)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     offset = query_offset(q_offset, q_offset_ptr, batch, q_rows, kv_len)
@@ -96,9 +97,7 @@ def dkdv_kernel(
                 )  # fmt: skip
                 dout_tile = load_tile(dout_ptr, row, dout_stride, q_rows, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV)
                 # What the first product does not need is read after it: it would hold registers meanwhile.
-                row_max, log_sum, delta = load_statistics(
-                    statistics_ptr + first_row, delta_ptr + first_row, plane, rows, q_rows, EDGE == 1
-                )
+                row_max, log_sum, delta = load_statistics(statistics_ptr + first_row, plane, rows, q_rows, EDGE == 1)
                 k0, k1 = rows, rows
                 if dropout.seed is not None:
                     k0, k1 = dropout_row_keys(dropout, batch, head, rows)
@@ -121,7 +120,7 @@ def dkdv_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dq_kernel(
-    q, k, v, dout, statistics_ptr, delta_ptr, dq, dslopes_ptr, dsinks_ptr, terms, dropout, packed, sparse, q_offset_ptr,
+    q, k, v, dout, statistics_ptr, dq, dslopes_ptr, dsinks_ptr, terms, dropout, packed, sparse, q_offset_ptr,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -168,24 +167,28 @@ def dq_kernel(
         start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, row), BLOCK_N)
     q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-    row_max, log_sum, delta = load_statistics(
-        statistics_ptr + first_row, delta_ptr + first_row, plane, rows, q_len, True
-    )
+    row_max, log_sum, delta = load_statistics(statistics_ptr + first_row, plane, rows, q_len, True)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
-    for EDGE in tl.static_range(2):
-        for number in tl.range(0, edges if EDGE else inners):
+    for PASS in tl.static_range(3):  # as in the forward kernel
+        count = inners if PASS == 0 else edges
+        if PASS == 2:
+            again = not all_finite(dq_acc)
+            count = tl.where(again, inners + edges, 0)
+            dq_acc, dslope = tl.where(again, 0.0, dq_acc), tl.where(again, 0.0, dslope)
+        for tile in tl.range(0, count, num_stages=1 if PASS == 2 else None):
+            number, first, behind = tile_of_pass(tile, start, edges_left, inner_start, inners, PASS)
             pool_tile = None
             if SPARSE:
-                col = sparse_position(number, start if EDGE else inner_start, sparse, BLOCK_N)
-                if EDGE:
-                    pool_tile = sparse_pool_tile(number, start, sparse, BLOCK_N)
+                col = sparse_position(number, first, sparse, BLOCK_N)
+                if PASS:
+                    pool_tile = sparse_pool_tile(number, first, sparse, BLOCK_N)
             else:
-                col = tile_position(number, start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_N)
+                col = tile_position(number, first, behind, right_start, inner_start, PASS > 0, BLOCK_N)
             ds, cap_gradient, k_tile = tile_ds(
                 q_tile, dout_tile, row_max, log_sum, delta, rows, col, k_ptr, k_stride, v_ptr, v_stride, k0, k1,
                 pool_tile, slope, batch, head, q_len, kv_len, offset, left, right, terms, dropout,
-                EDGE == 1, EDGE == 1 or CHECK_FULL_TILES, PRECISION, HEAD_DIM, V_DIM, BLOCK_N,
+                PASS > 0, PASS > 0 or CHECK_FULL_TILES, PASS == 2, PRECISION, HEAD_DIM, V_DIM, BLOCK_N,
             )  # fmt: skip
             if dslopes_ptr is not None:
                 distance = tl.abs(rows[:, None] + offset - (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :])
@@ -215,17 +218,17 @@ def attention_backward(
     call = launch.Call(q, k, v, operands, options)
     dout = launch.unit_last(dout)
     unit = launch.stride_unit(call.q, call.k, call.v, out, dout, dq, dk, dv)
-    delta = replay.scratch(tuple(statistics.shape[1:]), statistics)
+    of_rows = replay.scratch((3, *statistics.shape[1:]), statistics)
     dout_rows = launch.rows(dout, unit)
-    inputs = (*(launch.rows(x, unit) for x in (call.q, call.k, call.v)), dout_rows, statistics, delta)
+    inputs = (*(launch.rows(x, unit) for x in (call.q, call.k, call.v)), dout_rows, of_rows)
     groups = (call.terms, call.dropout, call.packed)
     flat = (operands.q_offset_tensor, *call.sizes, unit, *call.constants)
     with launch.on_device(q):
         cfg = call.configure("delta", unit)
         if programs := triton.cdiv(call.q_len, cfg.block_m) * call.batch * call.q_heads:
             arguments = (
-                launch.rows(out, unit), dout_rows, None if dlse is None else dlse.contiguous(), delta, call.q_heads,
-                call.q_len, unit, call.v.shape[3], cfg.block_m,
+                launch.rows(out, unit), dout_rows, None if dlse is None else dlse.contiguous(), statistics, of_rows,
+                call.q_heads, call.q_len, unit, call.v.shape[3], cfg.block_m,
             )  # fmt: skip
             replay.start(delta_kernel, programs, arguments, cfg)
         for kernel in call.key_passes():
@@ -240,8 +243,8 @@ def attention_backward(
         cfg = call.configure("dq", unit)
         tiles = launch.tiles(call.q_len, cfg.block_m, operands.cu_seqlens_q)
         shares = (call.batch, call.q_heads, tiles)  # of the tiles, of a slope or a sink
-        dslope_tiles = None if dslopes is None else delta.new_zeros(shares)
-        dsink_tiles = None if dsinks is None else delta.new_zeros(shares)
+        dslope_tiles = None if dslopes is None else of_rows.new_zeros(shares)
+        dsink_tiles = None if dsinks is None else of_rows.new_zeros(shares)
         if programs := tiles * call.batch * call.q_heads:
             arguments = (
                 *inputs, launch.rows(dq, unit), dslope_tiles, dsink_tiles, *groups,

@@ -21,7 +21,7 @@ RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dbias_kernel(
-    q, k, v, dout, statistics_ptr, delta_ptr, dbias, terms, dropout, table, q_offset_ptr,
+    q, k, v, dout, statistics_ptr, dbias, terms, dropout, table, q_offset_ptr,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -62,9 +62,7 @@ def dbias_kernel(
                     k0, k1 = dropout_row_keys(dropout, batch, head, rows)
                 q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
                 dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-                row_max, log_sum, delta = load_statistics(
-                    statistics_ptr + first_row, delta_ptr + first_row, plane, rows, q_len, True
-                )
+                row_max, log_sum, delta = load_statistics(statistics_ptr + first_row, plane, rows, q_len, True)
                 first, last = visible_keys(row, offset, left, right, kv_len, BLOCK_M)
                 if dbias.cols is None:
                     first = first // BLOCK_N * BLOCK_N
@@ -80,7 +78,7 @@ def dbias_kernel(
                     ds, _, _ = tile_ds(
                         q_tile, dout_tile, row_max, log_sum, delta, rows, col, k_ptr, k_stride, v_ptr, v_stride, k0, k1,
                         pool_ptr, slope, batch, head, q_len, kv_len, offset, left, right, terms, dropout,
-                        True, True, PRECISION, HEAD_DIM, V_DIM, BLOCK_N,
+                        True, True, True, PRECISION, HEAD_DIM, V_DIM, BLOCK_N,
                     )  # fmt: skip
                     acc += ds
     if dbias.rows is None:
@@ -95,7 +93,7 @@ def dbias_kernel(
 
 
 def bias_gradient(dbias: Tensor, inputs: tuple[Any, ...], call: launch.Call, operands: Operands, unit: int) -> None:
-    """Fill ``dbias``, contiguous; ``inputs`` are the first six arguments of the kernel."""
+    """Fill ``dbias``, contiguous; ``inputs`` are the first five arguments of the kernel."""
     cfg = call.configure("dbias", unit)
     b, h, m, n = dbias.shape
     if programs := triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n) * b * h:

@@ -17,16 +17,18 @@ from .operands import Partial
 from .ranges import locate, rows_of, tile_position, tile_ranges
 from .scores import (
     base_2,
+    empty_softmax,
     finish_scores,
     finish_softmax,
     from_natural,
+    lose_rows,
     merge_sink,
     natural,
     nearest_key,
     online_softmax,
     store_statistics,
 )
-from .tiles import cast, decode_stride, dot
+from .tiles import cast, decode_stride, dot, finite
 
 RUNTIME = (
     "table_stride", "entries", "kv_heads", "group", "q_len", "added", "capacity", "pages", "splits", "left", "right",
@@ -149,9 +151,7 @@ def decode_kernel(
     q_cols, v_cols = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
     q_offsets = head_row_offsets(q, memory_entry, heads, q_first + rows, UNIT)
     q_tile = tl.load(q.ptr + (q_offsets[:, None] + q_cols), mask=inside[:, None] & (q_cols < HEAD_DIM), other=0.0)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc, row_max, row_sum = empty_softmax(BLOCK_M, BLOCK_DV)
     for EDGE in tl.static_range(2):
         for number in tl.range(0, edges if EDGE else inners):
             col = tile_position(number, own_start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_N)
@@ -169,11 +169,13 @@ def decode_kernel(
                 s, rows[:, None], cols, q_rows, kv_len, offset, left, right, terms, slope, batch, heads[:, None],
                 None, EDGE == 1, mask_start,
             )  # fmt: skip
-            p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, terms, EDGE == 1 or READS_SCORES)
             v_tile = load_keys(v, kv_head, page, slot, col, start, end, EDGE == 1, V_DIM, UNIT, BLOCK_N, BLOCK_DV)
             if v.scale is not None:  # before it: weights times a small scale would leave the range of float16
                 scales = load_scales(v, kv_head, page, slot, col, start, end, EDGE == 1, BLOCK_N)
                 v_tile = dequantised(v_tile, scales, q_tile.dtype)
+            if EDGE or READS_SCORES:
+                s, v_tile = lose_rows(s, v_tile), finite(v_tile)
+            p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, terms, EDGE == 1 or READS_SCORES)
             acc = dot(cast(p, v_tile.dtype), v_tile, acc, PRECISION)
 
     if terms.slopes is not None:  # what `finish_scores` has added to every score of the row

@@ -19,19 +19,23 @@ from .ranges import (
     sparse_pool_tile,
     sparse_position,
     sparse_range,
+    tile_of_pass,
     tile_position,
 )
 from .scores import (
+    empty_softmax,
     finish_scores,
     finish_softmax,
     from_natural,
+    lose_rows,
     merge_sink,
     natural,
     nearest_key,
     online_softmax,
+    start_again,
     store_statistics,
 )
-from .tiles import cast, dot, head_rows, load_tile, store_tile
+from .tiles import cast, dot, finite, head_rows, load_tile, store_tile
 
 RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right")
 
@@ -86,39 +90,43 @@ def forward_kernel(
     if SPARSE:
         start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, row), BLOCK_N)
     q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for EDGE in tl.static_range(2):
-        if PIPELINED and EDGE == 0:  # checked, since there may be no inner tile at all
+    acc, row_max, row_sum = empty_softmax(BLOCK_M, BLOCK_DV)
+    for PASS in tl.static_range(3):  # inner tiles; edge tiles; again, with care, if the result is not finite
+        count = inners if PASS == 0 else edges
+        if PASS == 2:
+            count, acc, row_max, row_sum = start_again(acc, row_max, row_sum, inners + edges)
+        if PIPELINED and PASS == 0:  # checked, since there may be no inner tile at all
             k_tile = load_tile(k_ptr, inner_start, k_stride, kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
             ahead = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        for number in tl.range(0, edges if EDGE else inners):
+        for tile in tl.range(0, count, num_stages=1 if PASS == 2 else None):
+            number, first, behind = tile_of_pass(tile, start, edges_left, inner_start, inners, PASS)
             pool_tile = None
             if SPARSE:
-                col = sparse_position(number, start if EDGE else inner_start, sparse, BLOCK_N)
-                if EDGE:
-                    pool_tile = sparse_pool_tile(number, start, sparse, BLOCK_N)
+                col = sparse_position(number, first, sparse, BLOCK_N)
+                if PASS:
+                    pool_tile = sparse_pool_tile(number, first, sparse, BLOCK_N)
             else:
-                col = tile_position(number, start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_N)
+                col = tile_position(number, first, behind, right_start, inner_start, PASS > 0, BLOCK_N)
             cols = (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :]
-            k_col = col
-            if PIPELINED and EDGE == 0:
-                k_col = tl.minimum(col + BLOCK_N, right_start - BLOCK_N)
-            k_tile = load_tile(k_ptr, k_col, k_stride, kv_len, EDGE == 1, HEAD_DIM, BLOCK_N, BLOCK_D)
+            k_col = tl.minimum(col + BLOCK_N, right_start - BLOCK_N) if PIPELINED and PASS == 0 else col
+            k_tile = load_tile(k_ptr, k_col, k_stride, kv_len, PASS > 0, HEAD_DIM, BLOCK_N, BLOCK_D)
             products = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-            if PIPELINED and EDGE == 0:
+            if PIPELINED and PASS == 0:
                 products, ahead = ahead, products
             s, _ = finish_scores(
                 products, rows[:, None], cols, q_len, kv_len, offset, left, right,
-                terms, slope, batch, head, pool_tile, EDGE == 1 or CHECK_FULL_TILES,
+                terms, slope, batch, head, pool_tile, PASS > 0 or CHECK_FULL_TILES,
             )  # fmt: skip
+            if PASS == 2:
+                s = lose_rows(s, load_tile(v_ptr, col, v_stride, kv_len, True, V_DIM, BLOCK_N, BLOCK_DV))
             p, acc, row_max, row_sum = online_softmax(
-                s, acc, row_max, row_sum, terms, EDGE == 1 or CHECK_FULL_TILES or READS_SCORES
+                s, acc, row_max, row_sum, terms, PASS > 0 or CHECK_FULL_TILES or READS_SCORES
             )
             if dropout.seed is not None:
                 p = tl.where(dropout_keep(k0[:, None], k1[:, None], cols, dropout), p, 0.0)
-            v_tile = load_tile(v_ptr, col, v_stride, kv_len, EDGE == 1, V_DIM, BLOCK_N, BLOCK_DV)
+            v_tile = load_tile(v_ptr, col, v_stride, kv_len, PASS > 0, V_DIM, BLOCK_N, BLOCK_DV)
+            if PASS == 2:
+                v_tile = finite(v_tile)
             acc = dot(cast(p, v_tile.dtype), v_tile, acc, PRECISION)
 
     shift = 0.0  # what `finish_scores` has added to every score of the row

@@ -1,18 +1,24 @@
-"""What the backward kernels share: delta, and dS of one tile."""
+"""What the backward kernels share: what they take of each row, and dS of one tile."""
 
 import triton
 import triton.language as tl
 
 from .dropout import dropout_keep
-from .scores import exponent, finish_scores
-from .tiles import dot, head_rows, load_tile
+from .scores import LOWEST, exponent, finish_scores
+from .tiles import dot, finite, head_rows, load_tile
 
 
 @triton.jit(do_not_specialize=("q_heads", "q_len"))
 def delta_kernel(
-    out, dout, dlse_ptr, delta_ptr, q_heads, q_len, UNIT: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr
+    out, dout, dlse_ptr, statistics_ptr, rows_ptr, q_heads, q_len,
+    UNIT: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O) - dlse, so that a gradient through lse costs nothing further."""
+    """What the backward pass takes of each row, (3, rows): the statistics, and delta = rowsum(dO * O) - dlse, so that a
+    gradient through lse costs nothing further.
+
+    A row whose result is not finite is lost, and all that it sees with it: the lowest number for its maximum makes
+    probabilities infinite, and leaves those of what it does not see at 0.
+    """
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     tiles = tl.cdiv(q_len, BLOCK_M)
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -25,7 +31,14 @@ def delta_kernel(
     delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + batch_head * q_len + rows, mask=rows < q_len, other=0.0)
-    tl.store(delta_ptr + batch_head * q_len + rows, delta, mask=rows < q_len)
+    at, inside = batch_head * q_len + rows, rows < q_len
+    plane = (tl.num_programs(0) // tiles).to(tl.int64) * q_len
+    row_max = tl.load(statistics_ptr + at, mask=inside, other=0.0)
+    log_sum = tl.load(statistics_ptr + plane + at, mask=inside, other=0.0)
+    kept = tl.abs(delta + log_sum) < float("inf")
+    tl.store(rows_ptr + at, tl.where(kept, row_max, LOWEST), mask=inside)
+    tl.store(rows_ptr + plane + at, tl.where(kept, log_sum, LOWEST), mask=inside)
+    tl.store(rows_ptr + 2 * plane + at, tl.where(kept, delta, 0.0), mask=inside)
 
 
 @triton.jit
@@ -42,9 +55,9 @@ def probabilities(s, row_max, log_sum, k0, k1, cols, terms, dropout):
 def tile_ds(
     q_tile, dout_tile, row_max, log_sum, delta, rows, col, k_ptr, k_stride, v_ptr, v_stride, k0, k1, pool_tile, slope,
     batch, head, q_len, kv_len, offset, left, right, terms, dropout, EDGE: tl.constexpr, CHECK: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAREFUL: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(dS, d capped / d uncapped, K) of one tile of queries by keys."""
+    """(dS, d capped / d uncapped, K) of one tile of queries by keys; ``CAREFUL`` about keys and values not finite."""
     BLOCK_D: tl.constexpr = q_tile.shape[1]
     BLOCK_DV: tl.constexpr = dout_tile.shape[1]
     cols = (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :]
@@ -54,6 +67,8 @@ def tile_ds(
         slope, batch, head, pool_tile, CHECK,
     )  # fmt: skip
     v_tile = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
+    if CAREFUL:  # what they stand for is infinite in the rows that see them, by the probabilities of `delta_kernel`
+        k_tile, v_tile = finite(k_tile), finite(v_tile)
     dp = dot(dout_tile, tl.trans(v_tile), None, PRECISION)
     p, factor = probabilities(s, row_max[:, None], log_sum[:, None], k0[:, None], k1[:, None], cols, terms, dropout)
     ds = p * (dp * factor - delta[:, None])

@@ -147,6 +147,21 @@ def tile_position(tile, start, edges_left, right_start, inner_start, EDGE: tl.co
 
 
 @triton.jit
+def tile_of_pass(tile, start, edges_left, inner_start, inners, PASS: tl.constexpr):
+    """What to ask `tile_position` (the first three arguments) or `sparse_position` (two) for tile number ``tile`` of a
+    pass: 0 over the inner tiles, 1 over the edge tiles, 2 over the inner and then the edge tiles, all as edge tiles.
+    """
+    if PASS == 0:
+        return tile, inner_start, edges_left
+    elif PASS == 1:
+        return tile, start, edges_left
+    else:
+        inner = tile < inners
+        first, behind = tl.where(inner, inner_start, start), tl.where(inner, inners, edges_left)
+        return tl.where(inner, tile, tile - inners), first, behind
+
+
+@triton.jit
 def sparse_line(sparse, batch, head, index):
     """The line of an `operands.Sparse` or `Table` that query or key ``index`` of a head of a batch entry lies in."""
     first = batch * decode_size(sparse.batch_stride) + head * decode_size(sparse.head_stride)

@@ -8,10 +8,12 @@ import triton
 import triton.language as tl
 
 from .ranges import SPARSE_BLOCK
-from .tiles import decode_size, decode_wide
+from .tiles import all_finite, decode_size, decode_wide, is_finite
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+"""of float32"""
 
 
 @triton.jit
@@ -85,6 +87,8 @@ def finish_scores(
     if terms.softcap is not None:
         t = tanh(s * (terms.scale / terms.softcap))
         cap_gradient = 1.0 - t * t
+        if EDGE or terms.mask.ptr is not None or terms.bias.ptr is not None:  # NaN times a probability of 0 is NaN
+            cap_gradient = tl.where(t == t, cap_gradient, 0.0)
         s = t * terms.softcap if ADDED else t
     elif ADDED:
         s = s * terms.scale
@@ -107,6 +111,13 @@ def finish_scores(
         if left is not None:
             s = tl.where(cols >= rows + offset - left, s, float("-inf"))
     return s, cap_gradient
+
+
+@triton.jit
+def lose_rows(s, v_tile):
+    """The scores, NaN where a row sees a key whose value is not finite."""
+    whole = tl.min(is_finite(v_tile), 1)[None, :]
+    return tl.where((whole == 0) & (s > float("-inf")), float("nan"), s)
 
 
 @triton.jit
@@ -134,6 +145,13 @@ def exponent(s, row_max, terms):
 
 
 @triton.jit
+def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """(acc, row_max, row_sum) of no scores."""
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    return tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), row_max, tl.zeros([BLOCK_M], tl.float32)
+
+
+@triton.jit
 def online_softmax(s, acc, row_max, row_sum, terms, MAY_BE_EMPTY: tl.constexpr):
     """Merge a score tile into the running softmax; returns (p, acc, row_max, row_sum), p unnormalised.
 
@@ -146,6 +164,14 @@ def online_softmax(s, acc, row_max, row_sum, terms, MAY_BE_EMPTY: tl.constexpr):
     p = tl.math.exp2(exponent(s, pivot[:, None], terms))
     alpha = tl.math.exp2(base_2(row_max - pivot, terms))
     return p, acc * alpha[:, None], new_max, row_sum * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def start_again(acc, row_max, row_sum, tiles):
+    """(tiles, a new accumulator and running softmax) if ``acc`` is not finite, else (0, those at hand)."""
+    lost = not all_finite(acc)
+    row_max = tl.where(lost, float("-inf"), row_max)
+    return tl.where(lost, tiles, 0), tl.where(lost, 0.0, acc), row_max, tl.where(lost, 0.0, row_sum)
 
 
 @triton.jit
@@ -175,13 +201,16 @@ def store_statistics(ptr, plane, rows, row_max, row_sum, inside):
 
 
 @triton.jit
-def load_statistics(ptr, delta_ptr, plane, rows, q_len, CHECK: tl.constexpr):
-    """(maximum, log2 of the sum, delta); with ``CHECK`` rows outside get a maximum of +inf: probability 0."""
+def load_statistics(ptr, plane, rows, q_len, CHECK: tl.constexpr):
+    """What `delta_kernel` stored: (maximum, log2 of the sum, delta).
+
+    With ``CHECK`` rows outside get a maximum of +inf: probability 0.
+    """
     if CHECK:
         inside = rows < q_len
         row_max = tl.load(ptr + rows, mask=inside, other=float("inf"))
         log_sum = tl.load(ptr + plane + rows, mask=inside, other=0.0)
-        delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+        delta = tl.load(ptr + 2 * plane + rows, mask=inside, other=0.0)
         return row_max, log_sum, delta
     else:
-        return tl.load(ptr + rows), tl.load(ptr + plane + rows), tl.load(delta_ptr + rows)
+        return tl.load(ptr + rows), tl.load(ptr + plane + rows), tl.load(ptr + 2 * plane + rows)

@@ -36,6 +36,24 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def is_finite(tile):
+    """1 where an element is neither NaN nor infinite, else 0. The interpreter takes bfloat16 for integers."""
+    return tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), 1, 0)
+
+
+@triton.jit
+def finite(tile):
+    """The tile with 0 in place of NaN and infinity."""
+    return tl.where(is_finite(tile) != 0, tile, 0.0)
+
+
+@triton.jit
+def all_finite(acc):
+    """Whether no element of a float32 tile is NaN or infinite."""
+    return tl.sum(tl.sum(acc * 0.0, 1), 0) == 0.0
+
+
+@triton.jit
 def decode_stride(encoded, UNIT: tl.constexpr):
     """A stride in elements from what `launch.encode_strides` gives."""
     return encoded // 16 * UNIT
@@ -78,6 +96,24 @@ def load_tile(
         return tl.load(ptrs, mask=cols < N_COLS, other=0.0)
     else:
         return tl.load(ptrs)
+
+
+@triton.jit
+def load_finite_rows(
+    ptr, row, row_stride, n_rows, N_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """`load_tile` with ``CHECK_ROWS``, and zero in rows that hold NaN or infinity.
+
+    Loaded twice: a tile that is computed would stay in registers, where one that is loaded goes to shared memory.
+    """
+    whole = tl.min(is_finite(load_tile(ptr, row, row_stride, n_rows, True, N_COLS, BLOCK_R, BLOCK_C)), 1)
+    rows = tl.arange(0, BLOCK_R)
+    cols = tl.arange(0, BLOCK_C)[None, :]
+    ptrs = ptr + tl.cast(row, tl.int64) * row_stride + (rows[:, None].to(tl.int64) * row_stride + cols)
+    inside = ((row + rows < n_rows) & (whole != 0))[:, None]
+    if N_COLS != BLOCK_C:
+        inside = inside & (cols < N_COLS)
+    return tl.load(ptrs, mask=inside, other=0.0)
 
 
 @triton.jit

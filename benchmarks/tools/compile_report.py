@@ -259,7 +259,7 @@ def read_nvidia(result: Result, kernel: Compiled) -> None:
         result.loop, counts = loops[0], sass.count(loops[0])
         result.instructions = counts.instructions
         result.per_1000 = round(counts.instructions * warps * 1000 / (block_m * block_n), 1)
-        result.local, result.local_edge = counts.local, sass.count(loops[-1]).local
+        result.local, result.local_edge = counts.local, sass.count(loops[:2][-1]).local
         result.smallest_n, result.mma_sync, result.prefetch = counts.smallest_n, counts.mma_sync, counts.prefetch
 
 

@@ -1,7 +1,4 @@
-"""NaN and infinity in one key: the rows that see it are lost, and of the rest of the call not a digit.
-
-The CPU kernels and the reference promise it; tiles of the Triton kernels multiply a forbidden value by 0, which is NaN.
-"""
+"""NaN and infinity in one key: the rows that see it are lost, and of the rest of the call not a digit."""
 
 import math
 
@@ -16,10 +13,11 @@ from tests.support.attention_cases import DOUBLE, SINGLE
 BACKENDS = [
     "reference",
     pytest.param("cpu", marks=pytest.mark.skipif(library.problem() is not None, reason=f"{library.problem()}")),
+    "triton",
 ]
-LENGTH, SPOILED = 20, 8
+LENGTH, SPOILED = 140, 70
 ROW, KEY = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
-DOCUMENT = KEY // 6
+DOCUMENT, HALVES = KEY // 6, KEY // 128
 
 # What is called, and which pairs that allows.
 CASES = {
@@ -36,6 +34,11 @@ CASES = {
         {"block_mask": BlockMask.from_documents(DOCUMENT), "causal": True},
         (DOCUMENT[:, None] == DOCUMENT) & (KEY <= ROW),
     ),
+    "full tiles, causal": (
+        {"block_mask": BlockMask.from_documents(HALVES), "causal": True},
+        (HALVES[:, None] == HALVES) & (KEY <= ROW),
+    ),
+    "padding": ({"mask": KEY[None] != SPOILED, "softcap": 4.0}, (KEY != SPOILED).expand(LENGTH, -1)),
 }  # fmt: skip
 
 
@@ -85,12 +88,12 @@ def test_only_what_sees_the_key_is_lost(case, content, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_packed_sequence_is_not_reached_by_another(backend):
     q, k, v = (x[0].transpose(0, 1) for x in make_problem(math.nan))
-    starts = torch.tensor([0, 6, 6, 17, LENGTH], dtype=torch.int32)
+    starts = torch.tensor([0, 40, 40, 110, LENGTH], dtype=torch.int32)
     packing = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "causal": True}
     weights = torch.randn(LENGTH, 2, 24)
     actual = with_gradients(lambda q, k, v: attention_varlen(q, k, v, backend=backend, **packing), (q, k, v), weights)
     out, dq, dk, dv = (x.isfinite().all(-1).all(1) for x in actual)
-    own = (KEY >= 6) & (KEY < 17)
+    own = (KEY >= 40) & (KEY < 110)
     assert torch.equal(out, ~(own & (KEY >= SPOILED)))
     assert torch.equal(dq, out)
     for reached in (dk, dv):
