@@ -202,6 +202,7 @@ template <class Shape, class Machine>
 FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work, int group, float scale) {
   const FastattnForward& f = plan.f;
   m.quad_sum();
+  m.sync(kStaging + group, kGroupThreads);  // all warps of the group have multiplied with its queries
   const float sink = f.sinks == nullptr ? -kInfinity : f.sinks[work.head] * kLog2e;
   m.each([&](auto& t) {
     FASTATTN_UNROLL for (int r = 0; r < 2; ++r) {

@@ -1,8 +1,8 @@
 // All orders in which the roles of a block and TMA can proceed, or many of them at random.
 //
 // A role's operations do not depend on the order, so they were recorded once (machine.h), and only their interleaving
-// is explored: by depth-first search, where a state that was met before is not entered again. Between two operations that
-// another role can notice, a role runs on.
+// is explored: by depth-first search, where a state that was met before is not entered again. Between two operations
+// that another role can notice, a role runs on.
 #pragma once
 
 #include <cstring>
@@ -174,8 +174,12 @@ class Explorer {
       ++now.roles[action].position;
       run_on(now, action);
     } else {
-      const int barrier = action - kRoles;
-      now.deliver(barrier, program_.loads[barrier][now.mbarriers[barrier].delivered]);
+      // All that is under way there, up to the end of a phase: before that nobody can tell.
+      const int number = action - kRoles;
+      const Mbarrier& barrier = now.mbarriers[number];
+      const int phase = barrier.phase;
+      do now.deliver(number, program_.loads[number][barrier.delivered]);
+      while (barrier.phase == phase && barrier.issued > barrier.delivered);
     }
   }
 

@@ -2,8 +2,8 @@
 //
 // What the instructions do is written here a second time, from the PTX ISA and independently of csrc/cuda/layout.cuh:
 // how a descriptor addresses shared memory, where TMA puts a box, where the elements of a fragment are. Shared memory
-// starts as NaN. Whatever is asynchronous happens as late as it may, loads at a moment of chance. Every operation is recorded
-// for explore.h and obeys the rules of state.h.
+// starts as NaN. Whatever is asynchronous happens as late as it may, loads at a moment of chance. Every operation is
+// recorded for explore.h and obeys the rules of state.h.
 #pragma once
 
 #include <ucontext.h>
