@@ -78,6 +78,18 @@ inline auto twice(Where where) {
   };
 }
 
+// Those that an operation of kind `next` follows.
+inline auto drop_before(Where where, Kind next) {
+  return [=](Program& program) {
+    for (int role = 0; role < kRoles; ++role) {
+      Trace& trace = program.traces[role];
+      for (size_t i = 0; i + 1 < trace.size(); ++i) {
+        if (where(role, trace[i]) && trace[i + 1].kind == next) trace.erase(trace.begin() + i);
+      }
+    }
+  };
+}
+
 // The last of each role only.
 inline auto drop_last(Where where) {
   return [=](Program& program) {
@@ -226,7 +238,9 @@ inline std::vector<Mutation> mutations(int query_cells, int tile_cells) {
       {"the fence comes before the output is written", "proxy fence missing",
        trade(at(Kind::kPut), in(1, at(Kind::kProxy)))},
       {"no barrier between the output's writers and the thread that stores it", "proxy fence missing",
-       drop(staging)},
+       drop_before(staging, Kind::kStore)},
+      {"no barrier between the products with the queries and the output written in their place",
+       "overwrite before release", drop_before(staging, Kind::kTouch)},
       {"the fence comes after that barrier", "proxy fence missing", trade(in(1, at(Kind::kProxy)), staging)},
       {"the barrier counts both consumers", "deadlock", change(staging, value(256))},
       {"queries are released before the stores have read", "overwrite before release",

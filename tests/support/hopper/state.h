@@ -66,6 +66,7 @@ struct Role {
   uint16_t position = 0;  // in its trace
   uint16_t inside = 0, generation = 0;  // waits in a named barrier, until that has another generation
   uint16_t fenced = 0, committed = 0, ended = 0, stores = 0;
+  uint16_t together = 0, unused = 0;  // products that have ended as all its warps know, not only each for itself
   int16_t registers = 0, needed = 0;  // given to a thread; what its values alone fill
   std::array<int16_t, kMbarriers> seen{};           // the last phase that it waited for
   std::array<uint8_t, 4> flying{};                  // registers of committed groups of products, by number
@@ -237,7 +238,9 @@ struct State {
     const Clock& clock = roles[r].clock;
     after_write(r, cell, asynchronous, "overwrite before release");
     for (int i = 0; i < kRoles; ++i) {
-      if (clock.at[kProducts + i] < cell.read[i] || clock.at[kStores + i] < cell.read[kRoles + i]) {
+      // An ordinary write of one warp, beside those of the same group that may still multiply.
+      const int ended = i == r && !asynchronous ? roles[r].together : clock.at[kProducts + i];
+      if (ended < cell.read[i] || clock.at[kStores + i] < cell.read[kRoles + i]) {
         throw Report{"overwrite before release", "a reader is not known to have ended"};
       }
     }
@@ -311,6 +314,7 @@ struct State {
     NamedBarrier& b = named[op.barrier];
     if (!role.inside) {
       role.clock.at[kFences + r] = role.fenced;  // all threads of the group have fenced before any goes on
+      role.together = role.ended;
       role.generation = b.generation;
       join(r, op);
       role.inside = 1;
