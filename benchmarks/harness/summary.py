@@ -154,6 +154,9 @@ def short(rows: Sequence[Row]) -> str:
         if suite == "overhead":
             parts.append(f"{suite}, microseconds per call\n{aligned(overhead_table(of_suite))}")
             continue
+        if suite == "scaling":
+            parts.append(f"{suite}, the quickest way\n{aligned(scaling_table(of_suite))}")
+            continue
         lines = table(of_suite, column)
         if len(lines) == 1:
             continue
@@ -176,6 +179,70 @@ def overhead_table(rows: Sequence[Row]) -> list[list[str]]:
             entries += [f"{x:.1f}" for x in theirs] + [f"{a - b:+.1f}" for a, b in zip(own, theirs, strict=True)]
         name = cell.own["case"] + (", CUDA graph" if cell.own["mode"] == "graph replay" else "")
         lines.append([name, *entries, *[""] * (6 - len(entries))])
+    return lines
+
+
+PLAYED = "step, played"
+"""The mode of rows of the suite `scaling` that nothing was measured for."""
+
+
+def working_share(row: Row) -> float:
+    """Of a played step: the part in which the busiest rank works, and does not wait."""
+    exposed = float(row["note"].partition("exposed ")[2].partition(" ms")[0])
+    return 1.0 - exposed / float(row["p50_ms"])
+
+
+def length(row: Row) -> str:
+    tokens = int(row["q_len"])
+    return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}k"
+
+
+def scaling_table(rows: Sequence[Row]) -> list[list[str]]:
+    """The quickest way for each number of GPUs and length: its step, how much of it is work, and the memory."""
+    played = [row for row in rows if row["mode"] == PLAYED]
+    lengths = {int(row["q_len"]): length(row) for row in played}
+    lines = [["GPUs, network", *(lengths[n] for n in sorted(lengths))]]
+    for case in dict.fromkeys(row["case"] for row in played):
+        line = [case]
+        for tokens in sorted(lengths):
+            found = [row for row in played if row["case"] == case and int(row["q_len"]) == tokens]
+            best = min(found, key=lambda row: float(row["p50_ms"]), default=None)
+            line.append("")
+            if best is not None:
+                time, memory = float(best["p50_ms"]), float(best["peak_mib"]) / 1024
+                step = milliseconds(time) if time < 1000 else f"{time / 1000:.3g} s"
+                line[-1] = f"{best['provider']}: {step}, {int(100 * working_share(best))}% work, {memory:.2g} GiB"
+        lines.append(line)
+    return lines
+
+
+def breakeven_table(rows: Sequence[Row]) -> list[list[str]]:
+    """From which of the played lengths on which way is the quickest, and from which on it works 90 % of the step."""
+    lines = [["GPUs, network", "quickest", "90 % at work"]]
+    played = [row for row in rows if row["mode"] == PLAYED]
+    for case in dict.fromkeys(row["case"] for row in played):
+        best: dict[int, Row] = {}
+        for row in sorted((row for row in played if row["case"] == case), key=lambda row: float(row["p50_ms"])):
+            best.setdefault(int(row["q_len"]), row)
+        quickest = [best[tokens] for tokens in sorted(best)]
+        changes = [row for before, row in zip([None, *quickest], quickest, strict=False)
+                   if before is None or before["provider"] != row["provider"]]  # fmt: skip
+        busy = next(
+            (f"from {length(row)}" for row in quickest if working_share(row) >= 0.9), "at none of these lengths"
+        )
+        lines.append([case, "; ".join(f"{row['provider']} from {length(row)}" for row in changes), busy])
+    return lines
+
+
+def checks_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Steps as measured on processes and as predicted."""
+    lines = [["processes", "strategy", "measured", "predicted", "predicted / measured"]]
+    predicted = {(r["case"], r["provider"]): r for r in rows if r["mode"] == "step, predicted"}
+    for row in rows:
+        if row["mode"] == "step":
+            times = [float(x["p50_ms"]) for x in (row, predicted[row["case"], row["provider"]])]
+            ratio = f"{times[1] / times[0]:.2f}"
+            lines.append([row["case"], row["provider"], *map(milliseconds, times), ratio])
     return lines
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.tools.plot                          every device in benchmarks/results
     python -m benchmarks.tools.plot FOLDER --output FOLDER   one folder of CSV files
+    python -m benchmarks.tools.plot FOLDER --scaling FILE    the chart of docs/distributed.md alone
 
 Needs matplotlib (``pip install fastattn[bench]``); without it only the tables.
 """
@@ -121,6 +122,49 @@ def ratio_cells(cells: Sequence[Cell], against: str) -> list[Cell]:
     return found
 
 
+WAYS = {
+    "ring": "#1f77b4", "all_gather": "#ff7f0e", "ulysses": "#2ca02c", "ring, heads by 8": "#d62728",
+    "all_gather, heads by 8": "#9467bd",
+}  # fmt: skip
+
+
+def scaling(rows: Sequence[Row], path: Path) -> None:
+    """Of every number of GPUs and network: by length, the part of a played step in which a rank works."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.hashsalt": "scaling", "svg.fonttype": "none"}  # the same small file from the same rows
+    from matplotlib import pyplot
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    columns = len({case.partition(", ")[0] for case in cases})
+    fig, grid = pyplot.subplots(-(-len(cases) // columns), columns, figsize=(3.2 * columns, 5.4), squeeze=False)
+    for axes, case in zip(grid.flat, cases, strict=False):
+        for name, colour in WAYS.items():
+            own = [row for row in rows if row["case"] == case and row["provider"] == name]
+            points = [(int(row["q_len"]), 100.0 * summary.working_share(row)) for row in own]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=colour)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(2**14.5, 2**24)
+        axes.set_xticks([2**n for n in (15, 17, 19, 21, 23)], ["32k", "128k", "512k", "2M", "8M"])
+        axes.set_ylim(0, 105)
+        axes.set_title(case, fontsize=10)
+        axes.grid(alpha=0.3)
+    for row in grid:
+        row[0].set_ylabel("% of the step at work")
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens")
+    handles = {
+        name: handle for axes in grid.flat for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    fig.set_layout_engine("constrained")
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, metadata={"Date": None})
+    pyplot.close(fig)
+
+
 def draw_all(folder: Path, output: Path) -> list[Path]:
     """Every chart that the folder has data for."""
     made = []
@@ -148,6 +192,10 @@ def draw_all(folder: Path, output: Path) -> list[Path]:
     if panels := cpu_panels(results.read(folder / "cpu.csv")):
         made.append(output / "cpu.png")
         draw_rates(panels, results.read(folder / "cpu.csv"), made[-1])
+    played = [row for row in results.read(folder / "scaling.csv") if row["mode"] == summary.PLAYED]
+    if played:
+        made.append(output / "scaling.svg")
+        scaling(played, made[-1])
     return made
 
 
@@ -232,6 +280,9 @@ def tables(folder: Path) -> str:
         if suite in results.LAYOUTS:
             continue
         rows = results.read(path)
+        if suite == "scaling":
+            parts.append(f"## scaling\n\n{summary.markdown(summary.scaling_table(rows))}")
+            continue
         if suite == "overhead":
             parts.append(f"## overhead, microseconds\n\n{summary.markdown(summary.overhead_table(rows))}")
             continue
@@ -248,7 +299,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="*", type=Path, help="folders of CSV files; default: all in benchmarks/results")
     parser.add_argument("--output", type=Path, help="folder for the charts; default: beside the data")
+    parser.add_argument("--scaling", type=Path, help="an SVG file: that chart alone, of the first folder")
     args = parser.parse_args(argv)
+    if args.scaling:
+        folder = (args.folder or results.devices())[0]
+        scaling([row for row in results.read(folder / "scaling.csv") if row["mode"] == summary.PLAYED], args.scaling)
+        return 0
     for folder in args.folder or results.devices():
         print(f"# {folder.name}\n\n{tables(folder)}\n")
         if importlib.util.find_spec("matplotlib") is None:

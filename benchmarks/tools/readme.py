@@ -121,6 +121,23 @@ def gpu_sentence(data: Data) -> str:
     return data.conditions(rows) if rows else NO_GPU
 
 
+def scaling_block(data: Data) -> str:
+    rows = [row for row in data.suite("scaling", gpu=False) if row["mode"] == summary.PLAYED]
+    if not rows:
+        return f"\n{NOTHING}\n"
+    return block(summary.scaling_table(rows), f"Played, not measured, at commit {rows[-1]['commit']}.")
+
+
+def breakeven_block(data: Data) -> str:
+    rows = data.suite("scaling", gpu=False)
+    return f"\n\n{summary.markdown(summary.breakeven_table(rows))}\n\n" if rows else f"\n{NOTHING}\n"
+
+
+def scaling_checks_block(data: Data) -> str:
+    rows = [row for row in data.suite("scaling", gpu=False) if row["mode"] in ("step", "step, predicted")]
+    return block(summary.checks_table(rows), data.conditions(rows)) if rows else f"\n{NOTHING}\n"
+
+
 BLOCKS: dict[str, Callable[[Data], str]] = {
     "forward": suite_block("forward", gpu=True),
     "backward": suite_block("backward", gpu=True),
@@ -139,6 +156,9 @@ BLOCKS: dict[str, Callable[[Data], str]] = {
     "overhead-grad-us": added_microseconds("sdpa, gradients recorded"),
     "targets": targets_block,
     "gpu": gpu_sentence,
+    "scaling": scaling_block,
+    "scaling-breakeven": breakeven_block,
+    "scaling-checks": scaling_checks_block,
 }
 
 

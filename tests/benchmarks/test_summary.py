@@ -50,6 +50,7 @@ def test_charts_are_drawn(dry, tmp_path):
     pytest.importorskip("matplotlib")
     made = {path.name: path for path in plot.draw_all(dry, tmp_path)}
     assert {"forward-bf16.png", "backward-bf16.png", "features.png", "memory.png", "layers.png", "cpu.png"} <= set(made)
+    assert b"<svg" in made.pop("scaling.svg").read_bytes()
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made.values())
     assert "decode-bf16.png" not in made  # only where there are data
 
@@ -57,3 +58,20 @@ def test_charts_are_drawn(dry, tmp_path):
 def test_tables_of_a_folder(dry):
     text = plot.tables(dry)
     assert "## forward" in text and "| against | geometric mean | cells |" in text
+
+
+def test_scaling_says_the_quickest_way_and_how_the_checks_went():
+    played = {"case": "8 GPUs, InfiniBand", "mode": summary.PLAYED, "q_len": "32768", "peak_mib": "2048"}
+    slow, quick = {"provider": "ring", "p50_ms": "20"}, {"provider": "ulysses", "p50_ms": "10"}
+    rows = [played | slow | {"note": "exposed 15 ms; x"}, played | quick | {"note": "exposed 2.5 ms; x"}]
+    assert summary.scaling_table(rows) == [
+        ["GPUs, network", "32k"],
+        ["8 GPUs, InfiniBand", "ulysses: 10 ms, 75% work, 2 GiB"],
+    ]
+    long = played | {"q_len": "131072", "provider": "ring", "p50_ms": "100", "note": "exposed 5 ms; x"}
+    assert summary.breakeven_table([*rows, long])[1:] == [
+        ["8 GPUs, InfiniBand", "ulysses from 32k; ring from 128k", "from 128k"]
+    ]
+    check = {"case": "2 processes on gloo", "provider": "ring", "q_len": "64"}
+    rows += [check | {"mode": "step", "p50_ms": "10"}, check | {"mode": "step, predicted", "p50_ms": "12"}]
+    assert summary.checks_table(rows)[1:] == [["2 processes on gloo", "ring", "10 ms", "12 ms", "1.20"]]
