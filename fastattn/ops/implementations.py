@@ -17,6 +17,7 @@ from fastattn.ops.schema import (
     unflatten,
 )
 from fastattn.spec import Gradients, Inputs
+from fastattn.spec.checks import check_scale_value
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,6 +25,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    check_scale_value(call.options.scale)
     out, lse, statistics = forward_results(call.q, call.v)
     if call.operands.cu_seqlens_q is not None:
         rows = unwritten(call.operands.cu_seqlens_q, call.backend)

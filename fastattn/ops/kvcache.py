@@ -16,6 +16,7 @@ from fastattn.ops.direct import DIRECT, Way, way, without_autocast
 from fastattn.ops.implementations import unwritten
 from fastattn.ops.schema import LIBRARY, CacheCall, arguments, cache_results, define, flatten, unflatten
 from fastattn.spec import AttentionSpec, CacheSpec, known
+from fastattn.spec.checks import check_scale_value
 
 APPEND = define(
     "kv_cache_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor lens, Tensor? block_table, "
@@ -123,7 +124,9 @@ def _append_in_place(keys: torch.DispatchKeySet, k_cache: Tensor, v_cache: Tenso
 
 
 def _kvcache(*args: Any) -> tuple[Tensor, Tensor]:
-    return _attend(*unflatten(CacheCall, args))
+    spec, backend = unflatten(CacheCall, args)
+    check_scale_value(spec.scale)
+    return _attend(spec, backend)
 
 
 def _results(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor]:

@@ -296,15 +296,19 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if not number and (isinstance(scale, Tensor) or not hasattr(scale, "__float__")):
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")  # a tensor would lose its gradient
     scale = float(head_dim**-0.5 if scale is None else scale)
-    if torch.compiler.is_compiling():  # a question about a symbolic number becomes a guard, and compiles again
-        return scale
+    if not torch.compiler.is_compiling():  # a question about a symbolic number becomes a guard, and compiles again
+        check_scale_value(scale)
+    return scale
+
+
+def check_scale_value(scale: float) -> None:
+    """What `check_scale` leaves to the operators in a compiled program, where a number has its value only then."""
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if 0.0 < abs(scale) < _LEAST:
         raise ValueError(
             f"scale: expected 0 or at least 2**-126 in size, float32's smallest normal number, got {scale}"
         )
-    return scale
 
 
 def check_alibi_slopes(alibi_slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
-from fastattn import attention, scaled_dot_product_attention
+from fastattn import attention, attention_with_kvcache, scaled_dot_product_attention
 from fastattn.testing import assert_parity
 from tests.support.attention_cases import HALF, SINGLE, make_bias, make_mask, make_qkv
 
@@ -166,6 +166,22 @@ def test_a_new_float_is_compiled_as_often_as_with_torch(name):
 
     ours = compilations(lambda x: attention(q, k, v, **{name: x}))
     assert ours == compilations(lambda x: F.scaled_dot_product_attention(q, k, v, scale=x))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_scale_below_the_smallest_normal_number_is_refused(dynamic):
+    """By the operators: a trace asks no symbolic number. PyTorch's own kernels take such a scale."""
+    q, k, v = make_qkv("cpu", (9, 9), dtype=SINGLE)
+    caches, lens = [x.transpose(1, 2).contiguous() for x in (k, v)], torch.tensor([5] * len(q), dtype=torch.int32)
+    for call in (
+        lambda scale: attention(q, k, v, scale=scale, backend="reference"),
+        lambda scale: attention_with_kvcache(q, *caches, cache_lens=lens, scale=scale, backend="reference"),
+    ):
+        function = compiled(call, dynamic)
+        for scale in (0.5, 0.25):
+            assert function(scale).isfinite().all()
+        with pytest.raises(ValueError, match=r"scale: expected 0 or at least 2\*\*-126 in size, .* got 1e-40"):
+            function(1e-40)
 
 
 @pytest.mark.slow
