@@ -132,6 +132,7 @@ def attention_with_kvcache(
         keywords.refuse(attention_with_kvcache, unknown)
     divided.refuse("k_cache", "a KV cache")
     check_flag("batch_invariant", batch_invariant)
+    check_flag("rotary_interleaved", rotary_interleaved)
     spec = make_cache_spec(
         q, k_cache, v_cache, k, v, mask, bias, mask_start, k_scale, v_scale, cache_lens=cache_lens,
         block_table=block_table, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap,
@@ -164,13 +165,14 @@ def explain_with_kvcache(
     """`explain` for `attention_with_kvcache`, with its arguments. Nothing is written into the caches."""
     if unknown:
         keywords.refuse(explain_with_kvcache, unknown)
+    check_flag("rotary_interleaved", rotary_interleaved)
     spec = make_cache_spec(
         q, k_cache, v_cache, k, v, mask, bias, mask_start, k_scale, v_scale, cache_lens=cache_lens,
         block_table=block_table, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
     if rotary_cos is not None or rotary_sin is not None:
-        rotary.check(spec, rotary_cos, rotary_sin, rotary_interleaved)
+        rotary.check(spec, rotary_cos, rotary_sin)
     return backends.explain(spec, backend, batch_invariant)
 
 

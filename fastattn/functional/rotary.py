@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastattn.spec import FLOAT_DTYPES, CacheSpec, check_flag
+from fastattn.spec import FLOAT_DTYPES, CacheSpec
 from fastattn.spec.checks import check_plain, readable
 
 
@@ -13,18 +13,17 @@ def turn_new(spec: CacheSpec, cos: Tensor | None, sin: Tensor | None, interleave
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    cos, sin = check(spec, cos, sin, interleaved)
+    cos, sin = check(spec, cos, sin)
     of_q, of_k = _positions(spec)
     q = turn(spec.q, cos, sin, of_q, interleaved)
     return spec._replace(q=q, k=None if spec.k is None else turn(spec.k, cos, sin, of_k, interleaved))
 
 
-def check(spec: CacheSpec, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> tuple[Tensor, Tensor]:
+def check(spec: CacheSpec, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
     """The tables, which fit the call; positions are looked at where the host sees them."""
-    check_flag("rotary_interleaved", interleaved)
-    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+    for name, table, other in (("rotary_cos", cos, "rotary_sin"), ("rotary_sin", sin, "rotary_cos")):
         if not isinstance(table, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, since the other one is given, got {type(table).__name__}")
+            raise TypeError(f"{name}: expected a Tensor beside {other}, got {type(table).__name__}")
         check_plain(name, table, spec.q)
         if table.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name}.dtype: expected a floating-point dtype, got {table.dtype}")

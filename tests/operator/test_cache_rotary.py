@@ -96,7 +96,7 @@ TABLE = torch.zeros(32, 8)
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        ({"rotary_sin": None}, TypeError, "rotary_sin: expected a Tensor, since the other one is given, got NoneType"),
+        ({"rotary_sin": None}, TypeError, "rotary_sin: expected a Tensor beside rotary_cos, got NoneType"),
         ({"rotary_cos": TABLE.int()}, TypeError, "rotary_cos.dtype: expected a floating-point dtype, got torch.int32"),
         ({"rotary_cos": TABLE.to("meta")}, ValueError, "rotary_cos.device: expected q.device == cpu, got meta"),
         ({"rotary_cos": TABLE[0]}, ValueError, r"rotary_cos.shape: expected \(positions, R / 2\), R at most D == 16"),
