@@ -71,7 +71,8 @@ def check_scales(
     for name, scale, cache in (("k", k_scale, k_cache), ("v", v_scale, v_cache)):
         if cache.dtype not in QUANTISED:
             if scale is not None:
-                raise ValueError(f"{name}_scale: expected None for a cache of {cache.dtype}, got {type(scale).__name__}")
+                kind = type(scale).__name__
+                raise ValueError(f"{name}_scale: expected None for a cache of {cache.dtype}, got a {kind}")
             continue
         if cache.dtype != k_cache.dtype:
             raise TypeError(f"v_cache.dtype: expected k_cache.dtype == {k_cache.dtype}, got {cache.dtype}")

@@ -210,8 +210,30 @@ def test_every_variant_decodes(dtype, variant):
 
     q = torch.randn(2, 4, 2, 40).to(dtype)
     caches = [torch.randn(2, 90, 2, width).to(dtype) for width in (40, 24)]
-    for terms in ({}, {"window": (30, 0), "softcap": 5.0}, {"alibi_slopes": torch.rand(4), "sinks": torch.randn(4)}):
+    masked = {
+        "mask": torch.rand(2, 1, 2, 50) < 0.6,
+        "bias": torch.randn(4, 1, 60),
+        "mask_start": torch.tensor([40, -9]),
+    }
+    sinks = {"alibi_slopes": torch.rand(4), "sinks": torch.randn(4)}
+    for terms in ({}, {"window": (30, 0), "softcap": 5.0}, sinks, masked):
         check_kvcache(q, *caches, cache_lens=torch.tensor([90, 41]), backend="cpu", **terms)
+
+
+@pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_every_variant_reads_and_writes_every_byte(cache, variant):
+    """A single key: what comes out is its value. Written from halves of the same numbers, under a scale of a half."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(cache)
+    used = numbers.float().isfinite() if cache.is_floating_point else numbers != -128
+    numbers = numbers.view(torch.uint8)[used][:254].view(cache).view(1, 1, 2, 127)
+    new, width = numbers.float() / 2, numbers.shape[3]
+    caches, half = [torch.zeros(1, 1, 2, width, dtype=torch.uint8).view(cache) for _ in "kv"], torch.full((2,), 0.5)
+    out = attention_with_kvcache(
+        torch.zeros(1, 2, 1, width), *caches, *(new.transpose(1, 2) for _ in "kv"), cache_lens=0, k_scale=half,
+        v_scale=half, backend="cpu",
+    )  # fmt: skip
+    assert torch.equal(out, new.transpose(1, 2))
+    assert torch.equal(caches[0].float(), numbers.float()) and torch.equal(caches[1].float(), numbers.float())
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=DTYPE_NAMES.get)
