@@ -182,8 +182,12 @@ def test_the_choice_and_its_reasons(ranks):
     assert choice.strategy == min(choice.costs, key=lambda name: choice.costs[name].seconds)
     text = str(choice)
     assert "4 ranks, zigzag; whole q (1, 8, 32768, 64)" in text and "<- chosen" in text and "hops" in text
+    why = text.splitlines()[-1]  # of the others, what they take and what of it is more
+    assert why.startswith(f"  {choice.strategy} takes {choice.costs[choice.strategy].seconds * 1e3:.3f} ms; ")
+    assert all(f"{x} {choice.costs[x].seconds * 1e3:.3f} ms (" in why for x in choice.costs if x != choice.strategy)
+    assert "more waiting" in why or "more work" in why
     asked = ranks.run(work.explained, {"strategy": "ulysses"})[0]
-    assert asked.strategy == "ulysses" and "<- asked for" in str(asked)
+    assert asked.strategy == "ulysses" and "<- asked for" in str(asked) and " takes " not in str(asked)
 
 
 def test_the_choice_follows_the_link(ranks):
