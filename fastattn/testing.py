@@ -250,6 +250,9 @@ def check_kvcache(
 ) -> None:  # fmt: skip
     """Hold `fastattn.attention_with_kvcache` on ``backend`` to the rule: what it writes into the caches, out and lse.
 
+    And the sums of the weights, where ``backend`` names one whose arithmetic is ours: the last column of the values is
+    1 then, in copies of them.
+
     Args:
         q, k_cache, v_cache, k, v, cache_lens, block_table: as for the function, which writes into the caches.
         backend, num_splits: as there.
@@ -262,6 +265,12 @@ def check_kvcache(
     lens = [cache_lens] * q.shape[0] if isinstance(cache_lens, int) else cache_lens.tolist()
     added = 0 if k is None else k.shape[2]
     scales = options.get("k_scale"), options.get("v_scale")
+    # As in `check_attention`; a quantised cache holds no exact 1.
+    sums = backend not in (None, "torch") and q.dtype != torch.float64 and v_cache.dtype == q.dtype
+    sums &= v_cache.shape[3] > 1 and v_cache.stride(3) != 0
+    if sums:
+        v_cache = _with_ones(v_cache)
+        v = None if v is None else _with_ones(v)
     expected_caches = [
         _after_append(cache, scale, new, lens, block_table)
         for cache, scale, new in zip((k_cache, v_cache), scales, (k, v), strict=True)
@@ -297,7 +306,11 @@ def check_kvcache(
     both = [(out, eager)] if actual_lse is None else [(out, eager), (actual_lse, eager_lse)]
     for index, (name, (actual, plain)) in enumerate(zip(("out", "lse"), both, strict=False)):
         exact, size = (torch.cat([step[i] for step in expected]) for i in (index, index + 2))
-        assert_parity(actual, exact, [torch.cat([step[index] for step in one]) for one in plain], name, size)
+        plain = [torch.cat([step[index] for step in one]) for one in plain]
+        assert_parity(actual, exact, plain, name, size)
+        if sums and name == "out":
+            actual, exact, *plain = (x[..., -1] for x in (actual, exact, *plain))
+            assert_parity(actual, exact, plain, "sums of the weights", exact)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -3,6 +3,8 @@
 A rule that never fails proves nothing, so every kind of mistake a kernel can make is made here on purpose.
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -325,6 +327,23 @@ def test_rows_of_weights_that_do_not_sum_to_one_are_found(monkeypatch, dtype):
     break_results(monkeypatch, "out", lambda x: x.mul_(factors))
     with pytest.raises(AssertionError, match=r"^sums of the weights: "):
         check_attention(q, k, v, backend="reference")
+
+
+def test_weights_over_a_cache_that_do_not_sum_to_one_are_found(monkeypatch):
+    q, k, v = large_scores(SINGLE)
+    caches = [x.transpose(1, 2).contiguous() for x in (k, v)]
+    check = functools.partial(testing.check_kvcache, q, *caches, cache_lens=40, backend="reference")
+    check()
+    right = testing.attention_with_kvcache
+    factors = 1.0 + 8.0 * torch.finfo(SINGLE).eps * torch.linspace(-1.0, 1.0, 17)[:, None]
+
+    def wrong(*arguments, **options):
+        out, lse = right(*arguments, **options)
+        return out * factors, lse
+
+    monkeypatch.setattr(testing, "attention_with_kvcache", wrong)
+    with pytest.raises(AssertionError, match=r"^sums of the weights: "):
+        check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
