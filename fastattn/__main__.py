@@ -244,10 +244,11 @@ def make_call(args: argparse.Namespace, device: torch.device) -> AttentionSpec |
         "return_lse": args.lse,
     }
     if args.cache is not None:
-        refuse(args, "--cache", "grad", "dropout", "mask", "bias", "varlen", "q_offset")
+        refuse(args, "--cache", "grad", "dropout", "varlen", "q_offset")
         added = empty(key_shape) if args.k else None
         return make_cache_spec(
             empty(args.q), empty(args.cache), empty(args.cache), added, empty(args.v or key_shape) if args.k else None,
+            empty(args.mask, torch.bool) if args.mask else None, empty(args.bias) if args.bias else None,
             cache_lens=integers(batch, 2) if args.cache_len is None else args.cache_len,
             block_table=None if args.pages is None else integers(batch * args.pages).view(batch, args.pages), **terms,
         )  # fmt: skip

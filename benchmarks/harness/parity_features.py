@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import BlockMask
+from fastattn.backends.reference.kvcache import quantise
 from fastattn.functional import Backend
 from fastattn.testing import check_attention, check_kvcache
 
@@ -205,6 +206,8 @@ class CacheFeature:
     shape: CacheShape = CacheShape()
     num_splits: int | None = None
     head_dim: int | None = None
+    quantised: torch.dtype | None = None
+    """of the caches, with a scale for each token and head"""
     kernels_of = CACHE_KERNELS_OF
 
     @property
@@ -237,6 +240,9 @@ class CacheFeature:
             caches.append(rows)
         new = [normal(batch, kv_heads, shape.q_len, head_dim) if shape.appends else None for _ in "kv"]
         drawn = self.options(q_heads, generator)
+        if self.quantised is not None:
+            (k, k_scale), (v, v_scale) = (quantise(cache, None, self.quantised) for cache in caches)
+            caches, drawn = [k, v], drawn | {"k_scale": k_scale[..., 0], "v_scale": v_scale[..., 0]}
         return {
             **dict(zip(("q", "k_cache", "v_cache", "k", "v"), (q, *caches, *new), strict=True)),
             "cache_lens": torch.tensor(lens, dtype=torch.int32, device=device.torch_device),
@@ -281,6 +287,16 @@ def cache_alibi(heads: int, generator: torch.Generator) -> Options:
 
 def cache_sinks(heads: int, generator: torch.Generator) -> Options:
     return {"sinks": torch.randn(heads, generator=generator)}
+
+
+def cache_tree(heads: int, generator: torch.Generator) -> Options:
+    """Of 8 tokens some of those before each one; the first of them at key 3."""
+    seen = (torch.rand(8, 8, generator=generator) < 0.5).tril() | torch.eye(8, dtype=torch.bool)
+    return {"mask": seen, "mask_start": 3}
+
+
+def cache_bias(heads: int, generator: torch.Generator) -> Options:
+    return {"bias": torch.randn(heads, 1, 300, generator=generator), "mask_start": -50}
 
 
 def cache_everything(heads: int, generator: torch.Generator) -> Options:
@@ -331,6 +347,10 @@ FEATURES: dict[str, Feature | CacheFeature] = {
     "cache, softcap": CacheFeature(cache_softcap),
     "cache, ALiBi": CacheFeature(cache_alibi, CacheShape(q_len=4)),
     "cache, sinks": CacheFeature(cache_sinks, num_splits=1),
+    "cache, tree of drafts": CacheFeature(cache_tree, CacheShape(q_len=8, page=16)),
+    "cache, bias": CacheFeature(cache_bias),
+    "cache, int8": CacheFeature(shape=CacheShape(page=16), quantised=torch.int8),
+    "cache, float8": CacheFeature(quantised=torch.float8_e4m3fn),
     "cache, everything at once": CacheFeature(cache_everything, CacheShape(q_len=17, page=64), num_splits=3),
 }
 

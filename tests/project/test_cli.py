@@ -167,6 +167,8 @@ def test_explain_a_cache(capsys):
     backends, lines = explained(f"{arguments} --cache-len 100", capsys)
     assert "length 101" in lines[0]
     assert backends["torch"] in ("<- chosen", "could serve it, not preferred here")  # with "cpu" compiled
+    backends, lines = explained(f"{arguments} --mask 2,1,1,512 --bias 1,8,1,512", capsys)
+    assert "mask (2, 1, 1, 512), bias (1, 8, 1, 512)" in lines[0]
     backends, lines = explained("--q 2,8,1,64 --cache 64,16,2,64 --pages 4 --device cuda:a100", capsys)
     assert "block_table (2, 4)" in lines[1] and backends["triton"] == "<- chosen"
 
