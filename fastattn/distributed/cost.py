@@ -107,9 +107,8 @@ class Choice:
                 continue
             other = self.costs[name]
             more = {"work": other.compute - chosen.compute, "waiting": other.exposed - chosen.exposed}
-            differences = ", ".join(
-                f"{abs(x) * 1e3:.3f} {'more' if x > 0 else 'less'} {of}" for of, x in more.items() if x
-            )
+            shown = {of: x for of, x in more.items() if abs(x) >= 5e-7}  # seconds; the text has microseconds
+            differences = ", ".join(f"{abs(x) * 1e3:.3f} {'more' if x > 0 else 'less'} {of}" for of, x in shown.items())
             if not differences:
                 differences = "the same, but more memory" if other.memory > chosen.memory else "the same"
             found.append(f"{name} {other.seconds * 1e3:.3f} ms ({differences})")
