@@ -32,7 +32,7 @@ SERIALISED = {
 """Where ptxas lets the products of a tile wait for each other, and on which Triton; a tile that does not is wanted."""
 SLOWER = {("forward", "fp32", "256"): resources.TRITONS}
 """Where registers spill in the inner loop and a smaller tile is predicted to be faster; that tile is wanted."""
-OUTSIDE_LOOPS = {("decode", "chunk", "128"): ("3.7.1",)}
+OUTSIDE_LOOPS = {("decode", "plain", "64"): ("3.7.1",), ("decode", "chunk", "128"): ("3.9.0",)}
 """Kernels of a cache with spills, none of which is in a loop."""
 NOT_AHEAD = {
     **dict.fromkeys([("dk", "block_mask", "256"), ("dq", "block_mask", "256")], "twice the stages have no room"),
