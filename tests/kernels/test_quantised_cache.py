@@ -6,7 +6,7 @@ import torch
 from fastattn import attention_with_kvcache, explain_with_kvcache
 from fastattn.backends import reference, triton
 from fastattn.spec import make_cache_spec, target
-from tests.support.attention_cases import BFLOAT, DOUBLE, DTYPE_NAMES, HALF, SINGLE
+from tests.support.attention_cases import BFLOAT, DOUBLE, HALF, SINGLE
 from tests.support.cache_problems import check, make_problem
 
 INT8, FLOAT8 = torch.int8, torch.float8_e4m3fn
@@ -31,8 +31,9 @@ def quantised(problem, dtype, kind):
 
 
 @BACKENDS
-@pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=DTYPE_NAMES.get)
-@pytest.mark.parametrize(("kind", "page"), [("tensor", 0), ("head", 16), ("token", 0), ("token", 48)])
+@pytest.mark.parametrize(
+    ("kind", "page", "dtype"), [("tensor", 0, HALF), ("head", 16, BFLOAT), ("token", 0, SINGLE), ("token", 48, HALF)]
+)
 @pytest.mark.parametrize("cache", [INT8, FLOAT8], ids=["int8", "fp8"])
 def test_parity(cache, kind, page, dtype, backend, device):
     problem = make_problem(device, (70, 0, 12), new=2, q_len=3, page=page, dtype=dtype, dims=(32, 16))
