@@ -92,8 +92,8 @@ def job(sizes: Mapping[str, int], *, device: str = "cpu", timeout: float = 600.0
         dist.barrier()
     except Exception as error:
         fault = watch.fault(error)
-        if device == "cpu":  # NCCL might wait for who is gone
-            dist.destroy_process_group()  # who waits for this rank hears of it
+        with contextlib.suppress(RuntimeError):  # a backend that cannot
+            dist.distributed_c10d._abort_process_group()  # who waits for a message of this rank hears of it
         watch.linger()
         if fault is not None:
             raise RankFailed(fault) from error
@@ -122,6 +122,7 @@ class _Watch:
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self._store, self._rank, self._world = store, rank, world
         self._ended = threading.Event()
+        self._heard: str | None = None  # here, since the store may be gone when this rank asks
         own = store.clone()  # a connection of its own: the other one may wait for an answer
         self._thread = threading.Thread(target=self._beat, args=(own,), daemon=True)
         self._thread.start()
@@ -130,6 +131,9 @@ class _Watch:
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it who would read them
             while True:
                 store.add(f"fastattn/alive/{self._rank}", 1)
+                if self._heard is None and store.check([_FAULT]):
+                    self._heard = store.get(_FAULT).decode(errors="ignore")
+                    store.add(f"fastattn/heard/{self._rank}", 1)
                 if self._ended.wait(_BEAT):
                     return
 
@@ -145,34 +149,31 @@ class _Watch:
                 return None
             return self._tell(self._reason(error))
         except RuntimeError:
-            return "the process that holds the store of the job is gone, which is the launcher or rank 0"
+            gone = "the process that holds the store of the job is gone, which is the launcher or rank 0"
+            return self._heard or gone
 
     def linger(self) -> None:
-        """Keep the store, if this process holds it, until all that live have read it: for some seconds at most."""
+        """Keep the store, if this process holds it, until all that live have heard of the fault; seconds at most."""
         if self._rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
         before = self._counts("alive")
-        for beat in range(4 * _SILENCE):
-            counts = zip(before, self._counts("alive"), self._counts("read"), strict=True)
-            if all(read or (beat >= _SILENCE and old == new) for old, new, read in counts):
+        for beat in range(2 * _SILENCE):
+            counts = zip(before, self._counts("alive"), self._counts("heard"), strict=True)
+            if all(heard or (beat >= _SILENCE and old == new) for old, new, heard in counts):
                 return
             time.sleep(_BEAT)
 
     def _tell(self, fault: str) -> str:
         """The first that was told."""
-        self._store.add(f"fastattn/read/{self._rank}", 1)
         return self._store.compare_set(_FAULT, "", fault[:2000]).decode(errors="ignore")
-
-    def _told(self) -> str | None:
-        return self._store.get(_FAULT).decode(errors="ignore") if self._store.check([_FAULT]) else None
 
     def _reason(self, error: Exception) -> str:
         """Why a message did not come through: who failed, who gives no sign of life, or who waits for none."""
         self._store.add(f"fastattn/waited/{self._rank}", 1)
         before = self._counts("alive")
         for _ in range(_SILENCE):  # who raised may not have said so yet
-            if told := self._told():
-                return told
+            if self._heard:
+                return self._heard
             time.sleep(_BEAT)
         counts = zip(before, self._counts("alive"), strict=True)
         if silent := [rank for rank, (old, new) in enumerate(counts) if old == new]:

@@ -21,11 +21,11 @@ SAID = {
 
 @pytest.mark.parametrize("kind", SAID)
 def test_a_rank_that_fails(ranks, kind):
-    found = work.run(kind)
+    found = work.run(kind, 3 if kind in ("killed", "stopped", "raised") else 2)
     failed = found.pop(work.failing(kind))
     for answer, seconds in found:
         assert answer.startswith(SAID[kind]), answer
-        assert seconds < work.TIMEOUT + 10.0
+        assert seconds < work.TIMEOUT + 20.0  # a few, on a machine with nothing else to do
     if kind.endswith("raised"):
         assert failed is not None and failed[0] == "ValueError: on purpose"
 

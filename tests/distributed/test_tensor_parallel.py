@@ -15,7 +15,7 @@ NAMES = ("rope", "of_heads", "alibi", "encoder_decoder")
 
 @pytest.mark.parametrize(
     ("name", "vocabulary", "sequence"),
-    [*((name, False, sequence) for name in NAMES for sequence in (False, True)), ("untied", True, False),
+    [*((name, False, False) for name in NAMES), *((name, False, True) for name in NAMES[1:]), ("untied", True, False),
      ("untied", True, True)],
 )  # fmt: skip
 def test_a_step_of_training(ranks, name, vocabulary, sequence):
@@ -32,13 +32,13 @@ def check_step(found, name):
             assert_parity(theirs[parameter], gradient, eager[parameter], parameter)
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_a_compiled_step_with_activation_checkpointing(ranks, sequence):
-    check_step(ranks.run(work.divided_step, "rope", False, sequence, True, ranks=2), "rope")
+def test_a_compiled_step_with_activation_checkpointing(ranks):
+    check_step(ranks.run(work.divided_step, "rope", False, True, True, ranks=2), "rope")
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "sequence"), [*((name, False) for name in NAMES), ("alibi", True), ("encoder_decoder", True)]
+)
 def test_generate(ranks, name, sequence):
     assert ranks.run(work.generated, name, sequence, ranks=2) == [work.generated(None, name)] * 2
 

@@ -38,11 +38,11 @@ def test_ctrl_c(tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        checkpoint, deadline = output / "modern.pt", time.monotonic() + 60
+        checkpoint, deadline = output / "modern.pt", time.monotonic() + 240
         while not checkpoint.exists() and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         os.killpg(run.pid, signal.SIGINT)  # what a terminal does
-        printed, _ = run.communicate(timeout=60)
+        printed, _ = run.communicate(timeout=120)
     finally:
         run.kill()
     assert checkpoint.exists(), printed
