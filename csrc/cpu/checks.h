@@ -272,6 +272,7 @@ inline void check_norm(Checks& checks, const FastattnNorm& n) {
 }
 
 inline void check_rotate(Checks& checks, const FastattnRotate& o) {
+  check_team(checks, o.team);
   check_half_or_float(checks, o.dtype);
   checks.size("rows", o.rows, 0, kFar);
   checks.size("heads", o.heads, 0, kFar);
@@ -280,9 +281,9 @@ inline void check_rotate(Checks& checks, const FastattnRotate& o) {
   checks.size("positions", o.positions, 1, kFar);
   checks.count("x", o.rows, o.heads, o.head_dim, 1);
   checks.pointer("x", o.x);
+  checks.pointer("y", o.y);
   checks.pointer("cos", o.cos);
   checks.pointer("sin", o.sin);
-  checks.pointer("position", o.position);
 }
 
 inline void check_dropout(Checks& checks, const FastattnDropout& d) {

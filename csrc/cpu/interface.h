@@ -168,14 +168,18 @@ struct FastattnNorm {
   double eps;
 };
 
-// Rotary positions, in place: dimension i of a head turns with dimension i + head_dim / 2.
+// Rotary positions: dimension i of a head turns with dimension i + head_dim / 2; y may be x.
 struct FastattnRotate {
-  void* x;                   // (rows, heads, head_dim)
+  FastattnTeam team;
+  const void* x;             // (rows, heads, head_dim)
   int64_t x_stride;
+  void* y;
+  int64_t y_stride;
   const float *cos, *sin;    // (positions, head_dim / 2), contiguous
-  const int64_t* position;   // (rows,), cut to 0 .. positions - 1
+  const int64_t* position;   // (rows,), cut to 0 .. positions - 1; null: row r stands at r % positions
   int64_t positions;
   int64_t dtype, rows, heads, head_dim;
+  int64_t back;              // 1: the other way round, which is the derivative
 };
 
 // y = x * factor, 1 / (1 - p) for the elements that are kept, else 0: those whose bits, as dropout of attention has them at

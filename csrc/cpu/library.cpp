@@ -38,7 +38,7 @@ struct Engine {
   bool (*decode)(const FastattnDecode&, const Team&);
   bool (*linear)(const FastattnLinear&, const Team&);
   void (*normalise)(const FastattnNorm&);
-  void (*rotate)(const FastattnRotate&);
+  bool (*rotate)(const FastattnRotate&, const Team&);
   void (*append)(const FastattnAppend&);
   bool (*dropout)(const FastattnDropout&, const Team&);
 };
@@ -217,8 +217,9 @@ int fastattn_cpu_rotate(const FastattnRotate* rotate) {
   Checks checks(error_text);
   check_rotate(checks, *rotate);
   if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
-  engine().rotate(*rotate);
-  return FASTATTN_CPU_OK;
+  constexpr double kWork = 8.0;  // of an element
+  const double elements = double(rotate->rows) * double(rotate->heads) * double(rotate->head_dim);
+  return status(engine().rotate(*rotate, team_for(rotate->team, kWork * elements)));
 }
 
 int fastattn_cpu_dropout(const FastattnDropout* dropout) {

@@ -51,25 +51,37 @@ template <class Number, class Load, class Store>
 }
 
 template <class Element>
-void rotate_as(const FastattnRotate& o) {
+void rotate_row(const FastattnRotate& o, int64_t r) {
   constexpr int kL = kLanes<float>;
-  const int64_t half = o.head_dim / 2;
-  for (int64_t r = 0; r < o.rows; r++) {
-    Element* x = static_cast<Element*>(o.x) + r * o.x_stride;
-    const int64_t last = o.positions - 1, given = o.position[r], position = given < 0 ? 0 : given < last ? given : last;
-    const float *cos = o.cos + position * half, *sin = o.sin + position * half;
-    for (int64_t head = 0; head < o.heads; head++, x += o.head_dim) {
-      int64_t i = 0;
-      for (; i + kL <= half; i += kL) {
-        turn(i, half, load(cos + i), load(sin + i), [&](int64_t at) { return load<float>(x + at); },
-             [&](int64_t at, Vec<float> y) { store_narrow(x + at, y); });
-      }
-      for (; i < half; i++) {
-        turn(i, half, cos[i], sin[i], [&](int64_t at) { return widen<float>(x[at]); },
-             [&](int64_t at, float y) { x[at] = narrow<Element>(y); });
-      }
+  const int64_t half = o.head_dim / 2, last = o.positions - 1;
+  const int64_t given = o.position == nullptr ? r % o.positions : o.position[r];
+  const int64_t position = given < 0 ? 0 : given < last ? given : last;
+  const float *cos = o.cos + position * half, *sin = o.sin + position * half, sign = o.back ? -1.0f : 1.0f;
+  const Element* x = static_cast<const Element*>(o.x) + r * o.x_stride;
+  Element* y = static_cast<Element*>(o.y) + r * o.y_stride;
+  for (int64_t head = 0; head < o.heads; head++, x += o.head_dim, y += o.head_dim) {
+    int64_t i = 0;
+    for (; i + kL <= half; i += kL) {
+      turn(i, half, load(cos + i), load(sin + i) * sign, [&](int64_t at) { return load<float>(x + at); },
+           [&](int64_t at, Vec<float> value) { store_narrow(y + at, value); });
+    }
+    for (; i < half; i++) {
+      turn(i, half, cos[i], sin[i] * sign, [&](int64_t at) { return widen<float>(x[at]); },
+           [&](int64_t at, float value) { y[at] = narrow<Element>(value); });
     }
   }
+}
+
+constexpr int64_t kTaskElements = 1 << 14;
+
+template <class Element>
+bool rotate_as(const FastattnRotate& o, const Team& team) {
+  const int64_t width = o.heads * o.head_dim, rows = width < kTaskElements ? kTaskElements / (width < 1 ? 1 : width) : 1;
+  return team.run((o.rows + rows - 1) / rows, [&](int64_t task) {
+    const int64_t end = (task + 1) * rows < o.rows ? (task + 1) * rows : o.rows;
+    for (int64_t r = task * rows; r < end; r++) rotate_row<Element>(o, r);
+    return true;
+  });
 }
 
 // A number in the dtype of a quantised cache.
@@ -129,8 +141,6 @@ void append_quantised_from(const FastattnAppend& a) {
   }
 }
 
-constexpr int64_t kTaskElements = 1 << 14;
-
 template <class Element>
 bool dropout_as(const FastattnDropout& d, const Team& team) {
   constexpr int kL = kLanes<float>;
@@ -171,11 +181,11 @@ void normalise(const FastattnNorm& n) {
   }
 }
 
-void rotate(const FastattnRotate& o) {
+bool rotate(const FastattnRotate& o, const Team& team) {
   switch (o.dtype) {
-    case FASTATTN_FLOAT32: return rotate_as<float>(o);
-    case FASTATTN_FLOAT16: return rotate_as<float16>(o);
-    default: return rotate_as<bfloat16>(o);
+    case FASTATTN_FLOAT32: return rotate_as<float>(o, team);
+    case FASTATTN_FLOAT16: return rotate_as<float16>(o, team);
+    default: return rotate_as<bfloat16>(o, team);
   }
 }
 

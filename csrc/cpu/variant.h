@@ -22,7 +22,7 @@ constexpr int64_t element_bytes(int64_t dtype) {
   bool decode(const FastattnDecode&, const Team&);                                                                  \
   bool linear(const FastattnLinear&, const Team&);                                                                  \
   void normalise(const FastattnNorm&);                                                                              \
-  void rotate(const FastattnRotate&);                                                                               \
+  bool rotate(const FastattnRotate&, const Team&);                                                                               \
   void append_quantised(const FastattnAppend&);                                                                     \
   bool dropout(const FastattnDropout&, const Team&);                                                                \
   }

@@ -1,8 +1,12 @@
-"""Rotary positions of the queries and the new keys of a call over a KV cache."""
+"""Rotary positions: of the queries and the new keys of a call over a KV cache; and by a kernel, of whole tensors."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn import backends
+from fastattn.ops.direct import Way, way
 from fastattn.spec import FLOAT_DTYPES, CacheSpec
 from fastattn.spec.checks import check_plain, readable
 
@@ -75,3 +79,56 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: boo
         a, b = turned.to(dtype).chunk(2, -1)
         turned = torch.cat([a * c - b * s, a * s + b * c], -1)
     return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+_LEAST = 1 << 12  # elements: below, PyTorch's operators take less time than autograd's way through Python
+
+
+def served(x: Tensor, tables: tuple[Tensor, Tensor]) -> bool:
+    """Whether `rotate` takes x (..., L, heads, D) and tables (..., L, D / 2), whose first dimension may be 1.
+
+    That is on a CPU with the compiled kernels: adjacent elements in float32 or half precision, and float32 tables. Not
+    small tensors, subclasses, traces and transforms.
+    """
+    cos, sin = tables
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is type(cos) is type(sin) is Tensor
+        and x.is_cpu
+        and x.dtype in backends.cpu.DTYPES
+        and x.dtype != torch.float64
+        and x.numel() >= _LEAST
+        and x.is_contiguous()
+        and cos.dtype == sin.dtype == torch.float32
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+        and not (cos.requires_grad or sin.requires_grad)
+        and 2 * cos.shape[-1] == x.shape[-1]
+        and (cos.shape[:-1] == x.shape[:-2] or cos.shape[:-1] == (1, *x.shape[1:-2]))
+        and backends.cpu.library.problem() is None
+        and way((x,)) is not Way.DISPATCHER
+    )
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """x (..., L, heads, D) with dimension i turned with i + D / 2, by one pass over it forward and one backward."""
+    cos, sin = (table.flatten(0, -2) for table in tables)
+    return _Rotate.apply(x, cos, sin, False)
+
+
+class _Rotate(torch.autograd.Function):
+    """Linear: the derivative turns the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.back = back
+        y = torch.empty(x.shape, dtype=x.dtype)
+        backends.cpu.rotate(y.flatten(0, -3), x.contiguous().flatten(0, -3), cos, sin, back)
+        return y
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (PyTorch's has *grad_outputs)
+        ctx: Any, dy: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        return _Rotate.apply(dy, *ctx.saved_tensors, not ctx.back), None, None, None

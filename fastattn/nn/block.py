@@ -18,7 +18,7 @@ from fastattn.functional.parts import attention_of_heads, attention_varlen_of_he
 from fastattn.nn import keywords
 from fastattn.nn.cache import KVCache
 from fastattn.nn.config import TransformerConfig
-from fastattn.nn.position import ALiBi, RoPE, rotate
+from fastattn.nn.position import ALiBi, RoPE, rotate_both
 
 __all__ = ["Attention", "Block", "FeedForward"]
 
@@ -135,8 +135,7 @@ class Attention(nn.Module):
             if self.rope is not None:
                 if rotary is None:
                     rotary = self.rope.tables(positions(x, cu_seqlens, cache), self.head_dim, x.dtype)
-                both = rotate(torch.cat([q, k], dim=-2), rotary)  # in one go: a decode step is made of small operations
-                q, k = both.split((q.shape[-2], k.shape[-2]), dim=-2)
+                q, k = rotate_both(q, k, rotary)
 
         if cu_seqlens is not None:
             options["dropout_p"] = dropout_p

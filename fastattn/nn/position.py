@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import _check as check
-from fastattn.functional import divided
+from fastattn.functional import divided, rotary
 
 __all__ = [
     "ALiBi",
@@ -351,6 +351,17 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
     Returns a tensor of x's shape and dtype.
     """
+    if rotary.served(x, tables):
+        return rotary.rotate(x, tables)
     cos, sin = (table.unsqueeze(-2) for table in tables)  # the same for all heads
     first, second = x.chunk(2, dim=-1)  # times float32 tables: half precision is promoted
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def rotate_both(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and keys that stand at the same positions, whose heads may differ in number."""
+    if rotary.served(q, tables) and rotary.served(k, tables):
+        return rotary.rotate(q, tables), rotary.rotate(k, tables)
+    both = rotate(torch.cat([q, k], dim=-2), tables)  # in one go: a decode step is made of small operations
+    q, k = both.split((q.shape[-2], k.shape[-2]), dim=-2)
+    return q, k

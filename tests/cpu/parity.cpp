@@ -310,7 +310,7 @@ bool check_step(const StepCase& c) {
   n.x = n.y = heads.data(), n.x_stride = n.y_stride = wide, n.weight = scale.data(), n.dtype = c.dtype;
   n.rows = c.rows, n.heads = c.heads, n.width = c.head_dim, n.eps = 0.1;
   FastattnRotate o{};
-  o.x = heads.data(), o.x_stride = wide, o.cos = cos.data(), o.sin = sin.data(), o.position = position.data();
+  o.team.threads = 1, o.x = o.y = heads.data(), o.x_stride = o.y_stride = wide, o.cos = cos.data(), o.sin = sin.data(), o.position = position.data();
   o.positions = 3, o.dtype = c.dtype, o.rows = c.rows, o.heads = c.heads, o.head_dim = c.head_dim;
   const FastattnCall calls[] = {{FASTATTN_CALL_LINEAR, &l}, {FASTATTN_CALL_NORM, &n}};
   if (fastattn_cpu_run(calls, 2) != 0) {

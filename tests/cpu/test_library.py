@@ -103,7 +103,7 @@ STRUCTS = {
     "FastattnDropout": cpu._DROPOUT,
     "FastattnLinear": program.LINEAR,
     "FastattnNorm": program.NORM,
-    "FastattnRotate": program.ROTATE,
+    "FastattnRotate": cpu._ROTATE,
     "FastattnCall": program.CALL,
 }
 
@@ -154,8 +154,8 @@ GOOD = {
     },
     "FastattnNorm": {"x": NOWHERE, "y": NOWHERE, "rows": 2, "heads": 3, "width": 8, "eps": 1e-5},
     "FastattnRotate": {
-        "x": NOWHERE, "cos": NOWHERE, "sin": NOWHERE, "position": NOWHERE, "positions": 4, "rows": 2, "heads": 3,
-        "head_dim": 8,
+        "threads": 1, "x": NOWHERE, "y": NOWHERE, "cos": NOWHERE, "sin": NOWHERE, "position": NOWHERE, "positions": 4,
+        "rows": 2, "heads": 3, "head_dim": 8,
     },
     "FastattnDropout": {"threads": 1, "x": NOWHERE, "y": NOWHERE, "rows": 2, "width": 8, "p": 0.5},
 }  # fmt: skip
@@ -211,7 +211,7 @@ BAD = {
     ],
     "FastattnRotate": [
         *((n, x) for n in ("rows", "heads", "head_dim", "positions") for x in TOO_LARGE),
-        *((name, 0) for name in ("head_dim", "positions", "x", "cos", "sin", "position")),
+        *((name, 0) for name in ("head_dim", "positions", "team.threads", "x", "y", "cos", "sin")),
         ("dtype", 3), ("head_dim", 7),
     ],
     "FastattnDropout": [

@@ -30,6 +30,7 @@ _APPEND = struct.Struct("@2q20q4q5q3q2q")
 _SCORE_TERMS = struct.Struct("@10q3q1q")
 _QUANTISED = struct.Struct("@1q10q1q2q")
 _DROPOUT = struct.Struct("@2q2q4q1d")
+_ROTATE = struct.Struct("@2q2q2q4q5q")
 _ABSENT = (0,) * 5
 
 # A prompt goes to the kernel with taller tiles, whose keys it packs first: from this many query rows of a key head on.
@@ -141,6 +142,24 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     arguments, _kept = pack_decode(out, lse, spec, lens, starts)
     if status := library.load().fastattn_cpu_decode(arguments):
         library.check(status)
+
+
+def rotate(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
+    """Fill y (rows, heads, head_dim) with x, of which dimension i is turned with i + head_dim / 2; elements adjacent.
+
+    Row r takes row ``r % positions`` of cos and sin, float32 (positions, head_dim / 2) and contiguous; ``back`` turns the
+    other way.
+    """
+    if status := library.load().fastattn_cpu_rotate(pack_rotate(y, x, cos, sin, None, back)):
+        library.check(status)
+
+
+def pack_rotate(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor | None, back: bool = False) -> bytes:
+    """The struct of `rotate`; ``position`` int64 (rows,) says which row of the tables each row takes."""
+    return _ROTATE.pack(
+        *team(), x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), cos.data_ptr(), sin.data_ptr(),
+        _address(position), cos.shape[0], DTYPES[x.dtype], *x.shape, back,
+    )  # fmt: skip
 
 
 def dropout(y: Tensor, x: Tensor, p: float, seed: int) -> None:

@@ -13,7 +13,6 @@ from fastattn.spec import CacheSpec
 
 LINEAR = struct.Struct("@2q2q3q3q3q3q2q3q1q1q")
 NORM = struct.Struct("@2q1q2q4q1d")
-ROTATE = struct.Struct("@2q2q2q4q")
 CALL = struct.Struct("@2q")
 _APPEND, _DECODE, _LINEAR, _NORM, _ROTATE = range(5)
 
@@ -85,11 +84,7 @@ class Program:
             cos, sin: float32 (positions, head_dim / 2), contiguous.
             position: int64 (rows,).
         """
-        packed = ROTATE.pack(
-            x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), position.data_ptr(), cos.shape[0],
-            cpu.DTYPES[x.dtype], *x.shape,
-        )  # fmt: skip
-        self._add(_ROTATE, packed, x, cos, sin, position)
+        self._add(_ROTATE, cpu.pack_rotate(x, x, cos, sin, position), x, cos, sin, position)
 
     def attend(self, out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
         """Append to the cache, then attend; ``spec.lens`` is int64, with fewer queries than `cpu.least_tall`."""
