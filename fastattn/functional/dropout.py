@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import backends, ops
+from fastattn.ops.batching import one_by_one
 from fastattn.ops.direct import Way, way
 
 _LEAST = 1 << 12  # elements: below, PyTorch's takes less time than autograd's way through Python
@@ -56,4 +57,4 @@ class _Dropout(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (PyTorch's has *grad_outputs)
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor, None, None]:
-        return _Dropout.apply(dy, ctx.p, ctx.seed), None, None
+        return one_by_one(lambda dy: _Dropout.apply(dy, ctx.p, ctx.seed), dy), None, None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
+from fastattn.ops.batching import one_by_one
 from fastattn.ops.direct import Way, way
 from fastattn.spec import FLOAT_DTYPES, CacheSpec
 from fastattn.spec.checks import check_plain, readable
@@ -131,4 +132,5 @@ class _Rotate(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (PyTorch's has *grad_outputs)
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor, None, None, None]:
-        return _Rotate.apply(dy, *ctx.saved_tensors, not ctx.back), None, None, None
+        cos, sin = ctx.saved_tensors
+        return one_by_one(lambda dy: _Rotate.apply(dy, cos, sin, not ctx.back), dy), None, None, None

@@ -107,12 +107,25 @@ class Batched(torch.autograd.Function):
         return batched(cls.operator_call, cls.apply, info.batch_size, in_dims, args)
 
 
+def one_by_one(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``run`` of each tensor that the older vmap has batched in ``x``; of ``x`` itself where it has batched none."""
+    if not _is_batched(x):
+        return run(x)
+    level = _legacy_level()
+    return _add_batch_dim(torch.stack([run(one) for one in _remove_batch_dim(x, level, 1, 0)]), 0, level)
+
+
+def _legacy_level() -> int:
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
 def legacy_rule(kind: Any, operator: Any) -> _Run:
     """The kernel of ``operator`` for tensors that the older vmap has batched."""
 
     def rule(*args: Any) -> tuple[Tensor, ...]:
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
+        level = _legacy_level()
         is_batched = [isinstance(x, Tensor) and _is_batched(x) for x in args]
         plain = tuple(_remove_batch_dim(x, level, 1, 0) if own else x for x, own in zip(args, is_batched, strict=True))
         size = next(x.shape[0] for x, own in zip(plain, is_batched, strict=True) if own)

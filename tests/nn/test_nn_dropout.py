@@ -42,6 +42,14 @@ def test_gradients_keep_what_the_result_keeps(dtype, drawn):
     assert torch.equal(ddy, dx)
 
 
+def test_batched_gradients_keep_what_the_result_keeps(drawn):
+    x = torch.ones(50, 130).requires_grad_()
+    y = dropout(x, 0.25)
+    several = torch.randn(3, *x.shape)
+    (together,) = torch.autograd.grad(y, x, several, is_grads_batched=True)
+    assert torch.equal(together, several * y) and len(set(drawn)) == 1 and len(drawn) == 4
+
+
 def test_the_share_that_is_dropped_is_p():
     """Of n elements, within six standard deviations: less than one run in 10^8 is outside."""
     n, p = 1 << 20, 0.1

@@ -147,8 +147,8 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
 def rotate(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
     """Fill y (rows, heads, head_dim) with x, of which dimension i is turned with i + head_dim / 2; elements adjacent.
 
-    Row r takes row ``r % positions`` of cos and sin, float32 (positions, head_dim / 2) and contiguous; ``back`` turns the
-    other way.
+    Row r takes row ``r % positions`` of cos and sin, float32 (positions, head_dim / 2) and contiguous. ``back`` turns
+    the other way.
     """
     if status := library.load().fastattn_cpu_rotate(pack_rotate(y, x, cos, sin, None, back)):
         library.check(status)
