@@ -30,9 +30,10 @@ def context_parallel(
     So are the calls of `fastattn.nn`'s layers, of what `fastattn.convert` made, of `fastattn.compat` and of models of
     transformers with ``attn_implementation="fastattn"``. Models get this rank's tokens, as `shard` or `shard_batch`
     cuts them. Layers of `fastattn.nn` count positions in the whole, ``lengths`` too; a mask by keys alone,
-    (B, 1, 1, this rank's keys), is completed. ``CausalLM(tokens, labels=...)`` is the loss of the whole on every rank,
-    and its gradients are to be averaged over the ranks, as data parallelism does. A backward pass that computes anew
-    (activation checkpointing) belongs inside, too. KV caches and attention weights are refused.
+    (B, 1, 1, this rank's keys), is completed; a ``block_mask`` is that of the whole. ``CausalLM(tokens, labels=...)``
+    is the loss of the whole on every rank, and its gradients are to be averaged over the ranks, as data parallelism
+    does. A backward pass that computes anew (activation checkpointing) belongs inside, too. KV caches and attention
+    weights are refused.
 
     Args:
         mesh, strategy, balance, link, timeout: as in `context_parallel_attention`.
@@ -102,8 +103,6 @@ class _Division:
 
     @_not_compiled
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        if options.pop("block_mask", None) is not None:
-            divided.refuse("block_mask", "a BlockMask")
         mask = options.get("mask")
         if isinstance(mask, Tensor) and mask.ndim > 1 and mask.shape[-2] == 1 and mask.shape[-1] in (1, k.shape[2]):
             own = mask.expand(*mask.shape[:-1], k.shape[2])  # of keys alone, which are this rank's as any tokens are

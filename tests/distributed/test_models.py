@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastattn
 import fastattn.distributed as fd
 from fastattn.testing import assert_parity
 from tests.support import ranks_models as work
@@ -71,6 +72,19 @@ def test_layers_of_torch(ranks):
 
     for out in ranks.run(work.run_layers, "zigzag", ranks=3):
         assert_parity(out, whole(torch.float64), whole(torch.float32))
+
+
+@pytest.mark.parametrize("balance", ["contiguous", "zigzag"])
+def test_a_call_with_a_block_mask(ranks, balance):
+    def whole(dtype):
+        qkv, block_mask, dout = work.make_block_mask_call(dtype)
+        out = fastattn.attention(*qkv, block_mask=block_mask)
+        return [out.detach(), *torch.autograd.grad(out, qkv, dout)]
+
+    exact, plain = whole(torch.float64), whole(torch.float32)
+    for found in ranks.run(work.run_block_mask, balance, ranks=3):
+        for name, *results in zip(("out", "dq", "dk", "dv"), found, exact, plain, strict=True):
+            assert_parity(*results, name)
 
 
 @pytest.mark.parametrize(

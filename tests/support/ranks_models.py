@@ -172,6 +172,29 @@ def divided_llama(mesh, kind, balance):
     return total / mesh.size(), averaged(mesh, gradients_of(model))
 
 
+def make_block_mask_call(dtype=torch.float32):
+    """Arguments of a call in which every third token sees all, and the others what is near."""
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(1, heads, 300, 16).to(dtype).requires_grad_() for heads in (4, 2, 2))
+    i, j = torch.arange(300)[:, None], torch.arange(300)
+    return (
+        (q, k, v),
+        fastattn.BlockMask.from_mask((i % 3 == 0) | ((i - j).abs() < 40)),
+        torch.randn(1, 4, 300, 16).to(dtype),
+    )
+
+
+def run_block_mask(mesh, balance):
+    """out, dq, dk, dv of `fastattn.attention` inside, whole."""
+    qkv, block_mask, dout = make_block_mask_call()
+    how = {"mesh": mesh, "dim": 2, "balance": balance}
+    own = [fd.shard(x.detach(), **how).requires_grad_() for x in qkv]
+    with fd.context_parallel(mesh, balance=balance):
+        out = fastattn.attention(*own, block_mask=block_mask)
+    gradients = torch.autograd.grad(out, own, fd.shard(dout, **how))
+    return [fd.unshard(x.detach(), **how) for x in (out, *gradients)]
+
+
 def refused_inside(mesh, kind):
     """A call that counts on a rank having the whole."""
     q = torch.randn(1, 2, 4, 8)
