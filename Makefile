@@ -59,7 +59,7 @@ demo-charlm: $(VENV)/.stamp-examples  ## install and run the character language 
 lint: $(VENV)/.stamp-dev  ## ruff: rules and layout
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-types: $(VENV)/.stamp-dev  ## pyright over fastattn, kernels, benchmarks and tests
+types: $(VENV)/.stamp-dev  ## pyright over fastattn, kernels, benchmarks, tests and examples
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.stamp-docs  ## the documentation site, into build/docs

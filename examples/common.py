@@ -20,7 +20,7 @@ import fastattn
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D")
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib types its keys as the literal strings
     "figure.dpi": 150,
     "axes.grid": True,
     "grid.alpha": 0.25,

@@ -5,16 +5,20 @@ PyTorch's own attention has no sinks), runs each on transformers' eager attentio
 apart the results are.
 """
 
+from typing import Any
+
 import torch
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fastattn.integrations import huggingface
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2,
 }  # fmt: skip
-GPT_OSS = {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 131072}
+GPT_OSS: dict[str, Any] = {
+    "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 131072,
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -25,7 +29,8 @@ def results(model: PreTrainedModel, implementation: str, tokens: torch.Tensor) -
     padding[1, :5] = 0  # the second prompt is shorter: padded on the left
     options = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}
     logits = model(tokens, attention_mask=padding).logits
-    return logits[padding.bool()], model.generate(tokens, attention_mask=padding, **options)
+    generated = model.generate(tokens, attention_mask=padding, **options)  # pyright: ignore[reportCallIssue]  (a mixin's)
+    return logits[padding.bool()], generated
 
 
 def main():

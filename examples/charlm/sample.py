@@ -42,14 +42,14 @@ def continue_text(model: CausalLM, prompt: Tensor, length: int, sampling: Sampli
     position = model.config.position
     if not isinstance(position, Learned):
         for token in stream(model, prompt[None], length, sampling=sampling, cache=SlidingWindowCache):
-            yield token.item()
+            yield int(token)
         return
     seen = prompt[-position.max_len :]
     while length > 0:
         count = min(length, position.max_len - len(seen) + 1)  # the last one is not read
         for token in stream(model, seen[None], count, sampling=sampling):
             seen = torch.cat([seen, token])
-            yield token.item()
+            yield int(token)
         length -= count
         seen = seen[-kept_of(position) :]
 

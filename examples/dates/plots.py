@@ -51,7 +51,7 @@ def plot_attention(weights: np.ndarray, source: str, answer: str, path: Path) ->
     """weights (H, L, S): the mean over heads, large, above each head; rows are written, columns read characters."""
     columns = ["\N{OPEN BOX}" if character == " " else character for character in source]
     rows = [*answer, "end"]
-    with plt.rc_context(STYLE | {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
+    with plt.rc_context({**STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
         figure = plt.figure(figsize=(10, 7.2), layout="constrained")
         grid = figure.add_gridspec(2, len(weights), height_ratios=(2.6, 1))
         mean = figure.add_subplot(grid[0, :])

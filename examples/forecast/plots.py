@@ -39,7 +39,7 @@ def plot_all(problem: Problem, results: Sequence[Result], folder: Path) -> list[
     if problem.has_future:
         figures["future"] = _plot_future
     paths = []
-    with plt.rc_context(STYLE):  # pyright: ignore[reportArgumentType]  (a dict of str)
+    with plt.rc_context(STYLE):
         for name, plot in figures.items():
             figure = plot(problem, results)
             paths.append(folder / f"{problem.series.name}_{name}.png")
