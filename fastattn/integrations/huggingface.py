@@ -197,8 +197,9 @@ def attention_forward(
             nothing, unless ``is_causal`` is True and there is more than one query.
         dropout: of the weights; 0 unless the layer is training.
         scaling: default ``1 / sqrt(D)``.
-        is_causal: query i sees keys 0 .. i. Only counts without a mask.
-        sliding_window: a query sees itself and the ``sliding_window - 1`` keys before it. Only counts without a mask.
+        is_causal: query i sees keys 0 .. i. Only counts without a mask. False: every query sees all keys.
+        sliding_window: a query sees itself and the ``sliding_window - 1`` keys before it. Only counts without a mask,
+            and with ``is_causal``, which must be given where the window is shorter than the sequence.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         s_aux: (Hq,) sinks, one more logit per head.
         position_bias: float, broadcastable to (B, Hq, Lq, Lk), added to the scores.
@@ -223,7 +224,7 @@ def attention_forward(
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, shared by the batch
     if attention_mask is None:
-        options = _implied(query.shape[2], key.shape[2], bool(is_causal), sliding_window)
+        options = _implied(query.shape[2], key.shape[2], is_causal, sliding_window)
     else:
         options = _given(attention_mask)
     division = divided.current()
@@ -266,17 +267,19 @@ def _given(attention_mask: Tensor) -> dict[str, Any]:
     )
 
 
-def _implied(q_len: int, kv_len: int, is_causal: bool, sliding_window: int | None) -> dict[str, Any]:
+def _implied(q_len: int, kv_len: int, is_causal: bool | None, sliding_window: int | None) -> dict[str, Any]:
     """What no mask means, as arguments of `fastattn.attention`."""
     if is_causal:
         window = None if sliding_window is None else (sliding_window - 1, 0)
         return {"causal": True, "window": window, "q_offset": 0 if q_len > 1 else kv_len - 1}  # one query is the newest
+    if is_causal is False:
+        return {}  # such a layer sees all; a window to both sides comes as a mask
     division, longest = divided.current(), max(q_len, kv_len)
     if sliding_window is not None and (longest if division is None else division.whole(longest)) > sliding_window:
         # models differ in what a window means to both sides: the mask says it
         raise ValueError(
             f"attention_mask: expected a mask where sliding_window == {sliding_window} is shorter than the sequence "
-            "and nothing says is_causal=True, got None"
+            "and nothing says is_causal, got None"
         )
     return {}
 

@@ -289,6 +289,50 @@ def test_window_without_a_mask():
     assert_parity(out, last.double(), last)
     with pytest.raises(ValueError, match=r"attention_mask: expected a mask where sliding_window == 3.* got None"):
         huggingface.attention_forward(layer, q, k, v, None, sliding_window=3)
+    out, _ = huggingface.attention_forward(layer, q, k, v, None, is_causal=False, sliding_window=3)
+    assert torch.equal(out, fastattn.attention(q, k, v).transpose(1, 2))  # as in eager code
+
+
+def diffusion():
+    """A DiffusionGemma of one layer of each kind; every expert is chosen, so that rounding chooses none."""
+    text = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_experts": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "top_k_experts": 2,
+        "sliding_window": WINDOW, "moe_intermediate_size": 16, "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    config = transformers.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=LENGTH)
+    torch.manual_seed(0)
+    model = transformers.DiffusionGemmaModel._from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_a_canvas_sees_all_of_itself_and_of_the_prompt(padding):
+    """Layers with a window, but without a mask, that say `is_causal=False`: the decoder of DiffusionGemma."""
+    inputs, valid = batch("llama", padding)
+    inputs["decoder_input_ids"] = inputs["input_ids"].flip(0)
+    if padding == "left":
+        inputs["decoder_attention_mask"] = torch.cat([valid, torch.ones_like(valid)], 1).long()
+    model = diffusion()
+    with torch.no_grad():
+        with Float64():
+            expected = copy.deepcopy(model).double()(**inputs).last_hidden_state
+        eager = model(**inputs).last_hidden_state
+        model.set_attn_implementation("fastattn")
+        actual = model(**inputs).last_hidden_state
+    assert_parity(actual, expected, eager, intermediate=expected.abs().max())
 
 
 def test_what_a_layer_calls_itself_decides_nothing():

@@ -17,7 +17,9 @@ CHOSEN = (
     "nllb-moe", "paligemma", "pegasus_x", "splinter", "t5",
 )  # fmt: skip
 # Their eager text model adds a boolean mask to the scores as numbers; with SDPA it forbids, as here.
-AS_SDPA = {"grounding-dino", "mm-grounding-dino"}
+# The decoder of DiffusionGemma is not told here what of the prompt is padding. A query of the padding sees no key:
+# eager code gives it the mean of all values, SDPA gives 0, as here.
+AS_SDPA = {"diffusion_gemma", "grounding-dino", "mm-grounding-dino"}
 # Own attention: equal too, but no layer calls ours.
 RIGHT = ("equal", "as sdpa", "own attention", "refused", "not built")
 SHARDS = 8
