@@ -277,7 +277,7 @@ def _from_starts(
     lens = lens.long() if isinstance(lens, Tensor) else torch.full_like(leftpad, lens, dtype=torch.int64)
     _check_starts(leftpad, lens, added, capacity)
     place = leftpad.long()[:, None] + torch.arange(capacity, device=leftpad.device)
-    place = place.clamp(0, max(capacity - 1, 0))  # behind the cache nothing is read
+    place = place.clamp(0, max(capacity - 1, 0))  # beyond the cache nothing is read
     if pages is not None:
         size = k_cache.shape[1]
         row, place = pages.long().gather(1, place // size), place % size

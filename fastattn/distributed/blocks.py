@@ -98,7 +98,7 @@ def _cut(mask: BlockMask, rows: Piece, keys: Piece) -> BlockMask:
 
 
 def _tiles_at(mask: BlockMask, rows: Piece, keys: Piece, places: Tensor) -> Tensor:
-    """bool (places, BLOCK, BLOCK): tiles of the part, False behind its end.
+    """bool (places, BLOCK, BLOCK): tiles of the part, False beyond its end.
 
     places: int64 (places, 4): batch entry, head, row and column of tiles.
     """

@@ -42,7 +42,7 @@ def tensor_parallel_plan(
             `torch.distributed.tensor.parallel.loss_parallel()`. For training alone.
         sequence: divide the sequence, too, between attention and feed-forward: norms, residual sums and dropout are of
             this rank's elements alone, and so is what the backward pass keeps of them. Elements are gathered before
-            attention and before feed-forward, and sums scattered behind them: the bytes that move stay the same. The
+            attention and before feed-forward, and sums scattered after them: the bytes that move stay the same. The
             drop-ins' ``step`` is then refused.
 
     Returns:
@@ -133,7 +133,7 @@ class _Plan:
         )
 
     def shard_between(self, first: str, last: str) -> None:
-        """The sequence is whole before the one and behind the other."""
+        """The sequence is whole before the one and after the other."""
         dim = _sequence_dim(self._model.get_submodule(first))
         self.styles[first] = _OnShards(enters=dim, leaves=first == last)
         if first != last:

@@ -74,7 +74,7 @@ def attention(
             own shape.
         alibi_slopes: float (Hq,) or (B, Hq): ``slope * |i + q_offset - j|`` is subtracted from the scores.
         softcap: scores become ``softcap * tanh(scores / softcap)``, before bias and slopes are added.
-        sinks: float (Hq,): one more logit per head in each row's softmax, with no value behind it.
+        sinks: float (Hq,): one more logit per head in each row's softmax, with no value of its own.
         scale: default ``1 / sqrt(D)``; 0 or at least 2**-126 in size.
         dropout_p: probability with which a weight is dropped, in [0, 1]. Applied as given: pass 0 when evaluating. The
             random bits come from the device's default generator, so `torch.manual_seed` fixes them.
@@ -187,7 +187,7 @@ def attention_varlen(
     """`attention` over packed sequences, each by itself: no padding is stored and none computed.
 
     Sequence s has the queries ``cu_seqlens_q[s] : cu_seqlens_q[s + 1]`` and the keys ``cu_seqlens_k[s] :
-    cu_seqlens_k[s + 1]``; it may be empty. Rows behind the last sequence give output 0, lse -inf and gradients 0.
+    cu_seqlens_k[s + 1]``; it may be empty. Rows after the last sequence give output 0, lse -inf and gradients 0.
     The lengths are read on the device: no synchronisation, no recompilation, safe under CUDA graphs.
 
     Args:

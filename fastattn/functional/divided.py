@@ -32,7 +32,7 @@ class Division(Protocol):
         ...
 
     def next_labels(self, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The label behind that of each token, wherever it is kept; -100 behind the last of a document or of all.
+        """The label after that of each token, wherever it is kept; -100 after the last of a document or of all.
 
         labels: (..., length).
         """

@@ -84,7 +84,7 @@ def attention_with_kvcache(
             not modified: the caller adds Lnew.
         block_table: int32 (B, max_pages): position p of entry b is in page ``block_table[b, p // page_size]``, at
             ``p % page_size``. Pages of any size; those that are written to must belong to one entry only.
-        cu_seqlens_q: int32 or int64 (B + 1,): each entry has queries of its own number, one behind the other, as
+        cu_seqlens_q: int32 or int64 (B + 1,): each entry has queries of its own number, one after the other, as
             chunks of prompts beside single steps have them. Entry b then has rows ``cu_seqlens_q[b] :
             cu_seqlens_q[b + 1]`` of q (total_q, Hq, D) and, where it appends, of k (total_q, Hk, D) and v; it may have
             none. Nothing is padded, and the cache is read where it is.
@@ -117,7 +117,7 @@ def attention_with_kvcache(
     Returns:
         out (B, Hq, Lq, Dv) in the dtype of q; with ``return_lse`` also lse (B, Hq, Lq) in float32 (float64 for
         float64 inputs), natural logarithm. With ``cu_seqlens_q`` they are (total_q, Hq, Dv) and (Hq, total_q); rows
-        behind the last entry are 0, and lse -inf.
+        after the last entry are 0, and lse -inf.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came, before anything is written. Values

@@ -329,7 +329,7 @@ def check_mask_dtype(mask: Tensor | None, name: str) -> None:
 
 
 def _as_key(x: Tensor, like: Tensor) -> Tensor:
-    """A learned key or value (1, 1, E) as (N, H, 1, D), to stand behind those of `like` (N, H, S, D)."""
+    """A learned key or value (1, 1, E) as (N, H, 1, D), to stand after those of `like` (N, H, S, D)."""
     N, H, _, D = like.shape
     return x.view(1, H, 1, D).expand(N, H, 1, D).to(like.dtype)
 

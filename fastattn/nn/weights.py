@@ -177,7 +177,7 @@ def torch_state_dict(model: Encoder | Decoder | EncoderDecoder) -> dict[str, Ten
     Args:
         model: `Encoder` for `torch.nn.TransformerEncoder`, as is a `Decoder` without cross-attention, `Decoder` with it
             for `torch.nn.TransformerDecoder`, the stacks of an `EncoderDecoder` for `torch.nn.Transformer`. What stands
-            before and behind stacks (embeddings, positions, head) has no place in torch.nn and is left out.
+            before and after stacks (embeddings, positions, head) has no place in torch.nn and is left out.
 
     Raises:
         ValueError: naming what torch.nn's layers do not have.
