@@ -93,14 +93,34 @@ def context_parallel_attention(
     """
     if unknown:
         keywords.refuse(context_parallel_attention, unknown)
-    call = _agree(
-        q, k, v, mesh, strategy, balance, link, timeout, backend, cu_seqlens_q=cu_seqlens_q,
+    return attention_of_heads(
+        0, q, k, v, mesh=mesh, strategy=strategy, balance=balance, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, mask=mask,
         block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
-        dropout_p=dropout_p, return_lse=return_lse,
+        dropout_p=dropout_p, return_lse=return_lse, backend=backend, link=link, timeout=timeout,
     )  # fmt: skip
-    out, lse = _run(call, backend)
-    return out if not return_lse or lse is None else (out, lse)
+
+
+_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "q_offset", "window", "mask", "block_mask", "bias")),
+    **dict.fromkeys(("alibi_slopes", "softcap", "sinks", "scale")),
+    "causal": False,
+    "dropout_p": 0.0,
+    "return_lse": False,
+}
+
+
+def attention_of_heads(
+    first: int, q: Tensor, k: Tensor, v: Tensor, *, mesh: DeviceMesh, strategy: Strategy | None, balance: Balance,
+    link: Link | None, timeout: float | None, backend: Backend | None = None, **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """`context_parallel_attention` of the query heads from ``first`` on, the other ones being other meshes'.
+
+    They drop what they drop in one call with all of them, if the generators of all processes are alike.
+    """
+    call = _agree(q, k, v, mesh, strategy, balance, link, timeout, backend, **{**_DEFAULTS, **options})
+    out, lse = _run(call, backend, first)
+    return (out, lse) if options.get("return_lse") and lse is not None else out
 
 
 def explain(
@@ -144,18 +164,19 @@ def explain(
     ).choice  # fmt: skip
 
 
-def _run(call: "_Call", backend: str | None) -> tuple[Tensor, Tensor | None]:
+def _run(call: "_Call", backend: str | None, first_head: int) -> tuple[Tensor, Tensor | None]:
     peers = call.peers
 
     def over_all_keys(spec: AttentionSpec, head: int) -> tuple[Tensor, Tensor | None]:
-        seed = None if call.seed is None else ops.seed_of_part(call.seed, head=head)
+        seed = None if call.seed is None else ops.seed_of_part(call.seed, head=first_head + head)
         return ops.attention(spec, backends.choose(spec, backend), seed)
 
     def over_rows_of_the_mesh(spec: AttentionSpec, head: int) -> tuple[Tensor, Tensor]:
         spec = spec._replace(return_lse=True)
         plan = ring.Plan(
             peers.outer, call.choice.strategy, rows_of(call.sizes), routes_of(call.sizes), call.sizes.view,
-            spec.options, backends.choose(spec, backend), call.seed, spec.q.device, head, spec.block_mask,
+            spec.options, backends.choose(spec, backend), call.seed, spec.q.device,
+            first_head + head, spec.block_mask,
         )  # fmt: skip
         return ring.run(plan, spec)
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from fastattn.distributed.comm import Ranks
-from fastattn.distributed.context import check_how, context_parallel_attention
+from fastattn.distributed.context import attention_of_heads, check_how
 from fastattn.distributed.cost import Link, Strategy
 from fastattn.distributed.layout import Balance, length_of
 from fastattn.distributed.shards import cut_of, next_labels, positions, shard, unshard
@@ -102,19 +102,19 @@ class _Division:
         self._timeout = timeout
 
     @_not_compiled
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, first_head: int = 0, **options: Any) -> Any:
         mask = options.get("mask")
         if isinstance(mask, Tensor) and mask.ndim > 1 and mask.shape[-2] == 1 and mask.shape[-1] in (1, k.shape[2]):
             own = mask.expand(*mask.shape[:-1], k.shape[2])  # of keys alone, which are this rank's as any tokens are
             options["mask"] = unshard(own, dim=-1, timeout=self._timeout, **self._where)
-        return context_parallel_attention(q, k, v, **options, **self._how)
+        return attention_of_heads(first_head, q, k, v, **options, **self._how)
 
     @_not_compiled
-    def attention_varlen(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    def attention_varlen(self, q: Tensor, k: Tensor, v: Tensor, *, first_head: int = 0, **options: Any) -> Any:
         if options.pop("seqused_k") is not None:
             divided.refuse("seqused_k", "a Tensor")
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        found = context_parallel_attention(q, k, v, **options, **self._how)
+        found = attention_of_heads(first_head, q, k, v, **options, **self._how)
         if isinstance(found, tuple):
             return found[0].squeeze(0).transpose(0, 1), found[1].squeeze(0)
         return found.squeeze(0).transpose(0, 1)

@@ -15,11 +15,11 @@ from torch import Tensor
 class Division(Protocol):
     """What functions and layers ask. Every process asks the same, in the same order: answers take messages."""
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        """`fastattn.attention` of this process's queries over all keys."""
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, first_head: int = 0, **options: Any) -> Any:
+        """`fastattn.attention` of this process's queries, for dropout heads ``first_head`` and on, over all keys."""
         ...
 
-    def attention_varlen(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    def attention_varlen(self, q: Tensor, k: Tensor, v: Tensor, *, first_head: int = 0, **options: Any) -> Any:
         """`fastattn.attention_varlen`, likewise; ``cu_seqlens`` are those of the whole, here and below."""
         ...
 

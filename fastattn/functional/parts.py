@@ -35,11 +35,12 @@ def for_own_heads(parameter: Tensor) -> Tensor:
 def attention_of_heads(first: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """`fastattn.attention` of the query heads from ``first`` on, the other ones being other ranks'.
 
-    Dropout drops what it drops in one call with all of them, if the generators of all ranks are alike; but where the
-    sequence is divided too, what it drops for the first ones.
+    Dropout drops what it drops in one call with all of them, if the generators of all ranks are alike.
     """
-    if first == 0 or not options["dropout_p"] or divided.current() is not None:
+    if first == 0 or not options["dropout_p"]:
         return attention(q, k, v, **options)
+    if (division := divided.current()) is not None:
+        return division.attention(q, k, v, first_head=first, **options)
     spec = make_spec(q, k, v, **options)
     seed = ops.seed_of_part(ops.draw_seed(q.device), head=first)
     return ops.attention(spec, backends.choose(spec, None), seed)[0]
@@ -49,8 +50,11 @@ def attention_varlen_of_heads(
     first: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, **options: Any
 ) -> Tensor:
     """`fastattn.attention_varlen`, likewise."""
-    if first == 0 or not options["dropout_p"] or divided.current() is not None:
+    if first == 0 or not options["dropout_p"]:
         return attention_varlen(q, k, v, cu_seqlens, cu_seqlens_k, **options)
+    if (division := divided.current()) is not None:
+        starts = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens_k, "seqused_k": None}
+        return division.attention_varlen(q, k, v, first_head=first, **starts, **options)
     spec = varlen_spec(q, k, v, cu_seqlens, cu_seqlens_k, (None, None), **options)
     seed = ops.seed_of_part(ops.draw_seed(q.device), head=first)
     return ops.attention(spec, backends.choose(spec, None), seed)[0].squeeze(0).transpose(0, 1)

@@ -87,6 +87,16 @@ def test_a_call_with_a_block_mask(ranks, balance):
             assert_parity(*results, name)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_of_divided_heads_and_tokens(ranks, packed):
+    exact, plain = (
+        work.drop_out(qkv, 0, packed, options)
+        for qkv, options in (work.make_dropout_call(packed, dtype) for dtype in (torch.float64, torch.float32))
+    )
+    for heads, found in ranks.run(work.divided_dropout, packed, ranks="2x2"):
+        assert_parity(found, *(x.chunk(2, 1)[heads] for x in (exact, plain)))
+
+
 @pytest.mark.parametrize(
     ("kind", "balance", "count"), [("llama", "zigzag", 2), ("llama", "documents", 3), ("mistral", "striped", 3)]
 )

@@ -8,6 +8,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import fastattn
 import fastattn.distributed as fd
+from fastattn.functional.parts import attention_of_heads, attention_varlen_of_heads
 from fastattn.integrations import huggingface
 from fastattn.nn import ALiBi, CausalLM, CausalLMConfig, Encoder, Learned, RoPE, Sinusoidal, TransformerConfig
 
@@ -193,6 +194,34 @@ def run_block_mask(mesh, balance):
         out = fastattn.attention(*own, block_mask=block_mask)
     gradients = torch.autograd.grad(out, own, fd.shard(dout, **how))
     return [fd.unshard(x.detach(), **how) for x in (out, *gradients)]
+
+
+def make_dropout_call(packed, dtype=torch.float32):
+    torch.manual_seed(6)
+    q, k, v = (torch.randn(1, heads, 40, 8).to(dtype) for heads in (4, 2, 2))
+    options = {"cu_seqlens": torch.tensor([0, 11, 40], dtype=torch.int32), "cu_seqlens_k": None} if packed else {}
+    return (q, k, v), options | {"dropout_p": 0.4, "causal": True}
+
+
+def drop_out(qkv, first, packed, options):
+    """Heads from ``first`` on, with the generator at one place."""
+    torch.manual_seed(9)
+    if not packed:
+        return attention_of_heads(first, *qkv, **options)
+    out = attention_varlen_of_heads(first, *(x[0].transpose(0, 1) for x in qkv), **options)
+    return out.transpose(0, 1)[None]
+
+
+def divided_dropout(mesh, packed):
+    """Attention of all heads and tokens, where one dimension of the mesh divides these and the other those."""
+    qkv, options = make_dropout_call(packed)
+    tokens, heads = mesh["ring"], mesh["heads"].get_local_rank()
+    balance = "documents" if packed else "zigzag"
+    cut = {"cu_seqlens": options["cu_seqlens"]} if packed else {}
+    how = {"mesh": tokens, "dim": 2, "balance": balance, **cut}
+    own = [fd.shard(x.chunk(2, 1)[heads], **how) for x in qkv]
+    with fd.context_parallel(tokens, balance=balance):
+        return heads, fd.unshard(drop_out(own, 2 * heads, packed, options), **how)
 
 
 def refused_inside(mesh, kind):
