@@ -11,13 +11,16 @@ import torch
 
 from benchmarks.harness import device, resident
 from benchmarks.harness.device import CudaDevice, Device
+from fastattn.testing import assert_parity
 
 
 def test_percentiles_are_those_of_torch():
     samples = torch.rand(37).tolist()
     timing = device.summarize(samples)
-    expected = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
-    torch.testing.assert_close(torch.tensor(timing[:3], dtype=torch.float64), expected)
+    found = torch.tensor(timing[:3], dtype=torch.float64)
+    expected = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    # Each rounds its position among the samples, 36 at most, and that many eps are what samples below 1 can move.
+    assert_parity(found, expected, expected, intermediate=36.0)
     assert timing.min == min(samples) and timing.repeats == 37
     assert device.summarize([3.0])[:4] == (3.0, 3.0, 3.0, 3.0)
 

@@ -1,5 +1,6 @@
 """Every suite in a dry run, and what its calls compute."""
 
+import copy
 import dataclasses
 import importlib.util
 import itertools
@@ -12,6 +13,7 @@ from benchmarks.harness import models, provenance, results, runner
 from benchmarks.harness.device import CudaDevice, Device
 from benchmarks.suites import cpu, features, forward, layers, overhead
 from benchmarks.tools import test_host
+from fastattn.testing import assert_parity
 
 TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 EXPECTED = {
@@ -73,12 +75,14 @@ def test_suites_by_device():
 @pytest.mark.parametrize("config", [models.TINY, dataclasses.replace(models.TINY, llama=False)])
 def test_models_compute_the_same_with_attention_swapped(config):
     tokens = torch.randint(config.vocabulary, (2, config.length + 1))
-    losses = []
-    for provider in models.ATTEND:
+
+    def loss(provider, dtype=torch.float32):
         torch.manual_seed(0)
-        losses.append(models.Decoder(config, models.ATTEND[provider])(tokens))
-    torch.testing.assert_close(losses[0], losses[1])
-    torch.testing.assert_close(losses[0], losses[2])
+        return models.Decoder(config, models.ATTEND[provider]).to(dtype)(tokens)
+
+    exact, eager = loss("sdpa", torch.float64), loss("sdpa")
+    for provider in models.ATTEND:
+        assert_parity(loss(provider), exact, eager, provider, intermediate=exact)
 
 
 def test_a_training_step_changes_the_weights():
@@ -97,16 +101,25 @@ def test_layers_compared_are_the_same_function(kind, padded):
     x = torch.randn(2, 10, 64)
     padding = torch.arange(10) >= torch.tensor([[10], [6]]) if padded else None
     causal = torch.nn.Transformer.generate_square_subsequent_mask(10)
-    expected = layers.apply(kind, layer, x, padding, causal)
+    eager = layers.apply(kind, layer, x, padding, causal)
+    expected = layers.apply(kind, copy.deepcopy(layer).double(), x.double(), padding, causal.double())
     report = fastattn.convert(layer)
     assert report.converted
-    torch.testing.assert_close(layers.apply(kind, layer, x, padding, causal), expected)
+    assert_parity(layers.apply(kind, layer, x, padding, causal), expected, eager)
 
 
-def test_overhead_calls_are_the_same_function():
-    for case, calls in overhead.host_calls("cpu").items():
+def test_overhead_calls_are_the_same_function(monkeypatch):
+    given = overhead.tiny_inputs("cpu", False)
+
+    def cases(dtype):
+        monkeypatch.setattr(
+            overhead, "tiny_inputs", lambda _, grad: [x.to(dtype, copy=True).requires_grad_(grad) for x in given]
+        )
+        return overhead.host_calls("cpu")
+
+    for (case, calls), exact in zip(cases(torch.float32).items(), cases(torch.float64).values(), strict=True):
         if "sdpa" in calls:
-            torch.testing.assert_close(calls["fastattn"](), calls["sdpa"](), msg=case)
+            assert_parity(calls["fastattn"](), exact["sdpa"](), calls["sdpa"](), case)
 
 
 def test_pytest_benchmark_cases_run():

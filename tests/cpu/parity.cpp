@@ -1,9 +1,11 @@
 // Runs the C interface without Python: for sanitizers, and for processors that are emulated. Every buffer is exactly as
-// large as its tensor. Every function is held against plain loops in double; exits with 1 where they differ.
+// large as its tensor. Every function is held to the rule of fastattn/testing.py; exits with 1 where one is not.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "interface.h"
@@ -74,22 +76,118 @@ FastattnView view(Elements& x, int64_t heads, int64_t length, int64_t width) {
   return {x.data(), {heads * length * width, length * width, width, 1}};
 }
 
-// What a result may be off by: 1e-5, or an eps of half precision.
-double unit(int64_t dtype) {
-  return dtype == FASTATTN_FLOAT32 ? 1e-5 : dtype == FASTATTN_FLOAT16 ? 1.0 / 1024 : 1.0 / 128;
+using Doubles = std::vector<double>;
+
+double eps(int64_t dtype) { return std::ldexp(1.0, dtype == FASTATTN_FLOAT32 ? -23 : dtype == FASTATTN_FLOAT16 ? -10 : -7); }
+
+float nearest(float x, int64_t dtype) {
+  if (dtype == FASTATTN_FLOAT32 || x == 0.0f || !std::isfinite(x)) return x;
+  int exponent;
+  std::frexp(x, &exponent);
+  const int unit = std::max(exponent - (dtype == FASTATTN_FLOAT16 ? 11 : 8), dtype == FASTATTN_FLOAT16 ? -24 : -133);
+  return std::ldexp(std::nearbyint(std::ldexp(x, -unit)), unit);
 }
 
-bool same(const char* name, const Elements& ours, const std::vector<double>& theirs, const Case& c) {
-  double largest = 1.0, error = 0.0;
+// What plain loops compute in: double is the truth. Plain code in a dtype sums in float, and rounds what it keeps.
+struct Exact {
+  using Number = double;
+  double kept(double x) const { return x; }
+};
+
+struct Plain {
+  using Number = float;
+  int64_t dtype;
+  float kept(float x) const { return nearest(x, dtype); }
+};
+
+// The error may be twice that of the plain loops, plus rounding: of the result to its dtype, of sums to float. Of the
+// largest error and of the RMS.
+bool holds(const std::string& name, const Elements& ours, const Doubles& exact, const Doubles& plain) {
+  double largest[3] = {0.0, 0.0, 0.0}, squares[3] = {0.0, 0.0, 0.0};
   for (int64_t i = 0; i < ours.count(); i++) {
-    largest = std::fmax(largest, std::fabs(theirs[i]));
-    const double difference = std::fabs(ours.at(i) - theirs[i]);
-    error = difference <= error ? error : difference;  // NaN counts
+    const double sizes[3] = {exact[i], ours.at(i) - exact[i], plain[i] - exact[i]};
+    for (int n = 0; n < 3; n++) {
+      const double size = std::fabs(sizes[n]);
+      largest[n] = size <= largest[n] ? largest[n] : size;  // NaN counts
+      squares[n] += size * size;
+    }
   }
-  if (error <= unit(c.dtype) * largest) return true;
-  std::printf("%s in dtype %lld of Lq=%lld Lk=%lld D=%lld Dv=%lld: error %g\n", name, (long long)c.dtype, (long long)c.q_len, (long long)c.kv_len,
-              (long long)c.head_dim, (long long)c.v_dim, error);
-  return false;
+  bool good = true;
+  for (const bool rms : {false, true}) {
+    const auto measure = [&](int n) { return rms ? std::sqrt(squares[n] / double(ours.count())) : largest[n]; };
+    const double bound = 2.0 * measure(2) + eps(ours.dtype) * measure(0) + eps(FASTATTN_FLOAT32) * std::fmax(1.0, measure(0));
+    if (measure(1) <= bound) continue;
+    std::printf("%s: %s error %g, bound %g\n", name.c_str(), rms ? "RMS" : "largest", measure(1), bound);
+    good = false;
+  }
+  return good;
+}
+
+struct Inputs {
+  const Elements &q, &k, &v, &dout, &bias;
+};
+
+struct Results {
+  Doubles out, dq, dk, dv, dbias;
+};
+
+constexpr double kScale = 0.3;
+
+template <class Arithmetic>
+Results attention(const Arithmetic& a, const Case& c, const Inputs& x) {
+  using Number = typename Arithmetic::Number;
+  using Numbers = std::vector<Number>;
+  Numbers out(x.dout.count()), dq(x.q.count()), dk(x.k.count()), dv(x.v.count()), dbias(x.bias.count());
+  Numbers s(c.kv_len), slope(c.kv_len), dp(c.kv_len);
+  const auto at = [](const Elements& elements, int64_t i) { return Number(elements.at(i)); };
+  for (int64_t b = 0; b < kBatch; b++) {
+    for (int64_t h = 0; h < kQHeads; h++) {
+      for (int64_t i = 0; i < c.q_len; i++) {
+        const int64_t row = (b * kQHeads + h) * c.q_len + i;
+        const int64_t first = (b * kKvHeads + h / (kQHeads / kKvHeads)) * c.kv_len;
+        Number top = -INFINITY, sum = 0, delta = 0;
+        for (int64_t j = 0; j < c.kv_len; j++) {
+          const bool seen = (c.left == FASTATTN_OPEN || j >= i - c.left) && (c.right == FASTATTN_OPEN || j <= i + c.right);
+          Number score = 0;
+          for (int64_t d = 0; d < c.head_dim; d++) score += at(x.q, row * c.head_dim + d) * at(x.k, (first + j) * c.head_dim + d);
+          score = a.kept(score * Number(kScale)), slope[j] = 1;
+          if (c.softcap > 0.0) {
+            const Number t = a.kept(std::tanh(score / Number(c.softcap)));
+            score = a.kept(t * Number(c.softcap)), slope[j] = 1 - t * t;
+          }
+          if (c.bias) score += at(x.bias, (h * c.q_len + i) * c.kv_len + j);
+          s[j] = seen ? score : Number(-INFINITY);
+          top = std::fmax(top, s[j]);
+        }
+        if (top == Number(-INFINITY)) continue;
+        for (Number& p : s) sum += p = std::exp(p - top);
+        for (int64_t j = 0; j < c.kv_len; j++) {
+          s[j] = a.kept(s[j] / sum), dp[j] = 0;
+          for (int64_t d = 0; d < c.v_dim; d++) {
+            const Number value = at(x.v, (first + j) * c.v_dim + d), dout = at(x.dout, row * c.v_dim + d);
+            out[row * c.v_dim + d] += s[j] * value;
+            dp[j] += dout * value;
+            dv[(first + j) * c.v_dim + d] += s[j] * dout;
+          }
+          dp[j] = a.kept(dp[j]);
+          delta += s[j] * dp[j];
+        }
+        for (int64_t j = 0; j < c.kv_len; j++) {
+          const Number ds = a.kept(s[j] * (dp[j] - delta)), through = a.kept(Number(kScale) * ds * slope[j]);
+          if (c.bias) dbias[(h * c.q_len + i) * c.kv_len + j] += ds;
+          for (int64_t d = 0; d < c.head_dim; d++) {
+            dq[row * c.head_dim + d] += through * at(x.k, (first + j) * c.head_dim + d);
+            dk[(first + j) * c.head_dim + d] += through * at(x.q, row * c.head_dim + d);
+          }
+        }
+      }
+    }
+  }
+  for (Numbers* result : {&out, &dq, &dk, &dv}) {
+    for (Number& number : *result) number = a.kept(number);
+  }
+  const auto wide = [](const Numbers& numbers) { return Doubles(numbers.begin(), numbers.end()); };
+  return {wide(out), wide(dq), wide(dk), wide(dv), wide(dbias)};
 }
 
 bool check(const Case& c) {
@@ -99,7 +197,6 @@ bool check(const Case& c) {
   Elements dq(c.dtype, q.count(), false), dk(c.dtype, k.count(), false), dv(c.dtype, v.count(), false);
   Elements bias(FASTATTN_FLOAT32, kQHeads * c.q_len * c.kv_len), dbias(FASTATTN_FLOAT32, bias.count(), false);
   Numbers lse = numbers(q_count, false), statistics = numbers(2 * q_count, false);
-  const double scale = 0.3;
 
   FastattnAttention a{};
   a.team = {c.threads, nullptr};
@@ -112,7 +209,7 @@ bool check(const Case& c) {
   a.dtype = c.dtype;
   a.batch = kBatch, a.q_heads = kQHeads, a.kv_heads = kKvHeads, a.q_len = c.q_len, a.kv_len = c.kv_len;
   a.head_dim = c.head_dim, a.v_dim = c.v_dim, a.left = c.left, a.right = c.right;
-  a.scale = scale, a.softcap = c.softcap;
+  a.scale = kScale, a.softcap = c.softcap;
   FastattnOperands o{};
   FastattnGradients g{};
   if (c.bias) {
@@ -130,52 +227,16 @@ bool check(const Case& c) {
     return false;
   }
 
-  using Doubles = std::vector<double>;
-  Doubles out2(q_count * c.v_dim), dq2(q.count()), dk2(k.count()), dv2(v.count()), dbias2(bias.count());
-  Doubles s(static_cast<size_t>(c.kv_len)), slope(static_cast<size_t>(c.kv_len)), dp(static_cast<size_t>(c.kv_len));
-  for (int64_t b = 0; b < kBatch; b++) {
-    for (int64_t h = 0; h < kQHeads; h++) {
-      for (int64_t i = 0; i < c.q_len; i++) {
-        const int64_t row = (b * kQHeads + h) * c.q_len + i;
-        const int64_t first = (b * kKvHeads + h / (kQHeads / kKvHeads)) * c.kv_len;
-        double top = -INFINITY, sum = 0.0, delta = 0.0;
-        for (int64_t j = 0; j < c.kv_len; j++) {
-          const bool seen = (c.left == FASTATTN_OPEN || j >= i - c.left) && (c.right == FASTATTN_OPEN || j <= i + c.right);
-          double x = 0.0;
-          for (int64_t d = 0; d < c.head_dim; d++) x += q.at(row * c.head_dim + d) * k.at((first + j) * c.head_dim + d);
-          x *= scale, slope[j] = 1.0;
-          if (c.softcap > 0.0) {
-            const double t = std::tanh(x / c.softcap);
-            x = t * c.softcap, slope[j] = 1.0 - t * t;
-          }
-          if (c.bias) x += bias.at((h * c.q_len + i) * c.kv_len + j);
-          s[j] = seen ? x : -INFINITY;
-          top = std::fmax(top, s[j]);
-        }
-        if (top == -INFINITY) continue;
-        for (double& x : s) sum += x = std::exp(x - top);
-        for (int64_t j = 0; j < c.kv_len; j++) {
-          s[j] /= sum, dp[j] = 0.0;
-          for (int64_t d = 0; d < c.v_dim; d++) {
-            out2[row * c.v_dim + d] += s[j] * v.at((first + j) * c.v_dim + d);
-            dp[j] += dout.at(row * c.v_dim + d) * v.at((first + j) * c.v_dim + d);
-            dv2[(first + j) * c.v_dim + d] += s[j] * dout.at(row * c.v_dim + d);
-          }
-          delta += s[j] * dp[j];
-        }
-        for (int64_t j = 0; j < c.kv_len; j++) {
-          const double ds = s[j] * (dp[j] - delta);
-          if (c.bias) dbias2[(h * c.q_len + i) * c.kv_len + j] += ds;
-          for (int64_t d = 0; d < c.head_dim; d++) {
-            dq2[row * c.head_dim + d] += scale * ds * slope[j] * k.at((first + j) * c.head_dim + d);
-            dk2[(first + j) * c.head_dim + d] += scale * ds * slope[j] * q.at(row * c.head_dim + d);
-          }
-        }
-      }
-    }
-  }
-  return same("out", out, out2, c) & same("dq", dq, dq2, c) & same("dk", dk, dk2, c) & same("dv", dv, dv2, c) &
-         (!c.bias || same("dbias", dbias, dbias2, c));
+  const Inputs inputs{q, k, v, dout, bias};
+  const Results exact = attention(Exact{}, c, inputs), plain = attention(Plain{c.dtype}, c, inputs);
+  char where[100];
+  std::snprintf(where, sizeof where, " in dtype %lld of Lq=%lld Lk=%lld D=%lld Dv=%lld", (long long)c.dtype, (long long)c.q_len,
+                (long long)c.kv_len, (long long)c.head_dim, (long long)c.v_dim);
+  const auto same = [&](const char* name, const Elements& ours, Doubles Results::*part) {
+    return holds(std::string(name) + where, ours, exact.*part, plain.*part);
+  };
+  return same("out", out, &Results::out) & same("dq", dq, &Results::dq) & same("dk", dk, &Results::dk) &
+         same("dv", dv, &Results::dv) & (!c.bias || same("dbias", dbias, &Results::dbias));
 }
 
 // Appends all but the first `held` keys to a cache, paged or not, then decodes, both in `dtype`.
@@ -212,7 +273,7 @@ bool check_cache(const CacheCase& c) {
   d.k_cache = a.k_cache, d.v_cache = a.v_cache, d.lse = lse.data(), d.lens = a.lens, d.dtype = c.dtype;
   d.batch = kBatch, d.q_heads = kQHeads, d.kv_heads = kKvHeads, d.q_len = c.q_len, d.head_dim = c.head_dim;
   d.v_dim = c.v_dim, d.pages = pages, d.page_size = c.page_size, d.capacity = a.capacity, d.added = c.added;
-  d.left = FASTATTN_OPEN, d.right = 0, d.scale = 0.3;
+  d.left = FASTATTN_OPEN, d.right = 0, d.scale = kScale;
   if (c.page_size) {
     a.block_table = d.block_table = table.data();
     a.table_stride = d.table_stride = pages_each;
@@ -221,61 +282,47 @@ bool check_cache(const CacheCase& c) {
     std::printf("refused: %s\n", fastattn_cpu_last_error());
     return false;
   }
-  double error = 0.0;
-  for (int64_t b = 0; b < kBatch; b++) {
-    for (int64_t h = 0; h < kQHeads; h++) {
-      const int64_t own = h / (kQHeads / kKvHeads);
-      const auto key = [&](int64_t j) {
-        const int64_t page = c.page_size ? table[b * pages_each + j / slots] : b;
-        return (page * slots + j % slots) * kKvHeads + own;
-      };
-      for (int64_t i = 0; i < c.q_len; i++) {
-        const int64_t row = (b * kQHeads + h) * c.q_len + i, end = length - c.q_len + i + 1;
-        std::vector<double> sums(static_cast<size_t>(c.v_dim));
-        double total = 0.0;
-        for (int64_t j = 0; j < end; j++) {
-          double s = 0.0;
-          for (int64_t e = 0; e < c.head_dim; e++) {
-            const double x = j < c.held ? k_cache.at(key(j) * c.head_dim + e)
-                                        : k.at(((b * kKvHeads + own) * c.added + j - c.held) * c.head_dim + e);
-            s += q.at(row * c.head_dim + e) * x;
+  const auto decode = [&](const auto& arithmetic) {
+    using Number = typename std::decay_t<decltype(arithmetic)>::Number;
+    Doubles results;
+    for (int64_t b = 0; b < kBatch; b++) {
+      for (int64_t h = 0; h < kQHeads; h++) {
+        const int64_t own = h / (kQHeads / kKvHeads);
+        const auto at = [&](const Elements& cache, const Elements& added, int64_t j, int64_t width, int64_t e) {
+          const int64_t page = c.page_size ? table[b * pages_each + j / slots] : b;
+          return Number(j < c.held ? cache.at(((page * slots + j % slots) * kKvHeads + own) * width + e)
+                                   : added.at(((b * kKvHeads + own) * c.added + j - c.held) * width + e));
+        };
+        for (int64_t i = 0; i < c.q_len; i++) {
+          const int64_t row = (b * kQHeads + h) * c.q_len + i, end = length - c.q_len + i + 1;
+          std::vector<Number> p, sums(c.v_dim);
+          Number total = 0;
+          for (int64_t j = 0; j < end; j++) {
+            Number s = 0;
+            for (int64_t e = 0; e < c.head_dim; e++) s += Number(q.at(row * c.head_dim + e)) * at(k_cache, k, j, c.head_dim, e);
+            p.push_back(std::exp(arithmetic.kept(s * Number(kScale))));
+            total += p.back();
           }
-          const double weight = std::exp(s * d.scale);
-          total += weight;
-          for (int64_t e = 0; e < c.v_dim; e++) {
-            sums[e] += weight * (j < c.held ? v_cache.at(key(j) * c.v_dim + e)
-                                            : v.at(((b * kKvHeads + own) * c.added + j - c.held) * c.v_dim + e));
+          for (int64_t j = 0; j < end; j++) {
+            p[j] = arithmetic.kept(p[j] / total);
+            for (int64_t e = 0; e < c.v_dim; e++) sums[e] += p[j] * at(v_cache, v, j, c.v_dim, e);
           }
-        }
-        for (int64_t e = 0; e < c.v_dim; e++) {
-          const double difference = std::fabs(out.at(row * c.v_dim + e) - sums[e] / total);
-          error = difference <= error ? error : difference;  // NaN counts
+          for (const Number sum : sums) results.push_back(arithmetic.kept(sum));
         }
       }
     }
-  }
-  if (error <= unit(c.dtype)) return true;
-  std::printf("decode in dtype %lld, Lq=%lld Lk=%lld page %lld: error %g\n", (long long)c.dtype, (long long)c.q_len,
-              (long long)length, (long long)c.page_size, error);
-  return false;
+    return results;
+  };
+  char name[100];
+  std::snprintf(name, sizeof name, "decode in dtype %lld, Lq=%lld Lk=%lld page %lld", (long long)c.dtype, (long long)c.q_len,
+                (long long)length, (long long)c.page_size);
+  return holds(name, out, decode(Exact{}), decode(Plain{c.dtype}));
 }
 
 // Products of few rows, RMS norm and rotary positions, one after another as a step of generation makes them.
 struct StepCase {
   int64_t dtype, rows, width, columns, heads, head_dim, gated, threads;
 };
-
-bool close(const char* name, const Elements& y, const std::vector<double>& expected, const StepCase& c) {
-  double largest = 1.0, error = 0.0;
-  for (int64_t i = 0; i < y.count(); i++) {
-    largest = std::fmax(largest, std::fabs(expected[i]));
-    const double difference = std::fabs(y.at(i) - expected[i]);
-    error = difference <= error ? error : difference;  // NaN counts
-  }
-  if (error <= unit(c.dtype) * largest) return true;
-  std::printf("%s in dtype %lld, %lld rows of %lld: error %g\n", name, (long long)c.dtype, (long long)c.rows, (long long)c.width, error);
-  return false;
-}
 
 bool check_step(const StepCase& c) {
   const int64_t second = c.gated ? c.columns : 3, all = c.gated ? c.columns : c.columns + second;
@@ -286,18 +333,22 @@ bool check_step(const StepCase& c) {
   l.x = x.data(), l.x_stride = c.width, l.y = y.data(), l.y_stride = all, l.dtype = c.dtype, l.rows = c.rows, l.width = c.width;
   l.weight[0] = w0.data(), l.weight[1] = w1.data(), l.weight_stride[0] = l.weight_stride[1] = c.width;
   l.bias[0] = bias.data(), l.columns[0] = c.columns, l.columns[1] = second, l.gated = c.gated, l.add = 1;
-  std::vector<double> product;
-  for (int64_t r = 0; r < c.rows; r++) {
-    const auto dot = [&](const Elements& w, int64_t column) {
-      double sum = 0.0;
-      for (int64_t k = 0; k < c.width; k++) sum += x.at(r * c.width + k) * w.at(column * c.width + k);
-      return sum;
-    };
-    for (int64_t i = 0; i < all; i++) {
-      const double first = i < c.columns ? dot(w0, i) + bias.at(i) : dot(w1, i - c.columns);
-      product.push_back(old.at(r * all + i) + (c.gated ? first / (1.0 + std::exp(-first)) * dot(w1, i) : first));
+  const auto product = [&](const auto& a) {
+    using Number = typename std::decay_t<decltype(a)>::Number;
+    Doubles results;
+    for (int64_t r = 0; r < c.rows; r++) {
+      const auto dot = [&](const Elements& w, int64_t column, Number sum) {
+        for (int64_t k = 0; k < c.width; k++) sum += Number(x.at(r * c.width + k)) * Number(w.at(column * c.width + k));
+        return a.kept(sum);
+      };
+      for (int64_t i = 0; i < all; i++) {
+        Number sum = i < c.columns ? dot(w0, i, Number(bias.at(i))) : dot(w1, i - c.columns, 0);
+        if (c.gated) sum = a.kept(a.kept(sum / (1 + std::exp(-sum))) * dot(w1, i, 0));
+        results.push_back(a.kept(Number(old.at(r * all + i)) + sum));
+      }
     }
-  }
+    return results;
+  };
   const int64_t wide = c.heads * c.head_dim, half_dim = c.head_dim / 2;
   Elements heads(c.dtype, c.rows * wide), scale(c.dtype, c.head_dim), start = heads;
   const std::vector<int64_t> position = [&] {
@@ -317,26 +368,41 @@ bool check_step(const StepCase& c) {
     std::printf("refused: %s\n", fastattn_cpu_last_error());
     return false;
   }
-  std::vector<double> normalised, turned;
-  for (int64_t head = 0; head < c.rows * c.heads; head++) {
-    double squares = 0.0;
-    for (int64_t i = 0; i < c.head_dim; i++) squares += std::pow(start.at(head * c.head_dim + i), 2.0);
-    for (int64_t i = 0; i < c.head_dim; i++) {
-      normalised.push_back(start.at(head * c.head_dim + i) / std::sqrt(squares / double(c.head_dim) + n.eps) * scale.at(i));
+  const auto normalised = [&](const auto& a) {
+    using Number = typename std::decay_t<decltype(a)>::Number;
+    Doubles results;
+    for (int64_t first = 0; first < start.count(); first += c.head_dim) {
+      Number squares = 0;
+      for (int64_t i = 0; i < c.head_dim; i++) squares += Number(start.at(first + i)) * Number(start.at(first + i));
+      const Number size = std::sqrt(squares / Number(c.head_dim) + Number(n.eps));
+      for (int64_t i = 0; i < c.head_dim; i++) {
+        results.push_back(a.kept(a.kept(Number(start.at(first + i)) / size) * Number(scale.at(i))));
+      }
     }
-  }
-  const bool good = close("linear", y, product, c) & close("norm", heads, normalised, c);
+    return results;
+  };
+  const auto turned = [&](const auto& a) {
+    using Number = typename std::decay_t<decltype(a)>::Number;
+    Doubles results;
+    for (int64_t head = 0; head < c.rows * c.heads; head++) {
+      const int64_t table = position[head / c.heads] * half_dim;
+      for (int64_t i = 0; i < c.head_dim; i++) {
+        const int64_t at = table + i % half_dim, other = head * c.head_dim + (i + half_dim) % c.head_dim;
+        const Number with = a.kept(Number(start.at(other)) * sin[at]);
+        results.push_back(a.kept(a.kept(Number(start.at(head * c.head_dim + i)) * cos[at]) + (i < half_dim ? -with : with)));
+      }
+    }
+    return results;
+  };
+  char where[100];
+  std::snprintf(where, sizeof where, " in dtype %lld, %lld rows of %lld", (long long)c.dtype, (long long)c.rows, (long long)c.width);
+  const auto same = [&](const char* name, const Elements& ours, const auto& loops) {
+    return holds(std::string(name) + where, ours, loops(Exact{}), loops(Plain{c.dtype}));
+  };
+  const bool good = same("linear", y, product) & same("norm", heads, normalised);
   start = heads;
   if (fastattn_cpu_rotate(&o) != 0) return false;
-  for (int64_t head = 0; head < c.rows * c.heads; head++) {
-    const int64_t table = position[head / c.heads] * half_dim;
-    for (int64_t i = 0; i < c.head_dim; i++) {
-      const int64_t at = table + i % half_dim, other = head * c.head_dim + (i + half_dim) % c.head_dim;
-      const double with = start.at(other) * sin[at];
-      turned.push_back(start.at(head * c.head_dim + i) * cos[at] + (i < half_dim ? -with : with));
-    }
-  }
-  return good & close("rotate", heads, turned, c);
+  return good & same("rotate", heads, turned);
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 """The forecasting example's methods: baselines against their definitions, scores, intervals, and the models."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from examples.forecast import baselines, data, experiments
 from examples.forecast.evaluate import interval, naive_error, neural_forecast, over_seeds, score
 from examples.forecast.experiments import sine_problem
 from examples.forecast.models import ModelConfig, build
+from fastattn.testing import assert_parity
 from tests.support.forecast import KINDS, small_config, small_problem, small_series
 
 # --------------------------------------------------------------------------------------------------- baselines
@@ -150,7 +153,8 @@ def test_shapes(kind, layers):
     assert model(inputs).shape == model(inputs, targets).shape == (3, 5)
     assert model.forecast(inputs, 2).shape == (3, 2)
     assert model.forecast(inputs, 13).shape == (3, 13)
-    torch.testing.assert_close(model.forecast(inputs, 13)[:, :5], model(inputs))
+    exact = copy.deepcopy(model).double()(inputs.double())
+    assert_parity(model.forecast(inputs, 13)[:, :5], exact, model(inputs))
     with pytest.raises(ValueError, match=r"expected inputs.shape == \(N, 12\), got \(3, 11\)"):
         model(inputs[:, 1:])
 
@@ -167,19 +171,20 @@ def test_teacher_forcing_is_step_by_step_decoding(patch):
     """Forced with its own forecasts, the decoder repeats them: the causal mask and the shift by one are right."""
     model = build(small_config("encoder-decoder", patch=patch, relative=True)).eval()
     inputs = torch.randn(4, 12)
-    own = model(inputs)
-    torch.testing.assert_close(model(inputs, own), own)
+    own, exact = model(inputs), copy.deepcopy(model).double()(inputs.double())
+    assert_parity(model(inputs, own), exact, own)
     # And a step does not depend on the targets from its own patch on.
     targets = own.clone()
     targets[:, patch:] += 100
-    torch.testing.assert_close(model(inputs, targets)[:, : 2 * patch], own[:, : 2 * patch])
+    assert_parity(model(inputs, targets)[:, : 2 * patch], exact[:, : 2 * patch], own[:, : 2 * patch])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_relative_forecasts_follow_the_level(kind):
     model = build(small_config(kind, relative=True)).eval()
-    inputs = torch.randn(4, 12)
-    torch.testing.assert_close(model(inputs + 5), model(inputs) + 5)
+    inputs = torch.randint(-2048, 2048, (4, 12)) / 1024  # 5 more is exact
+    exact = copy.deepcopy(model).double()(inputs.double()) + 5
+    assert_parity(model(inputs + 5), exact, model(inputs) + 5)
 
 
 def test_encoder_uses_positions():

@@ -1,5 +1,6 @@
 """Beam search against a search without a cache, and generation against that of transformers."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -10,6 +11,7 @@ import torch
 
 from fastattn import BeamSearch, Sampling, generate
 from fastattn.inference.sampling import penalise, truncate
+from fastattn.testing import assert_parity
 from tests.support.generation import KINDS, NEW, RAGGED, TRUNCATIONS, VOCAB, encoder_decoder, language_model, logits_of
 
 # Beam search
@@ -61,12 +63,15 @@ STOPS = {"no stop": None, "a stop": 3, "stops": [3, 7, 11]}
 def test_beams_against_a_search_without_cache(name, stop, prompt):
     model, new = encoder_decoder().double(), 6
     result = generate(model, prompt, new, start=1, beams=BEAMS[name], stop=STOPS[stop])
-    stops = {3, 7, 11} if stop == "stops" else {STOPS[stop]}
+    stops, scores = {3, 7, 11} if stop == "stops" else {STOPS[stop]}, []
     with torch.no_grad():
         for row in range(3):
             score, tokens = reference_beam_search(model, prompt[row][None], new, BEAMS[name], stops, start=1)
             assert result.tolist()[row] == tokens
-            torch.testing.assert_close(result.scores[row], torch.tensor(score))
+            scores.append(score)
+    exact = torch.tensor(scores, dtype=torch.float64)
+    sums = exact * torch.tensor([len(tokens) ** BEAMS[name].length_penalty for tokens in result.tolist()])
+    assert_parity(result.scores, exact, exact.float(), intermediate=sums)  # summed and kept in float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,15 +92,19 @@ def test_enough_beams_find_the_best_of_all_texts(stop):
     model = language_model(vocab_size=vocab)
     prompt = torch.randint(vocab, (1, 5))
     texts = torch.tensor(list(itertools.product(range(vocab), repeat=new)))
-    with torch.no_grad():
+    lengths = torch.tensor([next((i + 1 for i, t in enumerate(text) if t == stop), new) for text in texts.tolist()])
+
+    @torch.no_grad()
+    def scores(model):
         logits = model(torch.cat([prompt.expand(len(texts), -1), texts[:, :-1]], 1))[:, prompt.shape[1] - 1 :]
-    steps = logits.log_softmax(-1).gather(2, texts[:, :, None]).squeeze(2)
-    lengths = [next((i + 1 for i, t in enumerate(text) if t == stop), new) for text in texts.tolist()]
-    scores = [float(row[:n].sum()) / n for row, n in zip(steps, lengths, strict=True)]
-    best = max(range(len(texts)), key=scores.__getitem__)
+        steps = logits.log_softmax(-1).gather(2, texts[:, :, None]).squeeze(2)
+        return steps.masked_fill(torch.arange(new) >= lengths[:, None], 0.0).sum(1) / lengths
+
+    exact, eager = scores(copy.deepcopy(model).double()), scores(model)
+    best = exact.argmax()
     result = generate(model, prompt, new, beams=BeamSearch(vocab**new), stop=stop)
     assert result.tolist() == [texts[best, : lengths[best]].tolist()]
-    torch.testing.assert_close(result.scores, torch.tensor([scores[best]]))
+    assert_parity(result.scores, exact[best, None], eager[best, None], intermediate=exact[best] * lengths[best])
 
 
 def test_one_beam_is_greedy_search(model, prompt):
@@ -141,6 +150,14 @@ def theirs_generates(theirs, prompt, **options):
     return out.sequences[:, prompt.shape[1] :], getattr(out, "sequences_scores", None)
 
 
+@torch.no_grad()
+def log_p_of(model, prompt, tokens):
+    """The log-probability of a text after a prompt (L,)."""
+    text = torch.tensor(tokens)
+    logits = model(torch.cat([prompt, text])[None, :-1])[0, len(prompt) - 1 :]
+    return logits.log_softmax(-1).gather(1, text[:, None]).sum()
+
+
 def assert_same_texts(result, tokens):
     assert result.tokens.shape == tokens.shape
     assert result.tolist() == [row[:n].tolist() for row, n in zip(tokens, result.lengths, strict=True)]
@@ -162,7 +179,11 @@ def test_beams_of_transformers(name, stop, llama, prompt):
     tokens, scores = theirs_generates(theirs, prompt, eos_token_id=STOPS[stop], **dataclasses.asdict(BEAMS[name]))
     result = generate(ours, prompt, NEW, beams=BEAMS[name], stop=STOPS[stop])
     assert_same_texts(result, tokens)
-    torch.testing.assert_close(result.scores, scores)
+    sums = torch.stack(
+        [log_p_of(copy.deepcopy(ours).double(), *row) for row in zip(prompt, result.tolist(), strict=True)]
+    )
+    exact = sums / result.lengths ** BEAMS[name].length_penalty
+    assert_parity(result.scores, exact, scores, "scores", intermediate=sums)
 
 
 @pytest.mark.parametrize("name", TRUNCATIONS)
@@ -177,4 +198,4 @@ def test_logits_processors_of_transformers(name, penalty, llama):
     expected = processors(text, logits.clone())
     seen = torch.zeros(50, VOCAB, dtype=torch.bool).scatter_(1, text, True)
     actual = truncate(penalise(logits, seen, penalty), Sampling(**TRUNCATIONS[name]))
-    torch.testing.assert_close(actual, expected)
+    assert torch.equal(actual, expected)

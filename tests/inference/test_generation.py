@@ -1,5 +1,6 @@
 """Generation: against the full model at every step, against transformers, and against searches by brute force."""
 
+import copy
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from fastattn.nn import (
     KVCache,
     Learned,
 )
+from fastattn.testing import assert_parity
 from tests.support.generation import KINDS, NEW, RAGGED, VOCAB, encoder_decoder, greedy, language_model
 
 # Greedy search
@@ -44,9 +46,11 @@ def test_scores_are_log_probabilities(model, prompt):
     result = generate(model, prompt, NEW, sampling=Sampling(temperature=3.0, top_k=5, seed=1), stop=[1, 2, 3])
     for row in range(3):
         text = torch.cat([prompt[row], result.tokens[row, : result.lengths[row]]])[None]
-        p = model(text[:, :-1]).log_softmax(-1)[0, prompt.shape[1] - 1 :]
-        expected = p.gather(1, text[0, prompt.shape[1] :, None]).sum()
-        torch.testing.assert_close(result.scores[row], expected)
+        exact, eager = (
+            m(text[:, :-1]).log_softmax(-1)[0, prompt.shape[1] - 1 :].gather(1, text[0, prompt.shape[1] :, None]).sum()
+            for m in (copy.deepcopy(model).double(), model)
+        )
+        assert_parity(result.scores[row], exact, eager, intermediate=exact)
 
 
 @pytest.mark.parametrize("kind", KINDS)

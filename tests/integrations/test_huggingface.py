@@ -195,8 +195,9 @@ def test_mask_of_the_caller(kind):
         return assert_same("llama", inputs | {"attention_mask": scores}, valid)
     mask = (scores > -1.0) | torch.eye(LENGTH, dtype=torch.bool)  # eager adds a mask; its float equal goes there
     added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    ours, eager = (logits("llama", "fastattn", inputs | {"attention_mask": m}) for m in (mask, added))
-    torch.testing.assert_close(ours, eager)
+    ours, eager = (logits("llama", "fastattn", inputs | {"attention_mask": m})[valid] for m in (mask, added))
+    expected, _ = exact("llama", inputs | {"attention_mask": added}, valid)
+    assert_parity(ours, expected, eager, intermediate=expected.abs().max())
 
 
 def test_decoder_as_an_encoder():
@@ -400,10 +401,12 @@ def test_mask_says_what_transformers_own_says(name):
     assert isinstance(mask, PatternMask) and mask.shape == expected.shape and mask.dtype == torch.bool
     operands = mask.operands()
     assert set(operands) == arguments and torch.equal(mask & True, expected)
-    q, k = torch.randn(2, 1, expected.shape[2], 8).double(), torch.randn(2, 1, expected.shape[3], 8).double()
-    layer = torch.nn.Identity()
-    ours, plain = (huggingface.attention_forward(layer, q, k, k, m)[0] for m in (mask, expected))
-    torch.testing.assert_close(ours, plain)
+    q, k = torch.randn(2, 1, expected.shape[2], 8), torch.randn(2, 1, expected.shape[3], 8)
+
+    def result(mask, *qkv):
+        return huggingface.attention_forward(torch.nn.Identity(), *qkv, mask)[0]
+
+    assert_parity(result(mask, q, k, k), result(expected, *(x.double() for x in (q, k, k))), result(expected, q, k, k))
     if "block_mask" in operands:
         assert mask.operands()["block_mask"] is mask[:, :, :, :].operands()["block_mask"]  # shared by the layers
 
@@ -479,21 +482,20 @@ def test_weights_where_they_are_asked_for(name, padding):
     """Those of the eager code, also from models that do not tell their attention layers; then fused again."""
     inputs, valid = batch(name, padding)
     options = {"output_attentions": True, "use_cache": False}
-    results = []
-    for implementation in ("eager", "fastattn"):
-        model = copy.deepcopy(model_with(name, implementation)).double()
-        wide = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
-        with Float64(), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            results.append(model(**wide, **options))
-    eager, ours = results
-    torch.testing.assert_close(ours.logits[valid], eager.logits[valid])
+    wide = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Float64():
+            exact = copy.deepcopy(model_with(name, "eager")).double()(**wide, **options)
+        eager, ours = (model_with(name, which)(**inputs, **options) for which in ("eager", "fastattn"))
+    logits = exact.logits[valid]
+    assert_parity(ours.logits[valid], logits, eager.logits[valid], "logits", intermediate=logits.abs().max())
     names = [key for key in eager if key.endswith("attentions")]
     assert names
     rows = valid[:, None, :, None] if name not in ENCODER_DECODERS else torch.ones(1, dtype=torch.bool)
     for key in names:
-        for mine, theirs in zip(ours[key], eager[key], strict=True):
-            torch.testing.assert_close(mine * rows, theirs * rows)
+        for mine, truth, theirs in zip(ours[key], exact[key], eager[key], strict=True):
+            assert_parity(mine * rows, truth * rows, theirs * rows, key)
 
 
 def test_weights_are_warned_about_once():

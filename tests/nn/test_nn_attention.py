@@ -327,7 +327,7 @@ def test_dropout_statistics(need_weights):
     assert abs(out.var() - variance) < 5 * variance * (2 / n) ** 0.5
     layer.eval()
     out, _ = layer(query, ones, ones, need_weights=need_weights)
-    torch.testing.assert_close(out, torch.ones_like(out))
+    assert_parity(out, torch.ones_like(out).double(), torch.ones_like(out))
 
 
 def test_same_seed_same_dropout():
@@ -433,13 +433,14 @@ def test_nested_tensors_are_refused():
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_strided_nested_tensors_of_torch_encoder_are_served():
     layer = fnn.MultiheadAttention(E, H, batch_first=True).eval()
+    exact = copy.deepcopy(layer).double()
     rows = [torch.randn(3, E), torch.randn(0, E), torch.randn(5, E)]
     with torch.no_grad():
         nested = torch.nested.as_nested_tensor(rows)
         out, weights = layer(nested, nested, nested, need_weights=False)
         assert weights is None
         for row, result in zip(rows, out.unbind(), strict=True):
-            torch.testing.assert_close(result, layer(row, row, row)[0])
+            assert_parity(result, exact(*[row.double()] * 3)[0], layer(row, row, row)[0])
         with pytest.raises(TypeError, match="expected query, key and value to be dense"):
             layer(nested, nested, nested)  # weights
 
@@ -539,10 +540,11 @@ def test_compiles_without_graph_breaks(mask, need_weights):
     torch.compiler.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     args = [torch.randn(N, L, E), torch.randn(N, S, E), torch.randn(N, S, E)]
-    eager = run(ours, args, MASKS[mask] | {"need_weights": need_weights})
-    traced = run(compiled, args, MASKS[mask] | {"need_weights": need_weights})
-    for (name, a), b in zip(traced.items(), eager.values(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
+    kwargs = MASKS[mask] | {"need_weights": need_weights}
+    exact = run(copy.deepcopy(ours).double(), *cast((args, kwargs), torch.float64))
+    eager, traced = run(ours, args, kwargs), run(compiled, args, kwargs)
+    for (name, a), b, c in zip(traced.items(), exact.values(), eager.values(), strict=True):
+        assert_parity(a, b, c, name, intermediate=b)
 
 
 # --- inside torch.nn's layers ---------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Models and their descriptions written and read back, losses, and tables that are computed and not stored."""
 
+import copy
 import json
 import sys
 
@@ -156,8 +157,8 @@ def test_a_double_model_turns_in_double(position):
 def test_rope_in_double_is_the_formula():
     angle = torch.arange(7, dtype=torch.float64)[:, None] * 500.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     cos, sin = fnn.RoPE(500.0).tables(torch.arange(7), 8, torch.float64)
-    torch.testing.assert_close(cos, angle.cos())
-    torch.testing.assert_close(sin, angle.sin())
+    for ours, expected in ((cos, angle.cos()), (sin, angle.sin())):
+        assert_parity(ours, expected, expected, intermediate=angle)  # an angle rounds by its size
 
 
 # The loss
@@ -166,12 +167,16 @@ def test_rope_in_double_is_the_formula():
 def test_labels_give_the_next_token_loss():
     model = make(CONFIGS[0])
     tokens = torch.randint(11, (3, 7))
-    expected = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-    torch.testing.assert_close(model(tokens, labels=tokens), expected)
     labels = tokens.clone()
     labels[0, 3:] = -100
-    kept = torch.cat([F.cross_entropy(model(tokens)[i, :-1], labels[i, 1:], reduction="none") for i in range(3)])
-    torch.testing.assert_close(model(tokens, labels=labels), kept.sum() / (labels[:, 1:] != -100).sum())
+
+    def losses(model):
+        kept = torch.cat([F.cross_entropy(model(tokens)[i, :-1], labels[i, 1:], reduction="none") for i in range(3)])
+        every = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        return every, kept.sum() / (labels[:, 1:] != -100).sum()
+
+    for given, exact, eager in zip((tokens, labels), losses(copy.deepcopy(model).double()), losses(model), strict=True):
+        assert_parity(model(tokens, labels=given), exact, eager, intermediate=exact)
 
 
 def test_the_loss_of_packed_sequences_does_not_cross_them():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastattn import attention, backends
+from fastattn.testing import assert_parity
 
 B, H, L, K, D, N = 2, 4, 5, 7, 8, 3
 
@@ -14,6 +15,13 @@ def one_by_one(function, in_dims, args):
         for n in range(N)
     ]
     return [torch.stack(x) for x in zip(*results, strict=True)]
+
+
+def assert_one_by_one(actual, function, in_dims, args):
+    wide = [x.double() if x.is_floating_point() else x for x in args]
+    results = actual, one_by_one(function, in_dims, wide), one_by_one(function, in_dims, args)
+    for number, (ours, exact, eager) in enumerate(zip(*results, strict=True)):
+        assert_parity(ours, exact, eager, f"result {number}")
 
 
 @pytest.fixture
@@ -60,32 +68,40 @@ def test_vmap_runs_once(case, k_heads, calls):
     in_dims = (0, 1, None, *(dims.get(name) for name in names))
     actual = torch.func.vmap(function, in_dims=in_dims)(*args)
     assert len(calls) == 1
-    torch.testing.assert_close(list(actual), one_by_one(function, in_dims, args))
+    assert_one_by_one(actual, function, in_dims, args)
     actual = torch.func.vmap(gradients, in_dims=in_dims)(*args)
-    torch.testing.assert_close(list(actual), one_by_one(gradients, in_dims, args))
+    assert_one_by_one(actual, gradients, in_dims, args)
 
 
 def test_vmap_over_sinks_runs_one_call_after_the_other(calls):
     q, k, sinks = torch.randn(B, H, L, D), torch.randn(B, H, K, D), torch.randn(N, H)
 
-    def function(sinks):
+    def function(sinks, q, k):
         return (attention(q, k, k, sinks=sinks, backend="reference"),)
 
-    (actual,) = torch.func.vmap(function)(sinks)
+    (actual,) = torch.func.vmap(function, in_dims=(0, None, None))(sinks, q, k)
     assert len(calls) == N
-    torch.testing.assert_close([actual], one_by_one(function, (0,), [sinks]))
+    assert_one_by_one([actual], function, (0, None, None), [sinks, q, k])
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": torch.randn(1, H, L, K, requires_grad=True)}], ids=["plain", "bias"])
 def test_batched_gradients(options):
     """`is_grads_batched` and vectorised Jacobians."""
-    q, k, v = (torch.randn(B, H, n, D, requires_grad=True) for n in (L, K, K))
-    out = attention(q, k, v, causal=True, backend="reference", **options)
-    leaves = [q, k, v, *options.values()]
-    dout = torch.randn(N, *out.shape)
-    actual = torch.autograd.grad(out, leaves, dout, is_grads_batched=True, retain_graph=True)
-    expected = [torch.autograd.grad(out, leaves, x, retain_graph=True) for x in dout]
-    torch.testing.assert_close(list(actual), [torch.stack(x) for x in zip(*expected, strict=True)])
+    inputs = [torch.randn(B, H, n, D) for n in (L, K, K)]
+    dout = torch.randn(N, B, H, L, D)
+
+    def gradients(dtype, batched):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (*inputs, *options.values())]
+        bias = dict(zip(options, leaves[3:], strict=True))
+        out = attention(*leaves[:3], causal=True, backend="reference", **bias)
+        if batched:
+            return torch.autograd.grad(out, leaves, dout.to(dtype), is_grads_batched=True)
+        each = [torch.autograd.grad(out, leaves, x, retain_graph=True) for x in dout.to(dtype)]
+        return [torch.stack(x) for x in zip(*each, strict=True)]
+
+    exact, eager = gradients(torch.float64, False), gradients(torch.float32, False)
+    for name, *results in zip("qkvb", gradients(torch.float32, True), exact, eager, strict=False):
+        assert_parity(*results, name)
 
 
 def test_vectorised_jacobian():
@@ -94,7 +110,5 @@ def test_vectorised_jacobian():
     def function(x):
         return attention(x, x, x, backend="reference")
 
-    plain, vectorised = (
-        torch.autograd.functional.jacobian(function, x, vectorize=vectorize) for vectorize in (False, True)
-    )
-    torch.testing.assert_close(vectorised, plain)
+    jacobian = torch.autograd.functional.jacobian
+    assert_parity(jacobian(function, x, vectorize=True), jacobian(function, x.double()), jacobian(function, x))

@@ -173,16 +173,19 @@ def test_second_derivatives_of_every_backend(backend, dtype, case, device, monke
 
 def test_a_gradient_penalty_trains(device):
     """As for a critic whose gradient is to have norm 1."""
-    x, weight = leaf(2, 2, 9, 8, device=device), leaf(8, 8, device=device)
+    start = leaf(2, 2, 9, 8, device=device), leaf(8, 8, device=device)
 
-    def penalty(function):
+    def penalty(function, dtype):
+        x, weight = (y.detach().to(dtype).requires_grad_() for y in start)
         out = function(x @ weight, x, x)
         (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
         return torch.autograd.grad(out.mean() + (gradient.norm(dim=-1) - 1.0).square().mean(), weight)[0]
 
-    expected = penalty(lambda q, k, v: reference.attention(q, k, v, right=0, scale=8**-0.5)[0])
-    actual = penalty(lambda q, k, v: attention(q, k, v, causal=True, backend="reference"))
-    torch.testing.assert_close(actual, expected)
+    def definition(q, k, v):
+        return reference.attention(q, k, v, right=0, scale=8**-0.5)[0]
+
+    actual = penalty(lambda q, k, v: attention(q, k, v, causal=True, backend="reference"), SINGLE)
+    assert_parity(actual, penalty(definition, DOUBLE), penalty(definition, SINGLE))
 
 
 def test_a_second_derivative_needs_no_wanted_first():
@@ -190,18 +193,27 @@ def test_a_second_derivative_needs_no_wanted_first():
     q, k, v = (x.detach() for x in leaves())
     bias, dout = leaf(1, HEADS, Q_LEN, KV_LEN), leaf(1, HEADS, Q_LEN, 2)
     assert gradgradcheck(lambda b: attention(q, k, v, bias=b, backend="reference"), (bias,))
-    k = k.requires_grad_()
-    (dk,) = torch.autograd.grad(attention(q, k, v, backend="reference"), k, dout, create_graph=True)
-    (gradient,) = torch.autograd.grad(dk.sum(), dout)
-    with forward_ad.dual_level():
-        out = attention(q, forward_ad.make_dual(k, torch.ones_like(k)), v, backend="reference")
-        tangent = forward_ad.unpack_dual(out).tangent
-    assert tangent is not None
-    torch.testing.assert_close(gradient, tangent)
+
+    def gradient_and_tangent(dtype):
+        query, key, value, upstream = (x.detach().to(dtype).requires_grad_() for x in (q, k, v, dout))
+        (dk,) = torch.autograd.grad(attention(query, key, value, backend="reference"), key, upstream, create_graph=True)
+        (gradient,) = torch.autograd.grad(dk.sum(), upstream)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(key, torch.ones_like(key))
+            tangent = forward_ad.unpack_dual(attention(query, dual, value, backend="reference")).tangent
+        assert tangent is not None
+        return gradient, tangent
+
+    (gradient, tangent), (_, exact) = gradient_and_tangent(SINGLE), gradient_and_tangent(DOUBLE)
+    assert_parity(gradient, exact, tangent)
 
 
 def scalar(q, k, v, **options):
     return attention(q, k, v, causal=True, **options).square().sum()
+
+
+def defined_scalar(q, k, v):
+    return reference.attention(q, k, v, right=0, q_offset=1, scale=3**-0.5)[0].square().sum()
 
 
 def test_torch_func():
@@ -209,41 +221,46 @@ def test_torch_func():
     direction = torch.randn_like(q)
 
     def ours(q):
-        return scalar(q, k, v, backend="reference")
+        return scalar(q, k.to(q.dtype), v.to(q.dtype), backend="reference")
 
-    def exact(q):
-        return reference.attention(q, k, v, right=0, q_offset=1, scale=3**-0.5)[0].square().sum()
+    def definition(q):
+        return defined_scalar(q, k.to(q.dtype), v.to(q.dtype))
 
     calls = {
-        "grad": lambda f: torch.func.grad(f)(q),
-        "grad of grad": lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum())(q),
-        "jvp": lambda f: torch.func.jvp(f, (q,), (direction,))[1],
-        "jvp of grad": lambda f: torch.func.jvp(torch.func.grad(f), (q,), (direction,))[1],
-        "grad of jvp": lambda f: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (direction,))[1])(q),
+        "grad": lambda f, q, t: torch.func.grad(f)(q),
+        "grad of grad": lambda f, q, t: torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum())(q),
+        "jvp": lambda f, q, t: torch.func.jvp(f, (q,), (t,))[1],
+        "jvp of grad": lambda f, q, t: torch.func.jvp(torch.func.grad(f), (q,), (t,))[1],
+        "grad of jvp": lambda f, q, t: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (t,))[1])(q),
     }
     for name, call in calls.items():
-        torch.testing.assert_close(call(ours), call(exact), msg=name)
+        actual, eager = (call(f, q.float(), direction.float()) for f in (ours, definition))
+        exact = call(definition, q, direction)
+        assert_parity(actual, exact, eager, name, intermediate=exact)
 
 
 def test_vmap_and_hessian():
     q, k, v = (x.detach() for x in leaves())
-    queries, sinks = torch.randn(3, *q.shape, dtype=DOUBLE), torch.randn(3, HEADS, dtype=DOUBLE)
+    queries, sinks = torch.randn(3, *q.shape), torch.randn(3, HEADS)
 
     def ours(q, sinks):
-        return attention(q, k, v, causal=True, sinks=sinks, backend="reference")
+        return attention(q, k.to(q.dtype), v.to(q.dtype), causal=True, sinks=sinks, backend="reference")
 
-    out = torch.func.vmap(ours)(queries, sinks)
-    torch.testing.assert_close(out, torch.stack([ours(*x) for x in zip(queries, sinks, strict=True)]))
-    per_sample = torch.func.vmap(torch.func.grad(lambda q, s: ours(q, s).square().sum()))(queries, sinks)
-    leaf_queries = queries.requires_grad_()
-    total = sum(ours(*x).square().sum() for x in zip(leaf_queries, sinks, strict=True))
-    torch.testing.assert_close(per_sample, torch.autograd.grad(total, leaf_queries)[0])
+    def one_by_one(dtype):
+        leaf_queries = queries.to(dtype).requires_grad_()
+        out = torch.stack([ours(*x) for x in zip(leaf_queries, sinks.to(dtype), strict=True)])
+        return out, torch.autograd.grad(out.square().sum(), leaf_queries)[0]
 
-    def exact(k):
-        return reference.attention(q, k, v, right=0, q_offset=1, scale=3**-0.5)[0].square().sum()
+    per_sample = torch.func.grad(lambda q, s: ours(q, s).square().sum())
+    actual = (torch.func.vmap(function)(queries, sinks) for function in (ours, per_sample))
+    for results in zip(actual, one_by_one(DOUBLE), one_by_one(SINGLE), strict=True):
+        assert_parity(*results)
 
-    hessian = torch.func.hessian(lambda k: scalar(q, k, v, backend="reference"))(k)
-    torch.testing.assert_close(hessian, torch.func.hessian(exact)(k))
+    def hessian(function, dtype):
+        return torch.func.hessian(lambda k: function(q.to(dtype), k, v.to(dtype)))(k.to(dtype))
+
+    actual = hessian(lambda *qkv: scalar(*qkv, backend="reference"), SINGLE)
+    assert_parity(actual, hessian(defined_scalar, DOUBLE), hessian(defined_scalar, SINGLE))
 
 
 def test_beyond_two_is_refused_not_wrong():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastattn import attention, backends
+from fastattn import attention, backends, testing
 from fastattn.spec import make_spec
 from fastattn.testing import assert_parity, check_attention
 
@@ -23,12 +23,21 @@ def only_where_it_runs(backend, **options):
         pytest.skip(f"{backend}: {reasons[0]}")
 
 
+def weights_of(out):
+    return torch.arange(out.numel()).view_as(out) % 3 + 1.0
+
+
+def inputs_of(q, k, v):
+    """With the gradients that `with_gradients` sends in, for the specification."""
+    return {"q": q, "k": k, "v": v, "dout": weights_of(q), "dlse": torch.ones(q.shape[:3])}
+
+
 def with_gradients(backend, q, k, v, seed=0, **options):
-    """out, lse, and the gradients of q, k and v for ones that come into out and lse."""
+    """out, lse, and the gradients of q, k and v for weights that come into out, and ones into lse."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     torch.manual_seed(seed)
     out, lse = attention(*leaves, backend=backend, return_lse=True, **options)
-    weights = torch.arange(out.numel()).view_as(out) % 3 + 1.0
+    weights = weights_of(out)
     finite = lse.masked_fill(lse == -INF, 0.0)
     return [out, lse, *torch.autograd.grad((out * weights).sum() + finite.sum(), leaves)]
 
@@ -69,8 +78,11 @@ def test_probabilities_sum_to_one(backend, case):
     v = ones_for_values(8).requires_grad_()
     out = attention(q, k, v, backend=backend, **options)
     (dv,) = torch.autograd.grad(out, v, torch.ones_like(out))
-    torch.testing.assert_close(out, torch.ones_like(out))
-    torch.testing.assert_close(dv.sum(2), torch.full((1, 2, 16), 8.0))
+    eager = attention(q, k, v, backend="reference", **options)
+    (eager_dv,) = torch.autograd.grad(eager, v, torch.ones_like(out))
+    assert_parity(out, torch.ones_like(out).double(), eager)
+    sums, eager_sums = (x.double().sum(2).float() for x in (dv, eager_dv))
+    assert_parity(sums, torch.full((1, 2, 16), 8.0).double(), eager_sums)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -78,7 +90,8 @@ def test_a_row_of_the_lowest_bias_weighs_its_keys_alike(backend):
     only_where_it_runs(backend)
     q, k, v = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
     out = attention(q, k, v, bias=torch.full((4, 9), LOWEST), backend=backend)
-    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
+    exact, eager = (x.mean(2, keepdim=True).expand_as(out) for x in (v.double(), v))
+    assert_parity(out, exact, eager)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,10 +116,8 @@ def test_a_sink_of_minus_infinity(backend):
     q, k, v = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
     mask = torch.ones(4, 9, dtype=torch.bool).index_fill(0, torch.tensor([2]), False)
     sinks = torch.tensor([-INF, -INF]).requires_grad_()
-    expected = with_gradients(backend, q, k, v, mask=mask)
     actual = with_gradients(backend, q, k, v, mask=mask, sinks=sinks)
-    for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(x, y)
+    testing._hold_to_the_rule(actual, inputs_of(q, k, v), {"mask": mask}, seed=0)
     out = attention(q, k, v, mask=mask, sinks=sinks, backend=backend)
     assert torch.equal(torch.autograd.grad(out.sum(), sinks)[0], torch.zeros(2))
 
@@ -131,15 +142,12 @@ def test_a_forbidden_key_reaches_nothing(backend, terms, which, bad):
     mask = torch.rand(24, 40) > 0.4
     mask[:, 33:] = False
     q, k, v = torch.randn(1, 2, 24, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
-    results = []
-    for content in (0.0, bad):
-        parts = [x.clone() for x in (k, v)]
-        for name, x in zip("kv", parts, strict=True):
-            if which in (name, "both"):
-                x[:, :, 33:] = content
-        results.append(with_gradients(backend, q, *parts, mask=mask, **TERMS[terms]))
-    for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, equal_nan=False)
+    given = [k.clone(), v.clone()]
+    for name, x in zip("kv", given, strict=True):
+        if which in (name, "both"):
+            x[:, :, 33:] = bad
+    actual = with_gradients(backend, q, *given, mask=mask, **TERMS[terms])
+    testing._hold_to_the_rule(actual, inputs_of(q, k, v), {"mask": mask, **TERMS[terms]}, seed=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
