@@ -27,11 +27,17 @@ SERIALISED = {
     ("forward", "mask", "128"): resources.TRITONS,
     ("forward", "mask", "256"): resources.TRITONS,
     ("forward", "bias", "256"): resources.TRITONS,
-    ("forward", "alibi", "256"): ("3.6.0",),
 }
 """Where ptxas lets the products of a tile wait for each other, and on which Triton; a tile that does not is wanted."""
-SLOWER = {("forward", "fp32", "256"): resources.TRITONS}
+SLOWER = {
+    ("forward", "fp32", "256"): resources.TRITONS,
+    ("dq", "fp32", "256"): resources.TRITONS,
+    ("forward", "fp32", "128"): ("3.9.0",),
+    ("dkdv", "everything", "128"): ("3.9.0",),
+}
 """Where registers spill in the inner loop and a smaller tile is predicted to be faster; that tile is wanted."""
+OF_A_CACHE = {("decode", "odd_dim"): "rows in pieces", ("decode", "bias"): "one access of a number, Triton 3.9.0, D 64"}
+"""Kernels of a cache that access spilled registers in their loop: the model lacks them."""
 OUTSIDE_LOOPS = {("decode", "plain", "64"): ("3.7.1",), ("decode", "chunk", "128"): ("3.9.0",)}
 """Kernels of a cache with spills, none of which is in a loop."""
 NOT_AHEAD = {
@@ -96,8 +102,9 @@ def test_spills_in_the_inner_loop_cost_nothing(version):
     for row in table(version):
         if row["local"] == "0":
             continue
-        if row["kernel"] == "decode" and row["feature"] == "odd_dim":
-            continue  # it reads rows in pieces, for which its tile leaves too few registers; the model lacks decode
+        if (row["kernel"], row["feature"]) in OF_A_CACHE:
+            assert row["feature"] == "odd_dim" or (row["local"], row["head_dim"], version) == ("1", "64", "3.9.0")
+            continue
         assert row["kernel"] in ATTENTION and row["smaller"], describe(version, row)
         slower = version in SLOWER.get(resources.key(row), ())
         assert (float(row["share"]) < float(row["smaller"])) == slower, describe(version, row)
