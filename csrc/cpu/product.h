@@ -95,21 +95,24 @@ inline void product(
   product_rows<Step, T, layout, most>(a, a_stride, b, b_panel, b_stride, c, c_stride, columns, steps, add);
 }
 
-// The same for plain rows of B, where a weight of 0 keeps out whatever stands in B: for tiles with NaN or infinity.
+// The same for plain rows of B, added to C, where a weight of 0 keeps out whatever stands in B: for tiles with NaN or
+// infinity. Sums are made in the order of `product`, so that what a row does not see changes none of its bits.
 template <class Step, Layout layout, class T>
 void careful_product(
     int rows, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t columns,
     int64_t steps) {
   for (int r = 0; r < rows; r++) {
-    for (int64_t step = 0; step < steps; step++) {
-      const T weights = layout == Layout::kRows ? a[r * a_stride + step] : a[step * a_stride + r];
-      for (int part = 0; part < Step::kParts; part++) {
-        const T weight = Step::part(weights, part);
-        if (weight == T(0)) continue;
-        for (int64_t column = 0; column < columns; column++) {
-          c[r * c_stride + column] += weight * Step::part(b[step * b_stride + column], part);
+    for (int64_t column = 0; column < columns; column += kLanes<T>) {
+      T sums[kLanes<T>] = {};
+      for (int64_t step = 0; step < steps; step++) {
+        const T weights = layout == Layout::kRows ? a[r * a_stride + step] : a[step * a_stride + r];
+        for (int part = 0; part < Step::kParts; part++) {
+          const T weight = Step::part(weights, part);
+          if (weight == T(0)) continue;
+          for (int n = 0; n < kLanes<T>; n++) sums[n] += weight * Step::part(b[step * b_stride + column + n], part);
         }
       }
+      for (int n = 0; n < kLanes<T>; n++) c[r * c_stride + column + n] += sums[n];
     }
   }
 }

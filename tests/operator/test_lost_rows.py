@@ -58,6 +58,23 @@ def with_gradients(function, inputs, weights, dtype=SINGLE):
     return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(dtype))]
 
 
+@pytest.mark.skipif(library.problem() is not None, reason=f"{library.problem()}")
+def test_many_blocks_without_a_spoiled_key_have_the_same_bits():
+    """Sums over more keys and queries than a block has, by the CPU kernels' two ways."""
+    torch.manual_seed(1)
+    q, k, v = torch.randn(1, 2, 300, 48), torch.randn(1, 2, 400, 48), torch.randn(1, 2, 400, 32)
+    weights, mask = torch.randn(1, 2, 300, 32), torch.arange(400) != 3
+    results = []
+    for content in (0.0, math.nan):
+        q, k, v = (x.detach().clone() for x in (q, k, v))
+        k[:, :, 3, 5] = v[:, :, 3, 7] = content
+        results.append(
+            with_gradients(lambda *x: attention(*x, mask=mask[None, None, None], backend="cpu"), (q, k, v), weights)
+        )
+    for name, whole, spoiled in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert torch.equal(whole, spoiled), name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("case", "content"), [*((case, math.nan) for case in CASES), ("everything", -math.inf)])
 def test_only_what_sees_the_key_is_lost(case, content, backend):
