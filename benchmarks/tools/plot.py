@@ -216,7 +216,7 @@ def cpu_panels(rows: Sequence[Row]) -> dict[str, list[Cell]]:
     return panels
 
 
-STYLES = {"forward": "-", "backward": "--"}
+STYLES: dict[str, Any] = {"forward": "-", "backward": "--"}
 
 
 def draw_rates(panels: dict[str, list[Cell]], rows: Sequence[Row], path: Path) -> None:
