@@ -259,7 +259,7 @@ def draw_rates(panels: dict[str, list[Cell]], rows: Sequence[Row], path: Path) -
         row[0].set_ylabel("GFLOP/s")
     legend = [
         *(Line2D([], [], color=colour, label=name) for name, colour in
-          ((OWN, COLOURS[OWN]), ("best of PyTorch", COLOURS["sdpa"]), ("matrix product", "#7f7f7f"))),
+          ((OWN, COLOURS[OWN]), ("best of PyTorch", COLOURS["sdpa"]), ("float32 matrix product", "#7f7f7f"))),
         *(Line2D([], [], color="black", linestyle=style, label=mode) for mode, style in STYLES.items()),
     ]  # fmt: skip
     fig.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
