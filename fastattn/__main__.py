@@ -7,18 +7,20 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
 from fastattn import backends
+from fastattn.backends import Explanation
 from fastattn.backends.cpu import library as cpu_library
-from fastattn.spec import AttentionSpec, CacheSpec, make_cache_spec, make_spec
+from fastattn.spec import QUANTISED, make_spec
 from fastattn.spec.target import TARGETS, Target, assume
 
 PACKAGE = Path(fastattn.__file__).resolve().parent
+CACHE_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in QUANTISED}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -150,7 +152,7 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--softcap", type=float, metavar="X", help="bound of the scores")
     parser.add_argument("--alibi", action="store_true", help="with ALiBi slopes")
     parser.add_argument("--sinks", action="store_true", help="with attention sinks")
-    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="dropout probability")
+    parser.add_argument("--dropout", type=float, metavar="P", help="dropout probability")
     parser.add_argument("--mask", type=shape, metavar="B,H,LQ,LK", help="shape of a boolean mask")
     parser.add_argument("--bias", type=shape, metavar="B,H,LQ,LK", help="shape of an additive bias")
     parser.add_argument("--lse", action="store_true", help="return the log-sum-exp too")
@@ -165,6 +167,9 @@ def add_call_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--cache-len", type=int, metavar="N", help="tokens in it (default: a tensor, one per sequence)")
     parser.add_argument("--pages", type=int, metavar="N", help="--cache holds pages, at most N for each sequence")
+    parser.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="quantised, with a scale for each token and head")
+    parser.add_argument("--mask-start", type=int, metavar="N", help="key of the first column of --mask and --bias")
+    parser.add_argument("--rotary", action="store_true", help="with rotary positions of all of the head dim")
     parser.add_argument("--backend", choices=backends.BACKENDS, help="ask for this one")
 
 
@@ -208,33 +213,30 @@ def device(text: str) -> torch.device | Target:
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    """Print the table for uninitialised tensors of the given shapes: their memory is never touched."""
+    """Print the table for tensors of the given shapes, which have no memory."""
     if not isinstance(args.device, Target):
-        print(backends.explain(make_call(args, args.device), args.backend))
+        with FakeTensorMode():
+            print(explain_call(args, args.device))
         return 0
     kind = "" if args.device.rocm else " (compute capability {}.{})".format(*args.device.capability)
     with FakeTensorMode(), assume(args.device):
-        explanation = backends.explain(make_call(args, torch.device("cuda")), args.backend)
+        explanation = explain_call(args, torch.device("cuda"))
     print(f"On an {args.device.title}{kind}, with the packages that are installed here:\n{explanation}")
     return 0
 
 
-def make_call(args: argparse.Namespace, device: torch.device) -> AttentionSpec | CacheSpec:
-    """What the arguments ask for, as the function that would be called understands it."""
+def explain_call(args: argparse.Namespace, device: torch.device) -> Explanation:
+    """What the function that would be called says of the arguments."""
 
     def empty(sizes: tuple[int, ...], dtype: torch.dtype = args.dtype) -> torch.Tensor:
         grad = args.grad and dtype.is_floating_point and args.cache is None
         return torch.empty(sizes, dtype=dtype, device=device, requires_grad=grad)
 
-    def integers(count: int, below: int = 1) -> torch.Tensor:
-        """0, 1, 2, ... below the bound, again and again: different, since a tensor of equal lengths is one length."""
-        return torch.arange(count, dtype=torch.int32, device=device) % below
-
     batch, heads = args.q[:2]
     key_shape = args.k or args.q
     # No operation runs on a device that PyTorch was not built for, and (Hq,) would be viewed as (1, Hq).
     slopes = (args.varlen or batch, heads) if isinstance(args.device, Target) else (heads,)
-    terms = {
+    terms: dict[str, Any] = {
         "causal": args.causal,
         "window": args.window,
         "softcap": args.softcap,
@@ -243,30 +245,37 @@ def make_call(args: argparse.Namespace, device: torch.device) -> AttentionSpec |
         "scale": args.scale,
         "return_lse": args.lse,
     }
+    mask, bias = empty(args.mask, torch.bool) if args.mask else None, empty(args.bias) if args.bias else None
     if args.cache is not None:
         refuse(args, "--cache", "grad", "dropout", "varlen", "q_offset")
-        added = empty(key_shape) if args.k else None
-        return make_cache_spec(
-            empty(args.q), empty(args.cache), empty(args.cache), added, empty(args.v or key_shape) if args.k else None,
-            empty(args.mask, torch.bool) if args.mask else None, empty(args.bias) if args.bias else None,
-            cache_lens=integers(batch, 2) if args.cache_len is None else args.cache_len,
-            block_table=None if args.pages is None else integers(batch * args.pages).view(batch, args.pages), **terms,
+        if args.cache_dtype is not None:
+            terms |= {name: empty(args.cache[:3], torch.float32) for name in ("k_scale", "v_scale")}
+        if args.rotary:
+            positions = args.cache[1] * (1 if args.pages is None else args.pages)
+            terms |= {name: empty((positions, args.q[3] // 2)) for name in ("rotary_cos", "rotary_sin")}
+        caches = [empty(args.cache, CACHE_DTYPES.get(args.cache_dtype, args.dtype)) for _ in "kv"]
+        added = [empty(args.k), empty(args.v or args.k)] if args.k else []
+        return fastattn.explain_with_kvcache(
+            empty(args.q), *caches, *added, mask=mask, bias=bias, mask_start=args.mask_start,
+            cache_lens=empty((batch,), torch.int32) if args.cache_len is None else args.cache_len,
+            block_table=None if args.pages is None else empty((batch, args.pages), torch.int32),
+            backend=args.backend, **terms,
         )  # fmt: skip
-    terms |= {"q_offset": args.q_offset, "dropout_p": args.dropout}
+    refuse(args, "a call without --cache", "cache_len", "pages", "cache_dtype", "mask_start", "rotary")
+    terms |= {"q_offset": args.q_offset, "dropout_p": 0.0 if args.dropout is None else args.dropout}
     tensors = empty(args.q), empty(key_shape), empty(args.v or key_shape)
     if args.varlen is not None:
-        refuse(args, "--varlen", "mask", "bias", "cache_len", "pages")
-        starts = integers(args.varlen + 1)
-        return make_spec(*tensors, cu_seqlens_q=starts, cu_seqlens_k=starts, **terms)
-    refuse(args, "a call without --cache", "cache_len", "pages")
-    mask = empty(args.mask, torch.bool) if args.mask else None
-    return make_spec(*tensors, mask=mask, bias=empty(args.bias) if args.bias else None, **terms)
+        refuse(args, "--varlen", "mask", "bias")
+        starts = empty((args.varlen + 1,), torch.int32)
+        return backends.explain(make_spec(*tensors, cu_seqlens_q=starts, cu_seqlens_k=starts, **terms), args.backend)
+    return fastattn.explain(*tensors, mask=mask, bias=bias, backend=args.backend, **terms)
 
 
 def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
     """Raises ValueError for the first of the options that was given."""
     for name in names:
-        if getattr(args, name) not in (None, False, 0.0):
+        value = getattr(args, name)
+        if value is not None and value is not False:
             raise ValueError(f"{what} has no --{name.replace('_', '-')}")
 
 

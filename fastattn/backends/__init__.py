@@ -6,6 +6,7 @@ Each backend is one module with ``reasons(spec)``, ``forward`` and ``backward``;
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -161,11 +162,21 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(spec: AttentionSpec | CacheSpec, backend: str | None = None, batch_invariant: bool = False) -> Explanation:
-    """What `choose` decides for ``spec``, with reasons. An explicit ``backend`` that cannot serve it raises."""
+def explain(
+    spec: AttentionSpec | CacheSpec, backend: str | None = None, batch_invariant: bool = False, also: Sequence[str] = ()
+) -> Explanation:
+    """What `choose` decides for ``spec``, with reasons. An explicit ``backend`` that cannot serve it raises.
+
+    ``also`` says what the call has that ``spec`` does not hold.
+    """
     parts = _describe_cache(spec) if isinstance(spec, CacheSpec) else _describe(spec)
+    parts += also
     chosen = choose(spec, backend, batch_invariant)
     reasons = {name: reasons_against(name, spec) for name in BACKENDS}
+    if batch_invariant:
+        parts.append("batch_invariant")
+        for name in set(BACKENDS).difference(_BATCH_INVARIANT):
+            reasons[name].append("the bits of an entry may follow the batch")
     return Explanation(chosen, reasons, ", ".join(parts), _cuda_unasked(spec))
 
 
@@ -213,8 +224,7 @@ def _describe_cache(spec: CacheSpec) -> list[str]:
         kind = str(k_cache.dtype).removeprefix("torch.")
         parts.append(f"{kind} cache with k_scale {_shape(spec.k_scale)} v_scale {_shape(spec.v_scale)}")
     parts += _describe_tensors(
-        block_table=spec.block_table, mask=spec.mask, bias=spec.bias, mask_start=spec.mask_start,
-        alibi_slopes=spec.alibi_slopes, sinks=spec.sinks,
+        block_table=spec.block_table, mask=spec.mask, bias=spec.bias, alibi_slopes=spec.alibi_slopes, sinks=spec.sinks
     )  # fmt: skip
     if spec.softcap is not None:
         parts.append(f"softcap {spec.softcap:g}")

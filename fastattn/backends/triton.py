@@ -81,7 +81,7 @@ def _reasons(q: Tensor, v_dim: int) -> list[str]:
     elif not (q.device.type == "cpu" and _interpreting()):
         reasons.append(f"runs on CUDA and ROCm devices, the tensors are on {q.device.type!r}")
     if q.dtype == torch.float64:
-        reasons.append("float64 is served by the torch and reference backends")
+        reasons.append("it has no float64")
     if q.shape[3] > 256 or v_dim > 256:
         reasons.append(f"head dims up to 256, got D = {q.shape[3]}, Dv = {v_dim}")
     return reasons

@@ -56,7 +56,8 @@ def attention(
     """Scaled dot-product attention, ``softmax(scale * q k^T + bias) v`` over the keys that are allowed.
 
     All arguments combine freely. A query row with nothing allowed gives output 0, lse -inf (or the sink) and
-    gradients 0. Everything is differentiable: q, k, v, ``bias``, ``alibi_slopes``, ``sinks``, and through lse.
+    gradients 0; on the torch backend where scores and values are finite. Everything is differentiable: q, k, v,
+    ``bias``, ``alibi_slopes``, ``sinks``, and through lse.
 
     Args:
         q: (B, Hq, Lq, D), float16, bfloat16, float32 or float64; any strides; D from 1 to 256 on fused backends.
@@ -324,7 +325,7 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`, argument for argument, on fastattn's backends.
 
     Two differences: ``attn_mask`` and ``is_causal`` combine instead of excluding each other, and a row with nothing
-    allowed gives 0 on every device.
+    allowed gives 0 on every device, where scores and values are finite.
 
     Args:
         query: (..., Hq, Lq, D) with any number of leading batch dimensions, or (Lq, D) without heads.

@@ -72,8 +72,8 @@ def attention_with_kvcache(
     in `fastattn.attention`. A row that sees nothing gives output 0 and lse -inf (or the sink).
 
     Args:
-        q: (B, Hq, Lq, D), Lq at least 1; float16, bfloat16, float32 or, on the torch and reference backends, float64;
-            any strides.
+        q: (B, Hq, Lq, D), Lq at least 1; float16, bfloat16, float32 or, but on ``"triton"``, float64 (over a
+            quantised cache on ``"reference"`` alone); any strides.
         k_cache: (B, Lmax, Hk, D), or (pages, page_size, Hk, D) with a ``block_table``; on the device of q, any
             strides. Hq is a multiple of Hk. What lies beyond a length is never used and may be NaN. Its dtype is that
             of q; or, with scales, int8 or float8_e4m3fn.
@@ -165,15 +165,22 @@ def explain_with_kvcache(
     """`explain` for `attention_with_kvcache`, with its arguments. Nothing is written into the caches."""
     if unknown:
         keywords.refuse(explain_with_kvcache, unknown)
+    check_flag("batch_invariant", batch_invariant)
     check_flag("rotary_interleaved", rotary_interleaved)
     spec = make_cache_spec(
         q, k_cache, v_cache, k, v, mask, bias, mask_start, k_scale, v_scale, cache_lens=cache_lens,
         block_table=block_table, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
+    also = []
+    if mask_start is not None:
+        also.append(f"mask_start {'per batch entry' if isinstance(mask_start, Tensor) else mask_start}")
     if rotary_cos is not None or rotary_sin is not None:
-        rotary.check(spec, rotary_cos, rotary_sin)
-    return backends.explain(spec, backend, batch_invariant)
+        cos, _ = rotary.check(spec, rotary_cos, rotary_sin)
+        also.append(f"rotary_cos {tuple(cos.shape)}{', interleaved' if rotary_interleaved else ''}")
+    if batch_invariant:
+        spec = _invariant(spec)
+    return backends.explain(spec, backend, batch_invariant, also)
 
 
 INVARIANT_SPLITS = 16

@@ -87,8 +87,17 @@ def test_other_backends_refuse(backend):
 def test_packed_queries_are_refused():
     q, cache = torch.randn(3, 2, 16), torch.randn(2, 8, 2, 16)
     starts = torch.tensor([0, 1, 3])
-    with pytest.raises(ValueError, match="batch_invariant: expected False with cu_seqlens_q"):
-        attention_with_kvcache(q, cache, cache, cache_lens=4, cu_seqlens_q=starts, batch_invariant=True)
+    for function in (attention_with_kvcache, fastattn.explain_with_kvcache):
+        with pytest.raises(ValueError, match="batch_invariant: expected False with cu_seqlens_q"):
+            function(q, cache, cache, cache_lens=4, cu_seqlens_q=starts, batch_invariant=True)
+
+
+@needs_library
+def test_explain_says_so():
+    q, cache = torch.randn(2, 2, 1, 16), torch.randn(2, 8, 2, 16)
+    why = fastattn.explain_with_kvcache(q, cache, cache, cache_lens=4, batch_invariant=True)
+    assert why.call.endswith("batch_invariant")
+    assert why.reasons["torch"] == why.reasons["reference"] == ["the bits of an entry may follow the batch"]
 
 
 class RowByRow(torch.nn.Linear):

@@ -94,7 +94,9 @@ def test_pytorch_kernel_where_it_is_exact():
     why = explain_with_kvcache(*arguments, **options)
     assert why.reasons["torch"] == [] and "mask (2, 1, 1, 96), bias (1, 4, 1, 31)" in why.call
     why = explain_with_kvcache(*arguments, **options, mask_start=0)
-    assert why.reasons["torch"] == ["it has no mask_start"]
+    assert why.reasons["torch"] == ["it has no mask_start"] and why.call.endswith("mask_start 0")
+    why = explain_with_kvcache(*arguments, **options, mask_start=torch.tensor([0, 0]))
+    assert why.call.endswith("mask_start per batch entry")
     why = explain_with_kvcache(*arguments, cache_lens=30, mask=torch.ones(30, dtype=torch.bool))
     assert why.reasons["torch"] == ["it needs a column of mask and bias for each key"]
 

@@ -121,6 +121,14 @@ def test_bad_arguments(changes, error, text):
     assert not given["k_cache"].any()
 
 
+def test_explain_says_so():
+    options = {"cache_lens": 7, "rotary_cos": TABLE, "rotary_sin": TABLE}
+    why = explain_with_kvcache(Q, CACHE, CACHE.clone(), NEW, NEW, **options)
+    assert why.call.endswith(f"rotary_cos {tuple(TABLE.shape)}")
+    why = explain_with_kvcache(Q, CACHE, CACHE.clone(), NEW, NEW, **options, rotary_interleaved=True)
+    assert why.call.endswith(f"rotary_cos {tuple(TABLE.shape)}, interleaved")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step():
     torch._dynamo.reset()

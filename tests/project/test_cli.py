@@ -78,7 +78,7 @@ def test_explain_passes_every_term_on(capsys):
     [
         ("--q 2,8,128,64 --k 2,8,128,32", "k.shape[-1]: expected q.shape[-1] == 64, got 32"),
         ("--q 2,8,128,64 --dropout 2", "dropout_p: expected a probability in [0, 1], got 2.0"),
-        ("--q 999999,999999,99999,64", "error: "),
+        ("--q 999999,999999,99999,64", "error: Storage size calculation overflowed"),
     ],
 )
 def test_explain_refuses_what_the_function_refuses(arguments, message, capsys):
@@ -173,12 +173,31 @@ def test_explain_a_cache(capsys):
     assert "block_table (2, 4)" in lines[1] and backends["triton"] == "<- chosen"
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("pages", ["--cache 2,512,2,64", "--cache 64,16,2,64 --pages 32"])
+def test_explain_a_quantised_cache_with_rotary_positions_and_a_mask(pages, dtype, capsys):
+    arguments = f"--q 2,8,4,64 --k 2,2,4,64 {pages} --cache-dtype {dtype} --rotary --mask 1,1,4,4 --mask-start -3"
+    backends, lines = explained(arguments, capsys)
+    assert f"{dtype} cache with k_scale" in lines[0]
+    assert lines[0].endswith("mask (1, 1, 4, 4), mask_start -3, rotary_cos (512, 32)")
+    assert "it has no quantised caches; it has no mask_start" in backends["torch"]
+
+
+def test_explain_needs_no_memory(capsys):
+    backends, lines = explained("--q 1,4,99999999999,32 --causal", capsys)
+    assert lines[0].startswith("q (1, 4, 99999999999, 32)")
+    assert sum(verdict.startswith("<- chosen") for verdict in backends.values()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--varlen 3 --mask 1,1,1,128", "--varlen has no --mask"),
         ("--cache 1,512,8,64 --dropout 0.1", "--cache has no --dropout"),
         ("--cache-len 3", "a call without --cache has no --cache-len"),
+        ("--mask-start 0", "a call without --cache has no --mask-start"),
+        ("--cache 1,512,8,64 --q-offset 0", "--cache has no --q-offset"),
+        ("--cache 1,512,8,64 --mask-start 0", "mask_start: expected None without mask and bias, got one"),
         ("--softcap 3 --device cuda:h100 --backend torch", "backend 'torch' cannot serve this call: it has no softcap"),
     ],
 )
