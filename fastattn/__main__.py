@@ -253,7 +253,8 @@ def explain_call(args: argparse.Namespace, device: torch.device) -> Explanation:
         if args.rotary:
             positions = args.cache[1] * (1 if args.pages is None else args.pages)
             terms |= {name: empty((positions, args.q[3] // 2)) for name in ("rotary_cos", "rotary_sin")}
-        caches = [empty(args.cache, CACHE_DTYPES.get(args.cache_dtype, args.dtype)) for _ in "kv"]
+        stored = args.dtype if args.cache_dtype is None else CACHE_DTYPES[args.cache_dtype]
+        caches = [empty(args.cache, stored) for _ in "kv"]
         added = [empty(args.k), empty(args.v or args.k)] if args.k else []
         return fastattn.explain_with_kvcache(
             empty(args.q), *caches, *added, mask=mask, bias=bias, mask_start=args.mask_start,

@@ -10,7 +10,8 @@ from torch.autograd import forward_ad
 
 import fastattn
 from fastattn import BlockMask
-from fastattn.testing import assert_parity, check_attention
+from fastattn.nn.position import rotate
+from fastattn.testing import assert_parity, check_attention, check_kvcache
 from tests.support import code_blocks
 from tests.support.attention_cases import HALF, SINGLE, make_bias, make_mask, make_qkv
 
@@ -230,6 +231,31 @@ def check_kv_cache(device):
     for splits in (1, 3):
         assert_parity(step(*caches, "triton", num_splits=splits), expected, eager)
         assert_parity(step(*pages, "triton", num_splits=splits, block_table=table), expected, eager)
+
+
+@feature("over it: masks and biases, int8 and float8 with scales, rotary positions", "yes, forward")
+def check_kv_cache_operands(device):
+    lens = torch.tensor([30, 17], device=device)
+    q, k, v = (torch.randn(2, heads, 3, 16).to(device) for heads in (4, 2, 2))
+    caches = [torch.randn(2, 48, 2, 16).to(device) for _ in "kv"]
+    terms = {
+        "mask": torch.rand(3, 20).to(device) < 0.7,
+        "bias": torch.randn(4, 3, 9).to(device),
+        "mask_start": lens - 6,
+    }
+    copies = [cache.clone() for cache in caches]
+    check_kvcache(q, *copies, k, v, cache_lens=lens, backend="triton", **terms)
+    for dtype, backend in ((torch.int8, "triton"), (torch.float8_e4m3fn, None)):  # older GPUs have no float8
+        stored = [cache.mul(10).to(dtype) for cache in caches]
+        scales = {name: torch.full((2, 48, 2), 0.1, device=device) for name in ("k_scale", "v_scale")}
+        check_kvcache(q, *stored, k, v, cache_lens=lens, backend=backend, **scales)
+    cos, sin = fastattn.nn.RoPE().tables(torch.arange(48, device=device), 16)
+    at = lens[:, None] + torch.arange(3, device=device)
+    turned = [rotate(x.transpose(1, 2), (cos[at], sin[at])).transpose(1, 2) for x in (q, k)]
+    first, second = ([cache.clone() for cache in caches] for _ in "ab")
+    options = {"cache_lens": lens, "backend": "triton"}
+    out = fastattn.attention_with_kvcache(q, *first, k, v, rotary_cos=cos, rotary_sin=sin, **options)
+    assert torch.equal(out, fastattn.attention_with_kvcache(turned[0], *second, turned[1], v, **options))
 
 
 @feature("second derivatives / forward mode", "yes, in eager blocks, not fused")
