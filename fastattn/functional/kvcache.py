@@ -8,6 +8,7 @@ from fastattn import backends, ops
 from fastattn.backends import Explanation
 from fastattn.functional import divided, keywords, rotary
 from fastattn.functional.attention import Backend
+from fastattn.spec import FLOAT_DTYPES as FLOAT_DTYPES
 from fastattn.spec import QUANTISED as QUANTISED
 from fastattn.spec import CacheSpec, check_flag, make_cache_spec
 
@@ -132,13 +133,12 @@ def attention_with_kvcache(
         keywords.refuse(attention_with_kvcache, unknown)
     divided.refuse("k_cache", "a KV cache")
     check_flag("batch_invariant", batch_invariant)
-    check_flag("rotary_interleaved", rotary_interleaved)
     spec = make_cache_spec(
         q, k_cache, v_cache, k, v, mask, bias, mask_start, k_scale, v_scale, cache_lens=cache_lens,
         block_table=block_table, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
-    if rotary_cos is not None or rotary_sin is not None:
+    if _turns(rotary_cos, rotary_sin, rotary_interleaved):
         spec = rotary.turn_new(spec, rotary_cos, rotary_sin, rotary_interleaved)
     if batch_invariant:
         spec = _invariant(spec)
@@ -166,7 +166,6 @@ def explain_with_kvcache(
     if unknown:
         keywords.refuse(explain_with_kvcache, unknown)
     check_flag("batch_invariant", batch_invariant)
-    check_flag("rotary_interleaved", rotary_interleaved)
     spec = make_cache_spec(
         q, k_cache, v_cache, k, v, mask, bias, mask_start, k_scale, v_scale, cache_lens=cache_lens,
         block_table=block_table, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap,
@@ -175,12 +174,21 @@ def explain_with_kvcache(
     also = []
     if mask_start is not None:
         also.append(f"mask_start {'per batch entry' if isinstance(mask_start, Tensor) else mask_start}")
-    if rotary_cos is not None or rotary_sin is not None:
+    if _turns(rotary_cos, rotary_sin, rotary_interleaved):
         cos, _ = rotary.check(spec, rotary_cos, rotary_sin)
         also.append(f"rotary_cos {tuple(cos.shape)}{', interleaved' if rotary_interleaved else ''}")
     if batch_invariant:
         spec = _invariant(spec)
     return backends.explain(spec, backend, batch_invariant, also)
+
+
+def _turns(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> bool:
+    """Whether the call has rotary positions."""
+    check_flag("rotary_interleaved", interleaved)
+    given = cos is not None or sin is not None
+    if interleaved and not given:
+        raise ValueError("rotary_interleaved: expected False without rotary_cos and rotary_sin, got True")
+    return given
 
 
 INVARIANT_SPLITS = 16

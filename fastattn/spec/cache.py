@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.spec.cache_memory import check_written
 from fastattn.spec.cache_operands import QUANTISED, check_cache_scores, check_scales
 from fastattn.spec.checks import (
     FLOAT_DTYPES,
@@ -127,6 +128,8 @@ def make_cache_spec(
     _check_new(q, k_cache, v_cache, k, v, packed=cu_seqlens_q is not None)
     if k_scale is not None or v_scale is not None or k_cache.dtype is not q.dtype:
         check_scales(k_scale, v_scale, q, k_cache, v_cache, appends=k is not None)
+    if k is not None and v is not None:
+        check_written(q, k, v, k_cache, v_cache, k_scale, v_scale)
     if mask is not None or bias is not None or mask_start is not None:
         mask, bias, mask_start = check_cache_scores(mask, bias, mask_start, q, cu_seqlens_q)
     _, _, q_len, head_dim = q.shape
@@ -179,7 +182,9 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str, cache: bool = Fa
         raise ValueError(f"{name}: expected 4 dimensions {layout}, got shape {tuple(x.shape)}")
     if x.dtype != q.dtype and not (cache and x.dtype in QUANTISED):
         quantised = ", or int8 or float8_e4m3fn with scales" if cache else ""
-        raise TypeError(f"{name}.dtype: expected q.dtype == {q.dtype}{quantised}, got {x.dtype}")
+        cast = not q.is_meta and torch.is_autocast_enabled(q.device.type)
+        why = ", which autocast has made it" if cast and cache else ""
+        raise TypeError(f"{name}.dtype: expected q.dtype == {q.dtype}{why}{quantised}, got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name}.device: expected q.device == {q.device}, got {x.device}")
 
@@ -223,9 +228,10 @@ def _check_caches(
         raise TypeError(f"block_table: expected a Tensor or None, got {type(block_table).__name__}")
     if block_table.dtype != torch.int32:
         raise TypeError(f"block_table.dtype: expected int32, got {block_table.dtype}")
-    if block_table.ndim != 2 or block_table.shape[0] != batch:
+    if block_table.ndim != 2 or block_table.shape[0] != batch or block_table.shape[1] == 0:
         raise ValueError(
-            f"block_table.shape: expected (B, max_pages) with B == {batch}, got {tuple(block_table.shape)}"
+            f"block_table.shape: expected (B, max_pages) with B == {batch} and a page at least, got "
+            f"{tuple(block_table.shape)}"
         )
     if block_table.device != q.device:
         raise ValueError(f"block_table.device: expected q.device == {q.device}, got {block_table.device}")
@@ -243,7 +249,6 @@ def _check_new(
     for name, x in (("k", k), ("v", v)):
         _check_tensor(name, x, q, "(batch, heads, length, head_dim)")
     batch, heads, new = q.shape[0], k_cache.shape[2], k.shape[2]
-    addresses = readable(q)  # all are on its device
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         expected = (batch, heads, q.shape[2] if packed else new, cache.shape[3])
         if x.shape != expected:
@@ -253,28 +258,6 @@ def _check_new(
             raise ValueError(f"{name}.shape: expected {layout} == {wanted}, got {got}")
         if cache.requires_grad:
             raise ValueError(f"{name}_cache.requires_grad: expected False, since {name} is written into it in place")
-        if addresses and _same_memory(x, cache):
-            raise ValueError(f"{name}: expected memory of its own, got a part of {name}_cache")
-        strides = cache.stride()
-        if 0 in strides and any(step == 0 and size > 1 for step, size in zip(strides, cache.shape, strict=True)):
-            raise ValueError(
-                f"{name}_cache: expected every element in a place of its own, got strides {cache.stride()}"
-            )
-
-    if addresses and _same_memory(k_cache, v_cache):
-        raise ValueError("v_cache: expected memory of its own where k and v are appended, got that of k_cache")
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have elements in common, as far as their first and last ones tell."""
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.numel() == 0 or b.numel() == 0:
-        return False
-    (first_a, last_a), (first_b, last_b) = (
-        (x.storage_offset(), x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)))
-        for x in (a, b)
-    )
-    interleaved = a.stride() == b.stride() and a.shape[3] > 0 and (first_a - first_b) % a.stride(0) != 0
-    return first_a <= last_b and first_b <= last_a and not interleaved
 
 
 def _lengths(

@@ -19,7 +19,9 @@ def check_cache_scores(
     for name, x, dtypes in (("mask", mask, (torch.bool,)), ("bias", bias, FLOAT_DTYPES)):
         if x is not None and cu_seqlens_q is not None:
             raise ValueError(f"{name}: expected None with cu_seqlens_q, got a tensor; pass q as (B, Hq, Lq, D)")
-        columns = x.shape[-1] if isinstance(x, Tensor) and x.ndim else 1
+        if isinstance(x, Tensor) and x.ndim == 0:
+            raise ValueError(f"{name}.shape: expected at least 1 dimension, the last about keys, got ()")
+        columns = x.shape[-1] if isinstance(x, Tensor) else 1
         checked.append(None if x is None else check_scores(name, x, q, columns, dtypes))
     if mask_start is None:
         return checked[0], checked[1], None
@@ -79,8 +81,6 @@ def check_scales(
         if not isinstance(scale, Tensor):
             raise TypeError(f"{name}_scale: expected a Tensor for a cache of {cache.dtype}, got {type(scale).__name__}")
         _check_scale(f"{name}_scale", scale, q, cache, appends)
-    if appends and k_scale is not None and v_scale is not None and k_scale.ndim == 3 and _same_start(k_scale, v_scale):
-        raise ValueError("v_scale: expected memory of its own where k and v are appended, got that of k_scale")
 
 
 def _check_scale(name: str, scale: Tensor, q: Tensor, cache: Tensor, appends: bool) -> None:
@@ -97,10 +97,6 @@ def _check_scale(name: str, scale: Tensor, q: Tensor, cache: Tensor, appends: bo
         )
     if appends and scale.requires_grad:
         raise ValueError(f"{name}.requires_grad: expected False, since the cache is written to in place")
-
-
-def _same_start(a: Tensor, b: Tensor) -> bool:
-    return readable(a) and readable(b) and a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
 
 def scale_rows(scale: Tensor, cache: Tensor) -> Tensor:

@@ -257,6 +257,7 @@ def test_nothing_is_written_outside_the_cache(page, backend, device):
 
 Q, CACHE, PAGED = torch.zeros(2, 4, 1, 16), torch.zeros(2, 32, 2, 16), torch.zeros(5, 16, 2, 16)
 NEW, TABLE = torch.zeros(2, 2, 1, 16), torch.tensor([[0, 1], [2, 4]], dtype=torch.int32)
+BUFFER = torch.zeros(2, 33, 2, 16)
 
 
 @pytest.mark.parametrize(
@@ -281,9 +282,32 @@ NEW, TABLE = torch.zeros(2, 2, 1, 16), torch.tensor([[0, 1], [2, 4]], dtype=torc
         (
             {"k": CACHE.transpose(1, 2)[:, :, 30:31], "v": NEW},
             ValueError,
-            "k: .* memory of its own, got a part of k_cache",
+            "k: .* memory of its own .* got that of k_cache",
         ),
         ({"k": NEW, "v": NEW}, ValueError, "v_cache: expected memory of its own .* got that of k_cache"),
+        (
+            {"k": NEW, "v": NEW, "k_cache": BUFFER[:, :32], "v_cache": BUFFER[:, 1:]},
+            ValueError,
+            "v_cache: expected memory of its own .* got that of k_cache",
+        ),
+        (
+            {"k": NEW, "v": NEW, "v_cache": CACHE.clone(), "q": CACHE[:, 3:5].reshape(2, 4, 1, 16)},
+            ValueError,
+            "q: expected memory of its own .* got that of k_cache",
+        ),
+        (
+            {"k": NEW, "v": NEW, "k_cache": BUFFER.as_strided((2, 32, 2, 16), (1056, 16, 16, 1))},
+            ValueError,
+            "k_cache: expected every element in a place of its own",
+        ),
+        ({"mask": torch.tensor(False)}, ValueError, r"mask.shape: expected at least 1 dimension, .* got \(\)"),
+        ({"bias": torch.tensor(1.0)}, ValueError, r"bias.shape: expected at least 1 dimension, .* got \(\)"),
+        (
+            {"block_table": TABLE[:, :0], **dict.fromkeys(("k_cache", "v_cache"), PAGED)},
+            ValueError,
+            r"block_table.shape: expected \(B, max_pages\) with B == 2 and a page at least, got \(2, 0\)",
+        ),
+        ({"rotary_interleaved": True}, ValueError, "rotary_interleaved: expected False without rotary_cos and"),
         ({"cache_lens": 2.0}, TypeError, "cache_lens: expected an int or an integer tensor, got float"),
         ({"cache_lens": True}, TypeError, "cache_lens: expected an int or an integer tensor, got bool"),
         ({"cache_lens": torch.zeros(2)}, TypeError, "cache_lens.dtype: expected int32 or int64"),
@@ -333,6 +357,32 @@ def test_bad_arguments(changes, error, text):
         attention_with_kvcache(**given)
     for cache, old in zip((given["k_cache"], given["v_cache"]), before, strict=True):
         assert cache.is_meta or torch.equal(cache, old)
+
+
+def test_autocast_is_named_where_it_made_the_dtype():
+    text = "k_cache.dtype: expected q.dtype == torch.bfloat16, which autocast has made it, or int8 .* got torch.float32"
+    with torch.autocast("cpu", BFLOAT), pytest.raises(TypeError, match=text):
+        attention_with_kvcache(Q, CACHE, CACHE, cache_lens=3)
+
+
+@pytest.mark.parametrize(
+    ("k_cache", "v_cache"),
+    [
+        torch.zeros(2, 2, 32, 2, 16).unbind(0),
+        torch.zeros(2, 2, 32, 2, 16).unbind(1),
+        torch.zeros(2, 32, 2, 2, 16).unbind(2),
+        torch.zeros(2, 32, 2, 32).chunk(2, 3),
+        [x.unflatten(2, (2, -1)) for x in torch.zeros(2, 32, 48).split([32, 16], 2)],
+        [BUFFER[:, :16], BUFFER[:, 16:32]],
+    ],
+    ids=["whole", "entry", "token", "head", "head dims that differ", "halves"],
+)  # fmt: skip
+def test_one_buffer_may_hold_keys_and_values(k_cache, v_cache):
+    k, v = torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, v_cache.shape[3])
+    own = k_cache.clone(), v_cache.clone()
+    out = attention_with_kvcache(Q + 1, k_cache, v_cache, k, v, cache_lens=7)
+    assert torch.equal(out, attention_with_kvcache(Q + 1, *own, k, v, cache_lens=7))
+    assert torch.equal(k_cache, own[0]) and torch.equal(v_cache, own[1])
 
 
 def test_triton_says_why_not():

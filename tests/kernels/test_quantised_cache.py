@@ -145,7 +145,7 @@ def test_float64_is_served_by_the_reference():
 
 
 Q, CACHE = torch.zeros(2, 4, 1, 16), torch.zeros(2, 32, 2, 16, dtype=INT8)
-NEW, SCALE = torch.zeros(2, 2, 1, 16), torch.ones(2, 32, 2)
+NEW, SCALE, ROWS = torch.zeros(2, 2, 1, 16), torch.ones(2, 32, 2), torch.ones(2, 33, 2)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,11 @@ NEW, SCALE = torch.zeros(2, 2, 1, 16), torch.ones(2, 32, 2)
         ({"k_scale": SCALE.to("meta")}, ValueError, "k_scale.device: expected q.device == cpu, got meta"),
         ({"k_scale": SCALE.clone().requires_grad_()}, ValueError, "k_scale.requires_grad: expected False"),
         ({"v_scale": SCALE}, ValueError, "v_scale: expected memory of its own .* got that of k_scale"),
+        ({"v_scale": SCALE[:1, :1, :1].expand(2, 32, 2)}, ValueError, "v_scale: expected every element in a place of"),
+        (
+            {"k_scale": ROWS[:, :32], "v_scale": ROWS[:, 1:]}, ValueError,
+            "v_scale: expected memory of its own .* got that of k_scale",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip

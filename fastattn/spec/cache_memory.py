@@ -1,0 +1,74 @@
+"""Whether what an append writes has memory of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.spec.checks import readable
+
+
+def check_written(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:  # fmt: skip
+    """Refuse caches and scales of which an append would write an element twice, or one that is also read elsewhere."""
+    written = {"k_cache": k_cache, "v_cache": v_cache}
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None and scale.ndim == 3:  # measured and written; others are only read
+            written[name] = scale
+    for name, x in written.items():
+        if _meets_itself(x):
+            raise ValueError(f"{name}: expected every element in a place of its own, got strides {x.stride()}")
+    if not readable(q):  # all are on its device
+        return
+    storages = [x.untyped_storage().data_ptr() for x in written.values()]
+    apart = len(set(storages)) == len(storages)
+    if apart and not any(x.untyped_storage().data_ptr() in storages for x in (q, k, v)):
+        return
+    operands = [("q", q), ("k", k), ("v", v), *written.items()]
+    for place, (name, x) in enumerate(written.items()):
+        for other, y in [*operands[:3], *operands[place + 4 :]]:
+            if _in_common(x, y):
+                raise ValueError(f"{other}: expected memory of its own where k and v are appended, got that of {name}")
+
+
+def _meets_itself(x: Tensor) -> bool:
+    """Whether two elements may be in one place: a stride does not reach past what the smaller ones span."""
+    if torch.compiler.is_compiling():
+        return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
+    if x.is_contiguous() or x.numel() == 0:
+        return False
+    span = 0
+    for step, size in sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if step <= span:
+            return True
+        span += (size - 1) * step
+    return False
+
+
+def _in_common(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have memory in common; True too where strides of two kinds make that hard to tell."""
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.numel() == 0 or b.numel() == 0:
+        return False
+    # They have if steps of a's dimensions less steps of b's sum to the distance of their first bytes.
+    steps: dict[int, tuple[int, int]] = {}  # bytes: how many, least and most
+    for x, sign in ((a, 1), (b, -1)):
+        size = x.element_size()
+        strides = [(n, stride * size) for n, stride in zip(x.shape, x.stride(), strict=True)]
+        for n, stride in [*strides, (size, 1)]:
+            if n > 1 and stride:
+                low, high = steps.get(stride, (0, 0))
+                steps[stride] = (low, high + n - 1) if sign > 0 else (low - n + 1, high)
+    least: int = sum(stride * low for stride, (low, _) in steps.items())
+    most: int = sum(stride * high for stride, (_, high) in steps.items())
+    distances = {int(b.storage_offset() * b.element_size() - a.storage_offset() * a.element_size())}
+    for stride, (low, high) in sorted(steps.items(), reverse=True):
+        least, most = least - stride * low, most - stride * high  # what the smaller strides add
+        rests: set[int] = set()
+        for distance in distances:
+            first, last = max(low, -((most - distance) // stride)), min(high, (distance - least) // stride)
+            if last > first + 1:
+                return True
+            rests |= {distance - stride * count for count in range(first, last + 1)}
+        distances = rests
+    return 0 in distances
