@@ -21,7 +21,7 @@ from fastattn._rounding import learned_operands
 from fastattn.backends import reference
 from fastattn.backends.reference import definition
 from fastattn.backends.reference.kvcache import quantise
-from fastattn.functional import Backend, attention, attention_varlen, attention_with_kvcache, explain
+from fastattn.functional import Backend, attention, attention_varlen, attention_with_kvcache, explain, rotary
 from fastattn.spec import make_spec
 from fastattn.spec.cache_operands import dequantised, over_keys
 
@@ -257,13 +257,15 @@ def check_kvcache(
         q, k_cache, v_cache, k, v, cache_lens, block_table: as for the function, which writes into the caches.
         backend, num_splits: as there.
         lse: also ask for lse.
-        options: further arguments of the function.
+        options: further arguments of the function, but `cu_seqlens_q`. With rotary tables q and k are turned by the
+            same tables, and what is written for k is held to the rule too.
 
     Raises:
         AssertionError: as `assert_parity`; or where a cache differs in any bit from what it should hold.
     """
     lens = [cache_lens] * q.shape[0] if isinstance(cache_lens, int) else cache_lens.tolist()
     added = 0 if k is None else k.shape[2]
+    exact_q, eager_q, new_k = _turned_operands(q, k, lens, options)
     scales = options.get("k_scale"), options.get("v_scale")
     # As in `check_attention`; a quantised cache holds no exact 1.
     sums = backend not in (None, "torch") and q.dtype != torch.float64 and v_cache.dtype == q.dtype
@@ -273,7 +275,7 @@ def check_kvcache(
         v = None if v is None else _with_ones(v)
     expected_caches = [
         _after_append(cache, scale, new, lens, block_table)
-        for cache, scale, new in zip((k_cache, v_cache), scales, (k, v), strict=True)
+        for cache, scale, new in zip((k_cache, v_cache), scales, (new_k, v), strict=True)
     ]
     function: Any = attention_with_kvcache
     results = function(
@@ -293,7 +295,7 @@ def check_kvcache(
                 dequantised(cache, scale, block_table, slice(entry, entry + 1), n + added, dtype).to(dtype)
                 for cache, scale in expected_caches
             )
-            own_q = q[entry : entry + 1].to(dtype)
+            own_q = (exact_q if dtype == torch.float64 else eager_q)[entry : entry + 1].to(dtype)
             if order is not None:
                 own_q, own_k = own_q[..., order], own_k[..., order]
             found.append(_run_step(own_q, own_k, own_v, entry, options))
@@ -311,6 +313,39 @@ def check_kvcache(
         if sums and name == "out":
             actual, exact, *plain = (x[..., -1] for x in (actual, exact, *plain))
             assert_parity(actual, exact, plain, "sums of the weights", exact)
+
+
+def _turned_operands(
+    q: Tensor, k: Tensor | None, lens: list[int], options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """q turned by its rotary positions in float64, and as plain eager PyTorch turns it; and the rows that are written
+    for k, which are held to the rule themselves. All as they are in a call without rotary positions."""
+    cos, sin, interleaved = (options.get(f"rotary_{name}") for name in ("cos", "sin", "interleaved"))
+    if cos is None or sin is None:
+        return q, q, k
+    starts, added = torch.tensor(lens, device=q.device)[:, None], 0 if k is None else k.shape[2]
+    of_q = starts + added - q.shape[2] + torch.arange(q.shape[2], device=q.device)
+    exact_q, eager_q = (_turned(q.to(dtype), cos, sin, of_q, interleaved) for dtype in (torch.float64, q.dtype))
+    if k is None:
+        return exact_q, eager_q, None
+    of_k = starts + torch.arange(added, device=q.device)
+    written = rotary.turn(k, cos, sin, of_k, bool(interleaved))
+    exact, eager = (_turned(k.to(dtype), cos, sin, of_k, interleaved) for dtype in (torch.float64, k.dtype))
+    assert_parity(written, exact, eager, "turned k")
+    return exact_q, eager_q, written
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: bool | None) -> Tensor:
+    """x (B, H, L, D) turned by its positions (B, L), in its own dtype throughout."""
+    c, s = (table[position][:, None].to(x.dtype) for table in (cos, sin))  # (B, 1, L, R / 2)
+    half = cos.shape[1]
+    first, second = slice(half), slice(half, 2 * half)
+    if interleaved:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    turned = x.clone()
+    turned[..., first] = x[..., first] * c - x[..., second] * s
+    turned[..., second] = x[..., first] * s + x[..., second] * c
+    return turned
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -354,7 +389,8 @@ def _run_step(q: Tensor, k: Tensor, v: Tensor, entry: int, options: dict[str, An
         if (x := own.get(name)) is not None:
             x = x[(None,) * (4 - x.ndim)]
             own[name] = over_keys(x if x.shape[0] == 1 else x[entry : entry + 1], start, k.shape[2], outside)
-    own = {name: x for name, x in own.items() if name not in ("k_scale", "v_scale")}
+    apart = ("k_scale", "v_scale", "rotary_cos", "rotary_sin", "rotary_interleaved", "batch_invariant")
+    own = {name: x for name, x in own.items() if name not in apart}
     own |= {name: x.double() if q.dtype == torch.float64 else x.float() for name, x in learned_operands(own).items()}
     if own.get("alibi_slopes") is not None and own["alibi_slopes"].ndim == 2:
         own["alibi_slopes"] = own["alibi_slopes"][entry]

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from fastattn import attention_with_kvcache, explain_with_kvcache
+from fastattn import attention_with_kvcache, explain_with_kvcache, testing
 from fastattn.nn import RoPE
 from fastattn.nn.position import rotate
-from fastattn.testing import assert_parity
+from fastattn.testing import assert_parity, check_kvcache
 from tests.support.attention_cases import DTYPE_NAMES, HALF, SINGLE
-from tests.support.cache_problems import make_problem
+from tests.support.cache_problems import check, make_problem
 
 LENS = (37, 0, 9)
 
@@ -51,6 +51,40 @@ def test_what_is_appended_and_asked_is_turned(page, dtype, rotated, interleaved)
     assert_parity(own.run(**options), exact.run(), eager.run())
     assert_parity(own.k_cache.nan_to_num(), exact.k_cache.nan_to_num(), eager.k_cache.nan_to_num())
     assert torch.equal(own.v_cache.nan_to_num(), eager.v_cache.nan_to_num())
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("page", [0, 16])
+@pytest.mark.parametrize(("new", "q_len"), [(0, 2), (4, 2)])
+def test_the_rule(new, q_len, page, dtype, interleaved):
+    """`check_kvcache` turns q and k itself, by tables of less than the head dim."""
+    problem = make_problem("cpu", (37, 8, 9), new=new, q_len=q_len, page=page, dtype=dtype)
+    cos, sin = tables(10)
+    check(problem, "reference", rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved)
+
+
+@pytest.mark.parametrize("change", [{"rotary_interleaved": True}, {"rotary_cos": tables(16)[1]}], ids=["pairs", "sin"])
+def test_another_turn_is_found(monkeypatch, change):
+    problem, (cos, sin) = make_problem("cpu", (37, 8, 9)), tables(16)
+
+    def other(*arguments, **options):
+        return attention_with_kvcache(*arguments, **options | change)
+
+    monkeypatch.setattr(testing, "attention_with_kvcache", other)
+    with pytest.raises(AssertionError, match="k_cache: not the new rows in their places"):
+        check(problem, "reference", rotary_cos=cos, rotary_sin=sin)
+    problem.k = problem.v = None
+    with pytest.raises(AssertionError, match="out: largest error"):
+        check(problem, "reference", rotary_cos=cos, rotary_sin=sin)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 32, 2)], ids=["head", "token"])
+def test_the_rule_over_a_quantised_cache(shape):
+    (cos, sin), q, k = tables(16), torch.randn(2, 4, 3, 16), torch.randn(2, 2, 3, 16)
+    k_cache, v_cache = (torch.zeros(2, 32, 2, 16, dtype=torch.int8) for _ in "kv")
+    scales = {"k_scale": torch.full(shape, 0.03), "v_scale": torch.full(shape, 0.02)}
+    check_kvcache(q, k_cache, v_cache, k, k.neg(), cache_lens=20, rotary_cos=cos, rotary_sin=sin, **scales)
 
 
 @pytest.mark.parametrize(("new", "q_len"), [(0, 2), (4, 2)])
