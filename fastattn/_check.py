@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
+from fastattn.spec.checks import INTEGER_DTYPES, readable
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -51,6 +53,21 @@ def tokens(name: str, value: object) -> None:
     assert isinstance(value, Tensor)
     if value.is_floating_point() or value.is_complex() or value.dtype.itemsize < 4:
         raise TypeError(f"{name}.dtype: expected int32 or int64, got {value.dtype}")
+
+
+def lengths(name: str, value: object, x: Tensor, most: int, least: int = 0) -> None:
+    """How many elements each row of x (N, ...) has: int32 or int64 (N,) on its device, within bounds where the host
+    sees the numbers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(value).__name__}")
+    if value.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name}.dtype: expected int32 or int64, got {value.dtype}")
+    if value.shape != x.shape[:1]:
+        raise ValueError(f"{name}.shape: expected {tuple(x.shape[:1])}, got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name}.device: expected {x.device}, got {value.device}")
+    if readable(value) and not all(least <= number <= most for number in value.tolist()):
+        raise ValueError(f"{name}: expected {least} to {most}, got {value.tolist()}")
 
 
 def keywords(**cures: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -297,15 +297,7 @@ def _check_prompt(prompt: Prompt, lengths: Tensor | None, device: torch.device) 
     if prompt.device != device:
         raise ValueError(f"prompt.device: expected the model's, {device}, got {prompt.device}")
     if lengths is not None:
-        if not isinstance(lengths, Tensor):
-            raise TypeError(f"lengths: expected a Tensor or None, got {type(lengths).__name__}")
-        _check_dtypes("lengths", lengths)
-        if lengths.shape != prompt.shape[:1]:
-            raise ValueError(f"lengths.shape: expected {tuple(prompt.shape[:1])}, got {tuple(lengths.shape)}")
-        if lengths.device != device:
-            raise ValueError(f"lengths.device: expected the model's, {device}, got {lengths.device}")
-        if device.type == "cpu" and not bool(((lengths >= 1) & (lengths <= prompt.shape[1])).all()):
-            raise ValueError(f"lengths: expected 1 to {prompt.shape[1]}, got {lengths.tolist()}")
+        check.lengths("lengths", lengths, prompt, prompt.shape[1], least=1)
     return prompt, lengths
 
 

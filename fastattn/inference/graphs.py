@@ -106,7 +106,8 @@ class DecodeSteps:
         return self._planned
 
     def _run(self, token: Tensor, kept: Tensor | None) -> Tensor:
-        return self._step(token[:, None], cache=self._cache, lengths=kept)[:, -1]
+        lengths = None if kept is None else kept.int()
+        return self._step(token[:, None], cache=self._cache, lengths=lengths)[:, -1]
 
     def _capture(self, token: Tensor, kept: Tensor | None) -> bool:
         """Whether the step could be captured. Capturing does not run it; only the counts on the host change."""

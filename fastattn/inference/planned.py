@@ -110,7 +110,7 @@ class PlannedStep:
         if self._scale != 1.0:
             self._x *= self._scale
         self._program.run()
-        self._cache.advance(1, kept)
+        self._cache.advance(1, None if kept is None else kept.int())
         return self._logits
 
     def _plan_attention(self, block: Block) -> None:

@@ -53,6 +53,8 @@ class Sampling:
                 check.number(name, getattr(self, name), "(0, 1]")
         if self.seed is not None:
             check.integer("seed", self.seed, 0)
+            if self.seed >= 2**64:
+                raise ValueError(f"seed: expected less than 2**64, got {self.seed}")
 
 
 class TokenPicker:

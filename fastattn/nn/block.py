@@ -113,6 +113,8 @@ class Attention(nn.Module):
             raise ValueError("mask: expected None with packed input and with a cache, got a Tensor")
         if cu_seqlens is None and cu_seqlens_k is not None:
             raise ValueError("cu_seqlens_k: expected None without cu_seqlens, got a Tensor")
+        if rotary is not None and self.rope is None:
+            raise ValueError("rotary: expected None for a layer without RoPE, got a value")
         q = self.queries(x)  # (N, L, H, D), packed (total, H, D)
         dropout_p = self.dropout if self.training else 0.0
         options: dict[str, Any] = {
@@ -135,6 +137,8 @@ class Attention(nn.Module):
             if self.rope is not None:
                 if rotary is None:
                     rotary = self.rope.tables(positions(x, cu_seqlens, cache), self.head_dim, x.dtype)
+                else:
+                    _check_rotary(rotary, q, packed=cu_seqlens is not None)
                 q, k = rotate_both(q, k, rotary)
 
         if cu_seqlens is not None:
@@ -163,6 +167,18 @@ class Attention(nn.Module):
         shape = (-1, self.head_dim)
         k, v = self.k_proj(x).unflatten(-1, shape), self.v_proj(x).unflatten(-1, shape)
         return (k if self.k_norm is None else self.k_norm(k)), v
+
+
+def _check_rotary(rotary: tuple[Tensor, Tensor], q: Tensor, packed: bool) -> None:
+    """Tables for q (N, L, H, D), packed (total, H, D): of what is projected, since a plan may divide its input."""
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2 or not all(isinstance(t, Tensor) for t in rotary):
+        raise TypeError(f"rotary: expected two Tensors, cos and sin, got {type(rotary).__name__}")
+    for table in rotary:
+        shape = tuple(table.shape)
+        rows = (q.shape[0],) if packed else (1 if shape[:1] == (1,) else q.shape[0], q.shape[1])
+        if shape != (*rows, q.shape[-1] // 2):
+            expected = "(total, D / 2)" if packed else "(N or 1, L, D / 2)"
+            raise ValueError(f"rotary: expected tables {expected} == {(*rows, q.shape[-1] // 2)}, got {shape}")
 
 
 class FeedForward(nn.Module):

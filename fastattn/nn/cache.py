@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _check as check
-from fastattn.functional.kvcache import QUANTISED, attention_with_kvcache
+from fastattn.functional.kvcache import FLOAT_DTYPES, QUANTISED, attention_with_kvcache
 
 __all__ = ["DynamicCache", "KVCache", "PagedCache", "SlidingWindowCache"]
 
@@ -65,6 +65,9 @@ class KVCache:
         sizes = {"num_layers": num_layers, "batch": batch, "capacity": capacity, "num_kv_heads": num_kv_heads}
         for name, value in (sizes | {"head_dim": head_dim}).items():
             check.integer(name, value)
+        if dtype is not None and dtype not in (*FLOAT_DTYPES, *QUANTISED):
+            expected = ", ".join(str(kind).removeprefix("torch.") for kind in (*FLOAT_DTYPES, *QUANTISED))
+            raise TypeError(f"dtype: expected one of {expected}, got {dtype}")
         self.capacity = capacity
         self.block_table: Tensor | None = None
         self.memory: list[tuple[Tensor, Tensor]] | None = None
@@ -100,6 +103,7 @@ class KVCache:
         Raises:
             ValueError: there is no room. The cache is as before.
         """
+        _check_new(new)
         if self.length + new > self.capacity:
             raise ValueError(
                 f"cache: expected room for {new} more tokens, got {self.length} of {self.capacity} places in use"
@@ -129,6 +133,9 @@ class KVCache:
                 self.k[layer], self.v[layer] = (
                     torch.empty_like(x, dtype=k.dtype, device=k.device) for x in (self.k[layer], self.v[layer])
                 )
+        own = self.k[layer].dtype
+        if own not in (k.dtype, *QUANTISED) and not torch.is_autocast_enabled(k.device.type):
+            raise TypeError(f"cache: expected dtype {k.dtype} as the keys have, or a quantised one, got dtype {own}")
         lens: int | Tensor = 0 if not self.length else self.lens  # a prompt is told as such
         table = self.block_table
         if self.lens.device != k.device:  # layers on several devices
@@ -144,6 +151,9 @@ class KVCache:
     def advance(self, new: int, lengths: Tensor | None = None) -> None:
         """Count what a step appended: `new` tokens; or for entry b the first `lengths[b]` of them, the rest being
         padding, which the next step overwrites."""
+        _check_new(new)
+        if lengths is not None:
+            check.lengths("lengths", lengths, self.lens, new)
         self.lens += new if lengths is None else lengths.to(self.lens.dtype)
         self.count(new)
 
@@ -180,6 +190,7 @@ class DynamicCache(KVCache):
     """A cache that doubles its buffers when they are full. `capacity` is what it starts with."""
 
     def reserve(self, new: int) -> None:
+        _check_new(new)
         needed = self.length + new
         if needed <= self.capacity:
             return
@@ -315,6 +326,7 @@ class PagedCache(KVCache):
         return len(self._free)
 
     def reserve(self, new: int) -> None:
+        _check_new(new)
         if new <= self._room:
             return
         if torch.compiler.is_compiling():
@@ -350,6 +362,9 @@ class PagedCache(KVCache):
 
     def release(self, entry: int) -> None:
         """Empty one entry and give its pages back, so that another sequence can take its place."""
+        check.integer("entry", entry, least=0)
+        if entry >= self.batch:
+            raise ValueError(f"entry: expected 0 to {self.batch - 1}, got {entry}")
         self._free.extend(self._owned[entry])
         self._owned[entry] = []
         self.lens[entry] = 0
@@ -408,6 +423,20 @@ def _check_page_size(page_size: int) -> None:
         raise ValueError(f"page_size: expected at least 1, got {page_size}")
 
 
+def _check_new(new: int) -> None:
+    if new < 0:
+        raise ValueError(f"new: expected 0 or more, got {new}")
+
+
+def check_cache(cache: KVCache, num_layers: int, x: Tensor) -> None:
+    """Refuse a cache that is not for a stack of this many layers and for x (N, L, E)."""
+    check.instance("cache", cache, KVCache)
+    if len(cache.k) != num_layers:
+        raise ValueError(f"cache: expected one of {num_layers} layers, as the model has, got {len(cache.k)}")
+    if cache.batch != x.shape[0]:
+        raise ValueError(f"cache.batch: expected {x.shape[0]} as the input has, got {cache.batch}")
+
+
 def _check_index(index: Tensor, batch: int) -> None:
     if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
         raise TypeError(
@@ -440,6 +469,9 @@ def allocate(
     cls: Any = kind
     while isinstance(cls, functools.partial):
         cls, given = cls.func, cls.keywords | given
+    if not callable(cls) or (isinstance(cls, type) and not issubclass(cls, KVCache)):
+        got = f"the class {cls.__name__}" if isinstance(cls, type) else type(cls).__name__
+        raise TypeError(f"kind: expected KVCache, a subclass of it, or functools.partial of one, got {got}")
     if dtype is not None:
         options["dtype"] = dtype
     given = given | options

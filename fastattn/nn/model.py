@@ -19,7 +19,7 @@ from fastattn import _check as check
 from fastattn.functional import divided
 from fastattn.nn import keywords
 from fastattn.nn.block import Block, make_norm, positions
-from fastattn.nn.cache import KVCache, allocate, escaped
+from fastattn.nn.cache import KVCache, allocate, check_cache, escaped
 from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig
 from fastattn.nn.position import Learned, PositionalEncoding, RoPE, Sinusoidal
 from fastattn.nn.pretrained import Pretrained
@@ -71,11 +71,10 @@ class _Stack(nn.Module):
         if rope is not None:
             rotary = rope.tables(positions(x, cu_seqlens, cache), self.config.dim_per_head, x.dtype)
         elif self.position is not None:
-            length = x.shape[-2] + (0 if cache is None else cache.length)
-            if cu_seqlens is None and (division := divided.current()) is not None:
-                length = division.whole(length)
-            if cu_seqlens is None and length > (most := self.position.table.shape[0]):
-                raise ValueError(f"x: expected at most max_len == {most} positions, got {length}")
+            if cu_seqlens is None:
+                length, most = whole_length(x) + (0 if cache is None else cache.length), self.position.table.shape[0]
+                if length > most:
+                    raise ValueError(f"x: expected at most max_len == {most} positions, got {length}")
             x = x + self.position.at(positions(x, cu_seqlens, cache), x)
         x = self.dropout(x)
         for block in self.blocks:
@@ -152,6 +151,8 @@ class Decoder(_Stack):
             cu_seqlens_k: likewise for a packed `memory`.
             cache: from `make_cache`. x continues what is in it, and is kept in it. No gradient.
         """
+        if cache is not None:
+            check_cache(cache, len(self.blocks), x)
         remembered = cache is not None and cache.memory is not None
         if self.cross and (memory is None) != remembered:
             got = "None" if memory is None else "both a Tensor and a cache that has one"
@@ -167,6 +168,8 @@ class Decoder(_Stack):
                 raise ValueError("cu_seqlens: expected None with a cache, got a Tensor")
             if self.training and self.config.dropout > 0:
                 raise RuntimeError("cache: expected evaluation mode, since a cache has no dropout: call eval() first")
+            if lengths is not None:
+                check.lengths("lengths", lengths, x, x.shape[1])
             cache.settle(x.device)
             cache.reserve(x.shape[1])
             keep = cache.memory_mask if remembered else keep
@@ -365,6 +368,9 @@ class EncoderDecoder(Pretrained):
         if source is None:
             h = self._hidden(target, lengths=lengths, cache=cache)
             return self.head(last_elements(h, lengths) if last else h)
+        check.tokens("source", source)
+        if source_lengths is not None and source_mask is None and cu_seqlens_source is None and source.ndim == 2:
+            check.lengths("source_lengths", source_lengths, source, whole_length(source))
         memory = self._encode(source, lengths=source_lengths, mask=source_mask, cu_seqlens=cu_seqlens_source)
         h = self._hidden(
             target, memory=memory, memory_lengths=source_lengths, memory_mask=source_mask, cu_seqlens=cu_seqlens,
@@ -405,6 +411,8 @@ def prefill(model: Callable[..., Tensor], tokens: Tensor, cache: KVCache, length
         raise ValueError(
             f"tokens.shape: expected (batch, length) with a length of 1 or more, got {tuple(tokens.shape)}"
         )
+    if lengths is not None:
+        check.lengths("lengths", lengths, tokens, tokens.shape[1], least=1)
     step = tokens.shape[1] if cache.chunk is None else cache.chunk
     result: Tensor | None = None
     for start in range(0, tokens.shape[1], step):
@@ -453,20 +461,22 @@ def padding_mask(
         raise ValueError(f"{given[-1]}: expected one description of padding, got {' and '.join(given)}")
     if x is None or (lengths is None and mask is None):
         return None
-    expected = tuple(x.shape[:1] if lengths is not None else x.shape[:2])
-    value = lengths if lengths is not None else mask
-    assert value is not None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{given[0]}: expected a Tensor or None, got {type(value).__name__}")
-    if tuple(value.shape) != expected:
-        raise ValueError(f"{given[0]}.shape: expected {expected}, got {tuple(value.shape)}")
-    if lengths is None:
-        if value.dtype != torch.bool:
-            raise TypeError(f"{given[0]}.dtype: expected bool, True takes part, got {value.dtype}")
-        return value
-    if value.is_floating_point() or value.dtype == torch.bool:
-        raise TypeError(f"{given[0]}.dtype: expected an integer type, got {value.dtype}")
-    return positions(x) < value[:, None]
+    if lengths is not None:
+        check.lengths(given[0], lengths, x, whole_length(x))
+        return positions(x) < lengths[:, None]
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{given[0]}: expected a Tensor or None, got {type(mask).__name__}")
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"{given[0]}.shape: expected {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{given[0]}.dtype: expected bool, True takes part, got {mask.dtype}")
+    return mask
+
+
+def whole_length(x: Tensor) -> int:
+    """The length of x (N, L, ...), of which context parallelism may leave a part here."""
+    division = divided.current()
+    return x.shape[1] if division is None else division.whole(x.shape[1])
 
 
 def _for_keys(keep: Tensor | None) -> Tensor | None:

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn import _check as check
 from fastattn.nn import keywords
 from fastattn.nn.attention import MultiheadAttention, adopt, check_mask_dtype
-from fastattn.nn.cache import KVCache, allocate, escaped
+from fastattn.nn.cache import KVCache, allocate, check_cache, escaped
 from fastattn.nn.parts import DecoderBlocks, EncoderBlocks
 from fastattn.nn.tracing import fx_leaf, refuse_torchscript
 
@@ -418,7 +419,11 @@ def _step(stack: TransformerEncoder | TransformerDecoder, x: Tensor, cache: KVCa
         raise RuntimeError("step: expected evaluation mode, since a cache has no dropout: call eval() first")
     if x.dim() != 3:
         raise ValueError(f"step: expected 3 dimensions, got shape {tuple(x.shape)}")
-    length = x.shape[1 if first.self_attn.batch_first else 0]
+    rows = x if first.self_attn.batch_first else x.transpose(0, 1)  # (N, L, E)
+    length = rows.shape[1]
+    check_cache(cache, len(stack.layers), rows)
+    if lengths is not None:
+        check.lengths("lengths", lengths, rows, length)
     cache.settle(x.device)
     cache.reserve(length)
     for i, layer in enumerate(stack.layers):

@@ -104,6 +104,12 @@ def test_a_seed_fixes_the_tokens_and_leaves_the_generators_alone(model, prompt):
     assert not torch.equal(generate(model, prompt, NEW, sampling=Sampling(seed=6)).tokens, first)
 
 
+def test_the_largest_seed(model, prompt):
+    generate(model, prompt, 1, sampling=Sampling(seed=2**64 - 1))
+    with pytest.raises(ValueError, match=r"seed: expected less than 2\*\*64, got 18446744073709551616"):
+        Sampling(seed=2**64)
+
+
 def test_without_a_seed_the_global_generator_decides(model, prompt):
     def sample(seed):
         torch.manual_seed(seed)

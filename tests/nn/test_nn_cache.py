@@ -178,6 +178,37 @@ def test_bad_crops_are_refused():
         make("sliding", 1).crop(3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_counts_are_refused(kind):
+    cache = make(kind, 2)
+    with pytest.raises(ValueError, match="new: expected 0 or more, got -1"):
+        cache.reserve(-1)
+    cache.reserve(3)
+    with pytest.raises(ValueError, match="new: expected 0 or more, got -1"):
+        cache.advance(-1)
+    with pytest.raises(ValueError, match=r"lengths: expected 0 to 3, got \[0, 4\]"):
+        cache.advance(3, torch.tensor([0, 4]))
+    assert cache.length == 0 and not cache.lens.any()
+
+
+def test_bad_entries_are_not_released():
+    cache = make("paged", 2)
+    cache.reserve(3)
+    free = cache.free_pages
+    for entry, text in ((2, "expected 0 to 1, got 2"), (-1, "expected at least 0, got -1")):
+        with pytest.raises(ValueError, match=f"entry: {text}"):
+            cache.release(entry)
+    with pytest.raises(TypeError, match="entry: expected an int, got Tensor"):
+        cache.release(torch.tensor(0))
+    assert cache.free_pages == free
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e5m2], ids=str)
+def test_dtypes_that_no_cache_has_are_refused(dtype):
+    with pytest.raises(TypeError, match=f"dtype: expected one of float16, .* int8, float8_e4m3fn, got {dtype}"):
+        fnn.KVCache(LAYERS, 1, CAPACITY, HEADS, DIM, dtype=dtype)
+
+
 def test_pages_are_not_assigned_inside_a_compiled_step():
     cache = make("paged", 1)
     step = torch.compile(cache.reserve, backend="eager", fullgraph=True)

@@ -460,12 +460,31 @@ def bad_calls():
     starts = torch.tensor([0, L], dtype=torch.int32)
     full, lens = torch.ones(N, L, dtype=torch.bool), torch.full((N,), L)
     training = make_lm(dropout=0.1).train()
+    turning = make_lm(position=fnn.RoPE()).decoder.blocks[0].self_attn
+    angles = fnn.RoPE().tables(torch.arange(L)[None], turning.head_dim)[0]
     return {
         "x.shape": (lambda: encoder(x[0]), ValueError),
         "x.shape, packed": (lambda: encoder(x, cu_seqlens=starts), ValueError),
         "x: expected at most max_len": (lambda: lm(torch.zeros(1, 17, dtype=torch.long)), ValueError),
         "lengths.shape": (lambda: encoder(x, lengths=lens[:2]), ValueError),
         "lengths.dtype": (lambda: encoder(x, lengths=lens.float()), TypeError),
+        "lengths: expected 0 to": (lambda: encoder(x, lengths=lens + 1), ValueError),
+        "lengths: expected 0 to 12, got": (lambda: encoder(x, lengths=-lens), ValueError),
+        "lengths.device": (lambda: encoder(x, lengths=lens.to("meta")), ValueError),
+        "memory_lengths: expected 0 to": (lambda: decoder(x, x, memory_lengths=lens + 1), ValueError),
+        "memory_lengths.dtype": (lambda: decoder.make_cache(N, L, memory=x, memory_lengths=lens.bool()), TypeError),
+        "source_lengths: expected 0 to": (lambda: pair(tokens, tokens, source_lengths=lens + 1), ValueError),
+        "lengths: expected 1 to": (lambda: lm.prefill(tokens, lm.make_cache(N, L), lens - L), ValueError),
+        "cache: expected KVCache": (lambda: lm(tokens, cache={}), TypeError),
+        "cache: expected one of": (lambda: lm(tokens, cache=fnn.KVCache(1, N, L, 2, 8)), ValueError),
+        "cache.batch": (lambda: lm(tokens, cache=lm.make_cache(N + 1, L)), ValueError),
+        "cache: expected dtype": (lambda: lm(tokens, cache=lm.make_cache(N, L, dtype=torch.float16)), TypeError),
+        "dtype: expected one of": (lambda: lm.make_cache(N, L, dtype=torch.int32), TypeError),
+        "kind: expected KVCache, a subclass": (lambda: lm.make_cache(N, L, {}), TypeError),
+        "kind: expected .* got the class dict": (lambda: lm.make_cache(N, L, dict), TypeError),
+        "rotary: expected None": (lambda: lm.decoder.blocks[0].self_attn(x, rotary=(x, x)), ValueError),
+        "rotary: expected tables": (lambda: turning(x, rotary=(angles[:, 1:], angles[:, 1:])), ValueError),
+        "rotary: expected two": (lambda: turning(x, rotary=angles), TypeError),
         "lengths: expected a Tensor": (lambda: encoder(x, lengths=[L] * N), TypeError),
         "mask.dtype": (lambda: encoder(x, mask=full.float()), TypeError),
         "mask.shape": (lambda: encoder(x, mask=full[:, 1:]), ValueError),
@@ -516,6 +535,31 @@ def bad_calls():
         "config: expected EncoderDecoderConfig": (lambda: fnn.EncoderDecoder(STACK), TypeError),
         "config: expected TransformerConfig": (lambda: fnn.Decoder({"d_model": 32}), TypeError),
     }
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "text"),
+    [
+        (torch.tensor([1, 6, 2]), ValueError, r"lengths: expected 0 to 5, got \[1, 6, 2\]"),
+        (torch.tensor([1, -1, 2]), ValueError, r"lengths: expected 0 to 5, got \[1, -1, 2\]"),
+        (torch.tensor([1.0, 5.0, 2.0]), TypeError, r"lengths\.dtype: expected int32 or int64, got torch\.float32"),
+        (torch.tensor([True, False, True]), TypeError, r"lengths\.dtype: expected int32 or int64, got torch\.bool"),
+        (torch.tensor([1]), ValueError, r"lengths\.shape: expected \(3,\), got \(1,\)"),
+        ([1, 2, 3], TypeError, "lengths: expected a Tensor or None, got list"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_lengths_of_a_step_leave_the_cache_as_it_was(lengths, error, text):
+    lm, pair, tokens = make_lm(), make_seq2seq(), torch.randint(V, (N, 5))
+    memory = torch.randn(N, L, 32)
+    lengths = lengths.to(tokens.device) if isinstance(lengths, torch.Tensor) else lengths
+    for cache, call in (
+        (lm.make_cache(N, L), lambda cache: lm(tokens, cache=cache, lengths=lengths)),
+        (pair.make_cache(N, L, memory=memory), lambda cache: pair(None, tokens, cache=cache, lengths=lengths)),
+    ):
+        with pytest.raises(error, match=text):
+            call(cache)
+        assert cache.length == 0 and not cache.lens.any()
 
 
 @pytest.mark.parametrize("text", bad_calls())

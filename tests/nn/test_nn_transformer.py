@@ -578,6 +578,20 @@ def test_steps_over_a_cache_refuse_what_they_cannot_do():
         decoder.step(torch.randn(1, N, E), encoder.make_cache(N, T))
     with pytest.raises(ValueError, match="cache: expected room for 3 more tokens, got 0 of 2"):
         decoder.step(torch.randn(3, N, E), decoder.make_cache(memory, 2))
+    for lengths, error, text in (
+        (torch.tensor([1, 3, 4]), ValueError, r"lengths: expected 0 to 3, got \[1, 3, 4\]"),
+        (torch.tensor([1.0, 2.0, 3.0]), TypeError, r"lengths\.dtype: expected int32 or int64, got torch\.float32"),
+        (torch.tensor([1, 2]), ValueError, r"lengths\.shape: expected \(3,\), got \(2,\)"),
+        ([1, 2, 3], TypeError, "lengths: expected a Tensor or None, got list"),
+    ):
+        for stack, cache in ((encoder, encoder.make_cache(N, T)), (decoder, decoder.make_cache(memory, T))):
+            with pytest.raises(error, match=text):
+                stack.step(torch.randn(3, N, E), cache, lengths)
+            assert cache.length == 0 and not cache.lens.any()
+    with pytest.raises(ValueError, match=r"cache\.batch: expected 3 as the input has, got 4"):
+        encoder.step(torch.randn(1, N, E), encoder.make_cache(N + 1, T))
+    with pytest.raises(ValueError, match="cache: expected one of 2 layers, as the model has, got 1"):
+        encoder.step(torch.randn(1, N, E), fnn.KVCache(1, N, T, H, E // H))
     with pytest.raises(ValueError, match=r"memory: expected 3 dimensions, got shape \(3, 16\)"):
         decoder.make_cache(memory[0], T)
     with pytest.raises(TypeError, match=r"memory_key_padding_mask.dtype: expected bool, got torch.float32"):

@@ -148,7 +148,7 @@ ARROWS = {
         *("backends", "backends.reference", "block_mask", "flops", "functional", "inference", "integrations", "nn")
     },
     "__main__": {"", "backends", "backends.cpu", "spec"},
-    "_check": set(),
+    "_check": {"spec"},
     "_rounding": {"backends.reference", "ops", "spec"},
     "examples": {"", "distributed", "functional", "inference", "integrations", "nn"},
     "compat": {"block_mask", "compat", "functional"},

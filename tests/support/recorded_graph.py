@@ -48,8 +48,9 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         for argument in func._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self.changed.append((named[argument.name], named[argument.name].clone()))
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and (tensor := named[argument.name]) is not None:  # scales may be None
+                self.changed.append((tensor, tensor.clone()))
         results = func(*args, **kwargs)
         self.operations.append((func, args, kwargs, results))
         return results
