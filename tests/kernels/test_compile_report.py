@@ -53,6 +53,10 @@ def test_everything_at_once_compiles(arch, tmp_path):
         assert not row["error"], row
 
 
+OUTSIDE_LOOPS = {("decode", "chunk", 64): ("sm_80",), ("decode", "chunk", 128): ("sm_100",)}
+"""Kernels of a cache with spills, none of which is in a loop, by (kernel, feature, head dim)."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
 def test_the_cache_kernels_spill_nothing(arch, tmp_path):
@@ -60,7 +64,10 @@ def test_the_cache_kernels_spill_nothing(arch, tmp_path):
     rows = report(tmp_path, "--arch", arch, "--dims", "64", "128", "--kernel", *kernels, "--features", *features)
     assert len(rows) == 2 * (3 + 1 + 2)
     for row in rows:
-        assert not row["error"] and row["spills"] == 0, row
+        listed = arch in OUTSIDE_LOOPS.get((row["kernel"], row["feature"], row["dim"]), ())
+        assert not row["error"] and (row["spills"] > 0) == listed, row
+        if listed:
+            assert row["local"] == row["local_edge"] == 0, row
 
 
 @pytest.mark.slow
