@@ -101,15 +101,6 @@ def context_parallel_attention(
     )  # fmt: skip
 
 
-_DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "q_offset", "window", "mask", "block_mask", "bias")),
-    **dict.fromkeys(("alibi_slopes", "softcap", "sinks", "scale")),
-    "causal": False,
-    "dropout_p": 0.0,
-    "return_lse": False,
-}
-
-
 def attention_of_heads(
     first: int, q: Tensor, k: Tensor, v: Tensor, *, mesh: DeviceMesh, strategy: Strategy | None, balance: Balance,
     link: Link | None, timeout: float | None, backend: Backend | None = None, **options: Any,
@@ -118,7 +109,9 @@ def attention_of_heads(
 
     They drop what they drop in one call with all of them, if the generators of all processes are alike.
     """
-    call = _agree(q, k, v, mesh, strategy, balance, link, timeout, backend, **{**_DEFAULTS, **options})
+    how = ("mesh", "strategy", "balance", "link", "timeout", "backend")
+    defaults = {name: x for name, x in (context_parallel_attention.__kwdefaults__ or {}).items() if name not in how}
+    call = _agree(q, k, v, mesh, strategy, balance, link, timeout, backend, **{**defaults, **options})
     out, lse = _run(call, backend, first)
     return (out, lse) if options.get("return_lse") and lse is not None else out
 

@@ -64,6 +64,11 @@ def _positions(spec: CacheSpec) -> tuple[Tensor, Tensor]:
     return lens[:, None] + (added - spec.q.shape[2]) + rows, lens[:, None] + new
 
 
+def turn_pair(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The points (a, b), each turned by its angle."""
+    return a * cos - b * sin, b * cos + a * sin
+
+
 def turn(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: bool) -> Tensor:
     """x (B, H, L, D) turned by its positions (B, L), cut to those of the tables (positions, R / 2).
 
@@ -75,10 +80,10 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: boo
     turned, rest = x.split([2 * cos.shape[1], x.shape[-1] - 2 * cos.shape[1]], -1)
     if interleaved:
         a, b = turned.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)
+        turned = torch.stack(turn_pair(a, b, c, s), -1).flatten(-2)
     else:
         a, b = turned.to(dtype).chunk(2, -1)
-        turned = torch.cat([a * c - b * s, a * s + b * c], -1)
+        turned = torch.cat(turn_pair(a, b, c, s), -1)
     return torch.cat([turned.to(x.dtype), rest], -1)
 
 

@@ -355,7 +355,7 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         return rotary.rotate(x, tables)
     cos, sin = (table.unsqueeze(-2) for table in tables)  # the same for all heads
     first, second = x.chunk(2, dim=-1)  # times float32 tables: half precision is promoted
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return torch.cat(rotary.turn_pair(first, second, cos, sin), dim=-1).to(x.dtype)
 
 
 def rotate_both(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

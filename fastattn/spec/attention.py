@@ -15,7 +15,7 @@ from fastattn.spec.checks import (
     check_cu_seqlens,
     check_dropout,
     check_flag,
-    check_q_offset_tensor,
+    check_per_entry,
     check_qkv,
     check_scale,
     check_scores,
@@ -151,7 +151,7 @@ def make_spec(
     if q_offset is None:
         q_offset = kv_len - q_len if cu_seqlens_q is None else None
     elif isinstance(q_offset, Tensor):
-        offset_tensor, q_offset = check_q_offset_tensor(q_offset, batch, q), 0
+        offset_tensor, q_offset = check_per_entry("q_offset", q_offset, batch, q), 0
     elif isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
         raise TypeError(f"q_offset: expected an int or an integer tensor, got {type(q_offset).__name__}")
     elif not -MAX_POSITION <= q_offset <= MAX_POSITION:

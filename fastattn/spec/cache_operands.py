@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.spec.checks import FLOAT_DTYPES, INTEGER_DTYPES, MAX_POSITION, check_plain, check_scores, readable
+from fastattn.spec.checks import (
+    FLOAT_DTYPES,
+    MAX_POSITION,
+    check_per_entry,
+    check_plain,
+    check_scores,
+    readable,
+)
 
 QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Dtypes of caches with scales, and the largest number of each that is used: of int8 both signs have it."""
@@ -38,16 +45,10 @@ def _mask_start(mask_start: int | Tensor, q: Tensor) -> Tensor:
         if not -MAX_POSITION <= mask_start <= MAX_POSITION:
             raise ValueError(f"mask_start: expected at most 2**30 in size, got {mask_start}")
         return torch.full((batch,), mask_start, dtype=torch.int32, device=q.device)
-    if mask_start.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"mask_start.dtype: expected int32 or int64, got {mask_start.dtype}")
-    check_plain("mask_start", mask_start, q)
-    if mask_start.shape != (batch,):
-        raise ValueError(f"mask_start.shape: expected (B,) == ({batch},), got {tuple(mask_start.shape)}")
-    if mask_start.device != q.device:
-        raise ValueError(f"mask_start.device: expected q.device == {q.device}, got {mask_start.device}")
+    mask_start = check_per_entry("mask_start", mask_start, batch, q)
     if readable(mask_start) and any(abs(first) > MAX_POSITION for first in mask_start.tolist()):
         raise ValueError(f"mask_start: expected at most 2**30 in size, got {mask_start.tolist()}")
-    return mask_start.contiguous()
+    return mask_start
 
 
 def over_keys(x: Tensor | None, first: int, length: int, outside: bool | float) -> Tensor | None:

@@ -170,15 +170,16 @@ def check_window(window: tuple[int | None, int | None] | None, causal: bool) -> 
     return left, right
 
 
-def check_q_offset_tensor(q_offset: Tensor, batch: int, q: Tensor) -> Tensor:
-    if q_offset.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"q_offset.dtype: expected int32 or int64, got {q_offset.dtype}")
-    check_plain("q_offset", q_offset, q)
-    if q_offset.shape != (batch,):
-        raise ValueError(f"q_offset.shape: expected (B,) == ({batch},), got {tuple(q_offset.shape)}")
-    if q_offset.device != q.device:
-        raise ValueError(f"q_offset.device: expected {q.device}, got {q_offset.device}")
-    return q_offset.contiguous()
+def check_per_entry(name: str, value: Tensor, batch: int, q: Tensor) -> Tensor:
+    """An integer for each of ``batch`` entries, contiguous."""
+    if value.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name}.dtype: expected int32 or int64, got {value.dtype}")
+    check_plain(name, value, q)
+    if value.shape != (batch,):
+        raise ValueError(f"{name}.shape: expected (B,) == ({batch},), got {tuple(value.shape)}")
+    if value.device != q.device:
+        raise ValueError(f"{name}.device: expected {q.device}, got {value.device}")
+    return value.contiguous()
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> Tensor:
