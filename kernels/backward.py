@@ -249,7 +249,7 @@ def attention_backward(
             arguments = (
                 *inputs, launch.rows(dq, unit), dslope_tiles, dsink_tiles, *groups,
                 launch.sparse(operands.block_mask), *flat, cfg.block_m, cfg.block_n,
-                cfg.careful,
+                call.careful,
             )  # fmt: skip
             replay.start(dq_kernel, programs, arguments, cfg)
         if call.sign != 1.0:

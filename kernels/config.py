@@ -27,8 +27,6 @@ class LaunchConfig:
     """For how many programs on each multiprocessor the decode kernel divides the keys."""
     pipelined: bool = False
     """Whether the forward kernel starts the next product of queries and keys before the softmax of this tile."""
-    careful: bool = True
-    """Whether the forward and dq kernels do again with care what came out as not finite."""
 
     def options(self) -> dict[str, int]:
         """The arguments that Triton's launcher itself consumes."""
@@ -111,9 +109,6 @@ _INDIRECT = {"sm_90": _table(dk={256: (32, 128, 8, 3)}, dq={256: (128, 32, 8, 3)
 # At which padded head dims the forward kernel is `pipelined`, where nothing beside q, k and v takes registers.
 _PIPELINED = {"sm_90": (64, 128)}
 
-# Where Triton 3.7.1 fails to compile the pass that is `careful`.
-_CARELESS = ("sm_100",)
-
 _override: LaunchConfig | None = None
 
 
@@ -169,7 +164,7 @@ def lookup(
         config = dataclasses.replace(
             config, block_m=max(16, config.block_m // 2), block_n=max(16, config.block_n // 2), num_stages=1
         )
-    return dataclasses.replace(config, careful=False) if architecture in _CARELESS else config
+    return config
 
 
 def current_override() -> LaunchConfig | None:
@@ -180,6 +175,14 @@ def current_override() -> LaunchConfig | None:
 def key_passes(architecture: str, head_dim: int) -> tuple[Kernel, ...]:
     """The kernels that make dk and dv: one pass, or one for each where both accumulators leave too few registers."""
     return ("dkdv",) if head_dim <= max(_SIXTEEN_BIT[architecture]["dkdv"]) else ("dk", "dv")
+
+
+def careful(architecture: str) -> bool:
+    """Whether the forward and dq kernels do again with care what came out as not finite.
+
+    On sm_100 they do not: Triton 3.7.1 fails to compile that pass there.
+    """
+    return architecture != "sm_100"
 
 
 @contextlib.contextmanager

@@ -166,6 +166,6 @@ def attention_forward(
             *(launch.rows(x, unit) for x in (call.q, call.k, call.v, out)), lse, statistics, call.terms, call.dropout,
             call.packed, launch.sparse(operands.block_mask), operands.q_offset_tensor, *call.sizes,
             unit, *call.constants, cfg.block_m, cfg.block_n, cfg.pipelined,
-            cfg.careful,
+            call.careful,
         )  # fmt: skip
         replay.start(forward_kernel, programs, arguments, cfg)

@@ -179,6 +179,7 @@ class Call:
         )  # fmt: skip
         self.constants = (dot_precision(q.dtype), head_dim, v_dim)
         self._facts = (architecture(q.device), max(head_dim, v_dim), q.element_size())
+        self.careful = config.careful(self._facts[0])
         self._indirect = bool(operands.block_mask)
         self._reads_matrix = any(x is not None and x.shape[2] != 1 for x in (operands.mask, operands.bias))
 
