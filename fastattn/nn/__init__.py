@@ -6,9 +6,10 @@
 
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.block import Attention, Block, FeedForward
-from fastattn.nn.cache import DynamicCache, KVCache, PagedCache, SlidingWindowCache
+from fastattn.nn.cache import DynamicCache, KVCache
 from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig
 from fastattn.nn.model import CausalLM, Decoder, Encoder, EncoderDecoder
+from fastattn.nn.paged_cache import PagedCache, SlidingWindowCache
 from fastattn.nn.position import (
     ALiBi,
     InputEmbedding,

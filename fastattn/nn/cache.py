@@ -7,7 +7,6 @@ entry or more, by which a cache that is full raises before anything is written.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from fastattn import _check as check
 from fastattn.functional.kvcache import FLOAT_DTYPES, QUANTISED, attention_with_kvcache
 
-__all__ = ["DynamicCache", "KVCache", "PagedCache", "SlidingWindowCache"]
+__all__ = ["DynamicCache", "KVCache"]
 
 
 class KVCache:
@@ -103,7 +102,7 @@ class KVCache:
         Raises:
             ValueError: there is no room. The cache is as before.
         """
-        _check_new(new)
+        check_new(new)
         if self.length + new > self.capacity:
             raise ValueError(
                 f"cache: expected room for {new} more tokens, got {self.length} of {self.capacity} places in use"
@@ -151,7 +150,7 @@ class KVCache:
     def advance(self, new: int, lengths: Tensor | None = None) -> None:
         """Count what a step appended: `new` tokens; or for entry b the first `lengths[b]` of them, the rest being
         padding, which the next step overwrites."""
-        _check_new(new)
+        check_new(new)
         if lengths is not None:
             check.lengths("lengths", lengths, self.lens, new)
         self.lens += new if lengths is None else lengths.to(self.lens.dtype)
@@ -174,23 +173,23 @@ class KVCache:
 
         As beam search needs it. Buffers stay where they are if the batch stays what it is.
         """
-        _check_index(index, self.batch)
-        self._replace_buffers(lambda x: _selected(x, index))
+        check_index(index, self.batch)
+        self._replace_buffers(lambda x: selected(x, index))
         self._select_lengths(index)
 
     def _select_lengths(self, index: Tensor) -> None:
-        self.lens = _selected(self.lens, index)
+        self.lens = selected(self.lens, index)
         if self.memory is not None:
-            self.memory = [(_selected(k, index), _selected(v, index)) for k, v in self.memory]
+            self.memory = [(selected(k, index), selected(v, index)) for k, v in self.memory]
         if self.memory_mask is not None:
-            self.memory_mask = _selected(self.memory_mask, index)
+            self.memory_mask = selected(self.memory_mask, index)
 
 
 class DynamicCache(KVCache):
     """A cache that doubles its buffers when they are full. `capacity` is what it starts with."""
 
     def reserve(self, new: int) -> None:
-        _check_new(new)
+        check_new(new)
         needed = self.length + new
         if needed <= self.capacity:
             return
@@ -204,240 +203,23 @@ class DynamicCache(KVCache):
         return larger
 
 
-class SlidingWindowCache(KVCache):
-    """A cache that keeps only what a window still sees: memory for `window + chunk` tokens, however long the text.
-
-    The pages of an entry are used in turn: a new token takes the place of one that has left every window. Tokens keep
-    their true positions, so that RoPE, ALiBi and several tokens per step work as elsewhere.
-
-    Args:
-        num_layers, batch, num_kv_heads, head_dim, device, dtype: as in `KVCache`.
-        capacity: tokens of the longest text; they cost 4 bytes per page.
-        window: the left side of the attention window.
-        chunk: most tokens per step. A longer prompt goes in by chunks.
-        page_size: at least 1.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        batch: int,
-        capacity: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        window: int,
-        chunk: int = 128,
-        page_size: int = 16,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check.integer("window", window, least=0)
-        check.integer("chunk", chunk)
-        _check_page_size(page_size)
-        self.window, self.page_size = window, page_size
-        self.chunk = chunk
-        self._pages = -(-(window + chunk - 1) // page_size) + 1  # as many as `window + chunk` positions can touch
-        super().__init__(num_layers, batch, capacity, num_kv_heads, head_dim, device=device, dtype=dtype)
-        with torch.inference_mode(False):
-            self.block_table = self._table(self.batch)
-
-    def _table(self, batch: int) -> Tensor:
-        """Which page of the cache each page of a text has, for every entry: int32 (batch, pages of a text)."""
-        options: dict[str, Any] = {"dtype": torch.int32, "device": self.lens.device}
-        table = torch.arange(-(-self.capacity // self.page_size), **options) % self._pages
-        return torch.arange(batch, **options)[:, None] * self._pages + table
-
-    def _rows(self, batch: int) -> tuple[int, int]:
-        return batch * self._pages, self.page_size
-
-    def reserve(self, new: int) -> None:
-        if self.chunk is not None and new > self.chunk:
-            raise ValueError(f"cache: expected at most chunk == {self.chunk} tokens in a step, got {new}")
-        super().reserve(new)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        window = options.get("window")
-        if window is None or window[0] is None or window[0] > self.window:
-            raise ValueError(f"window: expected at most the cache's {self.window} to the left, got {window}")
-        return super().attend(layer, q, k, v, **options)
-
-    def crop(self, length: int) -> None:
-        raise ValueError("cache: a sliding window has forgotten what it would need to go back")
-
-    @torch.inference_mode(False)
-    def select(self, index: Tensor) -> None:
-        _check_index(index, self.batch)
-        pages = (index[:, None] * self._pages + torch.arange(self._pages, device=index.device)).flatten()
-        self._replace_buffers(lambda x: _selected(x, pages))
-        self._select_lengths(index)
-        if self.block_table is not None and index.shape[0] != self.block_table.shape[0]:
-            self.block_table = self._table(index.shape[0])
-
-
-class PagedCache(KVCache):
-    """Entries take pages from a common pool as they grow and give them back (Kwon et al. 2023, arXiv:2309.06180).
-
-    `reserve` assigns pages. It reads `lens` only when a page may be full: on a GPU a synchronisation every `page_size`
-    steps. Under `torch.compile` and CUDA graphs call it before each step yourself.
-
-    Args:
-        num_layers, batch, num_kv_heads, head_dim, device, dtype: as in `KVCache`.
-        capacity: tokens of the longest entry; they cost 4 bytes per page.
-        num_pages: pages in the pool. None: enough for every entry at full capacity, also once `select` has made more.
-        page_size: at least 1.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        batch: int,
-        capacity: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        num_pages: int | None = None,
-        page_size: int = 16,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        _check_page_size(page_size)
-        if num_pages is not None:
-            check.integer("num_pages", num_pages)
-        for name, value in (("batch", batch), ("capacity", capacity)):  # the pool's size follows from them
-            check.integer(name, value)
-        self.page_size, self._num_pages = page_size, num_pages
-        super().__init__(num_layers, batch, capacity, num_kv_heads, head_dim, device=device, dtype=dtype)
-        with torch.inference_mode(False):
-            self.block_table = torch.zeros(
-                self.batch, -(-self.capacity // page_size), dtype=torch.int32, device=self.lens.device
-            )
-        self._owned: list[list[int]] = [[] for _ in range(self.batch)]
-        self._free = list(range(self.k[0].shape[0]))[::-1]
-        self._room = 0  # tokens for which every entry has a place already, at least
-
-    def _rows(self, batch: int) -> tuple[int, int]:
-        pages = self._num_pages if self._num_pages is not None else batch * -(-self.capacity // self.page_size)
-        return pages, self.page_size
-
-    @property
-    def free_pages(self) -> int:
-        """Pages that no entry owns."""
-        return len(self._free)
-
-    def reserve(self, new: int) -> None:
-        _check_new(new)
-        if new <= self._room:
-            return
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "cache.reserve: expected to be called before the compiled step, which cannot assign pages"
-            )
-        lens = self.lens.tolist()
-        self.length = max(lens)
-        super().reserve(new)
-        self._assign([length + new for length in lens], lens)
-
-    def _assign(self, wanted: list[int], lens: list[int]) -> None:
-        """Pages for `wanted[b]` tokens of each entry."""
-        missing = [-(-n // self.page_size) - len(own) for n, own in zip(wanted, self._owned, strict=True)]
-        needed = sum(max(n, 0) for n in missing)
-        if needed > len(self._free):
-            raise ValueError(f"cache: expected {needed} free pages, got {len(self._free)}")
-        for own, n in zip(self._owned, missing, strict=True):
-            own.extend(self._free.pop() for _ in range(n))
-        self._write_table()
-        places = [len(own) * self.page_size - n for own, n in zip(self._owned, lens, strict=True)]
-        self._room = min(*places, self.capacity - self.length)
-
-    def _write_table(self) -> None:
-        assert self.block_table is not None
-        width = self.block_table.shape[1]
-        rows = [own + [0] * (width - len(own)) for own in self._owned]
-        self.block_table.copy_(torch.tensor(rows, dtype=torch.int32, device="cpu"))
-
-    def count(self, new: int) -> None:
-        super().count(new)
-        self._room -= new
-
-    def release(self, entry: int) -> None:
-        """Empty one entry and give its pages back, so that another sequence can take its place."""
-        check.integer("entry", entry, least=0)
-        if entry >= self.batch:
-            raise ValueError(f"entry: expected 0 to {self.batch - 1}, got {entry}")
-        self._free.extend(self._owned[entry])
-        self._owned[entry] = []
-        self.lens[entry] = 0
-        self._room = 0
-
-    def crop(self, length: int) -> None:
-        super().crop(length)
-        kept = -(-length // self.page_size)
-        for own in self._owned:
-            self._free.extend(own[kept:])
-            del own[kept:]
-        self._room = 0
-
-    @torch.inference_mode(False)
-    def select(self, index: Tensor) -> None:
-        _check_index(index, self.batch)
-        sources, lens = index.tolist(), self.lens.tolist()
-        used = [-(-lens[b] // self.page_size) for b in sources]
-        kept = [page for b, n in zip(sources, used, strict=True) for page in self._owned[b][:n]]
-        pool = max(self.k[0].shape[0], self._rows(len(sources))[0])
-        if len(kept) > pool:
-            raise ValueError(f"cache: expected a pool of {len(kept)} pages for this selection, got {pool}")
-        pages = torch.tensor(kept, dtype=torch.int64, device=self.lens.device)
-        # Every entry gets pages of its own, filled with copies: pages are written to, hence never shared.
-        self._free = list(range(pool))[::-1]
-        self._owned = [[self._free.pop() for _ in range(n)] for n in used]
-        target = torch.tensor([p for own in self._owned for p in own], dtype=torch.int64, device=self.lens.device)
-
-        def moved(x: Tensor) -> Tensor:
-            larger = x if pool == x.shape[0] else x.new_empty(pool, *x.shape[1:])
-            _bytes(larger)[target] = _bytes(x)[pages]
-            return larger
-
-        self._replace_buffers(moved)
-        self._select_lengths(index)
-        if self.block_table is not None and len(sources) != self.block_table.shape[0]:
-            self.block_table = self.block_table.new_zeros(len(sources), self.block_table.shape[1])
-        self._write_table()
-        self._room = 0
-
-
-def _selected(x: Tensor, index: Tensor) -> Tensor:
+def selected(x: Tensor, index: Tensor) -> Tensor:
     """x[index], in x itself where the sizes allow it."""
-    chosen = _bytes(x).index_select(0, index).view(x.dtype)
+    chosen = as_bytes(x).index_select(0, index).view(x.dtype)
     return x.copy_(chosen) if chosen.shape == x.shape else chosen
 
 
-def _bytes(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
     """x for what moves elements: PyTorch's indexing does not know float8."""
     return x.view(torch.uint8) if x.dtype in QUANTISED else x
 
 
-def _check_page_size(page_size: int) -> None:
-    check.integer("page_size", page_size)
-    if page_size < 1:
-        raise ValueError(f"page_size: expected at least 1, got {page_size}")
-
-
-def _check_new(new: int) -> None:
+def check_new(new: int) -> None:
     if new < 0:
         raise ValueError(f"new: expected 0 or more, got {new}")
 
 
-def check_cache(cache: KVCache, num_layers: int, x: Tensor) -> None:
-    """Refuse a cache that is not for a stack of this many layers and for x (N, L, E)."""
-    check.instance("cache", cache, KVCache)
-    if len(cache.k) != num_layers:
-        raise ValueError(f"cache: expected one of {num_layers} layers, as the model has, got {len(cache.k)}")
-    if cache.batch != x.shape[0]:
-        raise ValueError(f"cache.batch: expected {x.shape[0]} as the input has, got {cache.batch}")
-
-
-def _check_index(index: Tensor, batch: int) -> None:
+def check_index(index: Tensor, batch: int) -> None:
     if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f"index: expected an int32 or int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}"
@@ -446,58 +228,6 @@ def _check_index(index: Tensor, batch: int) -> None:
         raise ValueError(f"index.shape: expected (batch,), got {tuple(index.shape)}")
     if index.device.type == "cpu" and not bool(((index >= 0) & (index < batch)).all()):
         raise ValueError(f"index: expected entries from 0 to {batch - 1}, got {index.tolist()}")
-
-
-def allocate(
-    kind: Callable[..., KVCache],
-    sizes: tuple[int, int, int, int, int],
-    *,
-    like: Tensor,
-    model_window: int | None,
-    dtype: torch.dtype | None = None,
-    **options: Any,
-) -> KVCache:
-    """A cache of this kind, which may be a class or `functools.partial` of one.
-
-    Args:
-        sizes: num_layers, batch, capacity, num_kv_heads, head_dim.
-        like: a parameter: its dtype and device hold until the first keys are there, unless someone chose them.
-        model_window: the left side of the model's window, for a `SlidingWindowCache` that has none of its own.
-        dtype, options: arguments of `kind`, before those of a partial.
-    """
-    given: dict[str, Any] = {}
-    cls: Any = kind
-    while isinstance(cls, functools.partial):
-        cls, given = cls.func, cls.keywords | given
-    if not callable(cls) or (isinstance(cls, type) and not issubclass(cls, KVCache)):
-        got = f"the class {cls.__name__}" if isinstance(cls, type) else type(cls).__name__
-        raise TypeError(f"kind: expected KVCache, a subclass of it, or functools.partial of one, got {got}")
-    if dtype is not None:
-        options["dtype"] = dtype
-    given = given | options
-    if isinstance(cls, type) and issubclass(cls, SlidingWindowCache) and given.get("window") is None:
-        if model_window is None:
-            raise ValueError("window: expected one, since the model has none, for a SlidingWindowCache, got None")
-        options["window"] = model_window
-    chosen = given.get("dtype") is not None
-    if not chosen:
-        device = like.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        guess = torch.get_autocast_dtype(device) if autocast else like.dtype
-        options["dtype"] = guess if guess.is_floating_point else None
-    if given.get("device") is None:
-        options["device"] = like.device if like.device.type != "meta" else None
-    cache = kind(*sizes, **options)
-    cache.provisional = not chosen
-    return cache
-
-
-def escaped(x: Tensor) -> Tensor:
-    """x, or a copy that works outside `torch.inference_mode` too."""
-    if not x.is_inference():
-        return x
-    with torch.inference_mode(False):
-        return x.clone()
 
 
 def _kind_of(x: Tensor) -> tuple[torch.dtype, torch.device]:

@@ -19,8 +19,9 @@ from fastattn import _check as check
 from fastattn.functional import divided
 from fastattn.nn import keywords
 from fastattn.nn.block import Block, make_norm, positions
-from fastattn.nn.cache import KVCache, allocate, check_cache, escaped
+from fastattn.nn.cache import KVCache
 from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig
+from fastattn.nn.model_cache import allocate, check_cache, escaped
 from fastattn.nn.position import Learned, PositionalEncoding, RoPE, Sinusoidal
 from fastattn.nn.pretrained import Pretrained
 

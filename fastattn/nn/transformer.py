@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fastattn import _check as check
 from fastattn.nn import keywords
 from fastattn.nn.attention import MultiheadAttention, adopt, check_mask_dtype
-from fastattn.nn.cache import KVCache, allocate, check_cache, escaped
+from fastattn.nn.cache import KVCache
+from fastattn.nn.model_cache import allocate, check_cache, escaped
 from fastattn.nn.parts import DecoderBlocks, EncoderBlocks
 from fastattn.nn.tracing import fx_leaf, refuse_torchscript
 
