@@ -101,7 +101,7 @@ def served(x: Tensor, tables: tuple[Tensor, Tensor]) -> bool:
         not torch.compiler.is_compiling()
         and type(x) is type(cos) is type(sin) is Tensor
         and x.is_cpu
-        and x.dtype in backends.cpu.DTYPES
+        and x.dtype in backends.cpu.packing.DTYPES
         and x.dtype != torch.float64
         and x.numel() >= _LEAST
         and x.is_contiguous()

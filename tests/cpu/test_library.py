@@ -15,7 +15,7 @@ import torch
 import fastattn
 from fastattn.backends import cpu
 from fastattn.backends.cpu import library as cpu_library
-from fastattn.backends.cpu import program
+from fastattn.backends.cpu import packing, program
 from fastattn.spec import Operands, Options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,17 +93,17 @@ print(why.reasons["cpu"])
 # --- Structs ---------------------------------------------------------------------------------------------------------
 
 STRUCTS = {
-    "FastattnAttention": cpu._ATTENTION,
-    "FastattnOperands": cpu._OPERANDS,
-    "FastattnGradients": cpu._GRADIENTS,
-    "FastattnDecode": cpu._DECODE,
-    "FastattnAppend": cpu._APPEND,
-    "FastattnScoreTerms": cpu._SCORE_TERMS,
-    "FastattnQuantised": cpu._QUANTISED,
-    "FastattnDropout": cpu._DROPOUT,
+    "FastattnAttention": packing.ATTENTION,
+    "FastattnOperands": packing.OPERANDS,
+    "FastattnGradients": packing.GRADIENTS,
+    "FastattnDecode": packing.DECODE,
+    "FastattnAppend": packing.APPEND,
+    "FastattnScoreTerms": packing.SCORE_TERMS,
+    "FastattnQuantised": packing.QUANTISED,
+    "FastattnDropout": packing.DROPOUT,
     "FastattnLinear": program.LINEAR,
     "FastattnNorm": program.NORM,
-    "FastattnRotate": cpu._ROTATE,
+    "FastattnRotate": packing.ROTATE,
     "FastattnCall": program.CALL,
 }
 
@@ -235,7 +235,7 @@ def refused(status):
 @pytest.mark.parametrize(("field", "value"), BAD["FastattnAttention"], ids=str)
 def test_bad_sizes_are_refused(field, value):
     attention = packed("FastattnAttention", **{field: value})
-    gradients = cpu._GRADIENTS.pack(*[NOWHERE] * len(layout("FastattnGradients")))
+    gradients = packing.GRADIENTS.pack(*[NOWHERE] * len(layout("FastattnGradients")))
     refused(cpu_library.load().fastattn_cpu_forward(attention, None))
     refused(cpu_library.load().fastattn_cpu_backward(attention, None, gradients))
 
@@ -344,6 +344,6 @@ def test_calls_release_the_gil():
 
 
 def test_every_field_has_eight_bytes():
-    for packing in STRUCTS.values():
-        assert packing.size == 8 * len(packing.unpack(bytes(packing.size)))
+    for one in STRUCTS.values():
+        assert one.size == 8 * len(one.unpack(bytes(one.size)))
     assert struct.calcsize("@P") == 8

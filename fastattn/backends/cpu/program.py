@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastattn.backends import cpu
-from fastattn.backends.cpu import library
+from fastattn.backends.cpu import library, packing
 from fastattn.spec import CacheSpec
 
 LINEAR = struct.Struct("@2q2q3q3q3q3q2q3q1q1q")
@@ -27,14 +26,14 @@ class Program:
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self) -> None:
-        self._team = cpu.team()
+        self._team = packing.team()
         self._structs: list[tuple[int, ctypes.Array[ctypes.c_char]]] = []
         self._kept: list[object] = []
         self._calls: bytes | None = None
 
     def current(self) -> bool:
         """Whether PyTorch has as many threads as when the program was made, and the process is the same."""
-        return self._team == cpu.team()
+        return self._team == packing.team()
 
     def run(self) -> None:
         """All of it.
@@ -61,7 +60,8 @@ class Program:
         packed = LINEAR.pack(
             *self._team, x.data_ptr(), x.stride(0), *[w.data_ptr() for w in weights], *none,
             *[w.stride(0) for w in weights], *none, *[0 if b is None else b.data_ptr() for b in biases], *none,
-            *[w.shape[0] for w in weights], *none, y.data_ptr(), y.stride(0), cpu.DTYPES[x.dtype], *x.shape, gated, add,
+            *[w.shape[0] for w in weights], *none, y.data_ptr(), y.stride(0), packing.DTYPES[x.dtype], *x.shape, gated,
+            add,
         )  # fmt: skip
         self._add(_LINEAR, packed, y, x, *weights, *biases)
 
@@ -73,7 +73,7 @@ class Program:
         heads = x.shape[1] if x.ndim == 3 else 1
         packed = NORM.pack(
             x.data_ptr(), x.stride(0), 0 if weight is None else weight.data_ptr(), y.data_ptr(), y.stride(0),
-            cpu.DTYPES[x.dtype], x.shape[0], heads, x.shape[-1], eps,
+            packing.DTYPES[x.dtype], x.shape[0], heads, x.shape[-1], eps,
         )  # fmt: skip
         self._add(_NORM, packed, y, x, weight)
 
@@ -84,14 +84,14 @@ class Program:
             cos, sin: float32 (positions, head_dim / 2), contiguous.
             position: int64 (rows,).
         """
-        self._add(_ROTATE, cpu.pack_rotate(x, x, cos, sin, position), x, cos, sin, position)
+        self._add(_ROTATE, packing.pack_rotate(x, x, cos, sin, position), x, cos, sin, position)
 
     def attend(self, out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
-        """Append to the cache, then attend; ``spec.lens`` is int64, with fewer queries than `cpu.least_tall`."""
-        assert spec.k is not None and spec.v is not None and spec.q.shape[2] < cpu.least_tall(spec)
-        append, made = cpu.pack_append(spec.k_cache, spec.v_cache, spec.k, spec.v, spec.lens, spec.block_table)
+        """Append to the cache, then attend; ``spec.lens`` is int64, with fewer queries than `packing.least_tall`."""
+        assert spec.k is not None and spec.v is not None and spec.q.shape[2] < packing.least_tall(spec)
+        append, made = packing.pack_append(spec.k_cache, spec.v_cache, spec.k, spec.v, spec.lens, spec.block_table)
         self._add(_APPEND, append, spec, *made)
-        decode, made = cpu.pack_decode(out, lse, spec, spec.lens, None)
+        decode, made = packing.pack_decode(out, lse, spec, spec.lens, None)
         self._add(_DECODE, decode, out, lse, *made)
 
     def _add(self, kind: int, packed: bytes, *kept: object) -> None:
