@@ -6,9 +6,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,17 @@ from torch.distributed.rendezvous import rendezvous
 
 _BEAT = 0.25  # seconds from one sign of life to the next
 _SILENCE = 12  # beats that a living process does not miss
+_STORE = 8.0  # seconds in which a store answers all that a fault asks of it
 _FAULT = "fastattn/fault"
+_GONE = "the process that holds the store of the job is gone or stopped, which is the launcher or rank 0"
 
 
 class RankFailed(RuntimeError):
     """Another rank raised, ended or was too late; the message names it and says what is known."""
+
+
+class _NoAnswer(Exception):
+    """The store does not answer."""
 
 
 class Job:
@@ -55,13 +62,14 @@ def job(sizes: Mapping[str, int], *, device: str = "cpu", timeout: float = 600.0
 
     Where a rank raises, is killed or does not come to a message within ``timeout``, every other rank raises
     `RankFailed` with its name in place of what the lost connection looks like, and nothing waits longer than
-    ``timeout``. Ctrl-C interrupts nothing: `Job.interrupted` says so, and the program stops where it can be continued.
-    ``torchrun`` gives it 30 seconds.
+    ``timeout``, in any process group that is made inside. Ctrl-C interrupts nothing: `Job.interrupted` says so, and the
+    program stops where it can be continued. ``torchrun`` gives it 30 seconds.
 
     Args:
         sizes: of the mesh by name, ``{"dp": 2, "tp": 4}``; their product is the number of processes.
         device: "cpu" (gloo), or "cuda" (NCCL): the device ``LOCAL_RANK``.
-        timeout: seconds that a message may take; what a step of the slowest rank takes and more.
+        timeout: seconds that a message may take, and joining the others; what a step of the slowest rank takes, and
+            more.
 
     Raises:
         RuntimeError: not started by ``torchrun`` or alike, which sets RANK and WORLD_SIZE.
@@ -77,31 +85,83 @@ def job(sizes: Mapping[str, int], *, device: str = "cpu", timeout: float = 600.0
     if count != (started := int(os.environ["WORLD_SIZE"])):
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"sizes: expected a product of {started}, the number of processes, got {given}")
-    store, rank, world = next(iter(rendezvous("env://")))
+    with _timeout_of_groups(timedelta(seconds=timeout)):
+        store, rank, world = _find_store(timeout)
+        watch = _Watch(store, rank, world)
+        try:
+            found = _within(timeout + _STORE, lambda: _join(store, rank, world, sizes, device))
+            with _on_interrupt(found.interrupt):
+                yield found
+            dist.barrier()
+        except Exception as error:
+            fault = watch.fault(error)
+            if dist.is_initialized():
+                with contextlib.suppress(RuntimeError):  # a backend that cannot
+                    dist.distributed_c10d._abort_process_group()  # who waits for a message of this rank hears of it
+            watch.linger()
+            if fault is not None:
+                raise RankFailed(fault) from error
+            raise
+        else:
+            dist.destroy_process_group()
+        finally:
+            watch.stop()
+
+
+@contextlib.contextmanager
+def _timeout_of_groups(timeout: timedelta) -> Iterator[None]:
+    """That of every process group that is made inside: a mesh makes its own, and asks nobody how long they may wait."""
+    c10d: Any = dist.distributed_c10d
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(c10d, name) for name in names}
+    try:
+        for name in names:
+            setattr(c10d, name, timeout)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(c10d, name, value)
+
+
+def _find_store(timeout: float) -> tuple[Any, int, int]:
+    """(store of the job, rank, number of processes)."""
+    limit = timedelta(seconds=timeout)
+    try:
+        return _within(timeout + _STORE, lambda: next(iter(rendezvous("env://", timeout=limit))))
+    except (dist.DistError, _NoAnswer) as error:
+        raise RankFailed(f"not every process came to the store of the job in {timeout:g} s: {_GONE}") from error
+
+
+def _join(store: Any, rank: int, world: int, sizes: Mapping[str, int], device: str) -> Job:
+    backend = "gloo"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=world,
-        timeout=timedelta(seconds=timeout),
-    )  # fmt: skip
-    watch = _Watch(store, rank, world)
-    try:
-        found = Job(init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
-        with _on_interrupt(found.interrupt):
-            yield found
-        dist.barrier()
-    except Exception as error:
-        fault = watch.fault(error)
-        with contextlib.suppress(RuntimeError):  # a backend that cannot
-            dist.distributed_c10d._abort_process_group()  # who waits for a message of this rank hears of it
-        watch.linger()
-        if fault is not None:
-            raise RankFailed(fault) from error
-        raise
-    else:
-        dist.destroy_process_group()
-    finally:
-        watch.stop()
+        backend = "cpu:gloo,cuda:nccl"
+    timeout: timedelta = dist.distributed_c10d.default_pg_timeout
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    return Job(init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
+
+
+_T = TypeVar("_T")
+
+
+def _within(seconds: float, call: Callable[[], _T]) -> _T:
+    """What ``call`` gives or raises; `_NoAnswer` after so many seconds.
+
+    A store waits for ever for a server that has stopped: in a thread, which is then left behind.
+    """
+    found: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if wait([found], seconds).not_done:
+        raise _NoAnswer(f"the store does not answer in {seconds:g} s")
+    return found.result()
 
 
 @contextlib.contextmanager
@@ -123,12 +183,12 @@ class _Watch:
         self._store, self._rank, self._world = store, rank, world
         self._ended = threading.Event()
         self._heard: str | None = None  # here, since the store may be gone when this rank asks
-        own = store.clone()  # a connection of its own: the other one may wait for an answer
-        self._thread = threading.Thread(target=self._beat, args=(own,), daemon=True)
+        self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
-    def _beat(self, store: Any) -> None:
+    def _beat(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store is gone, and with it who would read them
+            store = self._store.clone()  # a connection of its own: the other one may wait for an answer
             while True:
                 store.add(f"fastattn/alive/{self._rank}", 1)
                 if self._heard is None and store.check([_FAULT]):
@@ -143,14 +203,18 @@ class _Watch:
 
     def fault(self, error: Exception) -> str | None:
         """What another rank failed of, if ``error`` comes of that; else this rank's is told to all, and None."""
+        if isinstance(error, _NoAnswer):
+            return self._heard or _GONE
         try:
-            if not _is_lost_message(error):
-                self._tell(f"rank {self._rank} raised {type(error).__name__}: {error}")
-                return None
-            return self._tell(self._reason(error))
-        except RuntimeError:
-            gone = "the process that holds the store of the job is gone, which is the launcher or rank 0"
-            return self._heard or gone
+            return _within(_STORE, lambda: self._find_fault(error))
+        except (RuntimeError, _NoAnswer):
+            return self._heard or _GONE
+
+    def _find_fault(self, error: Exception) -> str | None:
+        if not _is_lost_message(error):
+            self._tell(f"rank {self._rank} raised {type(error).__name__}: {error}")
+            return None
+        return self._tell(self._reason(error))
 
     def linger(self) -> None:
         """Keep the store, if this process holds it, until all that live have heard of the fault; seconds at most."""
@@ -183,7 +247,7 @@ class _Watch:
             )
         if late := [rank for rank, waited in enumerate(self._counts("waited")) if not waited]:
             return f"{_names(late)} did not come to a message in time, and lives: it does something else, or is slow"
-        return f"rank {self._rank} lost a message that all wait for: {str(error).partition(chr(10))[0][:200]}"
+        return f"rank {self._rank} lost a message that all wait for: {_first_line(error)}"
 
     def _counts(self, what: str) -> list[int]:
         return [self._store.add(f"fastattn/{what}/{rank}", 0) for rank in range(self._world)]
@@ -191,6 +255,10 @@ class _Watch:
 
 def _names(ranks: list[int]) -> str:
     return ", ".join(f"rank {rank}" for rank in ranks)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _is_lost_message(error: BaseException | None) -> bool:

@@ -8,12 +8,15 @@ from fastattn.testing import assert_parity
 from tests.support import ranks_job as work
 
 GONE = "RankFailed: rank 1 ended or stopped without an error of its own: killed, out of memory, or its machine is gone"
+STORE = "RankFailed: the process that holds the store of the job is gone or stopped, which is the launcher or rank 0"
 SAID = {
     "killed": GONE,
     "stopped": GONE,
     "raised": "RankFailed: rank 1 raised ValueError: on purpose",
     "first raised": "RankFailed: rank 0 raised ValueError: on purpose",
-    "first killed": "RankFailed: the process that holds the store of the job is gone, which is the launcher or rank 0",
+    "first killed": STORE,
+    "first stopped": STORE,
+    "killed on joining": GONE,
     "late": "RankFailed: rank 1 did not come to a message in time, and lives: it does something else, or is slow",
     "interrupted": "ended after step 2",
 }

@@ -4,11 +4,13 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import fastattn.distributed as fd
@@ -21,17 +23,21 @@ from tests.support.ranks import PATIENCE
 TIMEOUT = 4.0  # where one has to pass; else none does
 
 
-def steps(kind, environment, connection):
+def steps(environment, connection, kind):
     """What a rank does, and what it hears: (what it raised or the last step, seconds of that step)."""
     os.environ.update(environment)
     begin, step = time.monotonic(), -1
     try:
         timeout = PATIENCE if kind.endswith(("raised", "interrupted")) else TIMEOUT
+        if kind == "killed on joining" and int(environment["RANK"]) == failing(kind):
+            sys.modules[fd.Job.__module__].init_device_mesh = lambda *_, **__: fail("killed")
         with fd.job({"dp": int(environment["WORLD_SIZE"]), "tp": 1}, timeout=timeout) as job:
+            own = dist.new_group()  # as a program makes, or a mesh
             for step in range(5):
                 begin = time.monotonic()
                 if step == 2 and job.rank == failing(kind):
                     fail(kind)
+                dist.barrier(own)
                 if job.interrupted():
                     break
         answer = f"ended after step {step}"
@@ -48,7 +54,7 @@ def failing(kind):
 def fail(kind):
     if kind in ("killed", "first killed"):
         os.kill(os.getpid(), signal.SIGKILL)
-    elif kind == "stopped":
+    elif kind.endswith("stopped"):
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind in ("raised", "first raised"):
         raise ValueError("on purpose")
@@ -58,27 +64,31 @@ def fail(kind):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def run(kind, world):
-    """What each rank of a job says in which one fails; None of one that says nothing."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(function, rank, world, port, arguments):
+    """(process, connection): a rank of a job. It calls the function with its environment, the other end and these."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
     context = multiprocessing.get_context("forkserver")
-    connections, processes = [], []
-    for rank in range(world):
-        environment = {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world),
-        }  # fmt: skip
-        ours, theirs = context.Pipe()
-        process = context.Process(target=steps, args=(kind, environment, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        connections.append(ours)
-        processes.append(process)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=function, args=(environment, theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def run(kind, world):
+    """What each rank of a job says in which one fails; None of one that says nothing."""
+    port = free_port()
+    started = [start(steps, rank, world, port, (kind,)) for rank in range(world)]
     deadline = time.monotonic() + PATIENCE
     found = []
-    for rank, connection in enumerate(connections):
-        if rank == failing(kind) and kind == "stopped":
+    for rank, (_, connection) in enumerate(started):
+        if rank == failing(kind) and kind.endswith("stopped"):
             found.append(None)
             continue
         if not connection.poll(max(0.0, deadline - time.monotonic())):
@@ -87,7 +97,7 @@ def run(kind, world):
             found.append(connection.recv())
         except EOFError:  # it was killed
             found.append(None)
-    for process in processes:
+    for process, _ in started:
         process.kill()
     return found
 
