@@ -47,13 +47,11 @@ struct Gpu {
     if (elect()) mbarrier_arrive(barrier(i));
   }
   __device__ __forceinline__ void expect(int i, uint32_t bytes) { mbarrier_expect(barrier(i), bytes); }
-  __device__ __forceinline__ void load(Operand operand, uint32_t to, int column, int row, const Work& work, int i) {
-    const Place place = place_of(plan, operand, work);
-    tma_load(to, &maps.of[operand], column, row, place.head, place.batch, barrier(i));
+  __device__ __forceinline__ void load(Operand operand, uint32_t to, int column, const Place& place, int i) {
+    tma_load(to, &maps.of[operand], column, place.row, place.head, place.batch, barrier(i));
   }
-  __device__ __forceinline__ void store(uint32_t from, int column, int row, const Work& work) {
-    const Place place = place_of(plan, kOut, work);
-    tma_store(from, &maps.of[kOut], column, row, place.head, place.batch);
+  __device__ __forceinline__ void store(uint32_t from, int column, const Place& place) {
+    tma_store(from, &maps.of[kOut], column, place.row, place.head, place.batch);
   }
   __device__ __forceinline__ void stored() { tma_stored(); }
   __device__ __forceinline__ void put(uint32_t to, uint32_t value) { store_shared(to, value); }
@@ -83,6 +81,10 @@ struct Gpu {
   __device__ __forceinline__ void scores(uint64_t a, uint64_t b, bool add) { wgmma_scores<Element>(own.s, a, b, add); }
   __device__ __forceinline__ void values(int k, uint64_t b) { wgmma_values<Element>(own.o, own.p + 4 * k, b); }
 
+  __device__ __forceinline__ int again(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+  }
   __device__ __forceinline__ void quad_max() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -145,18 +147,18 @@ static Encode find_encode(cudaError_t* error) {
 }
 
 static CUresult encode(Encode function, const OperandMap& map, int dtype, CUtensorMap* encoded) {
-  cuuint64_t size[4], stride[3];
-  for (int i = 0; i < 4; ++i) size[i] = map.size[i] > 0 ? map.size[i] : 1;  // no keys: nothing is loaded
-  for (int i = 0; i < 3; ++i) stride[i] = map.stride[i];
-  const cuuint32_t box[4] = {64, cuuint32_t(map.box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  cuuint64_t size[5], stride[4];
+  for (int i = 0; i < 5; ++i) size[i] = map.size[i] > 0 ? map.size[i] : 1;  // no keys: nothing is loaded
+  for (int i = 0; i < 4; ++i) stride[i] = map.stride[i];
+  const cuuint32_t box[] = {64, cuuint32_t(map.box_heads), cuuint32_t(map.box_rows), 1, 1}, steps[] = {1, 1, 1, 1, 1};
   const auto type = dtype == FASTATTN_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return function(encoded, type, 4, const_cast<void*>(map.base), size, stride, box, steps,
+  return function(encoded, type, 5, const_cast<void*>(map.base), size, stride, box, steps,
                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 template <class Element, int D>
-int start(const FastattnForward& f, int32_t works) {
+int start(const FastattnForward& f) {
   const auto failed = [](cudaError_t error) {
     return fail(FASTATTN_CUDA_ERROR, "CUDA: %s", cudaGetErrorString(error));
   };
@@ -166,11 +168,11 @@ int start(const FastattnForward& f, int32_t works) {
   static const Encode function = find_encode(&error);
   if (error != cudaSuccess) return failed(error);
   if (function == nullptr) return fail(FASTATTN_CUDA_ERROR, "CUDA: the driver has no cuTensorMapEncodeTiled");
-  const Plan plan = make_plan(f, works);
+  const Plan plan = make_plan(f);
   Maps maps;
   for (int i = 0; i < kOperands; ++i) {
     OperandMap map = operand_map<Shape<D>>(plan, Operand(i));
-    if (map.size[1] == 0) map.base = f.out;  // no keys: the base may be null
+    if (map.size[2] == 0) map.base = f.out;  // no keys: the base may be null
     if (const CUresult result = encode(function, map, f.dtype, &maps.of[i]); result != CUDA_SUCCESS) {
       constexpr const char* names[] = {"q", "k", "v", "out"};
       return fail(FASTATTN_CUDA_ERROR, "CUDA: no tensor map for %s: driver error %d", names[i], int(result));
@@ -182,21 +184,21 @@ int start(const FastattnForward& f, int32_t works) {
   constexpr int bytes = Shape<D>::kSharedBytes;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return failed(error);
-  const int blocks = works < multiprocessors ? works : multiprocessors;
+  const int blocks = plan.works < multiprocessors ? plan.works : multiprocessors;
   kernel<<<blocks, Shape<D>::kThreads, bytes, static_cast<cudaStream_t>(f.stream)>>>(plan, maps);
   error = cudaGetLastError();
   return error == cudaSuccess ? FASTATTN_OK : failed(error);
 }
 
 template <class Element>
-int start(const FastattnForward& f, int32_t works) {
-  return f.head_dim == 64    ? start<Element, 64>(f, works)
-         : f.head_dim == 128 ? start<Element, 128>(f, works)
-                             : start<Element, 256>(f, works);
+int start(const FastattnForward& f) {
+  return f.head_dim == 64    ? start<Element, 64>(f)
+         : f.head_dim == 128 ? start<Element, 128>(f)
+                             : start<Element, 256>(f);
 }
 
-int launch(const FastattnForward& f, int32_t works) {
-  return f.dtype == FASTATTN_FLOAT16 ? start<Half>(f, works) : start<BFloat>(f, works);
+int launch(const FastattnForward& f) {
+  return f.dtype == FASTATTN_FLOAT16 ? start<Half>(f) : start<BFloat>(f);
 }
 
 }  // namespace fastattn

@@ -14,8 +14,9 @@
 //   wait(barrier, parity)            until the phase with this parity has ended
 //   arrive(barrier), release(barrier)  by one thread; by one thread of each of the group's four warps
 //   expect(barrier, bytes)           arrive, and the phase ends no sooner than after these bytes
-//   load(operand, to, column, row, work, barrier), store(from, column, row, work)
-//                                    a box of 64 columns by TMA; asynchronous, a load counts its bytes on the barrier
+//   load(operand, to, column, place, barrier), store(from, column, place)
+//                                    a box of 64 columns by TMA, of a tile of keys or a consumer's rows; asynchronous,
+//                                    a load counts its bytes on the barrier
 //   stored()                         the elected thread's stores have read what they store
 //   put(to, value)                   4 bytes into shared memory
 //   fence()                          what this thread wrote there is visible to TMA and wgmma
@@ -23,6 +24,7 @@
 //   begin_scores(), scores(a, b, add)  s (+)= a b^T, 64 x kKeys x 16, both from shared memory
 //   begin_values(), values(k, b)     o += p b, 64 x D x 16, columns 16 k of p from registers
 //   commit(), finish<n>()            products are asynchronous: a group of them; all groups but the last n have ended
+//   again(x)                         x; what is made from it is computed anew, not kept in registers over the loop
 //   quad_max(), quad_sum()           of `peak` and `sum`, over the four threads that share a row
 //   exp2(x), log2(x), inverse(x), pack(a, b), shared() (the address of the first tile), block(), blocks(),
 //   capped() (whether there is a softcap)
@@ -78,40 +80,49 @@ FASTATTN_DEVICE void prepare(Machine& m) {
 // The loader: one thread. Tiles are asked for in the order in which they are needed.
 template <class Shape, class Machine>
 FASTATTN_DEVICE void produce(Machine& m, const Plan& plan) {
-  const auto load = [&](Operand operand, uint32_t to, int rows, int row, const Work& work, int barrier) {
-    m.expect(barrier, panel_bytes(rows) * Shape::kPanels);
+  const auto load = [&](Operand operand, uint32_t to, int rows, const Place& place, int barrier) {
     for (int panel = 0; panel < Shape::kPanels; ++panel) {
-      m.load(operand, m.shared() + to + panel * panel_bytes(rows), panel * 64, row, work, barrier);
+      m.load(operand, m.shared() + to + panel * panel_bytes(rows), panel * 64, place, barrier);
     }
   };
   int n = 0, parity = 1;
-  for (int index = m.block(); index < plan.works; index += m.blocks(), parity ^= 1) {
+  for (int index = m.block(); index < plan.works; index += m.blocks()) {
     const Work work = work_at<Shape>(plan, index);
-    for (int tile = 0; tile <= work.tiles; ++tile) {
-      if (tile < work.tiles) {
-        const int s = stage<Shape>(n + tile);
-        m.wait(Shape::free_keys(s), free_parity<Shape>(n + tile));
-        load(kKeys, Shape::keys(s), Shape::kKeys, work.first_key + tile * Shape::kKeys, work,
-             Shape::full_keys(s));
-      }
-      if (tile == 0) {  // after the first keys: the output of the work before may still lie in their place
-        m.wait(Shape::kFreeQueries, parity);
-        load(kQueries, Shape::queries(), Shape::kRows, work.first, work, Shape::kFullQueries);
-      } else {
-        const int s = stage<Shape>(n + tile - 1);
-        m.wait(Shape::free_values(s), free_parity<Shape>(n + tile - 1));
-        load(kValues, Shape::values(s), Shape::kKeys, work.first_key + (tile - 1) * Shape::kKeys, work,
-             Shape::full_values(s));
-      }
+    if (work.empty()) continue;
+    Place key = place_of(plan, kKeys, work, work.extent, work.first_key);
+    Place value = place_of(plan, kValues, work, work.extent, work.first_key);
+    const auto keys = [&](int n) {
+      const int s = stage<Shape>(n);
+      m.wait(Shape::free_keys(s), free_parity<Shape>(n));
+      m.expect(Shape::full_keys(s), Shape::kTileBytes);
+      load(kKeys, Shape::keys(s), Shape::kKeys, key, Shape::full_keys(s));
+      key.row += Shape::kKeys;
+    };
+    if (work.tiles > 0) keys(n);
+    // After the first keys: the output of the work before may still lie in their place.
+    m.wait(Shape::kFreeQueries, parity);
+    m.expect(Shape::kFullQueries, Shape::kConsumers * panel_bytes(plan.rows * plan.heads) * Shape::kPanels);
+    for (int group = 0; group < Shape::kConsumers; ++group) {
+      load(kQueries, Shape::queries() + group * panel_bytes(kGroupRows), Shape::kRows,
+           place_of(plan, kQueries, work, work.extent, work.first + group * plan.rows), Shape::kFullQueries);
     }
-    n += work.tiles;
+    for (int tile = 0; tile < work.tiles; ++tile, ++n) {
+      if (tile + 1 < work.tiles) keys(n + 1);
+      const int s = stage<Shape>(n);
+      m.wait(Shape::free_values(s), free_parity<Shape>(n));
+      m.expect(Shape::full_values(s), Shape::kTileBytes);
+      load(kValues, Shape::values(s), Shape::kKeys, value, Shape::full_values(s));
+      value.row += Shape::kKeys;
+    }
+    parity ^= 1;
   }
 }
 
 // Keys that every row of a consumer sees.
-FASTATTN_HD Range common_keys(const FastattnForward& f, const Work& work, int group) {
-  const int first = work.first + group * kGroupRows;
-  return {visible_keys(f, first + kGroupRows - 1).begin, visible_keys(f, first).end};
+FASTATTN_HD Range common_keys(const Plan& plan, const Work& work, int group) {
+  const int first = work.first + group * plan.rows;
+  return {visible_keys(plan.f, work.extent, first + plan.rows - 1).begin,
+          visible_keys(plan.f, work.extent, first).end};
 }
 
 // Scores to the power of 2: what they are multiplied with, and under a cap, what with before tanh.
@@ -183,12 +194,11 @@ FASTATTN_DEVICE void hand_over(Machine& m) {
 
 template <class Shape, class Machine>
 FASTATTN_DEVICE void start_rows(Machine& m, const Plan& plan, const Work& work, int group) {
-  const FastattnForward& f = plan.f;
   m.each([&](auto& t) {
     FASTATTN_UNROLL for (int i = 0; i < Shape::kDim / 2; ++i) t.o[i] = 0.0f;
     FASTATTN_UNROLL for (int r = 0; r < 2; ++r) {
-      const int row = work.first + group * kGroupRows + fragment_row(t.index, 2 * r);
-      const Range visible = visible_keys(f, row);
+      const int row = work.first + group * plan.rows + fragment_row(t.index, 2 * r) / plan.heads;
+      const Range visible = visible_keys(plan.f, work.extent, row);
       t.begin[r] = visible.begin;
       t.seen[r] = visible.end > visible.begin ? visible.end - visible.begin : 0;
       t.maximum[r] = -kInfinity;
@@ -203,20 +213,23 @@ FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work,
   const FastattnForward& f = plan.f;
   m.quad_sum();
   m.sync(kStaging + group, kGroupThreads);  // all warps of the group have multiplied with its queries
-  const float sink = f.sinks == nullptr ? -kInfinity : f.sinks[work.head] * kLog2e;
+  const Extent& extent = work.extent;
+  const int batch = packed(f) ? 0 : work.entry;
   m.each([&](auto& t) {
     FASTATTN_UNROLL for (int r = 0; r < 2; ++r) {
-      const int own = group * kGroupRows + fragment_row(t.index, 2 * r), row = work.first + own;
+      const int own = fragment_row(t.index, 2 * r), inside = own / plan.heads;
+      const int row = work.first + group * plan.rows + inside, head = work.head + own - inside * plan.heads;
+      const float sink = f.sinks == nullptr ? -kInfinity : f.sinks[head] * kLog2e;
       const float maximum = t.maximum[r] * scale, top = fmaxf(maximum, sink), base = top == -kInfinity ? 0.0f : top;
       const float share = m.exp2(maximum - base), total = t.sum[r] * share + m.exp2(sink - base);
       const float inverse = total == 0.0f ? 0.0f : share / total;  // nothing allowed: output 0
       FASTATTN_UNROLL for (int i = 0; i < Shape::kDim / 8; ++i) {
-        m.put(m.shared() + Shape::queries() + tile_offset(Shape::kRows, own, i) + t.index % 4 * 4,
+        m.put(m.shared() + Shape::queries() + tile_offset(Shape::kRows, group * kGroupRows + own, i) + t.index % 4 * 4,
               m.pack(t.o[4 * i + 2 * r] * inverse, t.o[4 * i + 2 * r + 1] * inverse));
       }
-      if (t.index % 4 == 0 && row < f.q_len) {
-        const int64_t line = int64_t(work.batch) * f.q_heads + work.head;
-        f.lse[line * f.q_len + row] = (top + m.log2(total)) * 0.6931471805599453f;
+      if (t.index % 4 == 0 && inside < plan.rows && row < extent.q_len) {
+        const int64_t line = int64_t(batch) * f.q_heads + head;
+        f.lse[line * f.q_len + extent.q_start + row] = (top + m.log2(total)) * 0.6931471805599453f;
       }
     }
   });
@@ -224,8 +237,9 @@ FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work,
   m.sync(kStaging + group, kGroupThreads);
   m.elected([&] {
     const uint32_t own = m.shared() + Shape::queries() + group * panel_bytes(kGroupRows);
+    const Place place = place_of(plan, kOut, work, extent, work.first + group * plan.rows);
     for (int panel = 0; panel < Shape::kPanels; ++panel) {
-      m.store(own + panel * panel_bytes(Shape::kRows), panel * 64, work.first + group * kGroupRows, work);
+      m.store(own + panel * panel_bytes(Shape::kRows), panel * 64, place);
     }
     m.stored();
     m.arrive(Shape::kFreeQueries);
@@ -255,9 +269,10 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
 
   if (group == Shape::kConsumers - 1) m.signal(kTurn, 2 * kGroupThreads);  // the first turn is the first group's
   int n = 0, parity = 0;
-  for (int index = m.block(); index < plan.works; index += m.blocks(), parity ^= 1) {
+  for (int index = m.block(); index < plan.works; index += m.blocks()) {
     const Work work = work_at<Shape>(plan, index);
-    const Range common = common_keys(plan.f, work, group);
+    if (work.empty()) continue;
+    const Range common = common_keys(plan, work, group);
     start_rows<Shape>(m, plan, work, group);
     m.wait(Shape::kFullQueries, parity);
     if (work.tiles > 0) {
@@ -287,7 +302,8 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
       m.release(Shape::free_values(stage<Shape>(n)));
       ++n;
     }
-    finish_rows<Shape>(m, plan, work, group, scales.scale);
+    finish_rows<Shape>(m, plan, work_at<Shape>(plan, m.again(index)), group, scales.scale);
+    parity ^= 1;
   }
 }
 

@@ -18,7 +18,7 @@
 extern "C" {
 
 // Counts changes of what is declared here.
-#define FASTATTN_ABI 2
+#define FASTATTN_ABI 3
 
 enum FastattnDtype { FASTATTN_FLOAT16 = 0, FASTATTN_BFLOAT16 = 1 };
 
@@ -27,13 +27,21 @@ enum FastattnStatus { FASTATTN_OK = 0, FASTATTN_BAD_ARGUMENT = 1, FASTATTN_CUDA_
 // A side of the window that forbids nothing; sides are at most 2^30 in size else.
 #define FASTATTN_OPEN (INT64_C(1) << 40)
 
+// An offset of packed sequences: the last query of each stands at its last key.
+#define FASTATTN_ENDS (INT64_C(1) << 40)
+
 // Strides in elements, of batch entry, head and row; elements of a row are adjacent. Query row i sees the keys from
 // i + q_offset - left to i + q_offset + right.
+//
+// Packed sequences lie one after the other in q, k and v with B = 1. `batch` is then how many there are, and Lq and Lk
+// are all the rows; sequence s has the query rows from q_starts[s], before q_starts[s + 1], likewise keys, and of those
+// the first k_used[s], if that is not null.
 struct FastattnForward {
   const void *q, *k, *v;  // (B, Hq, Lq, D), (B, Hk, Lk, D), (B, Hk, Lk, D)
   void* out;              // (B, Hq, Lq, D)
   float* lse;             // (B, Hq, Lq), contiguous
   const float* sinks;     // (Hq,), contiguous, or null: one more logit in each row's softmax, with no value
+  const int32_t *q_starts, *k_starts, *k_used;  // (batch + 1,), (batch + 1,), (batch,), contiguous, or null
   void* stream;           // cudaStream_t
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
   int64_t q_offset, left, right;
@@ -52,7 +60,11 @@ int fastattn_attention_forward(const FastattnForward* arguments);
 
 namespace fastattn {
 
-int launch(const FastattnForward& f, int32_t works);  // of block_rows(head_dim) query rows of a head each
+int launch(const FastattnForward& f);
+
+// of schedule.cuh
+inline int heads_of_tile(const FastattnForward& f);
+inline int64_t count_works(const FastattnForward& f, int heads);
 
 static thread_local char error_text[256] = "";
 
@@ -105,7 +117,11 @@ int fastattn_attention_forward(const FastattnForward* arguments) {
   if (!(f.softcap >= 0.0f && f.softcap <= 3e38f)) {
     return fail(FASTATTN_BAD_ARGUMENT, "softcap: expected a finite number, 0 for none, got %g", f.softcap);
   }
-  if (f.q_offset < -longest || f.q_offset > longest) {
+  if ((f.q_starts == nullptr) != (f.k_starts == nullptr) || (f.k_used != nullptr && f.k_starts == nullptr)) {
+    return fail(FASTATTN_BAD_ARGUMENT, "q_starts, k_starts, k_used: expected the first two or none, or all three");
+  }
+  const bool ends = f.q_starts != nullptr && f.q_offset == FASTATTN_ENDS;
+  if (!ends && (f.q_offset < -longest || f.q_offset > longest)) {
     return fail(FASTATTN_BAD_ARGUMENT, "q_offset: expected at most 2^30 in size, got %lld", (long long)f.q_offset);
   }
   for (const int64_t side : {f.left, f.right}) {
@@ -114,17 +130,15 @@ int fastattn_attention_forward(const FastattnForward* arguments) {
                   (long long)f.left, (long long)f.right);
     }
   }
-  const int rows = fastattn::block_rows(f.head_dim);
-  const int64_t blocks = (int64_t(f.q_len) + rows - 1) / rows * f.batch * f.q_heads;
-  if (blocks == 0) return FASTATTN_OK;
-  if (blocks > INT32_MAX) {
-    return fail(FASTATTN_BAD_ARGUMENT, "expected at most 2^31 - 1 blocks of %d rows, got %lld", rows,
-                (long long)blocks);
+  const int64_t works = fastattn::count_works(f, fastattn::heads_of_tile(f));
+  if (works == 0) return FASTATTN_OK;
+  if (works > INT32_MAX) {
+    return fail(FASTATTN_BAD_ARGUMENT, "expected at most 2^31 - 1 works of a block, got %lld", (long long)works);
   }
   if (!fastattn::fits(f.q, f.q_stride, f.q_len) || !fastattn::fits(f.k, f.k_stride, f.kv_len) ||
       !fastattn::fits(f.v, f.v_stride, f.kv_len) || !fastattn::fits(f.out, f.out_stride, f.q_len)) {
     return fail(FASTATTN_BAD_ARGUMENT,
                 "q, k, v, out: expected rows apart from one another at multiples of 16 bytes, below 2^40 bytes");
   }
-  return fastattn::launch(f, int32_t(blocks));
+  return fastattn::launch(f);
 }

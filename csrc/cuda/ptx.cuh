@@ -59,16 +59,17 @@ __device__ __forceinline__ void setmaxnreg() {
   else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
 }
 
-// "cp.async.bulk.tensor": a box between global and shared memory. Coordinates: element, row, head, batch entry.
+// "cp.async.bulk.tensor": a box between global and shared memory. Coordinates: element, head of the tile of heads (a box
+// has all of them), row, tile of heads, batch entry.
 __device__ __forceinline__ void tma_load(uint32_t to, const void* map, int column, int row, int head, int batch,
                                          uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, 0, %3, %4, %5}], [%6];"
       ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier)
       : "memory");
 }
 __device__ __forceinline__ void tma_store(uint32_t from, const void* map, int column, int row, int head, int batch) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(map),
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%1, 0, %2, %3, %4}], [%5];" ::"l"(map),
                "r"(column), "r"(row), "r"(head), "r"(batch), "r"(from)
                : "memory");
 }

@@ -1,4 +1,4 @@
-// Which rows a block computes, in what order, and which keys they see.
+// Which rows a block computes, in what order, which keys they see, and what TMA is told of them.
 #pragma once
 
 #include "interface.cuh"
@@ -8,11 +8,19 @@ namespace fastattn {
 
 enum Operand { kQueries, kKeys, kValues, kOut, kOperands };
 
-// A call and what the host derived from it. A work is a block's query rows of one head of one batch entry.
+FASTATTN_HD constexpr bool of_query(Operand operand) { return operand == kQueries || operand == kOut; }
+
+// A call and what the host derived from it. A work is a block's rows of one tile of heads of one batch entry.
+//
+// The 64 rows of a consumer are `rows` query rows of `heads` heads, which share a key head: row i of head h is its row
+// i * heads + h. Where that makes fewer than 64, the last ones are nobody's.
 struct Plan {
   FastattnForward f;
+  int32_t heads, rows;
+  int32_t group, head_tiles, pairs;  // query heads that share a key head; tiles of heads; of all batch entries
+  int32_t row_tiles;                 // works of a pair: with packed sequences of all that it has
   int32_t works;
-  int32_t section;  // heads, of all batch entries, whose keys and values stay in the L2 cache together
+  int32_t section;  // tiles of heads, of all batch entries, whose keys and values stay in the L2 cache together
   int32_t apart[kOperands][2];  // 0 where all heads, or all batch entries, of an operand are one (stride 0), else 1
 };
 
@@ -21,29 +29,67 @@ struct Range {
   int begin, end;
 };
 
+// A batch entry, or a packed sequence and where it begins.
+struct Extent {
+  int q_start, q_len, k_start, kv_len;
+  int64_t q_offset;
+};
+
 FASTATTN_HD constexpr int clamp(int64_t position, int length) {
   return int(position < 0 ? 0 : position < length ? position : length);
 }
 
+FASTATTN_HD constexpr bool packed(const FastattnForward& f) { return f.q_starts != nullptr; }
+
+// Starts that do not rise, which the host cannot see, make it empty.
+FASTATTN_HD constexpr Extent extent_of(const FastattnForward& f, int entry) {
+  if (!packed(f)) return {0, f.q_len, 0, f.kv_len, f.q_offset};
+  const int q_start = clamp(f.q_starts[entry], f.q_len), q_len = clamp(f.q_starts[entry + 1], f.q_len) - q_start;
+  const int k_start = clamp(f.k_starts[entry], f.kv_len), room = clamp(f.k_starts[entry + 1], f.kv_len) - k_start;
+  const int kv_len = f.k_used == nullptr ? room : clamp(f.k_used[entry], room);
+  return {q_start, q_len, k_start, kv_len, f.q_offset == FASTATTN_ENDS ? kv_len - q_len : f.q_offset};
+}
+
 // What a query row sees.
-FASTATTN_HD constexpr Range visible_keys(const FastattnForward& f, int row) {
-  return {clamp(row + f.q_offset - f.left, f.kv_len), clamp(row + f.q_offset + f.right + 1, f.kv_len)};
+FASTATTN_HD constexpr Range visible_keys(const FastattnForward& f, const Extent& e, int row) {
+  return {clamp(row + e.q_offset - f.left, e.kv_len), clamp(row + e.q_offset + f.right + 1, e.kv_len)};
 }
 
 FASTATTN_HD constexpr int divide_up(int length, int size) { return (length + size - 1) / size; }
 
-// Tiles of keys that some row of the block from row `first` sees.
+// Tiles of keys that one of `rows` query rows from `first` sees.
 template <class Shape>
-FASTATTN_HD constexpr Range key_tiles(const FastattnForward& f, int first) {
-  const int last = first + Shape::kRows < f.q_len ? first + Shape::kRows - 1 : f.q_len - 1;
-  return {visible_keys(f, first).begin / Shape::kKeys, divide_up(visible_keys(f, last).end, Shape::kKeys)};
+FASTATTN_HD constexpr Range key_tiles(const FastattnForward& f, const Extent& e, int first, int rows) {
+  const int last = first + rows < e.q_len ? first + rows - 1 : e.q_len - 1;
+  return {visible_keys(f, e, first).begin / Shape::kKeys, divide_up(visible_keys(f, e, last).end, Shape::kKeys)};
 }
 
 struct Work {
-  int batch, head, kv_head;
-  int first;            // query row
+  int entry;  // batch entry or sequence
+  Extent extent;
+  int head, kv_head;     // the first head of its tile
+  int first;             // query row; past the last one if there is nothing to do
   int first_key, tiles;  // tiles of keys, and where the first of them begins
+
+  FASTATTN_HD bool empty() const { return first >= extent.q_len; }
 };
+
+// The tile of rows from which packed sequence s may have its own: as many tiles as its rows can need follow before that
+// of the next one, so that no sum over the sequences is needed.
+FASTATTN_HD constexpr int first_tile(const FastattnForward& f, int sequence, int rows) {
+  return clamp(f.q_starts[sequence], f.q_len) / rows + sequence;
+}
+
+// The sequence that has a tile of rows: the last one that begins no later.
+FASTATTN_HD constexpr int sequence_of(const FastattnForward& f, int tile, int rows) {
+  int sequence = 0, after = f.batch;
+  while (after - sequence > 1) {
+    const int middle = sequence + (after - sequence) / 2;
+    if (first_tile(f, middle, rows) <= tile) sequence = middle;
+    else after = middle;
+  }
+  return sequence;
+}
 
 // Works in the order in which blocks take them: block b has b, b + blocks, b + 2 blocks, ...
 //
@@ -52,68 +98,116 @@ struct Work {
 template <class Shape>
 FASTATTN_HD Work work_at(const Plan& plan, int index) {
   const FastattnForward& f = plan.f;
-  const int row_tiles = divide_up(f.q_len, Shape::kRows), pairs = f.batch * f.q_heads;
-  const int start = index / (plan.section * row_tiles) * plan.section;
-  const int heads = start + plan.section < pairs ? plan.section : pairs - start;
-  const int inside = index - start * row_tiles;
+  const int start = index / (plan.section * plan.row_tiles) * plan.section;
+  const int heads = start + plan.section < plan.pairs ? plan.section : plan.pairs - start;
+  const int inside = index - start * plan.row_tiles, rows = Shape::kConsumers * plan.rows;
   const int pair = start + inside % heads;
+  int tile = plan.row_tiles - 1 - inside / heads;
   Work work;
-  work.batch = pair / f.q_heads;
-  work.head = pair % f.q_heads;
-  work.kv_head = work.head / (f.q_heads / f.kv_heads);
-  work.first = (row_tiles - 1 - inside / heads) * Shape::kRows;
-  const Range tiles = key_tiles<Shape>(f, work.first);
+  work.entry = pair / plan.head_tiles;
+  work.head = pair % plan.head_tiles * plan.heads;
+  work.kv_head = work.head / plan.group;
+  if (packed(f)) {
+    work.entry = sequence_of(f, tile, rows);
+    tile -= first_tile(f, work.entry, rows);
+  }
+  work.extent = extent_of(f, work.entry);
+  work.first = tile * rows;
+  const Range tiles = key_tiles<Shape>(f, work.extent, work.first, rows);
   work.first_key = tiles.begin * Shape::kKeys;
   work.tiles = tiles.end > tiles.begin ? tiles.end - tiles.begin : 0;
   return work;
 }
 
-// Head and batch entry of an operand's box.
+// Where a box begins, as TMA counts (operand_map): row, head or tile of heads, batch entry.
 struct Place {
-  int head, batch;
+  int row, head, batch;
 };
-FASTATTN_HD Place place_of(const Plan& plan, Operand operand, const Work& work) {
-  const bool of_query = operand == kQueries || operand == kOut;
-  return {(of_query ? work.head : work.kv_head) * plan.apart[operand][0], work.batch * plan.apart[operand][1]};
+FASTATTN_HD Place place_of(const Plan& plan, Operand operand, const Work& work, const Extent& e, int row) {
+  const FastattnForward& f = plan.f;
+  const bool query = of_query(operand);
+  const int head = (query ? work.head / plan.heads : work.kv_head) * plan.apart[operand][0];
+  if (!packed(f)) return {row, head, work.entry * plan.apart[operand][1]};
+  const int length = query ? e.q_len : e.kv_len;
+  return {(query ? f.q_len : f.kv_len) - length + row, head, (query ? e.q_start : e.k_start) + length};
 }
 
-// The heads whose keys and values fit into most of an H100's L2 cache of 50 MB; whole groups of heads.
+// The query heads whose keys and values fit into most of an H100's L2 cache of 50 MB; whole groups of heads.
 inline int section_heads(const FastattnForward& f) {
   constexpr int64_t cache = 32 << 20;
   const int64_t bytes = 4 * int64_t(f.kv_len > 0 ? f.kv_len : 1) * f.head_dim;
-  const int64_t group = f.q_heads / f.kv_heads, pairs = int64_t(f.batch) * f.q_heads;
+  const int64_t group = f.q_heads / f.kv_heads, pairs = int64_t(packed(f) ? 1 : f.batch) * f.q_heads;
   const int64_t heads = (cache / bytes > 0 ? cache / bytes : 1) * group;
   return int(heads < pairs ? heads : pairs);
 }
 
-// What TMA is told of an operand: (D, rows, heads, batch), sizes and strides, and the rows of a box.
+// What TMA is told of an operand: (D, heads of a tile, rows, tiles of heads, batch entries), sizes and strides, and the
+// heads and rows of a box.
+//
+// A box of packed sequences must end with its sequence, as one of a batch entry ends with the tensor: nothing else is
+// read or written. So there is an entry for every row at which a sequence can end, each with all the rows before that
+// one, and row i of a sequence of n is row N - n + i of N in the entry of its end. The entries overlap: that of end 0
+// begins N rows before the tensor, where nothing is ever asked for.
 struct OperandMap {
   const void* base;
-  int64_t size[4];
-  int64_t stride[3];  // bytes, of row, head and batch entry
-  int box_rows;
+  int64_t size[5];
+  int64_t stride[4];  // bytes, of all but the elements of a row
+  int box_heads, box_rows;
 };
 
 template <class Shape>
 OperandMap operand_map(const Plan& plan, Operand operand) {
   const FastattnForward& f = plan.f;
-  const bool of_query = operand == kQueries || operand == kOut;
-  const void* const base[] = {f.q, f.k, f.v, f.out};
+  const bool query = of_query(operand);
+  const void* const bases[] = {f.q, f.k, f.v, f.out};
   const int64_t* const strides[] = {f.q_stride, f.k_stride, f.v_stride, f.out_stride};
   const int64_t* stride = strides[operand];
-  const int64_t sizes[] = {of_query ? f.q_len : f.kv_len, of_query ? f.q_heads : f.kv_heads, f.batch};
-  OperandMap map = {base[operand], {Shape::kDim}, {}, 0};
-  for (int i = 0; i < 3; ++i) {  // a stride says nothing where there is one place only, and TMA takes none of 0
-    const bool one = i > 0 && plan.apart[operand][i - 1] == 0;
-    map.size[i + 1] = one ? 1 : sizes[i];
-    map.stride[i] = map.size[i + 1] <= 1 ? 2 * Shape::kDim : 2 * stride[2 - i];
+  const int heads = query ? plan.heads : 1;
+  const int64_t rows = query ? f.q_len : f.kv_len, tiles = (query ? f.q_heads : f.kv_heads) / heads;
+  OperandMap map = {bases[operand], {Shape::kDim, heads, rows, tiles, f.batch}, {}, heads, 0};
+  map.box_rows = query ? plan.rows : Shape::kKeys;
+  for (int i = 0; i < 2; ++i) {
+    if (plan.apart[operand][i] == 0) map.size[3 + i] = 1;
   }
-  map.box_rows = operand == kQueries ? Shape::kRows : operand == kOut ? kGroupRows : Shape::kKeys;
+  const int64_t all[] = {stride[1], stride[2], stride[1] * heads, stride[0]};
+  for (int i = 0; i < 4; ++i) {  // a stride says nothing where there is one place only, and TMA takes none of 0
+    map.stride[i] = map.size[i + 1] <= 1 ? 2 * Shape::kDim : 2 * all[i];
+  }
+  if (packed(f)) {
+    map.size[4] = rows + 1;
+    map.stride[3] = map.stride[1];
+    map.base = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(map.base) - uintptr_t(rows * map.stride[1]));
+  }
   return map;
 }
 
-inline Plan make_plan(const FastattnForward& f, int32_t works) {
-  Plan plan = {f, works, section_heads(f), {}};
+// Works, if a tile has so many heads; 0 where there is no query.
+inline int64_t count_works(const FastattnForward& f, int heads) {
+  if (f.q_len == 0 || f.batch == 0) return 0;
+  const int64_t rows = block_rows(f.head_dim) / kGroupRows * (kGroupRows / heads);
+  const int64_t tiles = packed(f) ? f.q_len / rows + f.batch : (f.q_len + rows - 1) / rows * f.batch;
+  return tiles * (f.q_heads / heads);
+}
+
+// All heads that share a key head where that makes fewer works, as it does for short or packed sequences, else 1. A box
+// of several heads needs a stride from one to the next.
+inline int heads_of_tile(const FastattnForward& f) {
+  const int group = f.q_heads / f.kv_heads;
+  const bool possible = group <= kGroupRows && f.q_stride[1] != 0 && f.out_stride[1] != 0;
+  return possible && count_works(f, group) < count_works(f, 1) ? group : 1;
+}
+
+inline Plan make_plan(const FastattnForward& f) {
+  Plan plan = {};
+  plan.f = f;
+  plan.heads = heads_of_tile(f);
+  plan.rows = kGroupRows / plan.heads;
+  plan.group = f.q_heads / f.kv_heads;
+  plan.head_tiles = f.q_heads / plan.heads;
+  plan.pairs = (packed(f) ? 1 : f.batch) * plan.head_tiles;
+  plan.works = int32_t(count_works(f, plan.heads));
+  plan.row_tiles = plan.works / plan.pairs;
+  plan.section = section_heads(f) / plan.heads;
   const int64_t* const strides[] = {f.q_stride, f.k_stride, f.v_stride, f.out_stride};
   for (int operand = 0; operand < kOperands; ++operand) {
     for (int i = 0; i < 2; ++i) plan.apart[operand][i] = strides[operand][1 - i] != 0;

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fastattn.spec import AttentionSpec, CacheSpec, Operands, Options
 
-ABI = 2
+ABI = 3
 HEAD_DIMS = (64, 128, 256)
 PROVEN: dict[tuple[str, int, bool], str] = {}
 """(dtype, head dim, causal) -> digest of the sources whose kernel has passed parity on a GPU there, recorded in
@@ -31,13 +31,19 @@ _DTYPES = {"float16": 0, "bfloat16": 1}
 _BAD_ARGUMENT = 1
 _OPEN = 1 << 40
 """a side of the window that forbids nothing"""
+_ENDS = 1 << 40
+"""an offset of packed sequences: the last query of each stands at its last key"""
+
+
+_PACKED = ("q_starts", "k_starts", "k_used")
 
 
 class Forward(ctypes.Structure):
     """`FastattnForward` of csrc/cuda/interface.cuh."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "sinks", "stream")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "sinks")),
+        *((name, ctypes.c_void_p) for name in (*_PACKED, "stream")),
         *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out")),
         *((name, ctypes.c_int64) for name in ("q_offset", "left", "right")),
         *((name, ctypes.c_int32) for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim")),
@@ -93,7 +99,8 @@ def problem() -> str | None:
 
 def unasked(spec: AttentionSpec) -> bool:
     """Whether this backend may serve ``spec`` without being asked for: its parity on a GPU is on record."""
-    plain = spec.left is None and spec.right in (None, 0) and spec.softcap is None and spec.sinks is None
+    extras = (spec.left, spec.softcap, spec.sinks, spec.cu_seqlens_q)
+    plain = spec.right in (None, 0) and all(x is None for x in extras)
     if not PROVEN or not plain:
         return False
     digest = PROVEN.get((str(spec.q.dtype).removeprefix("torch."), spec.q.shape[3], spec.causal))
@@ -128,7 +135,6 @@ def reasons(spec: AttentionSpec) -> list[str]:
     if head_dim not in HEAD_DIMS or v.shape[3] != head_dim:
         reasons.append(f"head dims 64, 128 and 256, the same for v, got D = {head_dim}, Dv = {v.shape[3]}")
     absent = {
-        "packed sequences": spec.cu_seqlens_q is not None,
         "mask": spec.mask is not None,
         "block masks": spec.block_mask is not None,
         "bias": spec.bias is not None,
@@ -173,7 +179,7 @@ def forward(
     """Fill ``out`` (B, Hq, Lq, D) and ``lse`` (B, Hq, Lq, float32) for q (B, Hq, Lq, D) and k, v (B, Hk, Lk, D).
 
     ``statistics`` is left as it is, since there is no backward pass; `reasons` lets no call through that has
-    ``operands`` but sinks, or dropout.
+    ``operands`` but sinks and packed sequences, or dropout. Of these, rows of no sequence are left as they are.
 
     Raises:
         ValueError: a tensor does not start at a multiple of 16 bytes, or the library refuses an argument.
@@ -182,13 +188,18 @@ def forward(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.data_ptr() % 16:
             raise ValueError(f"{name}: expected to start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
-    sinks = None if operands.sinks is None else operands.sinks.float().contiguous()  # held until the kernel is queued
+    given = (operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k)
+    # Held until the kernel is queued.
+    small = {name: None if x is None else x.int() for name, x in zip(_PACKED, given, strict=True)}
+    small["sinks"] = None if operands.sinks is None else operands.sinks.float().contiguous()
+    sequences = q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1
     arguments = Forward(
         **{name: t.data_ptr() for name, t in (("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse))},
         **{f"{name}_stride": _strides(t) for name, t in (("q", q), ("k", k), ("v", v), ("out", out))},
-        sinks=None if sinks is None else sinks.data_ptr(), q_offset=options.q_offset,
+        **{name: None if x is None else x.data_ptr() for name, x in small.items()},
+        q_offset=_ENDS if options.q_offset is None else options.q_offset,
         left=_OPEN if options.left is None else options.left, right=_OPEN if options.right is None else options.right,
-        batch=q.shape[0], q_heads=q.shape[1], kv_heads=k.shape[1],
+        batch=sequences, q_heads=q.shape[1], kv_heads=k.shape[1],
         q_len=q.shape[2], kv_len=k.shape[2], head_dim=q.shape[3], dtype=_DTYPES[str(q.dtype).removeprefix("torch.")],
         device=q.device.index or 0, scale=options.scale, softcap=options.softcap or 0.0,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from fastattn.backends import cuda
 from fastattn.spec import make_spec
 from tests.support import cuda_model
 from tests.support.attention_cases import DTYPE_NAMES, make_qkv, relayout
-from tests.support.cuda_calls import CASES, DTYPES, KEYS, check_forward
+from tests.support.cuda_calls import CASES, DTYPES, KEYS, check_forward, make_inputs
 
 pytestmark = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler is installed"
@@ -156,6 +156,47 @@ def test_works(layout, section):
         assert [first for *_, first, _ in part] == [row for row in (256, 128, 0) for _ in range(heads)]
 
 
+def test_works_of_packed_sequences(layout):
+    """Each row of each sequence is in one work of each head, or of each group of heads, and in no other."""
+    lengths, kv_lengths = [130, 0, 1, 128, 0, 40], [9, 5, 0, 300, 0, 1]
+    starts, k_starts = ((ctypes.c_int32 * 7)(0, *itertools.accumulate(x)) for x in (lengths, kv_lengths))
+    pointers = {name: ctypes.addressof(x) for name, x in (("q_starts", starts), ("k_starts", k_starts))}
+    sizes = {"batch": 6, "q_heads": 6, "kv_heads": 2, "q_len": starts[6] + 3, "kv_len": k_starts[6], "head_dim": 128}
+    for together in (False, True):
+        strides = {"q_stride": (0, 128, 768), "out_stride": (0, 128, 768)} if together else {}
+        problem = cuda.Forward(**pointers, **sizes, **strides, left=cuda._OPEN, right=cuda._OPEN, q_offset=cuda._ENDS)
+        heads, work = (3, 63) if together else (1, 128), (ctypes.c_int * 5)()
+        rows = heads[1] // heads[0] * 2 if together else 128
+        found = []
+        count = layout.schedule_work(ctypes.byref(problem), 0, 0, work)
+        for index in range(count):
+            layout.schedule_work(ctypes.byref(problem), 0, index, work)
+            sequence, head, kv_head, first, tiles = work
+            if first < 0:
+                continue
+            found.append((sequence, head, first))
+            assert (kv_head, tiles) == (head // 3, -(-kv_lengths[sequence] // 128))
+        assert layout.schedule_heads_of_tile(ctypes.byref(problem)) == heads[0]
+        expected = [(s, h, f) for s, n in enumerate(lengths) for h in range(0, 6, heads[0]) for f in range(0, n, rows)]
+        assert sorted(found) == expected
+        assert count <= len(expected) + 6 * 6 // heads[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "together"),
+    [((1, 8, 2, 64), 4), ((1, 32, 1, 64), 32), ((16, 8, 2, 64), 4), ((4096, 8, 2, 128), 1), ((130, 8, 2, 128), 4),
+     ((128, 7, 1, 128), 1), ((40, 7, 1, 128), 7), ((1, 130, 1, 128), 1), ((1, 8, 8, 128), 1)],
+)  # fmt: skip
+def test_heads_of_one_tile(layout, sizes, together):
+    """All that share a key head where that makes fewer works."""
+    q_len, q_heads, kv_heads, dim = sizes
+    strides = {"q_stride": (0, dim, dim * q_heads), "out_stride": (0, dim, dim * q_heads)}
+    shape = {"batch": 2, "q_len": q_len, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": dim}
+    assert layout.schedule_heads_of_tile(ctypes.byref(cuda.Forward(**shape, **strides))) == together
+    strides["q_stride"] = (0, 0, dim)
+    assert layout.schedule_heads_of_tile(ctypes.byref(cuda.Forward(**shape, **strides))) == 1
+
+
 @pytest.mark.parametrize(
     ("sizes", "heads"),
     [((2, 8, 2, 1000), 16), ((1, 8, 8, 1 << 15), 4), ((4, 16, 2, 1 << 18), 8), ((4, 16, 2, 0), 64)],
@@ -176,7 +217,8 @@ def test_a_section_fits_into_the_cache(layout, sizes, heads):
 def test_results(model, name, dtype, dim):
     lengths, shapes, options = CASES[name]
     model.settings(seed=dim)
-    check_forward(*make_qkv("cpu", lengths, dims=(dim, dim), dtype=dtype, **shapes), **options)
+    qkv, bounds = make_inputs("cpu", lengths, dim=dim, dtype=dtype, **shapes)
+    check_forward(*qkv, **bounds, **options)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 7, 100])
@@ -211,6 +253,36 @@ def test_extremes(model):
     assert out[0, 0, 3].isnan().all() and out[0, 0, :3].isfinite().all() and out[0, 1].isfinite().all()
 
 
+def test_what_is_beside_a_sequence_stays_out(model):
+    """NaN in all of one sequence reaches nothing of the others, and no row is written but by its own."""
+    qkv, bounds = make_inputs("cpu", ([70, 40, 20], [150, 90, 33]), dim=64, heads=(2, 1))
+    clean = check_forward(*qkv, **bounds, causal=True)
+    for x, rows in zip(qkv, (slice(70, 110), slice(150, 240), slice(150, 240)), strict=True):
+        x[:, :, rows] = torch.nan
+    out, lse = ops.attention(make_spec(*qkv, **bounds, causal=True, return_lse=True), "cuda")
+    assert out[:, :, 70:110].isnan().all() and lse[:, :, 70:110].isnan().all()
+    others = [*range(70), *range(110, 130)]
+    assert torch.equal(out[:, :, others], clean[:, :, others])
+    assert (out[:, :, 130:] == 0).all() and (lse[:, :, 130:] == -torch.inf).all()
+
+
+FLAWED = ("packed, not all keys", "packed", "grouped heads", "grouped heads, seven")
+"""by number of the mistake in what TMA is told: a case that it spoils"""
+
+
+def test_results_show_mistakes_in_boxes(model):
+    """A box that runs on past its sequence, in or out; heads of a group in another order, or one of them for all."""
+    assert len(FLAWED) == len(model.flaws())
+    for number, name in zip(model.flaws(), FLAWED, strict=True):
+        lengths, shapes, options = CASES[name]
+        qkv, bounds = make_inputs("cpu", lengths, dim=64, **shapes)
+        model.settings()
+        check_forward(*qkv, **bounds, **options)
+        model.flaw(number)
+        with pytest.raises(AssertionError):
+            check_forward(*qkv, **bounds, **options)
+
+
 # The binding
 
 
@@ -235,7 +307,10 @@ def forward_arguments(**changes):
         ({"softcap": float("inf")}, "softcap: expected a finite number, 0 for none, got inf"),
         ({"left": (1 << 30) + 1}, "left, right: expected at most 2^30 in size, or 2^40, got 1073741825, 0"),
         ({"q_offset": 1 << 31}, "q_offset: expected at most 2^30 in size, got 2147483648"),
-        ({"q_len": 1 << 30, "batch": 1 << 20}, "at most 2^31 - 1 blocks"),
+        ({"q_starts": 8}, "q_starts, k_starts, k_used: expected the first two or none, or all three"),
+        ({"k_used": 8}, "q_starts, k_starts, k_used: expected the first two or none, or all three"),
+        ({"q_offset": cuda._ENDS}, "q_offset: expected at most 2^30 in size, got 1099511627776"),
+        ({"q_len": 1 << 30, "batch": 1 << 20}, "at most 2^31 - 1 works of a block"),
         ({"q_len": 1, "q": 8}, "q, k, v, out: expected rows apart from one another at multiples of 16 bytes"),
         ({"q_len": 1, "k_stride": (0, 0, 4)}, "at multiples of 16 bytes"),
         ({"q_len": 1, "out_stride": (0, 0, 4)}, "at multiples of 16 bytes"),

@@ -1,11 +1,13 @@
 """Calls of the CUDA C++ kernel, and the comparison with the specification: for its model and for a GPU."""
 
+import itertools
+
 import torch
 
 from fastattn import ops, reference
 from fastattn.spec import make_spec
 from fastattn.testing import assert_parity
-from tests.support.attention_cases import BFLOAT, HALF
+from tests.support.attention_cases import BFLOAT, HALF, make_qkv
 
 DTYPES = (HALF, BFLOAT)
 KEYS = {64: 128, 128: 128, 256: 64}
@@ -15,7 +17,30 @@ KEYS = {64: 128, 128: 128, 256: 64}
 def specification(spec, dtype):
     q, k, v = (t.detach().to(dtype) for t in (spec.q, spec.k, spec.v))
     sinks = None if spec.sinks is None else spec.sinks.to(dtype)
-    return reference.attention(q, k, v, sinks=sinks, block_mask=[], **spec.options._asdict())
+    packed = {"cu_seqlens_q": spec.cu_seqlens_q, "cu_seqlens_k": spec.cu_seqlens_k, "seqused_k": spec.seqused_k}
+    return reference.attention(q, k, v, sinks=sinks, block_mask=[], **packed, **spec.options._asdict())
+
+
+def make_inputs(device, lengths, *, dim, dtype=HALF, heads=(2, 2), used=None, **shapes):
+    """(q, k, v), and the arguments that go with them.
+
+    Where ``lengths`` are lists they are those of packed sequences, (total, heads, D) in memory, of which ``used`` keys
+    take part. Whatever belongs to no sequence, at the ends too, is NaN.
+    """
+    if isinstance(lengths[0], int):
+        return make_qkv(device, lengths, dims=(dim, dim), dtype=dtype, heads=heads, **shapes), {}
+    starts = [torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in lengths]
+    bounds = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]}
+    if used is not None:
+        bounds["seqused_k"] = torch.tensor(used, device=device)
+    taken = [lengths[0], *2 * [lengths[1] if used is None else used]]
+    made = []
+    for room, own, count in zip((lengths[0], lengths[1], lengths[1]), taken, (heads[0], *2 * heads[1:]), strict=True):
+        x = torch.full((sum(room) + 3, count, dim), torch.nan)
+        for start, rows in zip(itertools.accumulate(room, initial=0), own, strict=False):
+            x[start : start + rows] = torch.randn(rows, count, dim)
+        made.append(x.to(device, dtype).transpose(0, 1)[None])
+    return made, bounds
 
 
 def check_forward(q, k, v, sinks=None, **options):
@@ -33,7 +58,7 @@ def check_forward(q, k, v, sinks=None, **options):
     return out
 
 
-# Name -> lengths, other arguments of make_qkv, arguments of the function. Tails, several tiles, rows that see nothing.
+# Name -> lengths, others of make_inputs, arguments of the function. Tails, several tiles, rows that see nothing.
 CASES = {
     "one tile": ((128, 128), {}, {}),
     "one query": ((1, 300), {}, {"causal": True}),
@@ -46,6 +71,20 @@ CASES = {
     "nothing visible": ((5, 7), {}, {"causal": True, "q_offset": -9}),
     "no keys": ((5, 0), {}, {}),
     "grouped heads": ((66, 140), {"heads": (6, 2), "batch": 2}, {"causal": True}),
+    "grouped heads, one query": ((1, 300), {"heads": (8, 2)}, {"causal": True}),
+    "grouped heads, seven": (
+        (20, 140),
+        {"heads": (7, 1)},
+        {"causal": True, "sinks": (0.5, -3.0, 9.0, 1.0, 2.0, 0.0, -1.0)},
+    ),
+    "grouped heads, as many as rows": ((3, 70), {"heads": (64, 1)}, {"window": (50, 1), "softcap": 3.0}),
+    "packed": (([5, 0, 135, 1, 40], [9, 20, 70, 200, 0]), {}, {"causal": True}),
+    "packed, grouped heads": (
+        ([0, 31, 1, 66, 0], [0, 31, 140, 20, 5]),
+        {"heads": (6, 2)},
+        {"sinks": (1.0, 0, 3.0, -2.0, 0, 5.0)},
+    ),
+    "packed, not all keys": (([30, 3, 17], [150, 0, 64]), {"used": [131, 0, 11]}, {"causal": True, "q_offset": 50}),
     "scale": ((40, 200), {}, {"scale": 1.5}),
     "window": ((200, 400), {}, {"window": (70, 30)}),
     "window, causal": ((300, 300), {"heads": (4, 2)}, {"window": (100, None), "causal": True}),

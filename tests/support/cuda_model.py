@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from fastattn.backends import cuda
-from tests.support.attention_cases import make_qkv
-from tests.support.cuda_calls import check_forward
+from tests.support.cuda_calls import check_forward, make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -78,6 +77,14 @@ class Model:
         """The order of the calls that follow, by chance from ``seed``, and the most blocks that share their works."""
         self.library.emulator_seed(seed)
         self.library.emulator_blocks(blocks)
+        self.library.emulator_flaw(0)
+
+    def flaws(self) -> range:
+        """Mistakes in what TMA is told, which results alone can show; `flaw` makes one, until the next `settings`."""
+        return range(1, self.library.emulator_flaw(0))
+
+    def flaw(self, number: int) -> None:
+        self.library.emulator_flaw(number)
 
     def search(self, mutation: int = -1, limit: int = 1_000_000) -> Outcome:
         """Every order, as far as ``limit`` states go."""
@@ -118,6 +125,8 @@ EXPLORED = {
     "four tiles, then two": ((300, 500), (1, 1), {"causal": True, "q_offset": 0}, 1),
     "a work that sees nothing between others": ((200, 130), (2, 1), {"causal": True, "q_offset": -128}, 1),
     "seven tiles": ((128, 896), (1, 1), {}, 1),
+    "seven heads in one tile": ((30, 150), (7, 1), {}, 1),
+    "packed sequences, one of them without queries": (([70, 0, 9], [20, 50, 140]), (2, 1), {"causal": True}, 1),
 }
 
 
@@ -126,14 +135,15 @@ def call(model: Model, name: str, dim: int) -> None:
     lengths, heads, options, blocks = EXPLORED[name]
     model.settings(blocks=blocks)
     torch.manual_seed(0)
-    check_forward(*make_qkv("cpu", lengths, dims=(dim, dim), heads=heads), **options)
+    qkv, bounds = make_inputs("cpu", lengths, dim=dim, heads=heads)
+    check_forward(*qkv, **bounds, **options)
 
 
 def call_mutated(model: Model, dim: int = MUTATED_DIM) -> None:
     """Run the problem in which mistakes are made: of its first block, two works of four tiles with D = 64 and 128."""
     model.settings(blocks=2)
     torch.manual_seed(0)
-    check_forward(*make_qkv("cpu", (200, 500), dims=(dim, dim), heads=(2, 2)), causal=True)
+    check_forward(*make_inputs("cpu", (200, 500), dim=dim)[0], causal=True)
 
 
 def table(model: Model) -> str:

@@ -14,9 +14,9 @@ static hopper::Program recorded;  // of the last call's first block
 static int query_cells, tile_cells;
 
 template <class S>
-static void run(const FastattnForward& f, int32_t works) {
-  const Plan plan = make_plan(f, works);
-  const int blocks = std::min(works, most_blocks);
+static void run(const FastattnForward& f) {
+  const Plan plan = make_plan(f);
+  const int blocks = std::min(plan.works, most_blocks);
   for (int number = 0; number < blocks; ++number) {
     hopper::Block block(plan, number, blocks, 1 + S::kConsumers, S::kTiles, seed + number);
     std::vector<hopper::Machine<S>> machines;
@@ -48,12 +48,12 @@ static void run(const FastattnForward& f, int32_t works) {
   }
 }
 
-int launch(const FastattnForward& f, int32_t works) {
+int launch(const FastattnForward& f) {
   if (f.device < 0) return fail(FASTATTN_CUDA_ERROR, "CUDA: %s", "invalid device ordinal");
   try {
-    f.head_dim == 64    ? run<Shape<64>>(f, works)
-    : f.head_dim == 128 ? run<Shape<128>>(f, works)
-                        : run<Shape<256>>(f, works);
+    f.head_dim == 64    ? run<Shape<64>>(f)
+    : f.head_dim == 128 ? run<Shape<128>>(f)
+                        : run<Shape<256>>(f);
   } catch (const hopper::Report& report) {
     return fail(FASTATTN_CUDA_ERROR, "model: %s: %s", report.kind.c_str(), report.text.c_str());
   }
@@ -66,6 +66,11 @@ extern "C" {
 
 void emulator_seed(uint64_t seed) { fastattn::seed = seed; }
 void emulator_blocks(int most) { fastattn::most_blocks = most; }
+// Make a mistake in what TMA is told from here on; 0 none. The number of them and of none.
+int emulator_flaw(int flaw) {
+  hopper::flaw = flaw;
+  return hopper::kFlaws;
+}
 
 // Explore the first block of the last call: with mutation `mutation` or, below 0, as it is; up to `limit` states by
 // search, or for a seed of 0 and more one order at random. The kind of report, the states, whether these are all, the
@@ -108,22 +113,29 @@ int layout_operand_row(int t, int j) { return fastattn::operand_row(t, j); }
 int layout_operand_column(int t, int j) { return fastattn::operand_column(t, j); }
 // first and end of what a row sees; of the tiles that a block visits
 void schedule_visible_keys(const FastattnForward* f, int row, int* range) {
-  const fastattn::Range r = fastattn::visible_keys(*f, row);
+  const fastattn::Range r = fastattn::visible_keys(*f, fastattn::extent_of(*f, 0), row);
   range[0] = r.begin, range[1] = r.end;
 }
 void schedule_key_tiles(const FastattnForward* f, int first, int* range) {
-  const fastattn::Range r = f->head_dim == 64    ? fastattn::key_tiles<fastattn::Shape<64>>(*f, first)
-                            : f->head_dim == 128 ? fastattn::key_tiles<fastattn::Shape<128>>(*f, first)
-                                                 : fastattn::key_tiles<fastattn::Shape<256>>(*f, first);
+  using namespace fastattn;
+  const Extent e = extent_of(*f, 0);
+  const int rows = block_rows(f->head_dim);
+  const Range r = f->head_dim == 64    ? key_tiles<Shape<64>>(*f, e, first, rows)
+                  : f->head_dim == 128 ? key_tiles<Shape<128>>(*f, e, first, rows)
+                                       : key_tiles<Shape<256>>(*f, e, first, rows);
   range[0] = r.begin, range[1] = r.end;
 }
 int schedule_section_heads(const FastattnForward* f) { return fastattn::section_heads(*f); }
 int layout_block_rows(int head_dim) { return fastattn::block_rows(head_dim); }
-// (batch entry, head, head of k and v, first row, tiles) of a work at head dim 128, in sections of `section` heads
-void schedule_work(const FastattnForward* f, int section, int index, int* work) {
-  const fastattn::Plan plan = {*f, 0, section, {}};
+int schedule_heads_of_tile(const FastattnForward* f) { return fastattn::heads_of_tile(*f); }
+// (batch entry, head, head of k and v, first row or -1 if it has none, tiles) of a work at head dim 128, in sections of
+// `section` tiles of heads, 0 for the plan's own; the number of works
+int schedule_work(const FastattnForward* f, int section, int index, int* work) {
+  fastattn::Plan plan = fastattn::make_plan(*f);
+  if (section > 0) plan.section = section;
   const fastattn::Work w = fastattn::work_at<fastattn::Shape<128>>(plan, index);
-  const int values[] = {w.batch, w.head, w.kv_head, w.first, w.tiles};
+  const int values[] = {w.entry, w.head, w.kv_head, w.empty() ? -1 : w.first, w.tiles};
   std::memcpy(work, values, sizeof values);
+  return plan.works;
 }
 }

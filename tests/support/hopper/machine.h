@@ -14,6 +14,7 @@
 #include <random>
 #include <set>
 
+#include "box.h"
 #include "explore.h"
 #include "forward.cuh"
 #include "numbers.h"
@@ -30,8 +31,6 @@ struct Tracked {
     return at[i];
   }
 };
-
-constexpr uint32_t kBase = 3072;  // of shared memory
 
 // One block while it runs. Roles are fibers; whenever another could notice what one does, chance says who goes on.
 class Block {
@@ -170,14 +169,14 @@ class Machine {
   void sync(int id, int threads) { perform({Kind::kSync, id, threads}); }
   void signal(int id, int threads) { perform({Kind::kSignal, id, threads}); }
 
-  void load(fastattn::Operand operand, uint32_t to, int column, int row, const fastattn::Work& work, int barrier) {
-    const Box box = box_of(operand, to, column, row, work);
-    const int bytes = box.map.box_rows * 128;
+  void load(fastattn::Operand operand, uint32_t to, int column, const fastattn::Place& place, int barrier) {
+    const Box box = box_of(operand, to, column, place);
+    const int bytes = box.lines() * 128;
     block_.loads[barrier].emplace_back(bytes, [this, box] { box.copy(block_.memory, true); });
     perform({Kind::kLoad, barrier, bytes, 0, box.cells(), box.content()});
   }
-  void store(uint32_t from, int column, int row, const fastattn::Work& work) {
-    const Box box = box_of(fastattn::kOut, from, column, row, work);
+  void store(uint32_t from, int column, const fastattn::Place& place) {
+    const Box box = box_of(fastattn::kOut, from, column, place);
     stores_.push_back(box);
     perform({Kind::kStore, 0, 0, 0, box.cells()});
   }
@@ -222,6 +221,7 @@ class Machine {
     perform({Kind::kFinish, 0, N});
   }
 
+  int again(int x) { return x; }
   void quad_max() {
     quads([](auto& t) { return t.peak; }, [](float a, float b) { return fmaxf(a, b); });
   }
@@ -237,41 +237,6 @@ class Machine {
   struct Product {
     int group;
     std::function<void()> carry_out;
-  };
-
-  // A box of 64 columns, as "Tensor Access Modes" and "Swizzling Modes" have it.
-  struct Box {
-    fastattn::Operand operand;
-    fastattn::OperandMap map;
-    uint32_t at;
-    int64_t start[4];
-
-    void copy(std::vector<uint8_t>& memory, bool in) const {
-      for (int row = 0; row < map.box_rows; ++row) {
-        bool inside = start[1] + row >= 0 && start[1] + row < map.size[1];
-        for (int i = 2; i < 4; ++i) inside = inside && start[i] >= 0 && start[i] < map.size[i];
-        uint8_t* line = static_cast<uint8_t*>(const_cast<void*>(map.base));
-        if (inside) {
-          line += start[0] * 2 + (start[1] + row) * map.stride[0] + start[2] * map.stride[1] + start[3] * map.stride[2];
-        }
-        for (int chunk = 0; chunk < 8; ++chunk) {
-          uint8_t* here = &memory[at + row * 128 + (chunk ^ ((at / 128 + row) % 8)) * 16];
-          if (!in && inside) std::memcpy(line + chunk * 16, here, 16);
-          else if (in && inside) std::memcpy(here, line + chunk * 16, 16);
-          else if (in) std::memset(here, 0, 16);
-        }
-      }
-    }
-    std::vector<uint8_t> cells() const {
-      std::vector<uint8_t> cells;
-      for (int i = 0; i < map.box_rows / 8; ++i) cells.push_back(uint8_t((at - kBase) / 1024 + i));
-      return cells;
-    }
-    uint64_t content() const {
-      uint64_t sum = uint64_t(operand);
-      for (int64_t x : start) sum = (sum ^ uint64_t(x)) * 0x9E3779B97F4A7C15u;
-      return sum ^ sum >> 31;
-    }
   };
 
   Block& block_;
@@ -294,12 +259,12 @@ class Machine {
     return uint8_t((address - kBase) / 1024);
   }
 
-  Box box_of(fastattn::Operand operand, uint32_t at, int column, int row, const fastattn::Work& work) {
-    const fastattn::Place place = fastattn::place_of(block_.plan, operand, work);
-    const fastattn::OperandMap map = fastattn::operand_map<Shape>(block_.plan, operand);
-    const Box box = {operand, map, at, {column, row, place.head, place.batch}};
+  Box box_of(fastattn::Operand operand, uint32_t at, int column, const fastattn::Place& place) {
+    Box box = {operand, fastattn::operand_map<Shape>(block_.plan, operand), at, {}};
+    const int64_t start[] = {column, 0, place.row, place.head, place.batch};
+    std::copy(start, start + 5, box.start);
     check(at, 1024);
-    check(at + map.box_rows * 128 - 1, 1);
+    check(at + box.lines() * 128 - 1, 1);
     return box;
   }
 

@@ -150,6 +150,14 @@ inline std::vector<Mutation> mutations(int query_cells, int tile_cells) {
       {"values expect one row too few", "deadlock", change(at(Kind::kExpect, kFullV), scaled(127, 128))},
       {"queries expect nothing, the barrier ends at once", "read before arrival",
        change(at(Kind::kExpect, kFullQ, 1), value(0))},
+      {"queries expect the rows of one consumer", "read before arrival",
+       change(at(Kind::kExpect, kFullQ, 1), scaled(1, 2))},
+      {"queries expect a row too many", "deadlock", change(at(Kind::kExpect, kFullQ, 1), scaled(129, 128))},
+      {"the last consumer's queries are not loaded", "deadlock", drop_last(at(Kind::kLoad, kFullQ, 1))},
+      {"both consumers' queries go to the first one's place", "overwrite before release",
+       change(at(Kind::kLoad, kFullQ, 1), [](Op& op) {
+         for (uint8_t& cell : op.cells) cell = uint8_t(cell / 16 * 16 + cell % 8);
+       })},
       {"the loader forgets to expect values", "deadlock", drop(at(Kind::kExpect, kFullV))},
       {"keys are expected twice", "barrier misuse", twice(at(Kind::kExpect, kFullK))},
       {"keys go to the other stage", "read before arrival",
@@ -217,7 +225,7 @@ inline std::vector<Mutation> mutations(int query_cells, int tile_cells) {
       {"values read the keys of their stage", "read before arrival", change(values, [=](Op& op) {
          for (uint8_t& cell : op.cells) cell = uint8_t(cell - 2 * tile_cells);
        })},
-      {"the second consumer takes the first one's queries", "overwrite before release",
+      {"the second consumer takes the first one's queries", "wrong tile",
        change(in(2, scores), [=](Op& op) {
          for (uint8_t& cell : op.cells) cell = uint8_t(cell < query_cells ? cell - 8 : cell);
        })},
