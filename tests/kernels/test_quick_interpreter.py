@@ -6,26 +6,31 @@ import torch
 pytest.importorskip("triton")
 
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 from fastattn import attention
 from fastattn.kernels import launch
+from tests.support import quick_interpreter
 from tests.support.attention_cases import make_bias, make_qkv
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED.value, reason="kernels are compiled here, not interpreted")
 
 
-def test_the_same_bits_as_without_it(device, monkeypatch):
-    q, k, v = (x.requires_grad_() for x in make_qkv(device, (33, 70)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_as_without_it(device, dtype):
+    q, k, v = (x.requires_grad_() for x in make_qkv(device, (33, 70), dtype=dtype))
     bias = make_bias(device, (1, 2, 33, 70), requires_grad=True)
 
     def run():
         out = attention(q, k, v, causal=True, bias=bias, softcap=3.0, backend="triton")
         return [out, *torch.autograd.grad(out.sum(), (q, k, v, bias))]
 
-    quick = run()
-    monkeypatch.setattr(interpreter, "_patch_lang", interpreter._patch_lang.__wrapped__)
-    assert all(map(torch.equal, quick, run()))
+    quick, ours = run(), TritonSemantic.broadcast_impl_value
+    with quick_interpreter.without():
+        assert TritonSemantic.broadcast_impl_value is not ours
+        assert all(map(torch.equal, quick, run()))
+    assert TritonSemantic.broadcast_impl_value is ours
 
 
 def test_the_language_is_as_before_after_a_launch(device):
