@@ -23,13 +23,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import fastattn.distributed as fd
-from benchmarks.harness import predictions, processes
+from benchmarks.harness import predictions, processes, summary
 from benchmarks.harness.device import DryRun, summarize
 from benchmarks.harness.runner import Bench, Cell
-from fastattn.distributed.comm import Message, Peers
+from fastattn.distributed import ulysses
+from fastattn.distributed.comm import Message, Peers, Ranks
 from fastattn.distributed.cost import Cost, Sizes, Strategy, cost
-from fastattn.distributed.layout import Balance, View
+from fastattn.distributed.layout import Balance, Piece, View
 from fastattn.flops import BACKWARD_FACTOR, forward_flops
+from fastattn.spec import make_spec
 
 DEVICES = ("cpu",)
 
@@ -154,17 +156,43 @@ CHECKS = [
 ]  # fmt: skip
 SHAPE = {"q_heads": 4, "kv_heads": 4, "head_dim": 64, "v_dim": 64, "element": 4}
 LENGTH = 2048
+ROUNDS = 10
+"""each with a prediction of its own"""
+TURNS = 3
+"""in a round, of which the median counts"""
 
 
 class Measured(NamedTuple):
-    """Seconds of a check: forward and backward pass together, repeat by repeat, and as predicted."""
+    """Seconds of a check, forward and backward pass together: measured and predicted, round by round."""
 
     check: Check
     seconds: list[float]
-    predicted: float
+    predicted: list[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Predicted / measured."""
+        return [x / y for x, y in zip(self.predicted, self.seconds, strict=True)]
 
 
-def run_checks(length: int, repeats: int) -> list[Measured]:
+class Spent(NamedTuple):
+    """Seconds of a run, of the rank that has most of each."""
+
+    seconds: float
+    """of both passes"""
+    own_forward: float
+    """of processors, all threads of the process together: waiting for messages or for a processor costs none"""
+    own_backward: float
+
+    def own(self, backward: bool) -> float:
+        return self.own_backward if backward else self.own_forward
+
+
+Run = Callable[[], list[tuple[float, float]]]
+"""What is measured, which gives the times before, between and after the passes: (clock, processor time)."""
+
+
+def run_checks(length: int, rounds: int, turns: int) -> list[Measured]:
     """In each process: the links and kernels of 2 and of 4 processes, what they predict, and the steps themselves."""
     rank = dist.get_rank()
     meshes = {(n, 1): DeviceMesh("cpu", list(range(n)), mesh_dim_names=("cp",)) for n in (2, 4)}
@@ -173,55 +201,82 @@ def run_checks(length: int, repeats: int) -> list[Measured]:
     found = []
     for ranks in (2, 4):
         if rank < ranks:
-            found += _checks_of(ranks, meshes, alone, length, repeats)
+            found += _checks_of(ranks, meshes, alone, length, rounds, turns)
         dist.barrier()
     return found
 
 
-def _checks_of(ranks: int, meshes: Any, alone: DeviceMesh, length: int, repeats: int) -> list[Measured]:
+def _checks_of(ranks: int, meshes: Any, alone: DeviceMesh, length: int, rounds: int, turns: int) -> list[Measured]:
     mesh = meshes[ranks, 1]
     peers = Peers(mesh, 0, None)
     checks = [check for check in CHECKS if check.ranks == ranks]
     runs: dict[Any, Run] = {c: _step(meshes[ranks, c.width], length, c.strategy, c.balance) for c in checks}
-    runs["start"] = _step(alone, 2)
+    runs |= {"a call": _step(alone, 2), "three calls": _step(alone, 4, balance="zigzag"), "headers": _agree(mesh)}
     for check in checks:
         for causal in (False, True):
             tokens, heads = check.piece(length)
             runs[(tokens, heads), causal] = _step(alone, tokens, causal=causal, heads=heads)
     piece = torch.empty(length // ranks * SHAPE["kv_heads"] * (SHAPE["head_dim"] + SHAPE["v_dim"]))
-    runs["work"] = _step(alone, length // ranks, causal=False)
-    runs |= {"first byte": _pass_on(peers, piece[:64]), "message": _pass_on(peers, piece)}
-    runs["beside"] = _pass_on(peers, piece, runs["work"])
-    times: dict[Any, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(repeats):  # all take turns, so that what else the machine does is the same for all
-        for name, run in runs.items():
-            times[name].append(_slowest(peers, run))
-    middle = {name: [statistics.median(x) for x in zip(*of_name, strict=True)] for name, of_name in times.items()}
-    copy = max(middle["beside"][0] - middle["work"][0], 1e-9) / (2 * piece.nbytes)
-    latency = middle["first byte"][0]
-    wire = max(middle["message"][0] - latency - 2 * piece.nbytes * copy, 1e-9)
-    link = fd.Link(latency=latency, bandwidth=piece.nbytes / wire, copy=copy)
-    found = []
-    for check in checks:
-        links = [_with_kernel(link, middle, check.piece(length), index) for index in (0, 1)]
-        step = play(whole(length, ranks, check.width, check.balance, **SHAPE), check.strategy, *links)
-        found.append(Measured(check, [sum(x) for x in times[check]], sum(middle["start"]) + step.seconds))
+    runs |= {"first byte": _pass_on(peers, piece[:64]), "messages": _pass_on(peers, piece[:64], MESSAGES)}
+    runs |= {"message": _pass_on(peers, piece), "swap": _swap(alone, length // ranks)}
+    found = [Measured(check, [], []) for check in checks]
+    for _ in range(rounds):
+        times: dict[Any, list[Spent]] = {name: [] for name in runs}
+        for _ in range(turns):  # all take turns, so that what else the machine does is the same for all
+            for name, run in runs.items():
+                times[name].append(_slowest(peers, run))
+        middle = {name: Spent(*map(statistics.median, zip(*x, strict=True))) for name, x in times.items()}
+        for check, seconds, predicted in found:
+            seconds.append(middle[check].seconds)
+            predicted.append(_predict(check, length, middle, piece.nbytes))
     return found
 
 
-def _with_kernel(link: fd.Link, middle: Any, piece: tuple[int, int], index: int) -> fd.Link:
+MESSAGES = 9
+
+
+def _predict(check: Check, length: int, middle: dict[Any, Spent], size: int) -> float:
+    """Seconds of a step, from what links and kernels take among as many processes. ``size``: bytes of the message.
+
+    Processes that are more than processors share them, also with others of the machine: what a rank does itself takes
+    longer by the factor that its kernels do, which wait for nothing else.
+    """
+    kernels = [spent for name, spent in middle.items() if isinstance(name, tuple) and isinstance(name[0], tuple)]
+    crowd = sum(x.seconds for x in kernels) / sum(x.own_forward + x.own_backward for x in kernels)
+    # A rank sends and receives: two messages for each that goes round.
+    first, several, large = (middle[name] for name in ("first byte", "messages", "message"))
+    message = max(several.own_forward - first.own_forward, 0.0) / (2 * (MESSAGES - 1))
+    copy = max(large.own_forward - first.own_forward, 0.0) / (2 * size)
+    latency = max(first.seconds - crowd * 2 * message, 0.0)
+    wire = max(large.seconds - first.seconds - crowd * 2 * size * copy, 1e-9)
+    link = fd.Link(latency=latency, bandwidth=size / wire, copy=crowd * copy, message=crowd * message)
+    links, start = [], middle["headers"].seconds
+    by_heads = check.strategy == "ulysses" or check.width > 1
+    for backward in (False, True):
+        once, thrice = (middle[name].own(backward) for name in ("a call", "three calls"))
+        beside = max(once - max(thrice - once, 0.0) / 2, 0.0)  # what a step takes beside its calls
+        start += crowd * (beside + (middle["swap"].own(backward) if by_heads else 0.0))
+        links.append(_with_kernel(link, middle, check.piece(length), backward, beside, crowd))
+    return start + play(whole(length, check.ranks, check.width, check.balance, **SHAPE), check.strategy, *links).seconds
+
+
+def _with_kernel(
+    link: fd.Link, middle: dict[Any, Spent], piece: tuple[int, int], backward: bool, beside: float, crowd: float
+) -> fd.Link:
     """With what makes the times of a square of pairs and of the triangle below its diagonal those measured."""
     length, heads = piece
-    square, triangle = (max(middle[piece, causal][index] - middle["start"][index], 1e-9) for causal in (False, True))
+    square, triangle = (
+        max(crowd * (middle[piece, causal].own(backward) - beside), 1e-9) for causal in (False, True)
+    )  # fmt: skip
     pairs = length * length, length * (length + 1) // 2
     operations = [forward_flops(1, heads, n, SHAPE["head_dim"], SHAPE["v_dim"]) for n in pairs]
-    factor = BACKWARD_FACTOR if index else 1.0
+    factor = BACKWARD_FACTOR if backward else 1.0
     flops = factor * (operations[0] - operations[1]) / max(square - triangle, 1e-9)
     return dataclasses.replace(link, flops=flops, call=max(square - factor * operations[0] / flops, 0.0))
 
 
-Run = Callable[[], tuple[float, float]]
-"""Seconds of the forward and of the backward pass."""
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def _step(
@@ -232,60 +287,86 @@ def _step(
     own = [fd.shard(torch.randn(shape), mesh=mesh, dim=2, balance=balance).requires_grad_() for _ in range(3)]
     dout = torch.randn_like(own[0])
 
-    def run() -> tuple[float, float]:
-        begin = time.perf_counter()
+    def run() -> list[tuple[float, float]]:
+        begin = _now()
         out = fd.context_parallel_attention(*own, mesh=mesh, strategy=strategy, balance=balance, causal=causal)
         assert isinstance(out, torch.Tensor)
-        middle = time.perf_counter()
+        middle = _now()
         torch.autograd.grad(out, own, dout)
-        return middle - begin, time.perf_counter() - middle
+        return [begin, middle, _now()]
 
     return run
 
 
-def _pass_on(peers: Peers, buffer: torch.Tensor, beside: Run | None = None) -> Run:
-    """Each rank sends to the next, while it runs something else: the time of both, but of a forward pass alone."""
-    coming = torch.empty_like(buffer)
+def _agree(mesh: DeviceMesh) -> Run:
+    """What the ranks of a call tell each other first."""
+    ranks = Ranks(mesh)
+
+    def run() -> list[tuple[float, float]]:
+        begin = _now()
+        ranks.headers([1] * 10, "")
+        return [begin, _now(), _now()]
+
+    return run
+
+
+def _pass_on(peers: Peers, buffer: torch.Tensor, count: int = 1) -> Run:
+    """Each rank sends to the next, so many messages at once, into new memory."""
     right, left = (peers.rank + 1) % peers.size, (peers.rank - 1) % peers.size
 
-    def run() -> tuple[float, float]:
-        begin = time.perf_counter()
-        pending = peers.start([Message(buffer, right)], [Message(coming, left)])
-        backward = 0.0 if beside is None else beside()[1]
-        pending.wait()
-        return time.perf_counter() - begin - backward, 0.0
+    def run() -> list[tuple[float, float]]:
+        begin = _now()
+        sends = [Message(buffer, right, tag) for tag in range(count)]
+        peers.exchange(sends, [Message(torch.empty_like(buffer), left, tag) for tag in range(count)])
+        return [begin, _now(), _now()]
 
     return run
 
 
-def _slowest(peers: Peers, run: Run) -> tuple[float, float]:
-    """The time of the rank that takes longest, from a common start on."""
+def _swap(mesh: DeviceMesh, length: int) -> Run:
+    """What a rank does to its tokens before they change places with heads, and after: alone, without a message."""
+    q, k, v = (torch.randn(1, SHAPE["q_heads"], length, SHAPE["head_dim"], requires_grad=True) for _ in range(3))
+    peers, places = Peers(mesh, 0, None), [[Piece(0, length)]]
+    dout = torch.randn_like(q)
+
+    def run() -> list[tuple[float, float]]:
+        begin = _now()
+        out, _ = ulysses.run(peers, places, places, make_spec(q, k, v), lambda spec, head: (spec.q, None))
+        middle = _now()
+        torch.autograd.grad(out, (q, k, v), dout)
+        return [begin, middle, _now()]
+
+    return run
+
+
+def _slowest(peers: Peers, run: Run) -> Spent:
+    """From a common start on."""
     dist.barrier(peers.group)
-    times = torch.tensor(run(), dtype=torch.float64)
+    (begin, own_begin), (_, own_middle), (end, own_end) = run()
+    times = torch.tensor([end - begin, own_middle - own_begin, own_end - own_middle], dtype=torch.float64)
     dist.all_reduce(times, dist.ReduceOp.MAX, peers.group)
-    forward, backward = times.tolist()
-    return forward, backward
+    return Spent(*times.tolist())
 
 
 def measure_checks(bench: Bench) -> None:
     """What is predicted and what is measured, as rows beside each other."""
     if isinstance(bench.device, DryRun):
-        found = [Measured(check, [1e-3], 1e-3) for check in CHECKS]
+        found = [Measured(check, [1e-3], [1e-3]) for check in CHECKS]
     else:
-        found = processes.run(4, run_checks, LENGTH, 7)
-    for check, seconds, predicted in found:
+        found = processes.run(4, run_checks, LENGTH, ROUNDS, TURNS)
+    for measured in found:
+        check = measured.check
         key = {
             "case": check.case, "mode": "step", "provider": check.strategy, "dtype": "fp32", "batch": 1,
             "q_heads": SHAPE["q_heads"], "kv_heads": SHAPE["kv_heads"], "q_len": LENGTH, "kv_len": LENGTH,
             "head_dim": SHAPE["head_dim"], "causal": True,
         }  # fmt: skip
-        timing = summarize([1e3 * x for x in seconds])
+        timing, predicted = (summarize([1e3 * x for x in of]) for of in (measured.seconds, measured.predicted))
+        least, *_, most = sorted(measured.ratios * 2)
+        note = f"{summary.RATIO} {statistics.median(measured.ratios):.2f}, {least:.2f} to {most:.2f}"
         bench.record("scaling", key, timing)
-        bench.record("scaling", key | {"mode": "step, predicted", "p50_ms": 1e3 * predicted})
-        ratio = 1e3 * predicted / timing.p50
-        print(
-            f"{check.case}, {check.strategy}: {timing.p50:.1f} ms, predicted {1e3 * predicted:.1f}, {ratio:.2f} of it"
-        )
+        bench.record("scaling", key | {"mode": "step, predicted"}, predicted, note=note)
+        print(f"{check.case}, {check.strategy}: {timing.p50:.1f} ms, predicted {predicted.p50:.1f}; {note}")
 
 
 def cells() -> list[Cell]:

@@ -337,15 +337,12 @@ class _Sums:
         self._home: dict[int, list[tuple[int, Tensor]]] = {}
         self._pending: Pending | None = None
 
-    def _new(self, route: Route) -> Tensor:
-        return self._k.new_zeros(_size(route, self._k, self._v), dtype=self._dtype)
-
     def _views(self, route: Route, buffer: Tensor) -> tuple[Tensor, Tensor]:
         return _views(route, buffer, self._k, self._v)
 
     def keys_of(self, route: Route) -> tuple[Tensor, Tensor]:
         """Where the gradients of a piece's keys and values are added."""
-        self._mine[route.number] = self._new(route)
+        self._mine[route.number] = self._k.new_zeros(_size(route, self._k, self._v), dtype=self._dtype)
         return self._views(route, self._mine[route.number])
 
     def add(self, call: _Call, into: tuple[Tensor, Tensor], gradients: tuple[Tensor, ...]) -> None:
@@ -370,7 +367,11 @@ class _Sums:
         sends = [
             Message(self._mine.pop(h.route.number), h.receiver, 1 + h.route.number) for h in hops if h.sender == me
         ]
-        self._coming = [(hop, self._new(hop.route)) for hop in hops if hop.receiver == me]
+        self._coming = [
+            (hop, self._k.new_empty(_size(hop.route, self._k, self._v), dtype=self._dtype))
+            for hop in hops
+            if hop.receiver == me
+        ]
         receives = [Message(buffer, hop.sender, 1 + hop.route.number) for hop, buffer in self._coming]
         self._pending = plan.peers.start(sends, receives)
 

@@ -19,6 +19,7 @@ class Link:
         call: seconds of each call of the kernel beside its operations.
         copy: seconds of a rank's own time for each byte that it sends or receives, in which it cannot compute: none
             where a network reads the device's memory, as gloo's on a CPU does not.
+        message: seconds of a rank's own time for each message that it sends or receives.
         machine: how many ranks, numbered one after the other, share a machine; those of a row of a mesh of two
             dimensions should.
         near_latency, near_bandwidth: of messages within a machine; None is as between machines.
@@ -29,6 +30,7 @@ class Link:
     flops: float = 300e12
     call: float = 0.0
     copy: float = 0.0
+    message: float = 0.0
     machine: int = 1
     near_latency: float | None = None
     near_bandwidth: float | None = None
@@ -64,8 +66,8 @@ class _Posted(NamedTuple):
 
     ends: dict[int, float]
     """rank -> when its last one has come"""
-    copied: dict[int, int]
-    """rank -> bytes"""
+    own: dict[int, float]
+    """rank -> seconds of its own time"""
 
 
 def play(
@@ -80,7 +82,7 @@ def play(
     taken: dict[tuple[bool, bool, int], float] = {}
 
     def post(moves: Sequence[Move]) -> _Posted:
-        ends, copied = _Posted({}, {})
+        ends, own = _Posted({}, {})
         for sender, receiver, size in moves:
             near, latency, bandwidth = link.way(number(sender), number(receiver))
             out, into = (near, True, sender), (near, False, receiver)
@@ -89,12 +91,12 @@ def play(
             end = start + latency + size / bandwidth
             for rank in (sender, receiver):
                 ends[rank] = max(ends.get(rank, 0.0), end)
-                copied[rank] = copied.get(rank, 0) + size
-        return _Posted(ends, copied)
+                own[rank] = own.get(rank, 0.0) + link.message + size * link.copy
+        return _Posted(ends, own)
 
     def wait(posted: _Posted) -> None:
         for rank, end in posted.ends.items():
-            clock[rank] = max(clock[rank], end) + posted.copied[rank] * link.copy
+            clock[rank] = max(clock[rank], end) + posted.own[rank]
 
     coming, leaving = post(steps[0].arrive), post(())
     for index, step in enumerate(steps):

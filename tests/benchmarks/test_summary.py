@@ -73,5 +73,6 @@ def test_scaling_says_the_quickest_way_and_how_the_checks_went():
         ["8 GPUs, InfiniBand", "ulysses from 32k; ring from 128k", "from 128k"]
     ]
     check = {"case": "2 processes on gloo", "provider": "ring", "q_len": "64"}
-    rows += [check | {"mode": "step", "p50_ms": "10"}, check | {"mode": "step, predicted", "p50_ms": "12"}]
-    assert summary.checks_table(rows)[1:] == [["2 processes on gloo", "ring", "10 ms", "12 ms", "1.20"]]
+    predicted = {"mode": "step, predicted", "p50_ms": "12", "note": f"{summary.RATIO} 1.19, 0.90 to 1.30"}
+    rows += [check | {"mode": "step", "p50_ms": "10"}, check | predicted]
+    assert summary.checks_table(rows)[1:] == [["2 processes on gloo", "ring", "10 ms", "12 ms", "1.19, 0.90 to 1.30"]]

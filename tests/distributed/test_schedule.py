@@ -62,3 +62,10 @@ def test_the_link_within_a_machine_serves_the_rows_of_a_mesh():
 def test_every_call_of_the_kernel_costs():
     # Of its own keys a rank's rows see three pairs of pieces of four, of the other's two.
     assert cost(sizes(2, 256), fd.Link(flops=float("inf"), call=1.0), "ring").compute == 5.0
+
+
+def test_every_message_costs():
+    # Three of the four pieces are seen by the other rank; in the backward pass their gradients go home, too.
+    free = {"flops": float("inf"), "bandwidth": float("inf"), "latency": 0.0}
+    for backward, count in ((False, 3), (True, 6)):
+        assert cost(sizes(2, 256), fd.Link(**free, message=1.0), "ring", backward).seconds == count
