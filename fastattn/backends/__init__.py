@@ -32,6 +32,7 @@ _PREFERENCE_FUSED = ("cpu", "torch", "reference")
 _PREFERENCE_PRECISE = ("cpu", "reference", "torch")
 # Scores from which on "cpu" goes before "torch": below, a call costs more than it computes, and PyTorch's costs less.
 _LARGE = 1 << 16
+_LARGE_TRAINED_HALF = 1 << 9  # with gradients in half precision, where PyTorch's backward is slow
 _LARGE_CACHED = 1 << 13  # over a KV cache, where PyTorch's kernel has few rows for its threads and copies grouped heads
 
 
@@ -113,18 +114,23 @@ def _preference(spec: AttentionSpec | CacheSpec) -> tuple[str, ...]:
     """The order of preference.
 
     On a CPU the fused kernels come first where they gain, and for every bias: PyTorch's gradients lose their precision
-    where a float mask holds very low numbers, so that its kernel comes last where they are wanted. A trace keeps
-    PyTorch's kernel otherwise, so that plain models export without an operator of ours.
+    where a float mask holds very low numbers, so that its kernel comes last where they are wanted. It does so under
+    torch.func too, where it has no rule for batches. A trace keeps PyTorch's kernel otherwise, so that plain models
+    export without an operator of ours.
     """
     device = spec.q.device.type
     if device != "cpu":
         return _PREFERENCE.get(device, _PREFERENCE_ELSEWHERE)
-    if isinstance(spec, AttentionSpec) and spec.bias is not None:
+    traced = torch.compiler.is_compiling()
+    if not traced and torch._C._are_functorch_transforms_active():
+        return _PREFERENCE_PRECISE
+    least = _LARGE_CACHED
+    if isinstance(spec, AttentionSpec):
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (spec.q, spec.k, spec.v))
-        return _PREFERENCE_PRECISE if gradients else _PREFERENCE_FUSED
-    least = _LARGE_CACHED if isinstance(spec, CacheSpec) else _LARGE
-    large = not torch.compiler.is_compiling() and _scores(spec) >= least
-    return _PREFERENCE_FUSED if large else _PREFERENCE_ELSEWHERE
+        if spec.bias is not None:
+            return _PREFERENCE_PRECISE if gradients else _PREFERENCE_FUSED
+        least = _LARGE_TRAINED_HALF if gradients and spec.q.dtype.itemsize < 4 else _LARGE
+    return _PREFERENCE_FUSED if not traced and _scores(spec) >= least else _PREFERENCE_ELSEWHERE
 
 
 def _scores(spec: AttentionSpec | CacheSpec) -> int:

@@ -2,7 +2,7 @@
 
 On a tiny input, checks and choice cost more than attention itself. Of a plain call they read only what its key holds:
 a call with an equal key passes the same checks and is served by the same backend. What a key cannot tell apart, such as
-a subclass of Tensor, and what a trace or autocast would change, has no key and goes the full way each time.
+a subclass of Tensor, and what a trace, a transform or autocast would change, has no key and goes the full way.
 """
 
 from typing import Any, NamedTuple
@@ -37,7 +37,9 @@ def attention(
     scale: float | None, grouped: bool,
 ) -> tuple[_Key | None, Tensor | None]:  # fmt: skip
     """(key of the call, to be given to `remember`, or None where it is not plain; output if the key is known)."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if (
+        torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+    ):
         return None, None
     if not type(q) is type(k) is type(v) is Tensor:
         return None, None
@@ -53,7 +55,8 @@ def attention(
         if not q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == 1:  # sparse and nested tensors have no strides
             return None, None
         key: _Key = (
-            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, causal, q_offset, scale, grouped
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, causal, q_offset, scale, grouped,
+            q.dtype.itemsize < 4 and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         )  # fmt: skip
         if mask is not None:
             if type(mask) is not Tensor or causal or mask.layout is not torch.strided or mask.device != q.device:
@@ -69,7 +72,10 @@ def attention(
         mask = mask[mask_index]
     if backend == "torch":
         causal = options.right is not None
-        return key, torch_sdpa(q, k, v, mask, 0.0, causal, scale=options.scale, enable_gqa=grouped)
+        out = torch_sdpa(q, k, v, mask, 0.0, causal, scale=options.scale, enable_gqa=grouped)
+        if out.requires_grad:
+            ops.add_second_derivative(out)
+        return key, out
     out, _, _ = ops.attend(ops.Forward(q, k, v, Operands(mask), options, backend))
     return key, out
 

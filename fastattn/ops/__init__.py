@@ -1,16 +1,19 @@
 """The operators as PyTorch knows them. Only this room and integrations/activate.py know about dispatch keys."""
 
-from fastattn.ops.autograd import attend, attention, draw_seed, seed_of_part
+from fastattn.ops.attention import attention
+from fastattn.ops.autograd import attend, draw_seed, seed_of_part
 from fastattn.ops.direct import without_autocast
 from fastattn.ops.kvcache import attention_kvcache
 from fastattn.ops.plain import decompositions
 from fastattn.ops.schema import Backward, CacheCall, DoubleBackward, Forward, flatten, unflatten
+from fastattn.ops.torch_kernel import add_second_derivative
 
 __all__ = [
     "Backward",
     "CacheCall",
     "DoubleBackward",
     "Forward",
+    "add_second_derivative",
     "attend",
     "attention",
     "attention_kvcache",

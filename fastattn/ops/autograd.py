@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn import backends
-from fastattn.ops import batching, implementations, plain
-from fastattn.ops.direct import DIRECT, Way, way, without_autocast
+from fastattn.ops import batching, implementations
+from fastattn.ops.direct import DIRECT, Way, way
 from fastattn.ops.schema import (
     LIBRARY,
     Backward,
@@ -28,7 +27,7 @@ from fastattn.ops.schema import (
     forward_results,
     unflatten,
 )
-from fastattn.spec import AttentionSpec, Inputs, Learned, Operands, Options
+from fastattn.spec import Inputs, Learned, Operands, Options
 
 FORWARD = define(f"attention_forward({arguments(Forward)}) -> (Tensor, Tensor, Tensor)")
 BACKWARD = define(f"attention_backward({arguments(Backward)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -51,25 +50,6 @@ def seed_of_part(
     ``batch`` and ``head`` are the first of the part; ``rows`` and ``keys`` the first and the step to the next.
     """
     return torch.cat([seed, seed.new_tensor([batch, head, *rows, *keys])])
-
-
-def attention(spec: AttentionSpec, backend: str, seed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of ``spec`` on a backend that can serve it; lse is None from the torch backend.
-
-    Dropout's ``seed`` is that of `draw_seed`, unless one is given.
-    """
-    for_onnx = plain.wanted()
-    if backend == "torch" and not (for_onnx and (spec.mask is not None or spec.bias is not None)):
-        run = backends.module("torch").attention
-        if spec.bias is None:  # all else has been cast: nothing is left for autocast to change
-            return run(spec), None
-        with without_autocast(spec.q.device):
-            return run(spec), None
-    if spec.dropout_p > 0.0 and seed is None:
-        seed = draw_seed(spec.q.device)
-    call = Forward(spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backend)
-    out, lse, _ = plain.run(call) if for_onnx else attend(call)
-    return out, lse
 
 
 def attend(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +82,7 @@ def below_autograd(operator: Any, *args: Any) -> Any:
         return operator(*args)
 
 
-def _call_backward(call: Backward) -> tuple[Tensor, ...]:
+def call_backward(call: Backward) -> tuple[Tensor, ...]:
     """`BACKWARD`, on the graph only where there may be one (create_graph=True)."""
     if _differentiating():
         return _AttentionBackward.apply(*flatten(call))  # pyright: ignore[reportReturnType]
@@ -180,7 +160,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, wanted: Learn
         dout = torch.zeros_like(out)
     if _differentiating():  # out and statistics count as constants
         out, statistics = out.detach(), statistics.detach()
-    dq, dk, dv, *learned = _call_backward(
+    dq, dk, dv, *learned = call_backward(
         Backward(dout, dlse, q, k, v, out, statistics, operands, ctx.options, ctx.backend, list(wanted))
     )
     return dq, dk, dv, *(x if want else None for x, want in zip(learned, wanted, strict=True))
@@ -289,7 +269,7 @@ class _AttentionBackward(batching.Batched):
         )
         if t.dout is not None or t.dlse is not None:
             tdout = torch.zeros_like(out) if t.dout is None else t.dout
-            more = _call_backward(
+            more = call_backward(
                 Backward(
                     tdout, t.dlse, q, k, v, out, statistics, operands, ctx.options, ctx.backend, list(ctx.wanted)
                 )
@@ -324,10 +304,9 @@ class _AttentionDoubleBackward(batching.Batched):
             return (None,) * len(ctx.needs_input_grad)
         if tout is None:
             tout = torch.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-        with torch.no_grad():  # constants there
-            out, _, statistics = _Attention.apply(*flatten(Forward(q, k, v, operands, ctx.options, "reference")))
+        out, statistics = constants(Forward(q, k, v, operands, ctx.options, "reference"))
         directed = needed.direction
-        direct = _call_backward(
+        direct = call_backward(
             Backward(
                 tout, tlse, q, k, v, out, statistics, operands, ctx.options, "reference",
                 [directed.bias, directed.alibi_slopes, directed.sinks],
@@ -356,6 +335,13 @@ _FORWARD_TWICE = (
     "fastattn: a derivative of attention along a direction has none along another; "
     "fastattn.reference.attention has, or differentiate backward (torch.autograd.grad, torch.func.grad) instead"
 )
+
+
+def constants(call: Forward) -> tuple[Tensor, Tensor]:
+    """out and statistics, computed for a derivative and no part of its graph."""
+    with torch.no_grad():
+        out, _, statistics = _Attention.apply(*flatten(call))
+    return out, statistics
 
 
 def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

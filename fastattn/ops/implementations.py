@@ -58,10 +58,10 @@ def differentiate(call: Backward) -> Gradients:
             keys = slice(None)
         for gradient, own in zip(gradients[:3], (rows, keys, keys), strict=True):
             gradient[:, :, own].zero_()
+    statistics = call.statistics.contiguous()  # vmap expands what no entry has of its own
     with without_autocast(call.q.device):
         backends.module(call.backend).backward(
-            gradients, call.dout, call.dlse, call.q, call.k, call.v, call.out, call.statistics, call.operands,
-            call.options,
+            gradients, call.dout, call.dlse, call.q, call.k, call.v, call.out, statistics, call.operands, call.options
         )  # fmt: skip
     return gradients
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastattn import backends
 from fastattn.ops import plain
-from fastattn.ops.autograd import attention, below_autograd
+from fastattn.ops.attention import attention
+from fastattn.ops.autograd import below_autograd
 from fastattn.ops.direct import DIRECT, Way, way, without_autocast
 from fastattn.ops.implementations import unwritten
 from fastattn.ops.schema import LIBRARY, CacheCall, arguments, cache_results, define, flatten, unflatten

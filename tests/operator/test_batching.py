@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from fastattn import attention, backends
+from fastattn.backends.cpu import library
 from fastattn.testing import assert_parity
 
 B, H, L, K, D, N = 2, 4, 5, 7, 8, 3
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(library.problem() is not None, reason="no cpu"))]
 
 
 def one_by_one(function, in_dims, args):
@@ -26,10 +28,11 @@ def assert_one_by_one(actual, function, in_dims, args):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the reference ran forward."""
+    """How often a backend ran forward."""
     found = []
-    run = backends.reference.forward
-    monkeypatch.setattr(backends.reference, "forward", lambda *args: found.append(1) or run(*args))
+    for backend in (backends.reference, backends.cpu):
+        run = backend.forward
+        monkeypatch.setattr(backend, "forward", lambda *args, run=run: found.append(1) or run(*args))
     return found
 
 
@@ -46,15 +49,16 @@ OPERANDS = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("k_heads", [H, 2], ids=["heads", "grouped"])
 @pytest.mark.parametrize("case", OPERANDS)
-def test_vmap_runs_once(case, k_heads, calls):
+def test_vmap_runs_once(case, k_heads, backend, calls):
     operands, dims = OPERANDS[case]
     names = list(operands)
 
     def function(q, k, v, *values):
         options = dict(zip(names, values, strict=True))
-        return attention(q, k, v, causal=True, softcap=3.0, return_lse=True, backend="reference", **options)
+        return attention(q, k, v, causal=True, softcap=3.0, return_lse=True, backend=backend, **options)
 
     def gradients(*args):
         def loss(q, k, v):
@@ -104,11 +108,13 @@ def test_batched_gradients(options):
         assert_parity(*results, name)
 
 
-def test_vectorised_jacobian():
-    x = torch.randn(1, 1, 3, 4)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_vectorised_jacobian(backend):
+    """Of one batch entry: what the forward pass has stored is the same memory for every row."""
+    x = torch.randn(1, 1, 3, 16)
 
     def function(x):
-        return attention(x, x, x, backend="reference")
+        return attention(x, x, x, backend=backend if x.dtype == torch.float32 else "reference")
 
     jacobian = torch.autograd.functional.jacobian
     assert_parity(jacobian(function, x, vectorize=True), jacobian(function, x.double()), jacobian(function, x))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from fastattn import BlockMask, attention, attention_varlen, ops, reference
+from fastattn import BlockMask, attention, attention_varlen, explain, ops, reference
 from fastattn.backends.reference import blockwise
 from fastattn.backends.reference.blockwise import BLOCK_ELEMENTS
 from fastattn.spec import make_spec
@@ -216,12 +216,13 @@ def defined_scalar(q, k, v):
     return reference.attention(q, k, v, right=0, q_offset=1, scale=3**-0.5)[0].square().sum()
 
 
-def test_torch_func():
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_torch_func(backend):
     q, k, v = (x.detach() for x in leaves())
     direction = torch.randn_like(q)
 
     def ours(q):
-        return scalar(q, k.to(q.dtype), v.to(q.dtype), backend="reference")
+        return scalar(q, k.to(q.dtype), v.to(q.dtype), backend=backend)
 
     def definition(q):
         return defined_scalar(q, k.to(q.dtype), v.to(q.dtype))
@@ -232,6 +233,8 @@ def test_torch_func():
         "jvp": lambda f, q, t: torch.func.jvp(f, (q,), (t,))[1],
         "jvp of grad": lambda f, q, t: torch.func.jvp(torch.func.grad(f), (q,), (t,))[1],
         "grad of jvp": lambda f, q, t: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (t,))[1])(q),
+        "hessian": lambda f, q, t: torch.func.hessian(f)(q),
+        "jacobian of a jacobian": lambda f, q, t: torch.func.jacrev(torch.func.jacrev(f))(q),
     }
     for name, call in calls.items():
         actual, eager = (call(f, q.float(), direction.float()) for f in (ours, definition))
@@ -239,7 +242,7 @@ def test_torch_func():
         assert_parity(actual, exact, eager, name, intermediate=exact)
 
 
-def test_vmap_and_hessian():
+def test_vmap():
     q, k, v = (x.detach() for x in leaves())
     queries, sinks = torch.randn(3, *q.shape), torch.randn(3, HEADS)
 
@@ -255,12 +258,6 @@ def test_vmap_and_hessian():
     actual = (torch.func.vmap(function)(queries, sinks) for function in (ours, per_sample))
     for results in zip(actual, one_by_one(DOUBLE), one_by_one(SINGLE), strict=True):
         assert_parity(*results)
-
-    def hessian(function, dtype):
-        return torch.func.hessian(lambda k: function(q.to(dtype), k, v.to(dtype)))(k.to(dtype))
-
-    actual = hessian(lambda *qkv: scalar(*qkv, backend="reference"), SINGLE)
-    assert_parity(actual, hessian(defined_scalar, DOUBLE), hessian(defined_scalar, SINGLE))
 
 
 def test_beyond_two_is_refused_not_wrong():
@@ -278,7 +275,7 @@ def test_beyond_two_is_refused_not_wrong():
         torch.func.jvp(lambda x: torch.func.jvp(function, (x,), (q,))[1], (q,), (q,))
 
 
-def test_the_torch_backend_refuses_and_is_not_chosen():
+def test_the_torch_backend_refuses_directions_and_is_not_chosen():
     q, k, v = (x.detach() for x in leaves())
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(q, torch.ones_like(q))
@@ -286,10 +283,38 @@ def test_the_torch_backend_refuses_and_is_not_chosen():
         assert tangent is not None and tangent.any()
         with pytest.raises(ValueError, match="forward mode"):
             attention(dual, k, v, backend="torch")
-    q.requires_grad_()
-    (gradient,) = torch.autograd.grad(attention(q, k, v, backend="torch").sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        gradient.sum().backward()
+
+
+TORCH_CASES = {
+    "plain": {},
+    "causal": {"causal": True, "q_offset": 0},
+    "scale": {"scale": 0.7},
+    "mask of rows and keys": {"mask": torch.tensor([[True] * 4 + [False]] * 3 + [[False] * 5])},
+    "mask of entries": {"mask": torch.tensor([True] * 3 + [False] * 2).view(1, 1, 1, KV_LEN)},
+    "bias": {"bias": torch.linspace(-2, 2, KV_LEN).index_fill(0, torch.tensor([1]), -INF)},
+}
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, 1])
+@pytest.mark.parametrize("case", TORCH_CASES)
+def test_second_derivatives_through_pytorchs_kernel(case, kv_heads):
+    """The reference's, where PyTorch's kernel has none; Dv is less than D here."""
+
+    def function(*inputs):
+        return attention(*inputs, backend="torch", **TORCH_CASES[case])
+
+    inputs = leaves(kv_heads=kv_heads)
+    assert function(*inputs).grad_fn.next_functions[0][0].name().startswith("ScaledDotProductFlashAttentionForCpu")
+    assert gradgradcheck(function, inputs)
+
+
+def test_second_derivatives_of_small_plain_calls():
+    """Also of one that is known; the first derivatives alone keep no graph."""
+    q, k, v = leaf(1, HEADS, Q_LEN, 8), leaf(1, HEADS, KV_LEN, 8), leaf(1, HEADS, KV_LEN, 8)
+    for _ in range(2):
+        assert explain(q, k, v).backend == "torch"
+        assert gradgradcheck(attention, (q, k, v))
+        assert not any(x.requires_grad for x in torch.autograd.grad(attention(q, k, v).sum(), (q, k, v)))
 
 
 MEMORY = """

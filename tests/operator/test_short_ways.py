@@ -55,6 +55,17 @@ def test_gradients_are_recorded_when_they_are_wanted_and_not_otherwise():
     assert not fastattn.attention(q.detach(), k.detach(), v.detach()).requires_grad
 
 
+@needs_cpu_library
+def test_a_known_call_has_the_backend_of_its_gradients():
+    """In half precision gradients change the choice."""
+    q, k, v = (torch.randn(1, 2, 16, 8, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    with torch.no_grad():
+        assert fastattn.explain(q, k, v).backend == "torch"
+        twice(q, k, v)
+    assert fastattn.explain(q, k, v).backend == "cpu"
+    assert "ScaledDotProduct" not in fastattn.attention(q, k, v).grad_fn.name()  # pyright: ignore
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [

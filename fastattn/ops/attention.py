@@ -1,0 +1,39 @@
+"""Attention on a backend that can serve it: PyTorch's function, or the operator."""
+
+import torch
+from torch import Tensor
+
+from fastattn import backends
+from fastattn.ops import plain
+from fastattn.ops.autograd import attend, draw_seed
+from fastattn.ops.direct import without_autocast
+from fastattn.ops.schema import Forward
+from fastattn.ops.torch_kernel import add_second_derivative
+from fastattn.spec import AttentionSpec
+
+
+def attention(spec: AttentionSpec, backend: str, seed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of ``spec``; lse is None from the torch backend.
+
+    Dropout's ``seed`` is that of `draw_seed`, unless one is given.
+    """
+    for_onnx = plain.wanted()
+    if backend == "torch" and not (for_onnx and (spec.mask is not None or spec.bias is not None)):
+        return _by_torch(spec), None
+    if spec.dropout_p > 0.0 and seed is None:
+        seed = draw_seed(spec.q.device)
+    call = Forward(spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backend)
+    out, lse, _ = plain.run(call) if for_onnx else attend(call)
+    return out, lse
+
+
+def _by_torch(spec: AttentionSpec) -> Tensor:
+    run = backends.module("torch").attention
+    if spec.bias is None:  # all else has been cast: nothing is left for autocast to change
+        out = run(spec)
+    else:
+        with without_autocast(spec.q.device):
+            out = run(spec)
+    if not torch.compiler.is_compiling() and out.requires_grad:
+        add_second_derivative(out)
+    return out

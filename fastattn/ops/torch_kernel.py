@@ -1,0 +1,42 @@
+"""What PyTorch's CPU kernel lacks: second derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import autograd
+from fastattn.ops.schema import Backward, Forward
+from fastattn.spec import Operands, Options
+
+_NODE = "ScaledDotProductFlashAttentionForCpuBackward0"
+
+
+def add_second_derivative(out: Tensor) -> None:
+    """Make the gradients of ``out``, the kernel's or a slice of it, differentiable under ``create_graph=True``."""
+    node: Any = out.grad_fn
+    if node is not None and node.name() == "SliceBackward0":
+        node = node.next_functions[0][0]
+    if node is not None and node.name() == _NODE:
+        node.register_hook(_differentiable)
+
+
+def _differentiable(gradients: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
+    """In place of the kernel's gradients, of which PyTorch has no derivative, the reference's; None keeps them."""
+    if not torch.is_grad_enabled() or given[0] is None:
+        return None
+    node: Any = torch._C._current_autograd_node()
+    q, k, v, mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
+    operands = Operands(block_mask=[])
+    if mask is not None:  # the kernel's, in numbers
+        mask = mask[(None,) * (4 - mask.ndim)]
+        allowed = mask != -torch.inf
+        operands = Operands(allowed, mask.masked_fill(~allowed, 0.0), block_mask=[])
+    scale = q.shape[-1] ** -0.5 if node._saved_scale is None else node._saved_scale
+    options = Options(None, 0 if node._saved_is_causal else None, 0, scale, None)
+    out, statistics = autograd.constants(Forward(q, k, v, operands, options, "reference"))
+    backward = Backward(given[0], None, q, k, v, out, statistics, operands, options, "reference", [False] * 3)
+    found = autograd.call_backward(backward)[:3]
+    return *(None if old is None else new for old, new in zip(gradients, found, strict=False)), *gradients[3:]
