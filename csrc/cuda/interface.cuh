@@ -18,7 +18,7 @@
 extern "C" {
 
 // Counts changes of what is declared here.
-#define FASTATTN_ABI 3
+#define FASTATTN_ABI 4
 
 enum FastattnDtype { FASTATTN_FLOAT16 = 0, FASTATTN_BFLOAT16 = 1 };
 
@@ -42,6 +42,7 @@ struct FastattnForward {
   float* lse;             // (B, Hq, Lq), contiguous
   const float* sinks;     // (Hq,), contiguous, or null: one more logit in each row's softmax, with no value
   const int32_t *q_starts, *k_starts, *k_used;  // (batch + 1,), (batch + 1,), (batch,), contiguous, or null
+  const int64_t* q_offsets;                     // (batch,), contiguous, in place of q_offset, or null
   void* stream;           // cudaStream_t
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
   int64_t q_offset, left, right;

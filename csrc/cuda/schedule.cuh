@@ -43,11 +43,12 @@ FASTATTN_HD constexpr bool packed(const FastattnForward& f) { return f.q_starts 
 
 // Starts that do not rise, which the host cannot see, make it empty.
 FASTATTN_HD constexpr Extent extent_of(const FastattnForward& f, int entry) {
-  if (!packed(f)) return {0, f.q_len, 0, f.kv_len, f.q_offset};
+  const int64_t q_offset = f.q_offsets == nullptr ? f.q_offset : f.q_offsets[entry];
+  if (!packed(f)) return {0, f.q_len, 0, f.kv_len, q_offset};
   const int q_start = clamp(f.q_starts[entry], f.q_len), q_len = clamp(f.q_starts[entry + 1], f.q_len) - q_start;
   const int k_start = clamp(f.k_starts[entry], f.kv_len), room = clamp(f.k_starts[entry + 1], f.kv_len) - k_start;
   const int kv_len = f.k_used == nullptr ? room : clamp(f.k_used[entry], room);
-  return {q_start, q_len, k_start, kv_len, f.q_offset == FASTATTN_ENDS ? kv_len - q_len : f.q_offset};
+  return {q_start, q_len, k_start, kv_len, q_offset == FASTATTN_ENDS ? kv_len - q_len : q_offset};
 }
 
 // What a query row sees.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fastattn.spec import AttentionSpec, CacheSpec, Operands, Options
 
-ABI = 3
+ABI = 4
 HEAD_DIMS = (64, 128, 256)
 PROVEN: dict[tuple[str, int, bool], str] = {}
 """(dtype, head dim, causal) -> digest of the sources whose kernel has passed parity on a GPU there, recorded in
@@ -43,7 +43,7 @@ class Forward(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "sinks")),
-        *((name, ctypes.c_void_p) for name in (*_PACKED, "stream")),
+        *((name, ctypes.c_void_p) for name in (*_PACKED, "q_offsets", "stream")),
         *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out")),
         *((name, ctypes.c_int64) for name in ("q_offset", "left", "right")),
         *((name, ctypes.c_int32) for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim")),
@@ -99,7 +99,7 @@ def problem() -> str | None:
 
 def unasked(spec: AttentionSpec) -> bool:
     """Whether this backend may serve ``spec`` without being asked for: its parity on a GPU is on record."""
-    extras = (spec.left, spec.softcap, spec.sinks, spec.cu_seqlens_q)
+    extras = (spec.left, spec.softcap, spec.sinks, spec.cu_seqlens_q, spec.q_offset_tensor)
     plain = spec.right in (None, 0) and all(x is None for x in extras)
     if not PROVEN or not plain:
         return False
@@ -140,7 +140,6 @@ def reasons(spec: AttentionSpec) -> list[str]:
         "bias": spec.bias is not None,
         "alibi_slopes": spec.alibi_slopes is not None,
         "dropout": spec.dropout_p > 0.0,
-        "q_offset per batch entry": spec.q_offset_tensor is not None,
     }
     reasons += [f"it has no {name}" for name, wanted in absent.items() if wanted]
     if not spec.scale > 0.0:
@@ -179,7 +178,7 @@ def forward(
     """Fill ``out`` (B, Hq, Lq, D) and ``lse`` (B, Hq, Lq, float32) for q (B, Hq, Lq, D) and k, v (B, Hk, Lk, D).
 
     ``statistics`` is left as it is, since there is no backward pass; `reasons` lets no call through that has
-    ``operands`` but sinks and packed sequences, or dropout. Of these, rows of no sequence are left as they are.
+    ``operands`` but sinks, offsets and packed sequences, or dropout. Rows of no sequence are left as they are.
 
     Raises:
         ValueError: a tensor does not start at a multiple of 16 bytes, or the library refuses an argument.
@@ -191,6 +190,7 @@ def forward(
     given = (operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k)
     # Held until the kernel is queued.
     small = {name: None if x is None else x.int() for name, x in zip(_PACKED, given, strict=True)}
+    small["q_offsets"] = None if operands.q_offset_tensor is None else operands.q_offset_tensor.long()
     small["sinks"] = None if operands.sinks is None else operands.sinks.float().contiguous()
     sequences = q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1
     arguments = Forward(

@@ -120,7 +120,7 @@ REASONS = {  # options of gpu_spec, and the one reason against them
     "bias": ({"bias": on_gpu(1, 1, 8, 8)}, "it has no bias"),
     "alibi_slopes": ({"alibi_slopes": on_gpu(1, 2)}, "it has no alibi_slopes"),
     "dropout": ({"dropout_p": 0.1}, "it has no dropout"),
-    "offsets": ({"causal": True, "q_offset": on_gpu(1, dtype=torch.int64)}, "it has no q_offset per batch entry"),
+    "served, offsets": ({"causal": True, "q_offset": on_gpu(1, dtype=torch.int32)}, None),
     "scale": ({"scale": -1.0}, "expects scale > 0, got -1"),
     "gradient": ({"requires_grad": True}, "it has no gradient"),
     "columns first": (

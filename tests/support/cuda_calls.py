@@ -18,7 +18,10 @@ def specification(spec, dtype):
     q, k, v = (t.detach().to(dtype) for t in (spec.q, spec.k, spec.v))
     sinks = None if spec.sinks is None else spec.sinks.to(dtype)
     packed = {"cu_seqlens_q": spec.cu_seqlens_q, "cu_seqlens_k": spec.cu_seqlens_k, "seqused_k": spec.seqused_k}
-    return reference.attention(q, k, v, sinks=sinks, block_mask=[], **packed, **spec.options._asdict())
+    offsets = spec.q_offset_tensor
+    return reference.attention(
+        q, k, v, sinks=sinks, q_offset_tensor=offsets, block_mask=[], **packed, **spec.options._asdict()
+    )
 
 
 def make_inputs(device, lengths, *, dim, dtype=HALF, heads=(2, 2), used=None, **shapes):
@@ -46,10 +49,12 @@ def make_inputs(device, lengths, *, dim, dtype=HALF, heads=(2, 2), used=None, **
 def check_forward(q, k, v, sinks=None, **options):
     """Out of the backend "cuda"; it and lse are held to the rule. Below the choice of a backend, so on any device.
 
-    ``sinks``: one logit for each query head, as numbers.
+    ``sinks``: one logit for each query head, as numbers; so is ``q_offset``, if it is a tuple.
     """
     if sinks is not None:
         options["sinks"] = torch.tensor(sinks, device=q.device)
+    if isinstance(options.get("q_offset"), tuple):
+        options["q_offset"] = torch.tensor(options["q_offset"], device=q.device)
     spec = make_spec(q, k, v, return_lse=True, **options)
     out, lse = ops.attention(spec, "cuda")
     expected_out, expected_lse = specification(spec, torch.float64)
@@ -68,6 +73,7 @@ CASES = {
     "causal, Lq < Lk": ((77, 390), {}, {"causal": True}),
     "causal, first rows see nothing": ((300, 130), {}, {"causal": True}),
     "causal, top left": ((200, 300), {}, {"causal": True, "q_offset": 0}),
+    "offsets": ((70, 150), {"batch": 3}, {"causal": True, "q_offset": (80, -30, 9)}),
     "nothing visible": ((5, 7), {}, {"causal": True, "q_offset": -9}),
     "no keys": ((5, 0), {}, {}),
     "grouped heads": ((66, 140), {"heads": (6, 2), "batch": 2}, {"causal": True}),
@@ -85,6 +91,7 @@ CASES = {
         {"sinks": (1.0, 0, 3.0, -2.0, 0, 5.0)},
     ),
     "packed, not all keys": (([30, 3, 17], [150, 0, 64]), {"used": [131, 0, 11]}, {"causal": True, "q_offset": 50}),
+    "packed, offsets": (([30, 17], [150, 64]), {}, {"window": (40, 0), "q_offset": (120, 3)}),
     "scale": ((40, 200), {}, {"scale": 1.5}),
     "window": ((200, 400), {}, {"window": (70, 30)}),
     "window, causal": ((300, 300), {"heads": (4, 2)}, {"window": (100, None), "causal": True}),
