@@ -76,8 +76,11 @@ def cells() -> list[Cell]:
         held_against_all = length == FEATURE_LENGTH
         providers = ANY_PEER if held_against_all else (OWN, SDPA)
         found.append(attention_cell(case, problem, mode, 1, providers, 2 if held_against_all else 3))
-    kinds = ("MultiheadAttention", "TransformerEncoderLayer")
-    for length, kind, (mode, padded) in itertools.product((64, 256, 1024), kinds, (("train", False), ("eval", True))):
+    layers = [
+        *itertools.product(("MultiheadAttention", "TransformerEncoderLayer"), (("train", False), ("eval", True))),
+        ("TransformerEncoder", ("eval", True)),
+    ]
+    for length, (kind, (mode, padded)) in itertools.product((64, 256, 1024), layers):
         run = functools.partial(
             measure_layer, suite="cpu", kind=kind, length=length, mode=mode, padded=padded,
             providers=("fastattn", "torch"), dtype="fp32", tokens=1024, width=256,

@@ -23,9 +23,12 @@ COMPILED_LENGTHS = (4096, 1024)
 
 
 def make_layer(kind: str, width: int, dropout: float = 0.0) -> nn.Module:
-    """A layer of torch.nn."""
+    """A layer of torch.nn, or an encoder of two."""
     if kind == "MultiheadAttention":
         return nn.MultiheadAttention(width, HEADS, dropout, batch_first=True)
+    if kind == "TransformerEncoder":  # post-norm: torch.nn leaves padding out there alone
+        layer = nn.TransformerEncoderLayer(width, HEADS, 4 * width, dropout=dropout, batch_first=True)
+        return nn.TransformerEncoder(layer, 2)
     return getattr(nn, kind)(width, HEADS, 4 * width, dropout=dropout, batch_first=True, norm_first=True)
 
 
@@ -33,7 +36,7 @@ def apply(kind: str, layer: nn.Module, x: Tensor, padding: Tensor | None, causal
     """Call a layer as its user would: self-attention; the decoder causal, over a memory of the same length."""
     if kind == "MultiheadAttention":
         return layer(x, x, x, key_padding_mask=padding, need_weights=False)[0]
-    if kind == "TransformerEncoderLayer":
+    if kind in ("TransformerEncoderLayer", "TransformerEncoder"):
         return layer(x, src_key_padding_mask=padding)
     options = {"tgt_key_padding_mask": padding, "memory_key_padding_mask": padding}
     return layer(x, x, tgt_mask=causal_mask, tgt_is_causal=True, **options)

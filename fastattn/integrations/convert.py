@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fastattn.nn as fnn
-from fastattn.nn.attention import adopt, unblock_fast_path
+from fastattn.nn.attention import adopt
+from fastattn.nn.hooks import unblock_fast_path
 
 __all__ = ["ConversionReport", "ModuleRecord", "convert", "revert"]
 

@@ -5,16 +5,17 @@ Dimensions in comments: N batch, L query length, S key length, E embedding, H he
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.functional import attention, divided
+from fastattn.functional import attention, attention_varlen, divided
 from fastattn.functional.parts import attention_of_heads, for_own_heads, of_all_heads, own_part
 from fastattn.nn import keywords
 from fastattn.nn.cache import KVCache
+from fastattn.nn.hooks import block_fast_path
 from fastattn.nn.tracing import fx_leaf, refuse_torchscript
 
 __all__ = ["MultiheadAttention"]
@@ -169,13 +170,27 @@ class MultiheadAttention(nn.MultiheadAttention):
         Returns:
             A tensor of x's shape: what `forward` with a causal mask gives at these positions.
         """
-        self._check_for_cache("step")
+        self._check_plain("step")
         q, k, v = (self._split_heads(t) for t in self._project(x, x, x))
         return self._merge_heads(cache.attend(layer, q, k, v, causal=True))
 
+    def packed(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Self-attention of sequences without padding, without dropout.
+
+        Args:
+            x: (total, E), one sequence after the other.
+            cu_seqlens: int32 (sequences + 1,), where each starts.
+
+        Returns:
+            (total, E).
+        """
+        self._check_plain("packed")
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self._project(x, x, x))  # (total, H, D)
+        return self.out_proj(attention_varlen(q, k, v, cu_seqlens).flatten(-2))
+
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of (N, S, E) with `batch_first`, else (S, N, E), for `step_cross`: (N, H, S, D) each."""
-        self._check_for_cache("keys_values")
+        self._check_plain("keys_values")
         if self.own_heads is not None:
             _, (w_k, b_k), (w_v, b_v) = self._own_projections()
             return self._split_heads(F.linear(memory, w_k, b_k)), self._split_heads(F.linear(memory, w_v, b_v))
@@ -239,8 +254,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return [(own_part(w), b) for w, b in zip(weights, biases, strict=True)]
 
-    def _check_for_cache(self, method: str) -> None:
-        """Refuse what a cache has no place for."""
+    def takes_packed(self) -> bool:
+        """Whether `packed` is what `forward` of a padded batch is at the elements that are no padding."""
+        extra_keys = self.bias_k is not None or self.add_zero_attn
+        return not (extra_keys or self.in_proj_weight is None or self.own_heads is not None or self.on_shards)
+
+    def _check_plain(self, method: str) -> None:
+        """Refuse what a cache and packed sequences have no place for."""
         differ = (self.kdim, self.vdim) != (self.embed_dim, self.embed_dim)
         if self.bias_k is not None or self.add_zero_attn or differ:
             raise ValueError(f"MultiheadAttention.{method}: expected no add_bias_kv, add_zero_attn, kdim and vdim")
@@ -300,26 +320,6 @@ def adopt(module: nn.MultiheadAttention) -> None:
     """Turn a module of exactly torch.nn's class into ours, in place: only its code changes."""
     module.__class__ = MultiheadAttention
     block_fast_path(module)
-
-
-def block_fast_path(module: nn.MultiheadAttention) -> None:
-    """Make every torch.nn.TransformerEncoderLayer that holds `module` call it, in evaluation too.
-
-    In evaluation that layer runs one fused operator, which reads the weights of `self_attn` and never calls it. But not
-    if a module inside it has a hook, because a hook must be called: hence a hook.
-    """
-    module.register_forward_pre_hook(_inert)
-
-
-def unblock_fast_path(module: nn.MultiheadAttention) -> None:
-    """Undo `block_fast_path`."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is _inert:
-            del module._forward_pre_hooks[key]
-
-
-def _inert(module: nn.Module, args: Any) -> None:
-    """A forward pre-hook that does nothing. At module level, so that it is pickled by name."""
 
 
 def check_mask_dtype(mask: Tensor | None, name: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from fastattn.functional.dropout import dropout
+from fastattn.nn.hooks import is_hooked
 
 __all__ = ["DecoderBlocks", "EncoderBlocks", "drop"]
 
@@ -48,7 +48,7 @@ class DecoderBlocks(nn.TransformerDecoderLayer):
 
 def drop(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, of a dropout layer."""
-    if type(module) is not nn.Dropout or module.inplace or not module.training or _is_hooked(module):
+    if type(module) is not nn.Dropout or module.inplace or not module.training or is_hooked(module):
         return module(x)
     return dropout(x, module.p)
 
@@ -66,22 +66,9 @@ def _attend(
 
 def _feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
     hidden = layer.linear1(x)
-    own = type(layer.linear1) is nn.Linear and not _is_hooked(layer.linear1)  # nobody else has what it returned
+    own = type(layer.linear1) is nn.Linear and not is_hooked(layer.linear1)  # nobody else has what it returned
     if layer.activation is F.relu and own and not torch.compiler.is_compiling():
         hidden = hidden.relu_()
     else:
         hidden = layer.activation(hidden)
     return layer.linear2(drop(layer.dropout, hidden))
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether somebody is to be called with what a module takes or returns, or in its place."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._has_any_global_hook()
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
-    )

@@ -2,9 +2,7 @@
 
 The classes extend torch.nn's of the same names, so constructors, parameter names, initialisation and `isinstance`
 checks are torch.nn's own. What changes: attention is `fastattn.nn.MultiheadAttention`, and the same code runs in
-training and evaluation. torch.nn's encoder has a second implementation for evaluation, which skips overridden methods,
-packs padded input into nested tensors, and returns zeros at padded positions; here padded positions are computed like
-all others.
+training and evaluation. torch.nn's layers have a second implementation for evaluation, which skips overridden methods.
 
 What torch.nn has not: `make_cache` and `step`, which decode a sequence element by element at the cost of the new ones.
 """
@@ -19,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn import _check as check
+from fastattn.functional.padding import kept
 from fastattn.nn import keywords
 from fastattn.nn.attention import MultiheadAttention, adopt, check_mask_dtype
 from fastattn.nn.cache import KVCache
+from fastattn.nn.hooks import is_hooked
 from fastattn.nn.model_cache import allocate, check_cache, escaped
 from fastattn.nn.parts import DecoderBlocks, EncoderBlocks
 from fastattn.nn.tracing import fx_leaf, refuse_torchscript
@@ -84,11 +84,15 @@ class TransformerEncoderLayer(EncoderBlocks):
         """
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(src_mask, "src_mask")
-        x = src
+        return self._run(
+            src, lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
+        )  # fmt: skip
+
+    def _run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
+            x = x + attend(self.norm1(x))
             return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
+        x = self.norm1(x + attend(x))
         return self.norm2(x + self._ff_block(x))
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -96,12 +100,11 @@ class TransformerEncoderLayer(EncoderBlocks):
 
     def step(self, src: Tensor, cache: KVCache, layer: int = 0) -> Tensor:
         """`forward` with a causal mask for the elements that follow those in `cache`; see `TransformerEncoder.step`."""
-        x = src
-        if self.norm_first:
-            x = x + self.dropout1(self.self_attn.step(self.norm1(x), cache, layer))
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self.dropout1(self.self_attn.step(x, cache, layer)))
-        return self.norm2(x + self._ff_block(x))
+        return self._run(src, lambda x: self.dropout1(self.self_attn.step(x, cache, layer)))
+
+    def packed(self, src: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`forward` of sequences without padding: src (total, E), of which each starts at its entry of `cu_seqlens`."""
+        return self._run(src, lambda x: self.dropout1(self.self_attn.packed(x, cu_seqlens)))
 
 
 class TransformerDecoderLayer(DecoderBlocks):
@@ -162,7 +165,11 @@ class TransformerDecoderLayer(DecoderBlocks):
 class TransformerEncoder(nn.TransformerEncoder):
     """Drop-in replacement for `torch.nn.TransformerEncoder`: a stack of copies of `encoder_layer`.
 
-    `enable_nested_tensor` and `mask_check` are accepted and ignored: input is never packed into nested tensors.
+    In evaluation and without gradients padding is not encoded: with a boolean `src_key_padding_mask` and no `mask`, the
+    layers give 0 there, of which the final norm makes its bias. `enable_nested_tensor=False` encodes padding like all
+    else, which training always does, and a sequence that is divided among processes. On a CPU the layers then compute
+    the other elements alone, in whatever place the padding stands, unless one of them has hooks, another class or
+    another `self_attn`. `mask_check` is accepted and ignored.
     """
 
     @keywords.stack
@@ -198,10 +205,40 @@ class TransformerEncoder(nn.TransformerEncoder):
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(mask, "mask")
         causal = _is_causal(mask, is_causal, src, self.layers)
-        x = src
-        for layer in self.layers:
-            x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+        padding = src_key_padding_mask
+        if padding is not None and mask is None and not causal and self._leaves_out(padding, src):
+            x = self._encode_kept(src, padding)
+        else:
+            x = self._encode(src, mask, padding, causal)
         return x if self.norm is None else self.norm(x)
+
+    def _encode(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, causal: bool) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=padding)
+        return x
+
+    def _leaves_out(self, padding: Tensor, src: Tensor) -> bool:
+        """Whether the output at `padding` is 0."""
+        if self.training or torch.is_grad_enabled() or not self.enable_nested_tensor or padding.dtype != torch.bool:
+            return False
+        if src.dim() != 3 or not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
+            return False
+        sizes = src.shape[:2] if _batch_first(self.layers) else src.shape[:2][::-1]
+        return padding.shape == sizes
+
+    def _encode_kept(self, src: Tensor, padding: Tensor) -> Tensor:
+        """`_encode` with 0 at `padding`."""
+        batch_first = _batch_first(self.layers)
+        rows = None
+        if not torch.compiler.is_compiling() and all(map(_takes_packed, self.layers)):
+            rows = kept(src, padding, batch_first)
+        if rows is None:
+            x = self._encode(src, None, padding, False)
+            return x.masked_fill((padding if batch_first else padding.t()).unsqueeze(-1), 0.0)
+        x = rows.take(src)
+        for layer in self.layers:
+            x = layer.packed(x, rows.cu_seqlens)  # pyright: ignore[reportCallIssue]
+        return rows.put_back(x, src.shape)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_torchscript(self)
@@ -296,8 +333,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         """
         if memory.dim() != 3:
             raise ValueError(f"memory: expected 3 dimensions, got shape {tuple(memory.shape)}")
-        batch_first = self.layers[0].self_attn.batch_first  # pyright: ignore[reportAttributeAccessIssue]
-        N, S = memory.shape[:2] if batch_first else memory.shape[:2][::-1]
+        N, S = memory.shape[:2] if _batch_first(self.layers) else memory.shape[:2][::-1]
         cache = _make_cache(self.layers, TransformerDecoderLayer, N, capacity, kind, options)
         if memory_key_padding_mask is not None:
             if memory_key_padding_mask.dtype != torch.bool:
@@ -383,13 +419,26 @@ def _is_causal(mask: Tensor | None, hint: bool | None, x: Tensor, layers: nn.Mod
         return hint
     if mask is None or x.is_nested or torch.compiler.is_compiling():  # a compiled graph cannot branch on the mask
         return False
-    batch_first = layers[0].self_attn.batch_first  # pyright: ignore[reportAttributeAccessIssue]
-    seq_dim = 1 if x.dim() == 3 and batch_first else 0
+    seq_dim = 1 if x.dim() == 3 and _batch_first(layers) else 0
     L = x.shape[seq_dim]
     if mask.shape != (L, L):
         return False
     causal_mask = nn.Transformer.generate_square_subsequent_mask(L, mask.device, mask.dtype)
     return bool((mask == causal_mask).all())
+
+
+def _batch_first(layers: nn.ModuleList) -> bool:
+    return layers[0].self_attn.batch_first  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+
+
+def _takes_packed(layer: nn.Module) -> bool:
+    """Whether `packed` does what calling the layer does, and nobody is to see what comes and goes inside."""
+    return (
+        type(layer) is TransformerEncoderLayer
+        and type(layer.self_attn) is MultiheadAttention
+        and layer.self_attn.takes_packed()
+        and not any(module.training or is_hooked(module) for module in layer.modules())
+    )
 
 
 def _make_cache(
