@@ -163,7 +163,7 @@ class Calls:
 
             return call
 
-        for name in ("attention", "attention_of_heads"):
+        for name in ("attention", "attention_of_heads", "attention_varlen"):
             monkeypatch.setattr(module, name, counted(getattr(module, name)))
 
     def __len__(self):
