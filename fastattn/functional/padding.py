@@ -14,18 +14,18 @@ from fastattn.ops.direct import Way, way
 class Kept(NamedTuple):
     """The rows of a batch that are no padding."""
 
-    index: Tensor
+    places: Tensor
     """int64 (total,): where they stand in the batch, (N, S, E) or (S, N, E), flattened to rows"""
     cu_seqlens: Tensor
     """int32 (N + 1,): where each sequence starts among them"""
 
     def take(self, x: Tensor) -> Tensor:
         """(N, S, E) or (S, N, E) -> (total, E)."""
-        return x.flatten(0, 1).index_select(0, self.index)
+        return x.flatten(0, 1).index_select(0, self.places)
 
     def put_back(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """(total, E) -> ``shape``, with 0 for padding."""
-        return rows.new_zeros(shape).flatten(0, 1).index_copy_(0, self.index, rows).view(shape)
+        return rows.new_zeros(shape).flatten(0, 1).index_copy_(0, self.places, rows).view(shape)
 
 
 def kept(x: Tensor, padding: Tensor, batch_first: bool) -> Kept | None:
