@@ -266,6 +266,14 @@ def test_what_is_beside_a_sequence_stays_out(model):
     assert (out[:, :, 130:] == 0).all() and (lse[:, :, 130:] == -torch.inf).all()
 
 
+def test_a_key_that_rows_do_not_see_may_be_nan(model):
+    q, k, v = make_qkv("cpu", (130, 300), dims=(64, 64), heads=(1, 1))
+    clean = check_forward(q, k, v, causal=True, q_offset=0)
+    k[:, :, 100] = torch.nan
+    out, _ = ops.attention(make_spec(q, k, v, causal=True, q_offset=0), "cuda")
+    assert torch.equal(out[:, :, :100], clean[:, :, :100]) and out[:, :, 100:].isnan().all()
+
+
 FLAWED = ("packed, not all keys", "packed", "grouped heads", "grouped heads, seven")
 """by number of the mistake in what TMA is told: a case that it spoils"""
 
