@@ -181,8 +181,9 @@ class Ranks:
             seed: 64 bits that may change from call to call.
 
         Headers are kept. Where every rank has those that the same call found before, a digest of them tells so, in
-        log2(ranks) short messages; else all exchange them. Every rank goes the same way, whatever it has kept: the
-        largest and the smallest digest are known to all.
+        log2(ranks) short messages; else all exchange them. Among hundreds of ranks to read their headers for every call
+        would take longer than attention. Every rank goes the same way, whatever it has kept: the largest and the
+        smallest digest are known to all.
         """
         own: Header = ([*numbers], text.encode()[:_TEXT].decode(errors="ignore"))
         name = (self.size, self.rank, tuple(numbers), own[1])

@@ -246,7 +246,7 @@ class _Watch:
                 "is gone"
             )
         if late := [rank for rank, waited in enumerate(self._counts("waited")) if not waited]:
-            return f"{_names(late)} did not come to a message in time, and lives: it does something else, or is slow"
+            return f"{_names(late)} did not come to a message in time: alive, but slow or at something else"
         return f"rank {self._rank} lost a message that all wait for: {_first_line(error)}"
 
     def _counts(self, what: str) -> list[int]:

@@ -75,4 +75,7 @@ def leave(division: Division) -> None:
 def refuse(name: str, got: str) -> None:
     """Raise ValueError where a sequence is divided: what is meant counts on one process having all of it."""
     if _entered:
-        raise ValueError(f"{name}: expected a sequence that is not divided among processes, got {got}")
+        raise ValueError(
+            f"{name}: expected a sequence that is not divided among processes, got {got}; call it outside of "
+            "context_parallel, for a model of ContextParallel with its weights in a model without"
+        )

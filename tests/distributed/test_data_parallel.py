@@ -13,8 +13,9 @@ from tests.support.ranks_tensor_parallel import train_step
     ("way", "ranks_used"), [("plain", 2), ("compiled", 2), ("hsdp", 4), ("with_heads", 4), ("on_shards", 4)]
 )
 def test_a_step_of_training_and_generate(ranks, way, ranks_used):
-    _, exact = train_step(*work.make_lm(torch.float64))
-    model, tokens = work.make_lm()
+    layers = work.layers_of(way)
+    _, exact = train_step(*work.make_lm(torch.float64, layers))
+    model, tokens = work.make_lm(layers=layers)
     _, eager = train_step(model, tokens)
     expected = fastattn.generate(model, torch.arange(6).view(2, 3), 5).tokens.tolist()
     for gradients, generated in ranks.run(work.step, way, ranks=ranks_used):

@@ -17,7 +17,7 @@ SAID = {
     "first killed": STORE,
     "first stopped": STORE,
     "killed on joining": GONE,
-    "late": "RankFailed: rank 1 did not come to a message in time, and lives: it does something else, or is slow",
+    "late": "RankFailed: rank 1 did not come to a message in time: alive, but slow or at something else",
     "interrupted": "ended after step 2",
 }
 
