@@ -1,6 +1,5 @@
-"""Attention over a sequence that is divided among ranks: the public function, and what every rank agrees on first."""
+"""Attention over a sequence that is divided among ranks: the public functions, from arguments to strategy and back."""
 
-import zlib
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +9,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from fastattn import backends, ops
 from fastattn.block_mask import BlockMask, check_block_mask
 from fastattn.distributed import ring, ulysses
+from fastattn.distributed.agreement import BY_HEADS, STRIPED_ALIBI, check_own, check_together, describe, numbers_of
 from fastattn.distributed.blocks import seen_tiles
 from fastattn.distributed.comm import Ranks
 from fastattn.distributed.cost import STRATEGIES, Choice, Link, Sizes, Strategy, costs, routes_of, rows_of
-from fastattn.distributed.layout import Balance, Piece, Starts, View, check_balance, joined, length_of, pieces, relation
+from fastattn.distributed.layout import Balance, Piece, View, joined, pieces, relation
 from fastattn.functional import Backend, keywords
-from fastattn.spec import AttentionSpec, make_spec
-from fastattn.spec.checks import FLOAT_DTYPES, autocast, check_window
+from fastattn.spec import AttentionSpec
+from fastattn.spec.checks import check_window
 
 
 def context_parallel_attention(
@@ -203,9 +203,9 @@ def _agree(
     problem: Exception | None = None
     spec, documents, numbers, text, seed = None, None, [0] * 10, "", 0
     try:
-        spec, documents = _check(q, k, v, peers, strategy, balance, backend, options)
-        numbers = [1, *_numbers(spec, q, k, v, options)]
-        text = _describe(spec, documents, strategy, balance, options)
+        spec, documents = check_own(q, k, v, peers, strategy, balance, backend, options)
+        numbers = [1, *numbers_of(spec, q, k, v, options)]
+        text = describe(spec, documents, strategy, balance, options)
         seed = int(ops.draw_seed(q.device)) if spec.dropout_p else 0
     except Exception as error:
         problem, text = error, f"{type(error).__name__}: {error}"
@@ -216,7 +216,7 @@ def _agree(
         if their[0] == 0:
             raise RuntimeError(f"context parallel, {peers}: rank {rank} raised {words}")
     assert spec is not None
-    q_total, kv_total = _check_together(headers, balance, documents)
+    q_total, kv_total = check_together(headers, balance, documents)
     tiles = None if spec.block_mask is None else seen_tiles(spec.block_mask)
     view = View(options["q_offset"], *check_window(options["window"], options["causal"]), documents, tiles)
     if documents is None:
@@ -242,161 +242,12 @@ def _agree(
     return _Call(peers, spec, rows, keys, sizes, _choose(sizes, link or Link(), strategy, spec), of_all)
 
 
-def check_how(strategy: str | None, balance: str) -> None:
-    """Raise ValueError unless there are such."""
-    if strategy is not None and strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
-    check_balance(balance)
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, peers: Ranks, strategy: str | None, balance: str, backend: str | None,
-    given: dict[str, Any],
-) -> tuple[AttentionSpec, tuple[Starts, Starts] | None]:  # fmt: skip
-    check_how(strategy, balance)
-    options = dict(given)
-    if isinstance(options["q_offset"], Tensor):
-        raise TypeError("q_offset: expected an int or None where the sequence is divided, got a Tensor")
-    q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
-    offset = {"q_offset": options["q_offset"] or 0}
-    documents = None
-    if options["cu_seqlens_q"] is not None:
-        spec, documents = _check_documents(q, k, v, options)
-    else:
-        if options["cu_seqlens_k"] is not None:
-            raise ValueError("cu_seqlens_k: expected None without cu_seqlens_q, got a Tensor")
-        if balance == "documents":
-            raise ValueError(
-                "balance: expected 'contiguous', 'zigzag' or 'striped' without cu_seqlens_q, got 'documents'"
-            )
-        block_mask = options.pop("block_mask")
-        make_spec(q, k, v, **{**options, "mask": None, "bias": None, **offset})
-        # The operands are checked against all keys: as many as they have, which the ranks then compare.
-        width = max(_width(options), 1)
-        wide = (_of_length(x, width) for x in (k, v))
-        spec = make_spec(q, *wide, **{**options, **offset})._replace(k=k, v=v, block_mask=block_mask)
-        if block_mask is not None:  # its lengths are those of the whole, which are not known yet
-            q_len, kv_len = block_mask.shape[2:] if isinstance(block_mask, BlockMask) else (0, 0)
-            check_block_mask(block_mask, (q.shape[0], q.shape[1], q_len, kv_len), q.device)
-    if strategy == "ulysses" and peers.inner is not None:
-        raise ValueError(f"strategy: expected 'ring', 'all_gather' or None, got 'ulysses'; {_BY_HEADS}")
-    routed = strategy in ("ring", "all_gather") or peers.inner is not None
-    if balance == "striped" and spec.alibi_slopes is not None and peers.size > 1 and routed:
-        raise ValueError(f"alibi_slopes: expected None with striped shards and strategy {strategy!r}; {_STRIPED_ALIBI}")
-    if strategy != "ulysses":
-        backends.choose(spec._replace(return_lse=True), backend)
-    return spec, documents
-
-
-def _of_length(x: Tensor, length: int) -> Tensor:
-    """A tensor for checks, with as many tokens."""
-    return x.new_empty(1).expand(*x.shape[:2], length, x.shape[3])
-
-
-def _check_documents(
-    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-) -> tuple[AttentionSpec, tuple[Starts, Starts]]:
-    if options["cu_seqlens_k"] is None:
-        options = {**options, "cu_seqlens_k": options["cu_seqlens_q"]}
-    make_spec(q, k, v, scale=options["scale"])
-    if q.shape[0] != 1:
-        raise ValueError(f"q.shape[0]: expected 1 with cu_seqlens_q, all documents in one row, got {q.shape[0]}")
-    for name in ("mask", "block_mask", "bias"):
-        if options[name] is not None:
-            raise ValueError(f"{name}: expected None with cu_seqlens_q, got a {type(options[name]).__name__}")
-    given = [options[name] for name in ("cu_seqlens_q", "cu_seqlens_k")]
-    ends = [int(x[-1]) if isinstance(x, Tensor) and x.ndim == 1 and x.numel() else 0 for x in given]
-    spec = make_spec(*(_of_length(x, end) for x, end in zip((q, k, v), (*ends, ends[1]), strict=True)), **options)
-    starts = (tuple(x.tolist()) for x in given)
-    return spec._replace(q=q, k=k, v=v), (next(starts), next(starts))
-
-
-_BY_HEADS = "the second dimension of the mesh divides heads"
-_STRIPED_ALIBI = "distances in stripes are no multiples of one slope: take 'ulysses', or zigzag shards"
-
-
-def _width(options: dict[str, Any]) -> int:
-    """How many keys mask and bias have; -1 if they do not say."""
-    for name in ("mask", "bias"):
-        x = options[name]
-        if isinstance(x, Tensor) and x.ndim and x.shape[-1] != 1:
-            return x.shape[-1]
-    return -1
-
-
-def _numbers(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> list[int]:
-    dtype = FLOAT_DTYPES.index(spec.q.dtype)
-    return [*q.shape, k.shape[1], k.shape[2], v.shape[3], dtype, _width(options)]
-
-
-def _describe(spec: AttentionSpec, documents: Any, strategy: str | None, balance: str, options: dict[str, Any]) -> str:
-    """What must be the same on every rank, beside shapes."""
-    names = ("causal", "window", "q_offset", "softcap", "scale", "dropout_p", "return_lse")
-    parts = [f"strategy={strategy!r}", f"balance={balance!r}", *(f"{name}={options[name]!r}" for name in names)]
-    tensors = {"mask": spec.mask, "bias": spec.bias, "alibi_slopes": spec.alibi_slopes, "sinks": spec.sinks}
-    parts += [name for name, x in tensors.items() if x is not None]
-    if spec.block_mask is not None:
-        parts.append(str(seen_tiles(spec.block_mask)))
-    if documents is not None:
-        parts.append(f"documents {zlib.crc32(repr(documents).encode()):08x}")
-    if torch.is_grad_enabled():
-        tensors |= {"q": spec.q, "k": spec.k, "v": spec.v}
-        parts += [f"{name}.requires_grad" for name, x in tensors.items() if x is not None and x.requires_grad]
-    return ", ".join(parts)
-
-
-def _check_together(
-    headers: list[tuple[list[int], str]], balance: Balance, documents: tuple[Starts, Starts] | None
-) -> tuple[int, int]:
-    """(all queries, all keys); raises the same on every rank."""
-    first, words = headers[0]
-    shape = [0, 1, 2, 4, 5, 7, 8]  # all but lengths
-    for rank, (their, said) in enumerate(headers):
-        if [their[i] for i in shape] != [first[i] for i in shape]:
-            raise ValueError(
-                f"q, k, v: expected the same sizes but for lengths on every rank, got {_shapes(first)} on rank 0 and "
-                f"{_shapes(their)} on rank {rank}"
-            )
-        if said != words:
-            raise ValueError(
-                f"expected the same options on every rank, got {words} on rank 0 and {said} on rank {rank}"
-            )
-    totals = []
-    for name, column, starts in zip("qk", (3, 6), documents or (None, None), strict=True):
-        lengths = [their[column] for their, _ in headers]
-        if starts is not None and starts[-1] > sum(lengths):
-            raise ValueError(
-                f"cu_seqlens_{name}: expected to end at the {sum(lengths)} tokens of all ranks or before, "
-                f"got {starts[-1]}"
-            )
-        expected = [length_of(own) for own in pieces(balance, sum(lengths), len(headers), starts)]
-        if lengths != expected:
-            raise ValueError(
-                f"{name}.shape[2]: expected {expected} tokens on ranks 0 to {len(lengths) - 1} with "
-                f"balance={balance!r}, got {lengths}; fastattn.distributed.shard cuts them so"
-            )
-        totals.append(sum(lengths))
-    for rank, (their, _) in enumerate(headers):
-        if their[9] not in (-1, totals[1]):
-            raise ValueError(
-                f"mask, bias: expected all {totals[1]} keys in the last dimension, got {their[9]} on rank {rank}"
-            )
-    return totals[0], totals[1]
-
-
-def _shapes(numbers: list[int]) -> str:
-    _, batch, q_heads, q_len, dim, kv_heads, kv_len, v_dim, dtype, _ = numbers
-    name = str(FLOAT_DTYPES[dtype]).removeprefix("torch.")
-    q, k, v = (batch, q_heads, q_len, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, v_dim)
-    return f"q {q} k {k} v {v} {name}"
-
-
 def _choose(sizes: Sizes, link: Link, strategy: str | None, spec: AttentionSpec) -> Choice:
     refused: dict[str, str] = {}
     if sizes.balance == "striped" and spec.alibi_slopes is not None and sizes.ranks > 1:
-        refused.update((name, _STRIPED_ALIBI) for name in ("ring", "all_gather"))
+        refused.update((name, STRIPED_ALIBI) for name in ("ring", "all_gather"))
     if sizes.width > 1:
-        refused["ulysses"] = _BY_HEADS
+        refused["ulysses"] = BY_HEADS
     found = costs(sizes, link)
     possible = [name for name in STRATEGIES if name not in refused]
     chosen = strategy or min(possible, key=lambda name: (found[name].seconds, found[name].memory))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from fastattn.distributed.layout import Balance, Piece, Starts, View, joined, length_of, pairs_of, parts, pieces
-from fastattn.distributed.ring import Hop, Route, find_routes, returns_of, steps_of
+from fastattn.distributed.routes import Hop, Route, find_routes, returns_of, steps_of
 from fastattn.distributed.schedule import Link, Move, Step, play, received
 from fastattn.distributed.ulysses import query_heads
 from fastattn.flops import BACKWARD_FACTOR

@@ -154,6 +154,15 @@ def length_of(own: list[Piece]) -> int:
     return sum(piece.length for piece in own)
 
 
+def placed(own: list[Piece]) -> list[tuple[slice, Piece]]:
+    """Each piece and where it lies among the tokens that a rank holds."""
+    found, start = [], 0
+    for piece in own:
+        found.append((slice(start, start + piece.length), piece))
+        start += piece.length
+    return found
+
+
 def relation(rows: Piece, keys: Piece, q_offset: int, left: int | None, right: int | None) -> Pair | None:
     """What the rows see of the keys under the window of the whole sequence; None where they see nothing.
 

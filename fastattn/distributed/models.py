@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
+from fastattn.distributed.agreement import check_how
 from fastattn.distributed.comm import Ranks
-from fastattn.distributed.context import attention_of_heads, check_how
+from fastattn.distributed.context import attention_of_heads
 from fastattn.distributed.cost import Link, Strategy
 from fastattn.distributed.layout import Balance, length_of
 from fastattn.distributed.shards import cut_of, next_labels, positions, shard, unshard

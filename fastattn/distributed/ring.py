@@ -8,7 +8,6 @@ up on its way round the ring and then go home, or go home from everywhere and ar
 Source: Liu et al., Ring Attention, 2023 (arXiv:2310.01889); lse merge: Dao et al., 2023 (Flash-Decoding).
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,29 +18,13 @@ from fastattn import backends, ops
 from fastattn.block_mask import BlockMask
 from fastattn.distributed.blocks import cut
 from fastattn.distributed.comm import Message, Peers, Pending
-from fastattn.distributed.layout import Part, Piece, View, parts
+from fastattn.distributed.layout import Part, Piece, View, parts, placed
+from fastattn.distributed.routes import Hop, Route, placed_of, returns_of, steps_of
 from fastattn.functional import merge
 from fastattn.spec import AttentionSpec, Operands, Options
 
 _FORWARD = torch.ops.fastattn.attention_forward.default
 _BACKWARD = torch.ops.fastattn.attention_backward.default
-
-
-class Route(NamedTuple):
-    """A piece of keys and values, and the ranks that need it beside its own, in the order of the ring."""
-
-    number: int
-    piece: Piece
-    source: int
-    stops: tuple[int, ...]
-
-
-class Hop(NamedTuple):
-    """A route's message in one step."""
-
-    route: Route
-    sender: int
-    receiver: int
 
 
 class Plan(NamedTuple):
@@ -93,64 +76,6 @@ class _Call(NamedTuple):
     part: Part
     of_rows: Piece
     of_keys: Piece
-
-
-def placed(own: list[Piece]) -> list[tuple[slice, Piece]]:
-    """Each piece and where it lies among the tokens that a rank holds."""
-    found, start = [], 0
-    for piece in own:
-        found.append((slice(start, start + piece.length), piece))
-        start += piece.length
-    return found
-
-
-def find_routes(rows: list[list[Piece]], keys: list[list[Piece]], view: View) -> list[Route]:
-    """The route of every piece that is not empty; ranks whose rows see nothing of it are not on it."""
-    ranks, found = len(rows), []
-    for source, own in enumerate(keys):
-        for piece in own:
-            if piece.length:
-                others = [(source + step) % ranks for step in range(1, ranks)]
-                stops = [r for r in others if any(parts(x, piece, view) for x in rows[r])]
-                found.append(Route(len(found), piece, source, tuple(stops)))
-    return found
-
-
-def steps_of(routes: list[Route], strategy: str, ranks: int) -> list[list[Hop]]:
-    """The messages of keys and values, step by step; the same list on every rank.
-
-    A ring brings a piece to a rank in the step that is its distance, also where it spares ranks between: so that under
-    causal order what a rank gets in a step is as much work as what every other gets.
-    """
-    steps: list[list[Hop]] = [[] for _ in range(ranks - 1)]
-    for route in routes:
-        for before, stop in itertools.pairwise((route.source, *route.stops)):
-            sender = before if strategy == "ring" else route.source
-            steps[_step(route, stop, ranks)].append(Hop(route, sender, stop))
-    if strategy == "all_gather":  # in one step; in this order no rank gets from all others at once
-        steps = [[*itertools.chain(*steps)]]
-    while steps and not steps[-1]:
-        steps.pop()
-    return steps
-
-
-def _step(route: Route, rank: int, ranks: int) -> int:
-    """The step of the ring in which a rank gets a piece."""
-    return (rank - route.source - 1) % ranks
-
-
-def returns_of(routes: list[Route], strategy: str, ranks: int) -> list[list[Hop]]:
-    """The messages of gradients after each step: to the next rank of the route in time, and from its last one home."""
-    there = steps_of(routes, strategy, ranks)
-    if strategy == "all_gather":
-        return [[Hop(hop.route, hop.receiver, hop.sender) for hop in hops] for hops in there]
-    steps: list[list[Hop]] = [[] for _ in there]
-    for route in routes:
-        for stop, following in itertools.pairwise(route.stops):
-            steps[_step(route, following, ranks) - 1].append(Hop(route, stop, following))
-        if route.stops:
-            steps[_step(route, route.stops[-1], ranks)].append(Hop(route, route.stops[-1], route.source))
-    return steps
 
 
 def run(plan: Plan, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -207,11 +132,6 @@ def _views(route: Route, buffer: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, 
     n = route.piece.length
     keys, values = buffer.split([k.shape[0] * k.shape[1] * n * width for width in (k.shape[3], v.shape[3])])
     return keys.view(*k.shape[:2], n, -1), values.view(*v.shape[:2], n, -1)
-
-
-def placed_of(routes: list[Route], rank: int) -> list[tuple[slice, Piece]]:
-    """Where the pieces of a rank's routes lie in its keys."""
-    return placed([route.piece for route in routes if route.source == rank])
 
 
 def _operator_call(plan: Plan, of_all: Operands, call: _Call) -> tuple[Operands, Options]:

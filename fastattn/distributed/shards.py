@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastattn.distributed.comm import Ranks
-from fastattn.distributed.layout import Balance, Piece, check_balance, length_of, pieces
-from fastattn.distributed.ring import placed
+from fastattn.distributed.layout import Balance, Piece, check_balance, length_of, pieces, placed
 
 
 def shard(

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastattn.distributed.blocks import of_heads
 from fastattn.distributed.comm import Message, Peers
-from fastattn.distributed.layout import Piece, length_of, pieces
-from fastattn.distributed.ring import placed
+from fastattn.distributed.layout import Piece, length_of, pieces, placed
 from fastattn.functional.sharded import heads_of, key_heads
 from fastattn.spec import AttentionSpec
 

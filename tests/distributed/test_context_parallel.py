@@ -69,6 +69,13 @@ def test_more_ranks_than_tokens_and_heads(ranks, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_keys_or_no_queries(ranks, strategy):
+    for sizes in ({"kv_len": 0}, {"q_len": 0}):
+        case = {"strategy": strategy, "balance": "zigzag", "mask": True, "bias": (0, 1, 1, 1), "sinks": True, **sizes}
+        work.check(case, ranks.run(work.attend, case, ranks=2))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_backends(ranks, strategy, backend, needs_cpu_library):
     for name in ("everything", "dropout_with_the_rest"):

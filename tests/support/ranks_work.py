@@ -9,8 +9,7 @@ import fastattn.distributed as fd
 from fastattn import BlockMask, attention, testing
 from fastattn.block_mask import BLOCK
 from fastattn.distributed import comm
-from fastattn.distributed.layout import length_of, pieces
-from fastattn.distributed.ring import placed
+from fastattn.distributed.layout import length_of, pieces, placed
 
 ROWS = ("out", "lse", "dq")
 KEYS = ("dk", "dv")
