@@ -42,7 +42,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 VARIANTS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
 # Products of bfloat16 pairs alone: what else a call may be is handed to the engine beside it.
 BESIDE = ("avx512_bf16", [*AVX512, "-mavx512bf16", "-DFASTATTN_BESIDE=avx512"])
-BESIDE_SOURCES = ("forward.cpp", "backward.cpp")
+BESIDE_SOURCES = ("forward.cpp", "backward.cpp", "decode.cpp")
 TEST_VARIANT = ("wide", [*AVX2, "-DFASTATTN_VECTOR_BYTES=64", "-DFASTATTN_EMULATE_DOTS"])  # avx512_bf16's logic on AVX2
 
 
@@ -95,6 +95,7 @@ def cpu_library() -> list[Extension]:
 def cpu_objects(test_variants: bool) -> list[tuple[str, str, list[str]]]:
     """(object, source, flags) of every compilation, the longest first."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
+    variants: list[tuple[str, list[str], tuple[str, ...]]]
     variants = [(name, flags, ENGINE_SOURCES) for name, flags in VARIANTS.items() if x86 or not flags]
     if x86:
         variants.append((*BESIDE, BESIDE_SOURCES))
@@ -172,6 +173,7 @@ class WheelForAnyPython(bdist_wheel):
         if self.root_is_pure:
             return tag
         platform_tag = tag[2]
+        assert self.bdist_dir is not None
         needs = [
             tuple(map(int, version))
             for path in glob(os.path.join(self.bdist_dir, "fastattn", "*.so"))

@@ -10,6 +10,8 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
+constexpr int64_t kMergedByOne = 1 << 16;
+
 // Merges `splits` partial results of each row of a key head, `step` elements apart, and writes out and lse.
 template <class Element, class Compute, class Part>
 void combine(const FastattnDecode& d, const Part& one, const Entry& e, int64_t kv_head,
@@ -46,11 +48,11 @@ void combine(const FastattnDecode& d, const Part& one, const Entry& e, int64_t k
   }
 }
 
-template <class Element, class Compute, class Cached = Element>
+template <class Element, class Compute, class Step, class Cached = Element>
 bool decode_as(const FastattnDecode& d, const Team& team) {
-  using Part = Split<Cached, Compute>;
+  using Part = Split<Cached, Compute, Step>;
   const int64_t keys = split_keys(d, sizeof(Cached));
-  const int64_t stride = padded<Compute>(d.v_dim);
+  const int64_t stride = padded<Step, Compute>(d.v_dim);
   // Splits of all batch entries, numbered through: entry b has first[b] .. first[b + 1].
   Shared numbers(size_t(d.batch + 1) * sizeof(int64_t));
   int64_t* first = numbers.as<int64_t>();
@@ -90,7 +92,9 @@ bool decode_as(const FastattnDecode& d, const Team& team) {
     return true;
   });
   if (!good) return false;
-  return Team(1, nullptr).run(d.batch * d.kv_heads, [&](int64_t task) {
+  // On one thread where there is little: waking the others costs some microseconds.
+  const int64_t elements = splits * d.q_heads * longest * stride;
+  return (elements < kMergedByOne ? Team(1, nullptr) : team).run(d.batch * d.kv_heads, [&](int64_t task) {
     const int64_t b = task / d.kv_heads, head = task % d.kv_heads, own = first[b + 1] - first[b];
     if (own == 0) return true;
     const Entry entry(d, b);
@@ -102,27 +106,29 @@ bool decode_as(const FastattnDecode& d, const Team& team) {
   });
 }
 
-template <class Cached>
-bool decode_quantised(const FastattnDecode& d, const Team& team) {
-  switch (d.dtype) {
-    case FASTATTN_FLOAT32: return decode_as<float, float, Cached>(d, team);
-    case FASTATTN_FLOAT16: return decode_as<float16, float, Cached>(d, team);
-    default: return decode_as<bfloat16, float, Cached>(d, team);
-  }
+template <class Element>
+bool decode_cached(const FastattnDecode& d, const Team& team) {
+  if (d.quantised == nullptr) return decode_as<Element, float, Multiply<float>>(d, team);
+  if (d.quantised->cache_dtype == FASTATTN_INT8) return decode_as<Element, float, Multiply<float>, int8_t>(d, team);
+  return decode_as<Element, float, Multiply<float>, float8>(d, team);
 }
 
 }  // namespace
 
 bool decode(const FastattnDecode& d, const Team& team) {
-  if (d.quantised != nullptr) {
-    return d.quantised->cache_dtype == FASTATTN_INT8 ? decode_quantised<int8_t>(d, team) : decode_quantised<float8>(d, team);
-  }
+#if FASTATTN_DOTS
+  if (d.dtype == FASTATTN_BFLOAT16 && d.quantised == nullptr) return decode_as<bfloat16, float, Dot>(d, team);
+#endif
+#ifdef FASTATTN_BESIDE
+  return FASTATTN_BESIDE::decode(d, team);
+#else
   switch (d.dtype) {
-    case FASTATTN_FLOAT32: return decode_as<float, float>(d, team);
-    case FASTATTN_FLOAT16: return decode_as<float16, float>(d, team);
-    case FASTATTN_BFLOAT16: return decode_as<bfloat16, float>(d, team);
-    default: return decode_as<double, double>(d, team);
+    case FASTATTN_FLOAT32: return decode_cached<float>(d, team);
+    case FASTATTN_FLOAT16: return decode_cached<float16>(d, team);
+    case FASTATTN_BFLOAT16: return decode_cached<bfloat16>(d, team);
+    default: return decode_as<double, double, Multiply<double>>(d, team);
   }
+#endif
 }
 
 }  // namespace fastattn::cpu::FASTATTN_VARIANT

@@ -5,62 +5,14 @@
 #include <cstring>
 
 #include "bias.h"
-#include "decode_tiles.h"
+#include "decode_problem.h"
+#include "exponential.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-constexpr int64_t kSplitBytes = 1 << 19;  // of the cache, at least, for each split
 constexpr int64_t kFarthest = int64_t(1) << 30;  // of a column from the keys
-constexpr int64_t kFewestKeys = 64, kMostKeys = 2048, kLongCache = 1024;
-
-int64_t clamp(int64_t x, int64_t low, int64_t high) { return least(most(x, low), high); }
-
-// -- What there is to do ---------------------------------------------------------------------------------------------
-
-struct Range {
-  int64_t start, end;
-};
-
-// A batch entry: its number, where its queries are in memory and how many, and its keys.
-struct Entry {
-  int64_t number, batch, first, q_len, length;
-
-  Entry(const FastattnDecode& d, int64_t b)
-      : number(b), batch(b), first(0), q_len(d.q_len), length(cached_length(d.lens, b, d.added, d.capacity, d.pages)) {
-    if (d.cu_seqlens_q == nullptr) return;
-    batch = 0, first = d.cu_seqlens_q[b], q_len = d.cu_seqlens_q[b + 1] - first;
-    if (q_len > d.most_queries) q_len = 0;
-  }
-};
-
-// The keys that one row of a batch entry sees.
-Range visible(const FastattnDecode& d, const Entry& e, int64_t query) {
-  const int64_t position = e.length - e.q_len + query;
-  Range range{0, e.length};
-  if (d.right != FASTATTN_OPEN) range.end = clamp(position + d.right + 1, 0, e.length);
-  if (d.left != FASTATTN_OPEN) range.start = clamp(position - d.left, 0, e.length);
-  return range;
-}
-
-// The same for all its rows.
-Range visible(const FastattnDecode& d, const Entry& e) {
-  return {visible(d, e, 0).start, visible(d, e, e.q_len - 1).end};
-}
-
-int64_t split_keys(const FastattnDecode& d, int64_t element_size) {
-  const int64_t key_bytes = d.kv_heads * (d.head_dim + d.v_dim) * element_size;
-  const int64_t fewest = d.capacity < kLongCache ? kFewestKeys : 2 * kBlock;  // a short cache is to serve every thread
-  return clamp(kSplitBytes / key_bytes, fewest, kMostKeys) / kFewestKeys * kFewestKeys;
-}
-
-int64_t split_count(const FastattnDecode& d, const Entry& e, int64_t keys) {
-  if (e.q_len == 0) return 0;
-  const Range range = visible(d, e);
-  return most<int64_t>((range.end - range.start + keys - 1) / keys, 1);
-}
-
-// -- One split -------------------------------------------------------------------------------------------------------
+constexpr int64_t kFetched = 8192;  // bytes between what is read and what is fetched meanwhile
 
 // The running softmax of each query row: maximum and sum in base 2, and the weighted values, not normalised.
 template <class Compute>
@@ -74,9 +26,10 @@ struct Partial {
       : maximum(data + rows * stride), sum(maximum + rows), acc(data), stride(stride) {}
 };
 
-template <class Compute>
+// Whole vectors of lanes.
+template <class Step, class Compute>
 int64_t padded(int64_t width) {
-  return (width + kLanes<Compute> - 1) / kLanes<Compute> * kLanes<Compute>;
+  return round_up(width, kElements<Step, Compute>);
 }
 
 // `count` numbers, `step` apart.
@@ -102,13 +55,17 @@ struct Columns {
 };
 
 // Row r of a key head: query head r % group of its group, query r / group. Rows of several heads are numbered through.
-// `Element` is that of the caches.
-template <class Element, class Compute>
+// `Element` is that of the caches. `Step` says what a lane of q, of keys and of weights holds (operand.h).
+template <class Element, class Compute, class Step>
 class Split {
  public:
   Split(const FastattnDecode& d, const Entry& entry)
-      : d_(d), entry_(entry), group_(d.q_heads / d.kv_heads), rows_(group_ * entry.q_len), k_width_(padded<Compute>(d.head_dim)),
-        v_width_(padded<Compute>(d.v_dim)) {
+      : d_(d), entry_(entry), group_(d.q_heads / d.kv_heads), rows_(group_ * entry.q_len), 
+        k_width_(padded<Step, Compute>(d.head_dim)), k_lanes_(k_width_ / Step::kParts),
+        v_width_(padded<Step, Compute>(d.v_dim)) {
+    const bool bias = d.terms != nullptr && d.terms->bias.data != nullptr;
+    plain_ = d.softcap == 0.0 && d.alibi_slopes == nullptr && !bias && d.scale > 0.0;
+    exponent_scale_ = plain_ ? Compute(d.scale * kLog2E) : Compute(1);
     if (d.terms == nullptr) return;
     add_bias_row_ = add_bias_row_of<Compute>(d.terms->bias_dtype);
     if (d.terms->mask_start != nullptr) mask_start_ = clamp(d.terms->mask_start[entry.number], -kFarthest, kFarthest);
@@ -117,8 +74,8 @@ class Split {
   // Elements of type Compute, for `heads` key heads.
   static int64_t scratch_size(const FastattnDecode& d, const Entry& entry, int64_t heads) {
     const int64_t rows = heads * (d.q_heads / d.kv_heads) * entry.q_len;
-    const int64_t k_width = padded<Compute>(d.head_dim), v_width = padded<Compute>(d.v_dim);
-    return rows * (k_width + kBlock) + kKeyTile * most(k_width, v_width);
+    const int64_t k_width = padded<Step, Compute>(d.head_dim), v_width = padded<Step, Compute>(d.v_dim);
+    return rows * (k_width / Step::kParts + kBlock) + kBlock + k_width + (kKeyTile + heads) * most(k_width, v_width);
   }
 
   // `keys` of the key heads `head .. head_end` into `partials`, one for each head, with memory of `scratch_size`.
@@ -131,9 +88,14 @@ class Split {
       return;
     }
     q_ = memory;
-    scores_ = q_ + (head_end - head) * rows_ * k_width_;
-    copy_ = reinterpret_cast<Element*>(scores_ + (head_end - head) * rows_ * kBlock);
-    for (int64_t h = head; h < head_end; h++) start(h, h - head, partials + (h - head) * step);
+    scores_ = q_ + (head_end - head) * rows_ * k_lanes_;
+    scales_ = scores_ + (head_end - head) * rows_ * kBlock;
+    Compute* row = scales_ + kBlock;
+    zeros_ = reinterpret_cast<Element*>(row + k_width_);
+    const int64_t zeros = (head_end - head) * most(k_width_, v_width_);
+    std::memset(static_cast<void*>(zeros_), 0, size_t(zeros) * sizeof(Element));
+    copy_ = zeros_ + zeros;
+    for (int64_t h = head; h < head_end; h++) start(h, h - head, partials + (h - head) * step, row);
     // With a query row for each head, positions are read one by one, in the order of memory.
     const bool k_in_order = rows_ == 1 && side_by_side(d_.k_cache, d_.head_dim, k_width_);
     const bool v_in_order = rows_ == 1 && side_by_side(d_.v_cache, d_.v_dim, v_width_);
@@ -149,15 +111,16 @@ class Split {
       }
       if (k_in_order) {
         for (int j = 0; j < count; j++) {
-          const Element* row = k.at[j] + head * k_width_;
-          all_products_of_heads(scores_ + j, kBlock, q_, row, k_width_, head_end - head);
+          const Element* first = k.at[j] + head * k_width_;
+          Ahead ahead = further(k, v, j, count, d_.k_cache, head, (head_end - head) * k_width_);
+          all_products_of_heads<Step>(scores_ + j, kBlock, q_, first, k_width_, head_end - head, ahead);
         }
       } else {
         for (int j = 0; j < count; j += kKeyTile) {
           const int some = least(kKeyTile, count - j);
           Ahead ahead = after(d_.k_cache, k, j, head, head_end, d_.head_dim);
           for (int64_t h = head; h < head_end; h++) {
-            const Rows<Element> rows(k, j, some, d_.k_cache, h, d_.head_dim, k_width_, copy_);
+            const TileRows<Element> rows(k, j, some, d_.k_cache, h, d_.head_dim, k_width_, copy_, zeros_);
             multiply_keys(h - head, rows, j, some, ahead);
           }
         }
@@ -165,23 +128,19 @@ class Split {
       bool forbidden = false;
       for (int64_t h = head; h < head_end; h++) {
         const Partial<Compute> partial(partials + (h - head) * step, rows_, v_width_);
+        Compute* s = scores_ + (h - head) * rows_ * kBlock;
+        if constexpr (kQuantised) scale_keys(s, k_scales, d_.quantised->k_scale, h, count);
         for (int64_t r = 0; r < rows_; r++) {
-          Compute* s = scores_ + ((h - head) * rows_ + r) * kBlock;
           const Seen seen = seen_by(r, key, count);
-          if constexpr (kQuantised) multiply(s, k_scales, d_.quantised->k_scale, h, 0, count);
-          finish_scores(s, h, r, key, count);
-          if (d_.terms != nullptr) forbidden |= add_terms(s, h, r, key, seen);
-          online_softmax(s, seen, r, partial);
-          if constexpr (kQuantised) multiply(s, v_scales, d_.quantised->v_scale, h, seen.first, seen.end);
+          finish_scores(s + r * kBlock, h, r, key, count);
+          if (d_.terms != nullptr) forbidden |= add_terms(s + r * kBlock, h, r, key, seen);
+          online_softmax(s + r * kBlock, seen, r, partial);
         }
+        if constexpr (kQuantised) scale_keys(s, v_scales, d_.quantised->v_scale, h, count);
+        for (int64_t r = 0; r < rows_; r++) Step::round_row(s + r * kBlock, 0, kBlock, s + r * kBlock);
       }
       if (v_in_order && !forbidden) {
-        const Seen seen = seen_by(0, key, count);
-        Compute* acc = Partial<Compute>(partials, rows_, v_width_).acc;
-        for (int j = seen.first; j < seen.end; j++) {
-          const Element* row = v.at[j] + head * v_width_;
-          weighted_values_of_heads(acc, step, scores_ + j, kBlock, row, v_width_, head_end - head);
-        }
+        add_values_in_order(v, k, count, head, head_end, seen_by(0, key, count), partials, step);
         continue;
       }
       const bool whole = !forbidden && all_see(key, count);
@@ -189,9 +148,9 @@ class Split {
         const int some = least(kKeyTile, count - j);
         Ahead ahead = after(d_.v_cache, v, j, head, head_end, d_.v_dim);
         for (int64_t h = head; h < head_end; h++) {
-          const Rows<Element> rows(v, j, some, d_.v_cache, h, d_.v_dim, v_width_, copy_);
+          const TileRows<Element> rows(v, j, some, d_.v_cache, h, d_.v_dim, v_width_, copy_, zeros_);
           const Partial<Compute> partial(partials + (h - head) * step, rows_, v_width_);
-          add_values(h - head, rows, key, j, some, count, whole, forbidden, partial.acc, ahead);
+          add_values(h - head, rows, j, some, whole, partial.acc, ahead);
         }
       }
     }
@@ -213,6 +172,15 @@ class Split {
     const Element* first = positions.at[j] + head * cache.stride[2];
     const bool gapless = cache.stride[1] == (head_end - head) * width;
     return {reinterpret_cast<const char*>(first + kKeyTile * cache.stride[1]), gapless ? Ahead::kLine : 0};
+  }
+
+  // Where position `j` of `count` is read: a position further on in this block, or in what is read after it.
+  static Ahead further(const Positions<Element>& now, const Positions<Element>& next, int j, int count,
+                       const FastattnView& cache, int64_t head, int64_t elements) {
+    const int64_t bytes = elements * int64_t(sizeof(Element));
+    const int far = j + int(clamp(kFetched / most<int64_t>(bytes, 1), 1, kBlock / 2));
+    const Element* from = far < count ? now.at[far] : next.at[least(far - count, count - 1)];
+    return {reinterpret_cast<const char*>(from + head * cache.stride[2]), Ahead::kLine};
   }
 
   // Rows by fours, twos and ones; the first of them fetch ahead, the others read the same tile again.
@@ -246,70 +214,91 @@ class Split {
     return first.end == count && last.first == 0 && first.first == 0 && last.end == count;
   }
 
-  void start(int64_t head, int64_t number, Compute* partial) const {
+  // `row` has room for a query row.
+  void start(int64_t head, int64_t number, Compute* partial, Compute* row) const {
     for (int64_t r = 0; r < rows_; r++) {
       const int64_t from = entry_.batch * d_.q.stride[0] + q_head(head, r) * d_.q.stride[1] +
                            (entry_.first + query(r)) * d_.q.stride[2];
-      Compute* to = q_ + (number * rows_ + r) * k_width_;
+      Compute* to = q_ + (number * rows_ + r) * k_lanes_;
+      Compute* wide = Step::kParts == 1 ? to : row;
       if constexpr (!kQuantised) {
-        widen_row<Element>(d_.q.data, from, d_.q.stride[3], d_.head_dim, to);
+        widen_row<Element>(d_.q.data, from, d_.q.stride[3], d_.head_dim, wide);
       } else if (d_.dtype == FASTATTN_FLOAT32) {
-        widen_row<float>(d_.q.data, from, d_.q.stride[3], d_.head_dim, to);
+        widen_row<float>(d_.q.data, from, d_.q.stride[3], d_.head_dim, wide);
       } else if (d_.dtype == FASTATTN_FLOAT16) {
-        widen_row<float16>(d_.q.data, from, d_.q.stride[3], d_.head_dim, to);
+        widen_row<float16>(d_.q.data, from, d_.q.stride[3], d_.head_dim, wide);
       } else {
-        widen_row<bfloat16>(d_.q.data, from, d_.q.stride[3], d_.head_dim, to);
+        widen_row<bfloat16>(d_.q.data, from, d_.q.stride[3], d_.head_dim, wide);
       }
-      for (int64_t c = d_.head_dim; c < k_width_; c++) to[c] = Compute(0);
+      for (int64_t c = d_.head_dim; c < k_width_; c++) wide[c] = Compute(0);
+      Step::round_row(wide, 0, int(k_width_), to);
     }
     const Partial<Compute> own(partial, rows_, v_width_);
     for (int64_t i = 0; i < rows_ * v_width_; i++) own.acc[i] = 0;
     for (int64_t r = 0; r < rows_; r++) own.maximum[r] = -INFINITY, own.sum[r] = 0;
   }
 
-  void multiply_keys(int64_t number, const Rows<Element>& k, int j, int count, Ahead& ahead) const {
-    const Compute* q = q_ + number * rows_ * k_width_;
+  void multiply_keys(int64_t number, const TileRows<Element>& k, int j, int count, Ahead& ahead) const {
+    const Compute* q = q_ + number * rows_ * k_lanes_;
     Compute* s = scores_ + number * rows_ * kBlock + j;
     ForRows rows(rows_, ahead);
-    rows.each<4>([&](int64_t r, Ahead& next) { all_products<4>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next); });
-    rows.each<2>([&](int64_t r, Ahead& next) { all_products<2>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next); });
-    rows.each<1>([&](int64_t r, Ahead& next) { all_products<1>(s + r * kBlock, q + r * k_width_, k.row, count, k_width_, next); });
-  }
-
-  void add_values(int64_t number, const Rows<Element>& v, int64_t key, int j, int some, int count, bool whole,
-                  bool forbidden, Compute* acc, Ahead& ahead) const {
-    const Compute* p = scores_ + number * rows_ * kBlock;
-    ForRows rows(rows_, ahead);
-    if (whole) {
-      rows.each<4>([&](int64_t r, Ahead& next) {
-        all_weighted_values<4>(acc + r * v_width_, v_width_, p + r * kBlock + j, v.row, some, next);
-      });
-      rows.each<2>([&](int64_t r, Ahead& next) {
-        all_weighted_values<2>(acc + r * v_width_, v_width_, p + r * kBlock + j, v.row, some, next);
-      });
-    }
-    rows.each<1>([&](int64_t r, Ahead& next) {  // not even 0 times a value that a row may not see: it could be NaN
-      const Seen seen = seen_by(r, key, count);
-      const int last = least(seen.end, j + some);
-      for (int first = most(seen.first, j), end; first < last; first = end) {
-        end = last;
-        if (forbidden) {  // those one after another that have a weight
-          while (first < last && p[r * kBlock + first] == 0) first++;
-          for (end = first; end < last && p[r * kBlock + end] != 0;) end++;
-          if (first == end) return;
-        }
-        all_weighted_values<1>(acc + r * v_width_, v_width_, p + r * kBlock + first, v.row + first - j, end - first, next);
-      }
+    rows.template each<4>([&](int64_t r, Ahead& next) {
+      all_products<Step, 4>(s + r * kBlock, q + r * k_lanes_, k.row, count, k_width_, next);
+    });
+    rows.template each<2>([&](int64_t r, Ahead& next) {
+      all_products<Step, 2>(s + r * kBlock, q + r * k_lanes_, k.row, count, k_width_, next);
+    });
+    rows.template each<1>([&](int64_t r, Ahead& next) {
+      all_products<Step, 1>(s + r * kBlock, q + r * k_lanes_, k.row, count, k_width_, next);
     });
   }
 
-  // Scores in base 2 of one row from products, in place: `count` keys from `key` on.
+  // The values of `some` keys from key `j` of a block on. `whole`: all rows see all of these keys.
+  void add_values(int64_t number, const TileRows<Element>& v, int j, int some, bool whole, Compute* acc, Ahead& ahead) const {
+    const Compute* p = scores_ + number * rows_ * kBlock + j / Step::kParts;
+    ForRows rows(rows_, ahead);
+    if (whole) {
+      rows.template each<4>([&](int64_t r, Ahead& next) {
+        all_weighted_values<Step, 4>(acc + r * v_width_, v_width_, p + r * kBlock, v.row, some, next);
+      });
+      rows.template each<2>([&](int64_t r, Ahead& next) {
+        all_weighted_values<Step, 2>(acc + r * v_width_, v_width_, p + r * kBlock, v.row, some, next);
+      });
+    }
+    rows.template each<1>([&](int64_t r, Ahead& next) {  // not even 0 times a value that a row may not see: it could be NaN
+      const Element* row[kKeyTile];
+      for (int i = 0; i < kKeyTile; i++) {
+        const Compute weight = Step::part(p[r * kBlock + i / Step::kParts], i % Step::kParts);
+        row[i] = i < some && (whole || weight != 0) ? v.row[i] : zeros_;
+      }
+      all_weighted_values<Step, 1>(acc + r * v_width_, v_width_, p + r * kBlock, row, some, next);
+    });
+  }
+
+  // The same for all keys of a block that are seen, with one row for each head.
+  void add_values_in_order(const Positions<Element>& v, const Positions<Element>& k, int count, int64_t head,
+                           int64_t head_end, Seen seen, Compute* partials, int64_t step) const {
+    constexpr int kLanesAtOnce = 2, kKeysAtOnce = kLanesAtOnce * Step::kParts;
+    for (int j = seen.first / kKeysAtOnce * kKeysAtOnce; j < seen.end; j += kKeysAtOnce) {
+      const Element* row[kKeysAtOnce];
+      Ahead ahead[kKeysAtOnce];
+      for (int i = 0; i < kKeysAtOnce; i++) {
+        row[i] = j + i >= seen.first && j + i < seen.end ? v.at[j + i] + head * v_width_ : zeros_;
+        ahead[i] = further(v, k, j + i, count, d_.v_cache, head, (head_end - head) * v_width_);
+      }
+      weighted_values_of_heads<Step, kLanesAtOnce>(
+          partials, step, scores_ + j / Step::kParts, kBlock, row, v_width_, head_end - head, ahead);
+    }
+  }
+
+  // Scores of one row from products, in place: `count` keys from `key` on. In base 2, but for what `exponent_scale_` is for.
   void finish_scores(Compute* s, int64_t head, int64_t r, int64_t key, int count) const {
-    constexpr Compute kLog2e = Compute(1.4426950408889634073599);
+    constexpr Compute kLog2e = Compute(kLog2E);
     const Compute scale = Compute(d_.scale);
+    if (plain_) return;
     if (d_.softcap > 0.0) {
-      const Compute cap = Compute(d_.softcap);
-      for (int j = 0; j < count; j++) s[j] = std::tanh(s[j] * scale / cap) * cap * kLog2e;
+      const Compute inner = scale / Compute(d_.softcap), outer = Compute(d_.softcap) * kLog2e;
+      for (int j = 0; j < kBlock; j += kLanes<Compute>) store(s + j, tanh(load(s + j) * inner) * outer);
     } else {
       for (int j = 0; j < count; j++) s[j] *= scale * kLog2e;
     }
@@ -345,32 +334,29 @@ class Split {
     return entry_.number * view.stride[0] + q_head(head, r) * view.stride[1] + query(r) * view.stride[2];
   }
 
-  // Numbers of one row by the scales of their keys.
-  void multiply(Compute* s, const Positions<float>& scales, const FastattnView& view, int64_t head, int first, int end) const {
-    for (int j = first; j < end; j++) s[j] *= Compute(scales.at[j][head * view.stride[2]]);
+  // Numbers of all rows of a head by the scales of their keys; 0 stays 0, whatever the scale of a key that is not seen.
+  void scale_keys(Compute* s, const Positions<float>& scales, const FastattnView& view, int64_t head, int count) const {
+    for (int j = 0; j < count; j++) scales_[j] = Compute(scales.at[j][head * view.stride[2]]);
+    for (int64_t r = 0; r < rows_; r++, s += kBlock) {
+      for (int j = 0; j < count; j++) s[j] = s[j] == Compute(0) ? Compute(0) : s[j] * scales_[j];
+    }
   }
 
   // Turns one row's scores into weights, of the keys that it sees; the others get 0.
   void online_softmax(Compute* s, Seen seen, int64_t r, const Partial<Compute>& partial) const {
-    using V = Vec<Compute>;
-    const V numbers = lane_numbers<Compute>();
-    V highest = V{} - INFINITY;
-    for (int j = 0; j < kBlock; j += kLanes<Compute>) {
-      const V index = numbers + Compute(j), x = load<Compute>(s + j);
-      const V visible = (index >= Compute(seen.first)) & (index < Compute(seen.end)) ? x : V{} - INFINITY;
-      store(s + j, visible);
-      highest = highest < visible ? visible : highest;
-    }
-    const Compute new_max = most<Compute>(partial.maximum[r], largest_lane(highest));
+    constexpr int kL = kLanes<Compute>;
+    const bool nothing = seen.first >= seen.end;
+    const int begin = nothing ? kBlock : seen.first / kL * kL, end = nothing ? kBlock : int(round_up(seen.end, kL));
+    for (int j = 0; j < begin; j++) s[j] = 0;
+    for (int j = end; j < kBlock; j++) s[j] = 0;
+    if (nothing) return;
+    for (int j = begin; j < seen.first; j++) s[j] = -INFINITY;
+    for (int j = seen.end; j < end; j++) s[j] = -INFINITY;
+    const Compute new_max = most<Compute>(partial.maximum[r], largest_of(s, begin, end) * exponent_scale_);
     const Compute pivot = new_max == -INFINITY ? Compute(0) : new_max;
-    V total{};
-    for (int j = 0; j < kBlock; j += kLanes<Compute>) {
-      const V p = exp2(load<Compute>(s + j) - pivot);
-      store(s + j, p);
-      total += p;
-    }
+    const Vec<Compute> total = weigh(s, begin, end, exponent_scale_, pivot, Vec<Compute>{});
     if (new_max != partial.maximum[r]) {
-      const Compute alpha = std::exp2(partial.maximum[r] - pivot);
+      const Compute alpha = exp2_of_difference(Vec<Compute>{} + (partial.maximum[r] - pivot))[0];
       partial.maximum[r] = new_max;
       partial.sum[r] *= alpha;
       for (int64_t c = 0; c < v_width_; c++) partial.acc[r * v_width_ + c] *= alpha;
@@ -384,9 +370,11 @@ class Split {
   Entry entry_;
   int64_t mask_start_ = 0;  // the key of the first column of a mask or bias
   AddBiasRow<Compute> add_bias_row_ = nullptr;
-  int64_t group_, rows_, k_width_, v_width_;
-  Compute *q_ = nullptr, *scores_ = nullptr;
-  Element* copy_ = nullptr;
+  int64_t group_, rows_, k_width_, k_lanes_, v_width_;
+  bool plain_;              // nothing is done to scores but to multiply them
+  Compute exponent_scale_;  // what they are multiplied by inside the exponential
+  Compute *q_ = nullptr, *scores_ = nullptr, *scales_ = nullptr;
+  Element *zeros_ = nullptr, *copy_ = nullptr;
 };
 
 }  // namespace

@@ -4,13 +4,13 @@
 #include <cstring>
 
 #include "cache.h"
-#include "simd.h"
+#include "operand.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
 constexpr int kBlock = 128;  // keys whose scores are held at once
-constexpr int kKeyTile = 8;  // keys that are read before the next head's
+constexpr int kKeyTile = 16;  // keys that are read before the next head's
 
 template <class T>
 T least(T a, T b) {
@@ -35,22 +35,27 @@ struct Positions {
   }
 };
 
-// Rows of one head: in the cache, or copied, with zeros behind them, where they are not whole vectors.
+// Rows of one head: in the cache, or copied, with zeros behind them, where they are not whole vectors. As many as a lane
+// holds of are there at once: behind the last one, `zeros` may follow.
 template <class Element>
-struct Rows {
+struct TileRows {
   const Element* row[kKeyTile];
 
   // `copy` has room for kKeyTile rows of `padded` elements.
-  Rows(const Positions<Element>& positions, int first, int count, const FastattnView& cache, int64_t head, int64_t width,
-       int64_t padded, Element* copy) {
-    const bool in_place = cache.stride[3] == 1 && width == padded;
-    for (int j = 0; j < count; j++) {
-      row[j] = positions.at[first + j] + head * cache.stride[2];
-      if (in_place) continue;
-      for (int64_t c = 0; c < width; c++) copy[c] = row[j][c * cache.stride[3]];
+  TileRows(const Positions<Element>& positions, int first, int count, const FastattnView& cache, int64_t head,
+           int64_t width, int64_t padded, Element* copy, const Element* zeros) {
+    for (int j = 0; j < kKeyTile; j++) {
+      row[j] = j < count ? positions.at[first + j] + head * cache.stride[2] : zeros;
+    }
+    if (cache.stride[3] == 1 && width == padded) return;
+    for (int j = 0; j < count; j++, copy += padded) {
+      if (cache.stride[3] == 1) {
+        std::memcpy(copy, row[j], size_t(width) * sizeof(Element));
+      } else {
+        for (int64_t c = 0; c < width; c++) copy[c] = row[j][c * cache.stride[3]];
+      }
       for (int64_t c = width; c < padded; c++) copy[c] = Element{};
       row[j] = copy;
-      copy += padded;
     }
   }
 };
@@ -76,10 +81,14 @@ struct Ahead {
   }
 };
 
+// Elements that a vector of lanes holds.
+template <class Step, class Compute>
+constexpr int kElements = kLanes<Compute>* Step::kParts;
+
 // s[r][j] = <q_r, k_j> for kRows rows and kKeys keys of `width` elements, whole times kChains vectors.
-template <int kRows, int kKeys, int kChains, class Compute, class Element>
+template <class Step, int kRows, int kKeys, int kChains, class Compute, class Element>
 void products(Compute* s, const Compute* q, const Element* const* k, int64_t width, Ahead& ahead) {
-  constexpr int kL = kLanes<Compute>, kSums = kRows * kKeys;
+  constexpr int kE = kElements<Step, Compute>, kSums = kRows * kKeys;
   Vec<Compute> sum[kChains][kRows][kKeys];
 #pragma GCC unroll 2
   for (int i = 0; i < kChains; i++) {
@@ -90,21 +99,20 @@ void products(Compute* s, const Compute* q, const Element* const* k, int64_t wid
     }
   }
   Ahead next = ahead;
-  for (int64_t c = 0; c < width; c += kChains * kL) {
+  for (int64_t c = 0; c < width; c += kChains * kE) {
 #pragma GCC unroll 2
     for (int i = 0; i < kChains; i++) {
       Vec<Compute> key[kKeys];
 #pragma GCC unroll 4
       for (int j = 0; j < kKeys; j++) {
-        const Element* from = k[j] + c + i * kL;
-        if (Ahead::begins_line<kL, Element>(c + i * kL)) next.line();
-        key[j] = load<Compute>(from);
+        if (Ahead::begins_line<kE, Element>(c + i * kE)) next.line();
+        key[j] = Step::neighbours(k[j] + c + i * kE);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; r++) {
-        const Vec<Compute> query = load<Compute>(q + r * width + c + i * kL);
+        const Vec<Compute> query = load<Compute>(q + (r * width + c + i * kE) / Step::kParts);
 #pragma GCC unroll 4
-        for (int j = 0; j < kKeys; j++) sum[i][r][j] += query * key[j];
+        for (int j = 0; j < kKeys; j++) sum[i][r][j] = Step::add(sum[i][r][j], query, key[j]);
       }
     }
   }
@@ -123,20 +131,21 @@ void products(Compute* s, const Compute* q, const Element* const* k, int64_t wid
 // How much a tile takes at once: as many sums as the registers hold, and enough that none waits for itself.
 constexpr int kSumsHeld = FASTATTN_VECTOR_BYTES == 64 ? 16 : 8;
 
-template <int kRows, class Compute, class Element>
+template <class Step, int kRows, class Compute, class Element>
 __attribute__((noinline)) void all_products(Compute* s, const Compute* q, const Element* const* k, int count,
                                             int64_t width, Ahead& ahead) {
   constexpr int kKeys = kRows == 4 ? kSumsHeld / 4 : 4;
   constexpr int kChains = kRows == 1 ? 2 : 1;  // with the keys, enough sums that none waits for itself
   int j = 0;
-  if (width % (kChains * kLanes<Compute>) == 0) {
-    for (; j + kKeys <= count; j += kKeys) products<kRows, kKeys, kChains>(s + j, q, k + j, width, ahead);
+  if (width % (kChains * kElements<Step, Compute>) == 0) {
+    for (; j + kKeys <= count; j += kKeys) products<Step, kRows, kKeys, kChains>(s + j, q, k + j, width, ahead);
   }
-  for (; j < count; j++) products<kRows, 1, 1>(s + j, q, k + j, width, ahead);
+  for (; j < count; j++) products<Step, kRows, 1, 1>(s + j, q, k + j, width, ahead);
 }
 
-// acc[r] += sum_j p[r][j] v_j, over the columns of kVectors vectors.
-template <int kRows, int kVectors, class Compute, class Element>
+// acc[r] += sum_j p[r][j] v_j, over the columns of kVectors vectors. A lane of p holds the weights of as many keys as Step
+// says.
+template <class Step, int kRows, int kVectors, class Compute, class Element>
 void weighted_values(Compute* acc, int64_t width, const Compute* p, const Element* const* v, int count, int64_t column,
                      Ahead& ahead) {
   using V = Vec<Compute>;
@@ -148,19 +157,18 @@ void weighted_values(Compute* acc, int64_t width, const Compute* p, const Elemen
     for (int i = 0; i < kVectors; i++) sum[r][i] = load<Compute>(acc + r * width + column + i * kL);
   }
   Ahead next = ahead;
-  for (int j = 0; j < count; j++) {
+  for (int j = 0; j < count; j += Step::kParts, p++) {
     V value[kVectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors; i++) {
-      const Element* from = v[j] + column + i * kL;
+    for (int i = 0; i < kVectors * Step::kParts; i += Step::kParts) {
       if (Ahead::begins_line<kL, Element>(column + i * kL)) next.line();
-      value[i] = load<Compute>(from);
     }
+    Step::template columns<kVectors>(v + j, column, value);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; r++) {
-      const V weight = V{} + p[r * kBlock + j];
+      const Compute weight = p[r * kBlock];
 #pragma GCC unroll 8
-      for (int i = 0; i < kVectors; i++) sum[r][i] += weight * value[i];
+      for (int i = 0; i < kVectors; i++) sum[r][i] = Step::add(sum[r][i], weight, value[i]);
     }
   }
   ahead = next;
@@ -171,27 +179,29 @@ void weighted_values(Compute* acc, int64_t width, const Compute* p, const Elemen
   }
 }
 
-template <int kRows, class Compute, class Element>
+template <class Step, int kRows, class Compute, class Element>
 __attribute__((noinline)) void all_weighted_values(Compute* acc, int64_t width, const Compute* p,
                                                    const Element* const* v, int count, Ahead& ahead) {
   constexpr int kVectors = kSumsHeld / kRows > 8 ? 8 : kSumsHeld / kRows, kL = kLanes<Compute>;
   int64_t c = 0;
   for (; c + kVectors * kL <= width; c += kVectors * kL) {
-    weighted_values<kRows, kVectors>(acc, width, p, v, count, c, ahead);
+    weighted_values<Step, kRows, kVectors>(acc, width, p, v, count, c, ahead);
   }
-  for (; c < width; c += kL) weighted_values<kRows, 1>(acc, width, p, v, count, c, ahead);
+  for (; c < width; c += Step::kParts * kL) {
+    weighted_values<Step, kRows, Step::kParts>(acc, width, p, v, count, c, ahead);
+  }
 }
 
 // Of one position and heads that lie side by side there, with a query row each: s[h * step] = <q_h, k_h>. By fours, of
 // which the last may be fewer: how lanes are added up must not depend on how heads are divided among threads.
-template <int kHeads, class Compute, class Element>
-void products_of_heads(Compute* s, int64_t step, const Compute* q, const Element* k, int64_t width) {
-  constexpr int kL = kLanes<Compute>;
+template <class Step, int kHeads, class Compute, class Element>
+void products_of_heads(Compute* s, int64_t step, const Compute* q, const Element* k, int64_t width, Ahead& ahead) {
   Vec<Compute> sum[4] = {};
 #pragma GCC unroll 4
   for (int h = 0; h < kHeads; h++) {
-    for (int64_t c = 0; c < width; c += kL) {
-      sum[h] += load<Compute>(q + h * width + c) * load<Compute>(k + h * width + c);
+    for (int64_t c = h * width; c < (h + 1) * width; c += kElements<Step, Compute>) {
+      if (Ahead::begins_line<kElements<Step, Compute>, Element>(c)) ahead.line();
+      sum[h] = Step::add(sum[h], load<Compute>(q + c / Step::kParts), Step::neighbours(k + c));
     }
   }
   Compute sums[4];
@@ -199,24 +209,40 @@ void products_of_heads(Compute* s, int64_t step, const Compute* q, const Element
   for (int h = 0; h < kHeads; h++) s[h * step] = sums[h];
 }
 
-template <class Compute, class Element>
+template <class Step, class Compute, class Element>
 __attribute__((noinline)) void all_products_of_heads(Compute* s, int64_t step, const Compute* q, const Element* k,
-                                                     int64_t width, int64_t heads) {
+                                                     int64_t width, int64_t heads, Ahead ahead) {
+  const int64_t lanes = width / Step::kParts;
   int64_t h = 0;
-  for (; h + 4 <= heads; h += 4) products_of_heads<4>(s + h * step, step, q + h * width, k + h * width, width);
-  if (heads % 4 == 1) products_of_heads<1>(s + h * step, step, q + h * width, k + h * width, width);
-  if (heads % 4 == 2) products_of_heads<2>(s + h * step, step, q + h * width, k + h * width, width);
-  if (heads % 4 == 3) products_of_heads<3>(s + h * step, step, q + h * width, k + h * width, width);
+  for (; h + 4 <= heads; h += 4) products_of_heads<Step, 4>(s + h * step, step, q + h * lanes, k + h * width, width, ahead);
+  if (heads % 4 == 1) products_of_heads<Step, 1>(s + h * step, step, q + h * lanes, k + h * width, width, ahead);
+  if (heads % 4 == 2) products_of_heads<Step, 2>(s + h * step, step, q + h * lanes, k + h * width, width, ahead);
+  if (heads % 4 == 3) products_of_heads<Step, 3>(s + h * step, step, q + h * lanes, k + h * width, width, ahead);
 }
 
-// acc[h * acc_step] += p[h * step] v_h.
-template <class Compute, class Element>
+// acc[h * acc_step] += sum_j p[h * step][j] v_j,h over kAtOnce lanes of p: of positions whose heads lie side by side.
+template <class Step, int kAtOnce, class Compute, class Element>
 __attribute__((noinline)) void weighted_values_of_heads(Compute* acc, int64_t acc_step, const Compute* p, int64_t step,
-                                                        const Element* v, int64_t width, int64_t heads) {
-  for (int64_t h = 0; h < heads; h++, acc += acc_step, p += step, v += width) {
-    const Vec<Compute> weight = Vec<Compute>{} + *p;
-    for (int64_t c = 0; c < width; c += kLanes<Compute>) {
-      store(acc + c, load<Compute>(acc + c) + weight * load<Compute>(v + c));
+                                                        const Element* const* v, int64_t width, int64_t heads,
+                                                        Ahead* ahead) {
+  constexpr int kParts = Step::kParts, kVectors = kParts;
+  for (int64_t h = 0; h < heads; h++, acc += acc_step, p += step) {
+    for (int64_t c = 0; c < width; c += kVectors * kLanes<Compute>) {
+      Vec<Compute> sum[kVectors], value[kVectors];
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; n++) sum[n] = load<Compute>(acc + c + n * kLanes<Compute>);
+#pragma GCC unroll 4
+      for (int i = 0; i < kAtOnce; i++) {
+#pragma GCC unroll 2
+        for (int n = 0; n < kParts; n++) {
+          if (Ahead::begins_line<kVectors * kLanes<Compute>, Element>(h * width + c)) ahead[i * kParts + n].line();
+        }
+        Step::template columns<kVectors>(v + i * kParts, h * width + c, value);
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; n++) sum[n] = Step::add(sum[n], p[i], value[n]);
+      }
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; n++) store(acc + c + n * kLanes<Compute>, sum[n]);
     }
   }
 }

@@ -43,13 +43,13 @@ struct Engine {
   bool (*dropout)(const FastattnDropout&, const Team&);
 };
 
-#define OF_ROWS(NAME) NAME::decode, NAME::linear, NAME::normalise, NAME::rotate, NAME::append_quantised, NAME::dropout
-#define ENGINE(NAME, SUPPORTED) {#NAME, SUPPORTED, NAME::forward, NAME::backward, OF_ROWS(NAME)}
+#define OF_ROWS(NAME) NAME::linear, NAME::normalise, NAME::rotate, NAME::append_quantised, NAME::dropout
+#define ENGINE(NAME, SUPPORTED) {#NAME, SUPPORTED, NAME::forward, NAME::backward, NAME::decode, OF_ROWS(NAME)}
 
 // The best one first.
 const Engine kEngines[] = {
 #if defined(__x86_64__) && !defined(FASTATTN_ONE_ENGINE)
-    {"avx512_bf16", has_avx512_bf16, avx512_bf16::forward, avx512_bf16::backward, OF_ROWS(avx512)},
+    {"avx512_bf16", has_avx512_bf16, avx512_bf16::forward, avx512_bf16::backward, avx512_bf16::decode, OF_ROWS(avx512)},
     ENGINE(avx512, has_avx512),
     ENGINE(avx2, has_avx2),
 #endif

@@ -4,7 +4,7 @@
 // the others. Tasks are blocks of columns of y, whatever the number of threads.
 #include <cstring>
 
-#include "simd.h"
+#include "exponential.h"
 #include "variant.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {

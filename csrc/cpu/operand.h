@@ -22,7 +22,25 @@ struct Multiply {
 
   static Vec<T> add(Vec<T> sum, T weight, Vec<T> row) { return sum + weight * row; }
 
+  static Vec<T> add(Vec<T> sum, Vec<T> a, Vec<T> b) { return sum + a * b; }
+
   static T part(T lane, int) { return lane; }
+
+  // A vector of elements side by side in a row.
+  template <class Element>
+  static Vec<T> neighbours(const Element* from) {
+    return load<T>(from);
+  }
+
+  // `vectors` vectors of the elements of kParts rows, from a column on.
+  template <int vectors, class Element>
+  static void columns(const Element* const* rows, int64_t column, Vec<T>* to) {
+#pragma GCC unroll 8
+    for (int n = 0; n < vectors; n++) to[n] = load<T>(rows[0] + column + n * kLanes<T>);
+  }
+
+  // Rounds elements of a row to what a lane holds: nothing to do.
+  static void round_row(const T*, int, int, T*) {}
 
   static bool read(const Rows<T>& rows, int64_t row, int64_t count, T* to, int64_t padded) {
     return rows.read(row, count, to, padded);
@@ -38,13 +56,16 @@ struct Dot {
   static constexpr int kParts = 2;
 
   static Vec<float> add(Vec<float> sum, float weight, Vec<float> row) {
-    const uint32_t pair = bits_of(weight);
+    return add(sum, (Vec<float>)(VecBits{} + bits_of(weight)), row);
+  }
+
+  static Vec<float> add(Vec<float> sum, Vec<float> a, Vec<float> b) {
 #if defined(__AVX512BF16__)
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(pair)), (__m512bh)row);
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
-    const VecBits bits = (VecBits)row, weights = VecBits{} + pair;
-    sum += (Vec<float>)(weights << 16) * (Vec<float>)(bits << 16);
-    return sum + (Vec<float>)(weights & kHigh) * (Vec<float>)(bits & kHigh);
+    const VecBits x = (VecBits)a, y = (VecBits)b;
+    sum += (Vec<float>)(x << 16) * (Vec<float>)(y << 16);
+    return sum + (Vec<float>)(x & kHigh) * (Vec<float>)(y & kHigh);
 #endif
   }
 
@@ -53,6 +74,19 @@ struct Dot {
     float x;
     std::memcpy(&x, &bits, sizeof x);
     return x;
+  }
+
+  // A vector of elements side by side in a row.
+  static Vec<float> neighbours(const bfloat16* from) { return load(reinterpret_cast<const float*>(from)); }
+
+  // `vectors` vectors, an even number, of the elements of two rows, from a column on.
+  template <int vectors>
+  static void columns(const bfloat16* const* rows, int64_t column, Vec<float>* to) {
+#pragma GCC unroll 8
+    for (int n = 0; n < vectors; n += 2) {
+      const int64_t at = column + n * kLanes<float>;
+      interleave(neighbours(rows[0] + at), neighbours(rows[1] + at), to + n);
+    }
   }
 
   // Side by side: (count, padded) lanes. Returns whether there is a NaN or an infinity.
@@ -105,7 +139,12 @@ struct Dot {
   // Elements `begin .. end` of a row, whole vectors, to pairs along the row; `to` may be `from`.
   static void round_row(const float* from, int begin, int end, float* to) {
     for (int i = begin; i < end; i += kLanes<float>) {
-      store_narrow(reinterpret_cast<bfloat16*>(to) + i, load(from + i));
+      bfloat16* rounded = reinterpret_cast<bfloat16*>(to) + i;
+#if defined(__AVX512BF16__)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded), (__m256i)_mm512_cvtneps_pbh((__m512)load(from + i)));
+#else
+      store_narrow(rounded, load(from + i));
+#endif
     }
   }
 
@@ -137,6 +176,19 @@ struct Dot {
   static void add_pairs(PoisonCheck<float>& poison, VecBits bits) {
     poison.add((Vec<float>)(bits & kHigh));
     poison.add((Vec<float>)(bits << 16));
+  }
+
+  // Elements of two rows, side by side in each, to pairs of a column.
+  static void interleave(Vec<float> a, Vec<float> b, Vec<float>* to) {
+    interleave(a, b, to, std::make_integer_sequence<int, 2 * kLanes<float>>{});
+  }
+
+  template <int... I>
+  static void interleave(Vec<float> a, Vec<float> b, Vec<float>* to, std::integer_sequence<int, I...>) {
+    typedef typename VecOf<uint16_t, int(sizeof...(I))>::type Elements;
+    constexpr int count = sizeof...(I);
+    to[0] = (Vec<float>)__builtin_shufflevector((Elements)a, (Elements)b, ((I & 1) * count + I / 2)...);
+    to[1] = (Vec<float>)__builtin_shufflevector((Elements)a, (Elements)b, ((I & 1) * count + count / 2 + I / 2)...);
   }
 
   // Lanes of a in the low halves, of b in the high ones.

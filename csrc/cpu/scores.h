@@ -1,6 +1,7 @@
 // From products of q and k to scores, in the base-2 units of the exponential.
 #pragma once
 
+#include "exponential.h"
 #include "problem.h"
 #include "variant.h"
 

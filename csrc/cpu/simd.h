@@ -85,53 +85,62 @@ inline Vec<float> load(const bfloat16* from) {
 #endif
 }
 
-template <class Compute>
-inline Vec<float> load(const float16* from) {
+inline Vec<float> widen_halves(VecHalf halves) {
 #if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)halves);
 #elif defined(__F16C__) && FASTATTN_VECTOR_BYTES == 32
-  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)halves);
 #elif defined(__F16C__)
   Vec<float> x;
   for (int i = 0; i < kLanes<float>; i += 8) {
-    const __m256 part = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    __m128i some;
+    std::memcpy(&some, reinterpret_cast<const char*>(&halves) + i * sizeof(float16), sizeof some);
+    const __m256 part = _mm256_cvtph_ps(some);
     std::memcpy(reinterpret_cast<char*>(&x) + i * sizeof(float), &part, sizeof part);
   }
   return x;
 #else
-  const VecBits bits = load_bits(&from->bits), magnitude = (bits & 0x7fffu) << 13;
+  const VecBits bits = __builtin_convertvector(halves, VecBits), magnitude = (bits & 0x7fffu) << 13;
   const Vec<float> finite = (Vec<float>)magnitude * 0x1p112f;  // the exponent's other bias; exact for denormals too
   const VecBits special = (VecBits)(magnitude >= 0x0f800000u) & 0x7f800000u;
   return (Vec<float>)((VecBits)finite | special | (bits & 0x8000u) << 16);
 #endif
 }
 
-// Bytes of a quantised cache, as wide as they are computed with.
-inline VecBits load_bytes(const uint8_t* from) {
-#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
-  return (VecBits)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
-  return (VecBits)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-#else
-  VecBits x;
-  for (int i = 0; i < kLanes<float>; i++) x[i] = from[i];
-  return x;
-#endif
+template <class Compute>
+inline Vec<float> load(const float16* from) {
+  VecHalf halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return widen_halves(halves);
 }
 
 template <class Compute>
 inline Vec<float> load(const int8_t* from) {
-  const VecInt<float> signs = (VecInt<float>)(load_bytes(reinterpret_cast<const uint8_t*>(from)) << 24);
-  return __builtin_convertvector(signs >> 24, Vec<float>);
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Vec<float>)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes));
+#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  VecInt<float> x;
+  for (int i = 0; i < kLanes<float>; i++) x[i] = from[i];
+  return __builtin_convertvector(x, Vec<float>);
+#endif
 }
 
+// By way of half precision: its exponent has one bit more, and its denormals are wide enough for those of float8.
 template <class Compute>
 inline Vec<float> load(const float8* from) {
-  const VecBits bits = load_bytes(&from->bits), magnitude = bits & 0x7fu;
-  const Vec<float> shifted = (Vec<float>)((magnitude << 20) + (120u << 23));  // the exponent's other bias
-  const Vec<float> finite = magnitude < 8u ? shifted * 2.0f - 0x1p-6f : shifted;  // denormals were given a leading 1
-  const VecBits nan = (VecBits)(magnitude == 0x7fu) & 0x7fc00000u;
-  return (Vec<float>)((VecBits)finite | nan | (bits & 0x80u) << 24);
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  const VecHalf bytes = (VecHalf)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  const VecHalf bytes = (VecHalf)_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  VecHalf bytes;
+  for (int i = 0; i < kLanes<float>; i++) bytes[i] = from[i].bits;
+#endif
+  const VecHalf magnitude = bytes & uint16_t(0x7f), nan = (VecHalf)(magnitude == uint16_t(0x7f));
+  return widen_halves((bytes & uint16_t(0x80)) << 8 | magnitude << 7 | nan) * 0x1p8f;  // the exponent's other bias
 }
 
 template <class Compute>
@@ -320,81 +329,6 @@ inline void sums_of_lanes(T* sums, const Vec<T>* x) {
       std::memcpy(sums + i, &four, sizeof four);
     }
   }
-}
-
-// 2^x - 1 = 2^whole * (1 + fraction) - 1: the parts of an exponential, `fraction` exact to float near 0.
-template <class T>
-struct Exponential {
-  Vec<T> power, fraction;
-};
-
-// For |x| below the exponent's range.
-inline Exponential<float> exponential(Vec<float> x) {
-  const Vec<float> shift = Vec<float>{} + 0x1.8p23f;
-  const Vec<float> rounded = x + shift;
-  const VecInt<float> exponent = (VecInt<float>)rounded - (VecInt<float>)shift;
-  const Vec<float> f = x - (rounded - shift);
-  Vec<float> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  return {(Vec<float>)((exponent + 127) << 23), p * f};
-}
-
-inline Exponential<double> exponential(Vec<double> x) {
-  const Vec<double> shift = Vec<double>{} + 0x1.8p52;
-  const Vec<double> rounded = x + shift;
-  const VecInt<double> exponent = (VecInt<double>)rounded - (VecInt<double>)shift;
-  const Vec<double> f = (x - (rounded - shift)) * 0.69314718055994530941723;
-  Vec<double> p = Vec<double>{} + 1.0;  // the Taylor series of (e^f - 1) / f
-  for (int k = 14; k > 1; k--) p = p * f * (1.0 / k) + 1.0;
-  return {(Vec<double>)((exponent + 1023) << 52), p * f};
-}
-
-constexpr float lowest_exponent(float) { return -127.0f; }
-constexpr double lowest_exponent(double) { return -1023.0; }
-
-// 2^x for x up to a little over 0; NaN stays NaN, and what would be denormal is 0.
-inline Vec<double> exp2_of_difference(Vec<double> x) {
-  const Exponential<double> parts = exponential(larger(Vec<double>{} + lowest_exponent(0.0), x));
-  return parts.power * parts.fraction + parts.power;
-}
-
-// The exponential of the softmax: a polynomial of the least degree (relative error 9.2e-8), and an exponent that the
-// rounding itself leaves in the lowest bits.
-inline Vec<float> exp2_of_difference(Vec<float> x) {
-  x = larger(Vec<float>{} + lowest_exponent(0.0f), x);
-  const Vec<float> shift = Vec<float>{} + (0x1.8p23f + 127.0f);
-  const Vec<float> rounded = x + shift;
-  const Vec<float> f = x - (rounded - shift);
-  Vec<float> p = f * 1.326472709417402e-3f + 9.671512682465414e-3f;
-  p = p * f + 5.550733743927003e-2f;
-  p = p * f + 2.402224208466120e-1f;
-  p = p * f + 6.931469775985442e-1f;
-  p = p * f + 1.0f;
-  return p * (Vec<float>)((VecInt<float>)rounded << 23);
-}
-
-// 2^x for any x.
-template <class V>
-inline V exp2(V x) {
-  using T = std::remove_reference_t<decltype(x[0])>;
-  const T highest = 1 - lowest_exponent(T(0));
-  return exp2_of_difference(x > highest ? V{} + highest : x);
-}
-
-// To float accuracy near 0 too.
-template <class V>
-inline V tanh(V x) {
-  using T = std::remove_reference_t<decltype(x[0])>;
-  constexpr T two_log2e = T(2.885390081777926815), far = T(60);
-  V y = x * two_log2e;
-  y = y < -far ? V{} - far : y;
-  y = y > far ? V{} + far : y;
-  const Exponential<T> parts = exponential(y);
-  const V less_one = parts.power * parts.fraction + (parts.power - T(1));  // e^2x - 1
-  return less_one / (less_one + T(2));
 }
 
 }  // namespace

@@ -19,19 +19,6 @@ struct RowStates {
   }
 };
 
-// Of whole vectors at `begin .. end`; NaN does not count.
-template <class T>
-[[gnu::always_inline]] inline T largest_of(const T* s, int begin, int end) {
-  Vec<T> most = Vec<T>{} - kInfinity<T>, other = most;  // two chains: a maximum waits for the one before
-  int i = begin;
-  for (; i + kLanes<T> < end; i += 2 * kLanes<T>) {
-    most = larger(load(s + i), most);
-    other = larger(load(s + i + kLanes<T>), other);
-  }
-  if (i < end) most = larger(load(s + i), most);
-  return largest_lane(larger(most, other));
-}
-
 // Turns the scores of `rows` rows, kKeys apart, at places `begin .. end`, whole vectors, into unnormalised
 // probabilities and merges them into the states of rows `at ..`. `alpha` gets what earlier sums of each row are to be
 // multiplied by. `scale` is positive. NaN among the scores becomes NaN in the sum.
@@ -51,23 +38,7 @@ template <class T>
     store(alpha + r, exp2_of_difference(before - finite));
   }
   for (int r = 0; r < rows; r++) {
-    T* row = s + r * kKeys;
-    Vec<T> sum = states.sum[at + r] * alpha[r], other{};
-    int i = begin;
-    for (; i + kLanes<T> < end; i += 2 * kLanes<T>) {
-      const Vec<T> p = exp2_of_difference(load(row + i) * scale - pivot[r]);
-      const Vec<T> next = exp2_of_difference(load(row + i + kLanes<T>) * scale - pivot[r]);
-      store(row + i, p);
-      store(row + i + kLanes<T>, next);
-      sum += p;
-      other += next;
-    }
-    if (i < end) {
-      const Vec<T> p = exp2_of_difference(load(row + i) * scale - pivot[r]);
-      store(row + i, p);
-      sum += p;
-    }
-    states.sum[at + r] = sum + other;
+    states.sum[at + r] = weigh(s + r * kKeys, begin, end, scale, pivot[r], states.sum[at + r] * alpha[r]);
   }
 }
 
