@@ -164,7 +164,7 @@ def append_rows(
     programs = launch.tiles(new_len * kv_heads, cfg.block_m, cu_seqlens_q) * memory_entries
     if programs == 0:
         return
-    with launch.on_device(k):
+    with replay.on_device(k):
         arguments = (
             cache_rows(k_cache, unit, k_scale), cache_rows(v_cache, unit, v_scale), launch.rows(k, unit),
             launch.rows(v, unit), lens.contiguous(), table, cu_seqlens_q, table_stride, lens.shape[0], kv_heads,

@@ -223,7 +223,7 @@ def attention_backward(
     inputs = (*(launch.rows(x, unit) for x in (call.q, call.k, call.v)), dout_rows, of_rows)
     groups = (call.terms, call.dropout, call.packed)
     flat = (operands.q_offset_tensor, *call.sizes, unit, *call.constants)
-    with launch.on_device(q):
+    with replay.on_device(q):
         cfg = call.configure("delta", unit)
         if programs := triton.cdiv(call.q_len, cfg.block_m) * call.batch * call.q_heads:
             arguments = (

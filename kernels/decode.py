@@ -338,7 +338,7 @@ def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
             full = (entries, q_heads, q_len, x.shape[3])
             terms = terms._replace(**{name: launch.scores(x, full, x.shape[3])})
     out_rows = launch.rows(out, unit)
-    with launch.on_device(q):
+    with replay.on_device(q):
         arguments = (
             launch.rows(q, unit), cache_rows(k_cache, unit, spec.k_scale), cache_rows(v_cache, unit, spec.v_scale),
             out_rows, lse, partial, spec.lens.contiguous(), table, starts,

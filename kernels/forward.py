@@ -161,7 +161,7 @@ def attention_forward(
     programs = launch.tiles(call.q_len, cfg.block_m, operands.cu_seqlens_q) * call.batch * call.q_heads
     if programs == 0:
         return
-    with launch.on_device(q):
+    with replay.on_device(q):
         arguments = (
             *(launch.rows(x, unit) for x in (call.q, call.k, call.v, out)), lse, statistics, call.terms, call.dropout,
             call.packed, launch.sparse(operands.block_mask), operands.q_offset_tensor, *call.sizes,

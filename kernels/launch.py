@@ -1,6 +1,5 @@
 """Host-side helpers shared by the launchers: operands as kernels take them, strides, device facts."""
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -39,13 +38,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32 or INTERPRETED.value:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make that the tensor's."""
-    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
 
 
 def unit_last(tensor: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime import _allocation, driver
 
+from fastattn.spec.operands import Options
+
 from . import config
 from .tiles import INTERPRETED
 
@@ -81,6 +83,16 @@ def same_address(view: Tensor, of: Tensor) -> Tensor:
         recorder.slots[id(view)] = recorder.slots.get(id(of))
         recorder.held.append(view)
     return view
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make that the tensor's."""
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.get_device())
+    return _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -157,7 +169,7 @@ def _watched() -> bool:
 def _survey(arguments: Any, tensors: list[Tensor], facts: list[Any]) -> None:
     """Collect the tensors, and what of the arguments a layout consists of."""
     for x in arguments:
-        if type(x) in _NUMBERS:
+        if type(x) in _PLAIN:
             facts.append(x)
         elif isinstance(x, Tensor):
             tensors.append(x)
@@ -171,7 +183,8 @@ def _survey(arguments: Any, tensors: list[Tensor], facts: list[Any]) -> None:
             facts.append(x)
 
 
-_NUMBERS = frozenset((type(None), int, float, bool))
+_PLAIN = frozenset((type(None), int, float, bool, Options))
+"""Types of facts that hold no tensor."""
 
 
 def _surroundings(tensor: Tensor) -> tuple[Any, ...]:
@@ -184,8 +197,6 @@ def _surroundings(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _repeat(plan: Plan, like: Tensor, addresses: list[int]) -> None:
-    from .launch import on_device
-
     _offer_memory()
     with on_device(like):
         held = [like.new_empty(shape, dtype=dtype) for shape, dtype in plan.scratch]

@@ -76,7 +76,7 @@ def attention(
         if out.requires_grad:
             ops.add_second_derivative(out)
         return key, out
-    out, _, _ = ops.attend(ops.Forward(q, k, v, Operands(mask), options, backend))
+    out, _ = ops.attend(ops.Forward(q, k, v, Operands(mask), options, backend))
     return key, out
 
 

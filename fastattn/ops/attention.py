@@ -23,8 +23,10 @@ def attention(spec: AttentionSpec, backend: str, seed: Tensor | None = None) -> 
     if spec.dropout_p > 0.0 and seed is None:
         seed = draw_seed(spec.q.device)
     call = Forward(spec.q, spec.k, spec.v, spec.operands(seed), spec.options, backend)
-    out, lse, _ = plain.run(call) if for_onnx else attend(call)
-    return out, lse
+    if for_onnx:
+        out, lse, _ = plain.run(call)
+        return out, lse
+    return attend(call)
 
 
 def _by_torch(spec: AttentionSpec) -> Tensor:

@@ -6,6 +6,7 @@ Autograd sits on the Autograd key of the forward operator; below it the operator
 every backend: it is always the reference's.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,16 +53,18 @@ def seed_of_part(
     return torch.cat([seed, seed.new_tensor([batch, head, *rows, *keys])])
 
 
-def attend(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of the forward operator, on any backend but torch's; by the shortest way."""
+def attend(call: Forward) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``call``, on any backend but torch's; by the shortest way."""
     if call.backend in DIRECT and (direct := way((*call[:3], *call.operands))) is not Way.DISPATCHER:
-        if direct is Way.AT_ONCE:
-            return implementations.run(call)
-        learned = (call.operands.bias, call.operands.alibi_slopes, call.operands.sinks)
-        return _record(_AttentionAtOnce, call, call.q, call.k, call.v, *learned)
+        if direct is Way.AUTOGRAD:
+            learned = (call.operands.bias, call.operands.alibi_slopes, call.operands.sinks)
+            return _record(_AttentionAtOnce, call, call.q, call.k, call.v, *learned)
+        out, lse, _ = implementations.run(call)
+        return out, lse
     # torch.compile and the dispatcher's modes see the operator; torch.func sees a Function, which it can transform.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return (_Attention.apply if transformed else FORWARD)(*flatten(call))  # pyright: ignore[reportReturnType]
+    out, lse, _ = (_Attention.apply if transformed else FORWARD)(*flatten(call))  # pyright: ignore[reportGeneralTypeIssues]
+    return out, lse
 
 
 # Autograd
@@ -82,11 +85,14 @@ def below_autograd(operator: Any, *args: Any) -> Any:
         return operator(*args)
 
 
-def call_backward(call: Backward) -> tuple[Tensor, ...]:
-    """`BACKWARD`, on the graph only where there may be one (create_graph=True)."""
+def call_backward(call: Backward, at_once: bool = False) -> tuple[Tensor, ...]:
+    """`BACKWARD`, on the graph only where there may be one (create_graph=True).
+
+    ``at_once``: what the forward pass kept is known to need no dispatcher.
+    """
     if _differentiating():
         return _AttentionBackward.apply(*flatten(call))  # pyright: ignore[reportReturnType]
-    if way((*call[:7], *call.operands)) is Way.AT_ONCE:
+    if way(call[:2] if at_once else (*call[:7], *call.operands)) is Way.AT_ONCE:
         return implementations.differentiate(call)  # pyright: ignore[reportReturnType]  (None where nobody looks)
     return _run_backward(*flatten(call))
 
@@ -143,16 +149,19 @@ def _learned(operands: Operands) -> Learned:
 _LEARNED = _learned(unflatten(Forward, range(99)).operands)  # where these are among the arguments
 
 
-def _keep(ctx: Any, call: Forward, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep(ctx: Any, call: Forward, out: Tensor, statistics: Tensor) -> None:
     """What the derivatives of the forward operator need."""
-    out, _, statistics = output
-    ctx.mark_non_differentiable(statistics)
     _save(ctx, call.operands, call.options, call.q, call.k, call.v, out, statistics)
     ctx.backend = call.backend
 
 
-def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, wanted: Learned) -> tuple[Tensor | None, ...]:
-    """Of q, k, v, and of what is ``wanted``, from a context that `_keep` filled."""
+def _gradients(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, wanted: Sequence[bool], at_once: bool
+) -> tuple[Tensor | None, ...]:
+    """Of q, k, v, and of what is ``wanted`` of Learned, from a context that `_keep` filled.
+
+    ``at_once`` as in `call_backward`.
+    """
     if dout is None and dlse is None:
         return (None,) * 6
     q, k, v, out, statistics, operands = _saved(ctx, 5)
@@ -161,8 +170,10 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, wanted: Learn
     if _differentiating():  # out and statistics count as constants
         out, statistics = out.detach(), statistics.detach()
     dq, dk, dv, *learned = call_backward(
-        Backward(dout, dlse, q, k, v, out, statistics, operands, ctx.options, ctx.backend, list(wanted))
+        Backward(dout, dlse, q, k, v, out, statistics, operands, ctx.options, ctx.backend, list(wanted)), at_once
     )
+    if not any(wanted):
+        return dq, dk, dv, None, None, None
     return dq, dk, dv, *(x if want else None for x, want in zip(learned, wanted, strict=True))
 
 
@@ -174,14 +185,16 @@ class _Attention(batching.Batched):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _keep(ctx, unflatten(Forward, inputs), output)
+        out, _, statistics = output
+        ctx.mark_non_differentiable(statistics)
+        _keep(ctx, unflatten(Forward, inputs), out, statistics)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (PyTorch's has *grad_outputs)
         ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         wanted = Learned(*(ctx.needs_input_grad[index] for index in _LEARNED))
-        dq, dk, dv, *learned = _gradients(ctx, dout, dlse, wanted)
+        dq, dk, dv, *learned = _gradients(ctx, dout, dlse, wanted, at_once=False)
         if not any(wanted):
             return dq, dk, dv, *(None,) * (len(ctx.needs_input_grad) - 3)
         return flatten(Forward(dq, dk, dv, _operand_gradients(learned, wanted), _NO_OPTIONS, None))  # pyright: ignore[reportArgumentType]
@@ -200,22 +213,20 @@ class _Attention(batching.Batched):
 class _AttentionAtOnce(torch.autograd.Function):
     """Where autograd records the call and nobody else: below it there is nothing to dispatch.
 
-    The arguments are the call, and those of its tensors that may have gradients.
+    The arguments are the call, and those of its tensors that may have gradients; the results are out and lse.
     """
 
     @staticmethod
-    def forward(call: Forward, *_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return implementations.run(call)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _keep(ctx, inputs[0], output)
+    def forward(ctx: Any, call: Forward, *_: Tensor | None) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        out, lse, statistics = implementations.run(call)
+        _keep(ctx, call, out, statistics)
+        return out, lse
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return None, *_gradients(ctx, dout, dlse, Learned(*ctx.needs_input_grad[4:]))
+        return None, *_gradients(ctx, dout, dlse, ctx.needs_input_grad[4:], at_once=True)
 
 
 class _AttentionBackward(batching.Batched):

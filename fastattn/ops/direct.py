@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C import (
     _are_functorch_transforms_active,  # pyright: ignore[reportAttributeAccessIssue]
     _get_tracing_state,
+    _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
@@ -82,7 +83,8 @@ def way(operands: Iterable[object]) -> Way:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """The spec has cast what autocast casts: what a backend computes in float32 must stay there."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # which raises for meta
+    # Asked first of all devices, which takes a fraction of the time; of meta it may not be asked.
+    if _is_any_autocast_enabled() and device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _NOTHING
 
