@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
 from fastattn.ops import batching, implementations
@@ -220,13 +221,14 @@ class _AttentionAtOnce(torch.autograd.Function):
     def forward(ctx: Any, call: Forward, *_: Tensor | None) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         out, lse, statistics = implementations.run(call)
         _keep(ctx, call, out, statistics)
+        ctx.kept_as_is = _top_saved_tensors_default_hooks(False) is None
         return out, lse
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return None, *_gradients(ctx, dout, dlse, ctx.needs_input_grad[4:], at_once=True)
+        return None, *_gradients(ctx, dout, dlse, ctx.needs_input_grad[4:], ctx.kept_as_is)
 
 
 class _AttentionBackward(batching.Batched):
@@ -361,7 +363,7 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return below_autograd(FORWARD, *args)
 
 
-def _record(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _record(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` without its checks, which cost as much as a small call; `attention` ruled transforms out."""
     return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 

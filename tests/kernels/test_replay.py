@@ -1,11 +1,14 @@
 """Launches that are repeated are those that Triton's own way makes: on a stand-in for a GPU, with every Triton."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -37,6 +40,15 @@ def test_repeated_launches(version):
     *done, last = result.stdout.split("\n")[:-1]
     assert done == checks() and len(done) >= 10
     assert version == "installed" or last == f"Triton {version}"
+
+
+@pytest.mark.parametrize(("own", "current", "entered"), [(1, 0, [1]), (0, 0, []), (None, 0, [])])
+def test_the_device_of_the_tensor_is_made_the_current_one(monkeypatch, own, current, entered):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: devices.append(index) or contextlib.nullcontext())
+    with replay.on_device(SimpleNamespace(is_cuda=own is not None, get_device=lambda: own)):
+        assert devices == entered
 
 
 def test_interpreted_kernels_are_launched_as_they_are():

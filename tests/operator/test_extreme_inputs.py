@@ -68,6 +68,18 @@ def test_large_scores(backend, deviation, options):
     check_attention(q * math.sqrt(deviation), k * math.sqrt(deviation), v, backend=backend, **options)
 
 
+def test_scores_near_the_end_of_float32():
+    only_where_it_runs("triton")
+    q, k = torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, 3, 16)
+    q[..., 0], k[..., 0] = 1e19, torch.tensor([2.0e19, 2.3e19, 2.1e19])
+    v = torch.eye(3, 16)[None, None]
+    out, lse = attention(q, k, v, scale=1.0, backend="triton", return_lse=True)
+    assert torch.equal(out, v[:, :, [1, 1, 1]])
+    torch.testing.assert_close(lse, (q @ k.mT)[..., 1])
+    out, lse = attention(q, -k * 100.0, v, scale=1.0, backend="triton", return_lse=True)
+    assert (out == 0.0).all() and (lse == -INF).all()
+
+
 @pytest.mark.parametrize("case", LARGE)
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_probabilities_sum_to_one(backend, case):

@@ -158,6 +158,25 @@ def test_a_view_that_negates_is_read_as_what_it_is():
 
 
 @needs_cpu_library
+def test_a_backward_pass_reads_negating_views_as_what_they_are():
+    leaves = [x.requires_grad_() for x in inputs()]
+
+    def negated(x: Tensor) -> Tensor:
+        """The same numbers, as a view of their negative."""
+        return torch.complex(x, -x).conj().imag
+
+    def gradients(dout: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fastattn.attention(*leaves, window=(2, 2), backend="cpu"), leaves, dout)
+
+    dout = torch.randn_like(leaves[0])
+    expected = gradients(dout)
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, negated):
+        hooked = gradients(dout)
+    for wanted, *actual in zip(expected, gradients(negated(dout)), hooked, strict=True):
+        assert all(torch.equal(wanted, x) for x in actual)
+
+
+@needs_cpu_library
 def test_appending_is_noticed_by_autograd():
     q = torch.randn(1, 2, 1, 8)
     k_cache, v_cache = torch.zeros(1, 16, 2, 8), torch.zeros(1, 16, 2, 8)
