@@ -8,7 +8,7 @@ from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.block import Attention, Block, FeedForward
 from fastattn.nn.cache import DynamicCache, KVCache
 from fastattn.nn.config import CausalLMConfig, EncoderDecoderConfig, TransformerConfig
-from fastattn.nn.model import CausalLM, Decoder, Encoder, EncoderDecoder
+from fastattn.nn.model import CausalLM, EncoderDecoder
 from fastattn.nn.paged_cache import PagedCache, SlidingWindowCache
 from fastattn.nn.position import (
     ALiBi,
@@ -21,6 +21,7 @@ from fastattn.nn.position import (
     Sinusoidal,
     YarnScaling,
 )
+from fastattn.nn.stack import Decoder, Encoder
 from fastattn.nn.transformer import (
     Transformer,
     TransformerDecoder,

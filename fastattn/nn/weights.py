@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.config import TransformerConfig
-from fastattn.nn.model import Decoder, Encoder, EncoderDecoder
+from fastattn.nn.model import EncoderDecoder
 from fastattn.nn.position import Learned, Sinusoidal
+from fastattn.nn.stack import Decoder, Encoder
 from fastattn.nn.transformer import (
     Transformer,
     TransformerDecoder,
