@@ -134,6 +134,8 @@ class Float64(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = Tensor.double if func is Tensor.float else func
+        if func is torch.full and len(args) > 1 and isinstance(args[1], float):  # whose dtype would be float32
+            kwargs = {"dtype": torch.float64} | (kwargs or {})
         args = tuple(torch.float64 if x is torch.float32 else x for x in args)
         kwargs = {key: torch.float64 if x is torch.float32 else x for key, x in (kwargs or {}).items()}
         return func(*args, **kwargs)

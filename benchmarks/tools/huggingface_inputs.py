@@ -178,7 +178,7 @@ def _made(model: nn.Module) -> dict[str, list[Any]]:
         "past_values": [random(batch, past), random(batch, past, series), random(batch, past * 4)],
         "past_time_features": [random(batch, past, _first(config, "num_time_features") or 1)],
         "past_observed_mask": [torch.ones(batch, past)],
-        "past_values_padding": [torch.zeros(batch, past * 4), torch.zeros(batch, past)],
+        "past_values_padding": [torch.zeros(batch, past), torch.zeros(batch, past * 4)],
         "freq": [torch.zeros(batch, 1, dtype=torch.long)],
         "future_values": [random(batch, _first(config, "prediction_length") or 1)],
         "future_time_features": [

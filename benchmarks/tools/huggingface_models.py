@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import functools
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,12 @@ OPEN = {
 }  # fmt: skip
 
 # Towers that the whole model is too large to show.
-PARTS = {"align (text)": "AlignTextModel", "clap (text)": "ClapTextModel"}
+PARTS = {
+    "align (text)": "AlignTextModel",
+    "clap (text)": "ClapTextModel",
+    "gemma3n (text)": "Gemma3nTextModel",
+    "step3p7 (text)": "Step3p7TextModel",
+}
 # A model type, and what is changed in its configuration.
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma (both sides)": ("gemma", {"use_bidirectional_attention": True}),
@@ -69,6 +76,18 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 PER_LAYER = {"full_attention": ROTARY, "sliding_attention": ROTARY}
 SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
+INDEXER = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
+SAM = {
+    "prompt_encoder_config.image_embedding_size": 4, "vision_config.num_pos_feats": 16,
+    "vision_config.output_channels": 32, "prompt_encoder_config.hidden_size": 32,
+}  # fmt: skip
+RESNET = {
+    "backbone_config.embedding_size": 8, "backbone_config.hidden_sizes": [8, 16, 32, 64],
+    "backbone_config.depths": [1, 1, 1, 1],
+}  # fmt: skip
 PLACES = {"image_token_index": 5, "video_token_index": 5}
 # What a configuration has no usable default for.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -90,7 +109,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "esm": {"vocab_size": 120, "pad_token_id": 0, "mask_token_id": 1},
     "xmod": {"default_language": "en_XX"},
+    "qwen4_exp_text": INDEXER,
+    "qwen4_exp": {"text_config": INDEXER},
 }
+# What is set once the sizes are: a path into the configuration, and its value.
+AFTERWARDS: dict[str, dict[str, Any]] = {
+    "gemma3n (text)": {
+        "num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2, "num_kv_shared_layers": 2,
+        "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 120,
+    },
+    "step3p7 (text)": {"sliding_window": 4},
+    "step3p7": {"text_config.sliding_window": 4},
+    "align": {"projection_dim": 320},
+    "sam": SAM,
+    "sam_hq": SAM,
+    "rt_detr": RESNET | {"encoder_in_channels": [16, 32, 64]},
+    "rt_detr_v2": RESNET | {"encoder_in_channels": [16, 32, 64]},
+}  # fmt: skip
 
 
 class CannotBuild(Exception):
@@ -257,8 +293,11 @@ def build(name: str, divisor: int = 0, fitted: bool = False) -> nn.Module:
         else:
             kind, changes = CHANGES.get(name, (name, SETTINGS.get(name, {})))
             config = CONFIG_MAPPING[kind](**copy.deepcopy(changes))
-            model = MODEL_MAPPING[type(config)]
+            model = _model_of(type(config), MODEL_MAPPING)
         shrink(config, divisor, fitted)
+        for path, value in AFTERWARDS.get(name, {}).items():
+            *within, last = path.split(".")
+            setattr(functools.reduce(getattr, within, config), last, value)
         model = model[0] if isinstance(model, tuple | list) else model
         if fitted and model.config_class is not type(config):  # the model of a part
             config = next((x for x in vars(config).values() if isinstance(x, model.config_class)), config)
@@ -277,6 +316,14 @@ def build(name: str, divisor: int = 0, fitted: bool = False) -> nn.Module:
             if parameter.ndim > 1:
                 parameter.normal_(std=min(0.2, parameter.shape[-1] ** -0.5), generator=generator)
     return model.double()
+
+
+def _model_of(kind: type, mapping: Any) -> Any:
+    """The model of a configuration; in its own module where transformers lists one that is not public."""
+    with contextlib.suppress(ValueError):
+        return mapping[kind]
+    module = importlib.import_module(kind.__module__.replace("configuration_", "modeling_"))
+    return getattr(module, kind.__name__.replace("Config", "Model"))
 
 
 def _parameters(model: Any, config: Any) -> int:

@@ -5,6 +5,9 @@
     python -m benchmarks.tools.huggingface_sweep --store llama      # and put into the stored table
     python -m benchmarks.tools.huggingface_sweep --store not-built  # again what was not built
 
+Some models need timm, torchvision or scipy. The stored table was made with these; without them such a model is not
+built, and `examine` says so.
+
 Each is computed in float64, where two ways to the same thing agree to rounding: what differs differs in meaning. Inputs
 are unpadded, padded on the right and on the left; a model is compared in evaluation, and in training with its
 gradients. Of padded inputs the tokens count, not the padding.
