@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from fastattn.ops import autograd
 from fastattn.ops.schema import Backward, Forward
@@ -28,7 +29,10 @@ def _differentiable(gradients: tuple[Tensor | None, ...], given: tuple[Tensor | 
     if not torch.is_grad_enabled() or given[0] is None:
         return None
     node: Any = torch._C._current_autograd_node()
-    q, k, v, mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
+    try:
+        q, k, v, mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
+    except CheckpointError:  # computes them again once for each backward pass, and the kernel had them
+        return None
     operands = Operands(block_mask=[])
     if mask is not None:  # the kernel's, in numbers
         mask = mask[(None,) * (4 - mask.ndim)]

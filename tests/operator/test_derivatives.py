@@ -7,6 +7,7 @@ import textwrap
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 from fastattn import BlockMask, attention, attention_varlen, explain, ops, reference
 from fastattn.backends.reference import blockwise
@@ -315,6 +316,30 @@ def test_second_derivatives_of_small_plain_calls():
         assert explain(q, k, v).backend == "torch"
         assert gradgradcheck(attention, (q, k, v))
         assert not any(x.requires_grad for x in torch.autograd.grad(attention(q, k, v).sum(), (q, k, v)))
+
+
+def test_saved_tensors_that_are_elsewhere_when_the_gradients_are_on_the_graph():
+    """Offloaded: second derivatives. Recomputed: the first, and PyTorch's error for the second."""
+    q = leaf(1, HEADS, Q_LEN, 8)
+
+    def first(run):
+        return torch.autograd.grad(run().square().sum(), q, create_graph=True)[0]
+
+    def offloaded():
+        with torch.autograd.graph.save_on_cpu():
+            return attention(q, q, q)
+
+    expected = first(lambda: attention(q, q, q, backend="reference"))
+    second = torch.autograd.grad(expected.square().sum(), q)[0]
+    actual = first(offloaded)
+    assert torch.allclose(actual, expected)
+    assert torch.allclose(torch.autograd.grad(actual.square().sum(), q)[0], second)
+    actual = first(lambda: checkpoint(attention, q, q, q, use_reentrant=False))
+    assert torch.allclose(actual, expected)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(actual.square().sum(), q)
+    actual = first(lambda: checkpoint(attention, q, q, q, backend="reference", use_reentrant=False))
+    assert torch.allclose(torch.autograd.grad(actual.square().sum(), q)[0], second)
 
 
 MEMORY = """
