@@ -34,7 +34,13 @@ def fx_leaf(forward: Forward) -> Forward:
 def _path(tracer: Any, module: nn.Module) -> str:
     if not hasattr(tracer, "path_of_module"):
         raise RuntimeError(f"{type(module).__name__}: expected a torch.fx.Tracer, got {type(tracer).__name__}")
-    return tracer.path_of_module(module)
+    path = tracer.path_of_module(module)
+    if not path:
+        raise RuntimeError(
+            f"{type(module).__name__}: expected a module that holds it, since torch.fx records it as one call, "
+            "got the layer itself; wrap it in torch.nn.Sequential"
+        )
+    return path
 
 
 def refuse_torchscript(module: nn.Module) -> NoReturn:

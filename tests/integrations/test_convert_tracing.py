@@ -74,6 +74,13 @@ def test_symbolic_trace_takes_a_converted_layer_as_a_leaf():
     assert_parity(actual, model.double()(x.double(), padding), eager)
 
 
+def test_symbolic_trace_of_a_layer_by_itself_says_what_to_do():
+    layer = fastattn.nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(RuntimeError, match="got the layer itself; wrap it"):
+        torch.fx.symbolic_trace(layer)
+    torch.fx.symbolic_trace(nn.Sequential(layer))
+
+
 @pytest.mark.parametrize("name", ["transformer", "attention", "encoder_layer", "decoder_layer"])
 def test_torchscript_is_refused_with_the_cure(name):
     model = nn.Sequential(getattr(Around(), name))
