@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
-from fastattn.spec.checks import INTEGER_DTYPES, readable
+from fastattn.spec.checks import check_integers, readable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,12 +60,9 @@ def lengths(name: str, value: object, x: Tensor, most: int, least: int = 0) -> N
     sees the numbers."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor or None, got {type(value).__name__}")
-    if value.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{name}.dtype: expected int32 or int64, got {value.dtype}")
+    check_integers(name, value, x)
     if value.shape != x.shape[:1]:
         raise ValueError(f"{name}.shape: expected {tuple(x.shape[:1])}, got {tuple(value.shape)}")
-    if value.device != x.device:
-        raise ValueError(f"{name}.device: expected {x.device}, got {value.device}")
     if readable(value) and not all(least <= number <= most for number in value.tolist()):
         raise ValueError(f"{name}: expected {least} to {most}, got {value.tolist()}")
 

@@ -170,15 +170,20 @@ def check_window(window: tuple[int | None, int | None] | None, causal: bool) -> 
     return left, right
 
 
-def check_per_entry(name: str, value: Tensor, batch: int, q: Tensor) -> Tensor:
-    """An integer for each of ``batch`` entries, contiguous."""
+def check_integers(name: str, value: Tensor, q: Tensor) -> None:
+    """Of int32 or int64, a plain tensor as q is, and on its device."""
     if value.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name}.dtype: expected int32 or int64, got {value.dtype}")
     check_plain(name, value, q)
-    if value.shape != (batch,):
-        raise ValueError(f"{name}.shape: expected (B,) == ({batch},), got {tuple(value.shape)}")
     if value.device != q.device:
         raise ValueError(f"{name}.device: expected {q.device}, got {value.device}")
+
+
+def check_per_entry(name: str, value: Tensor, batch: int, q: Tensor) -> Tensor:
+    """An integer for each of ``batch`` entries, contiguous."""
+    check_integers(name, value, q)
+    if value.shape != (batch,):
+        raise ValueError(f"{name}.shape: expected (B,) == ({batch},), got {tuple(value.shape)}")
     return value.contiguous()
 
 
@@ -186,15 +191,11 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> Te
     """``packed`` is (1, heads, total, head_dim)."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{name}.dtype: expected int32 or int64, got {cu_seqlens.dtype}")
-    check_plain(name, cu_seqlens, packed)
+    check_integers(name, cu_seqlens, packed)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"{name}.shape: expected (sequences + 1,) with a sequence at least, got {tuple(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device != packed.device:
-        raise ValueError(f"{name}.device: expected {packed.device}, got {cu_seqlens.device}")
     if readable(cu_seqlens):
         values, total = cu_seqlens.tolist(), packed.shape[2]
         if values[0] != 0 or values[-1] > total or any(a > b for a, b in itertools.pairwise(values)):
@@ -206,14 +207,10 @@ def check_seqused_k(seqused_k: Tensor, cu_seqlens_k: Tensor, packed: Tensor) -> 
     """How many of its keys each packed sequence uses, against where `check_cu_seqlens` has found them."""
     if not isinstance(seqused_k, Tensor):
         raise TypeError(f"seqused_k: expected a Tensor or None, got {type(seqused_k).__name__}")
-    if seqused_k.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"seqused_k.dtype: expected int32 or int64, got {seqused_k.dtype}")
-    check_plain("seqused_k", seqused_k, packed)
+    check_integers("seqused_k", seqused_k, packed)
     sequences = cu_seqlens_k.shape[0] - 1
     if seqused_k.shape != (sequences,):
         raise ValueError(f"seqused_k.shape: expected (sequences,) == ({sequences},), got {tuple(seqused_k.shape)}")
-    if seqused_k.device != cu_seqlens_k.device:
-        raise ValueError(f"seqused_k.device: expected {cu_seqlens_k.device}, got {seqused_k.device}")
     if readable(seqused_k) and readable(cu_seqlens_k):
         for number, (used, given) in enumerate(zip(seqused_k.tolist(), cu_seqlens_k.diff().tolist(), strict=True)):
             if not 0 <= used <= given:
