@@ -29,7 +29,7 @@ env: $(VENV)/.stamp-dev  ## make .venv with the package (editable), test, exampl
 
 test: $(VENV)/.stamp-test $(TRITONS) $(CPU_WHERE_POSSIBLE)  ## install what the tests need and run them all
 # One thread in each of the two processes: more would compete for the same cores.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 QUICK := tests/operator/test_spec.py tests/operator/test_errors.py tests/operator/test_reference.py \
 	$(addprefix tests/kernels/test_forward.py::test_,rows_with_nothing_allowed dropout everything_masked any_scale \

@@ -109,7 +109,7 @@ def count_pairs(pattern: str, length: int, causal: bool) -> int:
     problem = Problem(1, 1, 1, length, 1, pattern=pattern, causal=causal)
     documents, keys, pairs = problem.documents(), torch.arange(length), 0
     for rows in torch.arange(length).split(512):
-        pairs += int(problem.sees(rows[:, None], keys, documents).sum())
+        pairs += int(problem.sees(rows[:, None], keys, documents).count_nonzero())  # many times as fast as a sum
     return pairs
 
 

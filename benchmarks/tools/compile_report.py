@@ -310,9 +310,9 @@ def in_processes(function: Callable[[Any], Any], items: Sequence[Any], jobs: int
     return results
 
 
-def compile_all(cases: list[Case], jobs: int) -> list[Result]:
+def compile_all(cases: list[Case], jobs: int, memory: Path | None = None) -> list[Result]:
     """Compile in a pool of fresh processes; the order of the results is that of the cases."""
-    return in_processes(compile_case, cases, jobs)
+    return in_processes(functools.partial(compile_case, memory=memory), cases, jobs)
 
 
 def table(results: list[Result]) -> str:
@@ -340,12 +340,13 @@ def main() -> None:
     parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="head dims (default: %(default)s)")
     parser.add_argument("--features", nargs="+", choices=[*FEATURES, "all"], default=DEFAULT_FEATURES)
     parser.add_argument("--jobs", type=int, default=2, help="compile this many at a time (default: %(default)s)")
+    parser.add_argument("--memory", type=Path, help="what was compiled once is taken from this folder, and kept there")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     if launch.INTERPRETED.value:
         sys.exit("expected TRITON_INTERPRET to be unset: interpreted kernels are not compiled")
     features = list(FEATURES) if "all" in args.features else args.features
-    results = compile_all(all_cases(args.arch, args.kernel, args.dims, features), args.jobs)
+    results = compile_all(all_cases(args.arch, args.kernel, args.dims, features), args.jobs, args.memory)
     if args.json:
         for r in results:
             r.loop = None

@@ -1,5 +1,7 @@
 """The C++ sources in a program of their own, `parity.cpp`: under sanitizers, and on an emulated ARM processor."""
 
+import hashlib
+import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +12,30 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "tests" / "cpu" / "parity.cpp"]
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+MEMORY = ROOT / ".cache" / "sanitizers"
 ARM_COMPILER, ARM = "aarch64-linux-gnu-g++", next(filter(shutil.which, ("qemu-aarch64-static", "qemu-aarch64")), None)
 
 
 def build(folder: Path, compiler: str, *flags: str) -> Path:
-    """Compile the program with one engine, for the instruction set that ``flags`` name."""
+    """The program with one engine, for the instruction set that ``flags`` name.
+
+    Compiled once and kept, by everything that goes into it.
+    """
+    version = subprocess.run([compiler, "-v", *flags], capture_output=True, text=True).stderr
+    texts = [path.read_bytes() for path in (*SOURCES, *sorted((ROOT / "csrc" / "cpu").glob("*.h")), Path(__file__))]
+    native = subprocess.run([compiler, "-Q", "--help=target", *flags], capture_output=True).stdout
+    digest = hashlib.sha256(b"\0".join([*texts, native, repr((version, flags)).encode()])).hexdigest()
+    kept = MEMORY / digest[:24]
+    if not kept.exists():
+        program = compile_program(folder, compiler, *flags)
+        MEMORY.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        shutil.copy(program, part)
+        part.replace(kept)
+    return kept
+
+
+def compile_program(folder: Path, compiler: str, *flags: str) -> Path:
     shared = [compiler, "-std=c++17", "-pthread", "-g0", f"-I{ROOT}/csrc/cpu", *flags]
     engine = ["-DFASTATTN_ONE_ENGINE", "-DFASTATTN_VARIANT=baseline", "-DFASTATTN_EMULATE_DOTS"]
     objects = [folder / f"{source.stem}.o" for source in SOURCES]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+MEMORY = ROOT / ".cache" / "compiled"
+"""What compiled once is not compiled again: kept by the kernel's intermediate code and the compiler's version."""
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -24,7 +26,7 @@ def run(tmp_path, *arguments):
 def report(tmp_path, *arguments):
     """Rows of the report."""
     path = tmp_path / "report.json"
-    done = run(tmp_path, "--json", str(path), *arguments)
+    done = run(tmp_path, "--json", str(path), "--memory", str(MEMORY), *arguments)
     assert path.exists(), done.stdout + done.stderr
     return json.loads(path.read_text())
 
