@@ -158,8 +158,6 @@ SHAPE = {"q_heads": 4, "kv_heads": 4, "head_dim": 64, "v_dim": 64, "element": 4}
 LENGTH = 2048
 ROUNDS = 10
 """each with a prediction of its own"""
-TURNS = 3
-"""in a round, of which the median counts"""
 
 
 class Measured(NamedTuple):
@@ -192,7 +190,7 @@ Run = Callable[[], list[tuple[float, float]]]
 """What is measured, which gives the times before, between and after the passes: (clock, processor time)."""
 
 
-def run_checks(length: int, rounds: int, turns: int) -> list[Measured]:
+def run_checks(length: int, rounds: int) -> list[Measured]:
     """In each process: the links and kernels of 2 and of 4 processes, what they predict, and the steps themselves."""
     rank = dist.get_rank()
     meshes = {(n, 1): DeviceMesh("cpu", list(range(n)), mesh_dim_names=("cp",)) for n in (2, 4)}
@@ -201,12 +199,12 @@ def run_checks(length: int, rounds: int, turns: int) -> list[Measured]:
     found = []
     for ranks in (2, 4):
         if rank < ranks:
-            found += _checks_of(ranks, meshes, alone, length, rounds, turns)
+            found += _checks_of(ranks, meshes, alone, length, rounds)
         dist.barrier()
     return found
 
 
-def _checks_of(ranks: int, meshes: Any, alone: DeviceMesh, length: int, rounds: int, turns: int) -> list[Measured]:
+def _checks_of(ranks: int, meshes: Any, alone: DeviceMesh, length: int, rounds: int) -> list[Measured]:
     mesh = meshes[ranks, 1]
     peers = Peers(mesh, 0, None)
     checks = [check for check in CHECKS if check.ranks == ranks]
@@ -220,53 +218,49 @@ def _checks_of(ranks: int, meshes: Any, alone: DeviceMesh, length: int, rounds: 
     runs |= {"first byte": _pass_on(peers, piece[:64]), "messages": _pass_on(peers, piece[:64], MESSAGES)}
     runs |= {"message": _pass_on(peers, piece), "swap": _swap(alone, length // ranks)}
     found = [Measured(check, [], []) for check in checks]
-    for _ in range(rounds):
-        times: dict[Any, list[Spent]] = {name: [] for name in runs}
-        for _ in range(turns):  # all take turns, so that what else the machine does is the same for all
-            for name, run in runs.items():
-                times[name].append(_slowest(peers, run))
-        middle = {name: Spent(*map(statistics.median, zip(*x, strict=True))) for name, x in times.items()}
+    for _ in range(rounds):  # all take turns, so that what else the machine does is the same for all
+        spent = {name: _slowest(peers, run) for name, run in runs.items()}
         for check, seconds, predicted in found:
-            seconds.append(middle[check].seconds)
-            predicted.append(_predict(check, length, middle, piece.nbytes))
+            seconds.append(spent[check].seconds)
+            predicted.append(_predict(check, length, spent, piece.nbytes))
     return found
 
 
 MESSAGES = 9
 
 
-def _predict(check: Check, length: int, middle: dict[Any, Spent], size: int) -> float:
+def _predict(check: Check, length: int, spent: dict[Any, Spent], size: int) -> float:
     """Seconds of a step, from what links and kernels take among as many processes. ``size``: bytes of the message.
 
     Processes that are more than processors share them, also with others of the machine: what a rank does itself takes
     longer by the factor that its kernels do, which wait for nothing else.
     """
-    kernels = [spent for name, spent in middle.items() if isinstance(name, tuple) and isinstance(name[0], tuple)]
+    kernels = [x for name, x in spent.items() if isinstance(name, tuple) and isinstance(name[0], tuple)]
     crowd = sum(x.seconds for x in kernels) / sum(x.own_forward + x.own_backward for x in kernels)
     # A rank sends and receives: two messages for each that goes round.
-    first, several, large = (middle[name] for name in ("first byte", "messages", "message"))
+    first, several, large = (spent[name] for name in ("first byte", "messages", "message"))
     message = max(several.own_forward - first.own_forward, 0.0) / (2 * (MESSAGES - 1))
     copy = max(large.own_forward - first.own_forward, 0.0) / (2 * size)
     latency = max(first.seconds - crowd * 2 * message, 0.0)
     wire = max(large.seconds - first.seconds - crowd * 2 * size * copy, 1e-9)
     link = fd.Link(latency=latency, bandwidth=size / wire, copy=crowd * copy, message=crowd * message)
-    links, start = [], middle["headers"].seconds
+    links, start = [], spent["headers"].seconds
     by_heads = check.strategy == "ulysses" or check.width > 1
     for backward in (False, True):
-        once, thrice = (middle[name].own(backward) for name in ("a call", "three calls"))
+        once, thrice = (spent[name].own(backward) for name in ("a call", "three calls"))
         beside = max(once - max(thrice - once, 0.0) / 2, 0.0)  # what a step takes beside its calls
-        start += crowd * (beside + (middle["swap"].own(backward) if by_heads else 0.0))
-        links.append(_with_kernel(link, middle, check.piece(length), backward, beside, crowd))
+        start += crowd * (beside + (spent["swap"].own(backward) if by_heads else 0.0))
+        links.append(_with_kernel(link, spent, check.piece(length), backward, beside, crowd))
     return start + play(whole(length, check.ranks, check.width, check.balance, **SHAPE), check.strategy, *links).seconds
 
 
 def _with_kernel(
-    link: fd.Link, middle: dict[Any, Spent], piece: tuple[int, int], backward: bool, beside: float, crowd: float
+    link: fd.Link, spent: dict[Any, Spent], piece: tuple[int, int], backward: bool, beside: float, crowd: float
 ) -> fd.Link:
     """With what makes the times of a square of pairs and of the triangle below its diagonal those measured."""
     length, heads = piece
     square, triangle = (
-        max(crowd * (middle[piece, causal].own(backward) - beside), 1e-9) for causal in (False, True)
+        max(crowd * (spent[piece, causal].own(backward) - beside), 1e-9) for causal in (False, True)
     )  # fmt: skip
     pairs = length * length, length * (length + 1) // 2
     operations = [forward_flops(1, heads, n, SHAPE["head_dim"], SHAPE["v_dim"]) for n in pairs]
@@ -353,7 +347,7 @@ def measure_checks(bench: Bench) -> None:
     if isinstance(bench.device, DryRun):
         found = [Measured(check, [1e-3], [1e-3]) for check in CHECKS]
     else:
-        found = processes.run(4, run_checks, LENGTH, ROUNDS, TURNS)
+        found = processes.run(4, run_checks, LENGTH, ROUNDS, seconds=900.0)
     for measured in found:
         check = measured.check
         key = {
