@@ -123,7 +123,7 @@ def dq_kernel(
     q, k, v, dout, statistics_ptr, dq, dslopes_ptr, dsinks_ptr, terms, dropout, packed, sparse, q_offset_ptr,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all the keys they see.
 
@@ -170,7 +170,7 @@ def dq_kernel(
     row_max, log_sum, delta = load_statistics(statistics_ptr + first_row, plane, rows, q_len, True)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
-    for PASS in tl.static_range(3 if CAREFUL else 2):  # as in the forward kernel
+    for PASS in tl.static_range(3):  # as in the forward kernel
         count = inners if PASS == 0 else edges
         if PASS == 2:
             again = not all_finite(dq_acc)
@@ -249,7 +249,6 @@ def attention_backward(
             arguments = (
                 *inputs, launch.rows(dq, unit), dslope_tiles, dsink_tiles, *groups,
                 launch.sparse(operands.block_mask), *flat, cfg.block_m, cfg.block_n,
-                call.careful,
             )  # fmt: skip
             replay.start(dq_kernel, programs, arguments, cfg)
         if call.sign != 1.0:

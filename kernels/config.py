@@ -100,6 +100,9 @@ _CROWDED = {
     ),
 }  # fmt: skip
 
+# 16-bit inputs with a mask or bias that has one row for all queries, where one warp group keeps more in registers.
+_ONE_ROW = {"sm_90": _table(forward={64: (64, 64, 4, 3)}, dq={64: (64, 64, 4, 3)})}
+
 # 32-bit inputs where half the tile along both sides would spill more than it reads.
 _SINGLE = {"sm_90": _table(dkdv={128: (16, 64, 8, 1)}, dq={128: (32, 32, 8, 1)})}
 
@@ -113,16 +116,16 @@ _override: LaunchConfig | None = None
 
 
 def lookup(
-    kernel: Kernel, architecture: str, head_dim: int, element_size: int, crowded: bool = False, rows: int = 1,
-    indirect: bool = False,
+    kernel: Kernel, architecture: str, head_dim: int, element_size: int, crowded: bool = False, one_row: bool = False,
+    rows: int = 1, indirect: bool = False,
 ) -> LaunchConfig:  # fmt: skip
     """The launch config for one kernel.
 
     ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
     loop dimension, since shared memory holds half as many elements. ``crowded``: a mask or bias with a row per query
     is read too, or rows begin at no multiple of 16 bytes, or dkdv has dropout or a softcap; smaller tiles leave
-    registers for that. ``rows``: how many share a key head, query heads times queries; beyond a few the decode kernel
-    takes taller tiles.
+    registers for that. ``one_row``: a mask or bias is read that has one row for all queries. ``rows``: how many share a
+    key head, query heads times queries; beyond a few the decode kernel takes taller tiles.
     ``indirect``: where a tile lies stands in memory, in a block table or a block mask. Each load of a tile then waits
     for another, so that Triton halves the distance over which it loads ahead: twice the stages keep it.
     """
@@ -142,6 +145,8 @@ def lookup(
         return table.get(architecture, {}).get(kernel, {}).get(padded)
 
     if crowded and (own := exception(_CROWDED)):
+        config = own
+    elif one_row and not crowded and element_size == 2 and (own := exception(_ONE_ROW)):
         config = own
     elif crowded and kernel == "forward" and architecture != "interpreter":
         config = dataclasses.replace(config, block_n=max(16, config.block_n // 2))
@@ -175,14 +180,6 @@ def current_override() -> LaunchConfig | None:
 def key_passes(architecture: str, head_dim: int) -> tuple[Kernel, ...]:
     """The kernels that make dk and dv: one pass, or one for each where both accumulators leave too few registers."""
     return ("dkdv",) if head_dim <= max(_SIXTEEN_BIT[architecture]["dkdv"]) else ("dk", "dv")
-
-
-def careful(architecture: str) -> bool:
-    """Whether the forward and dq kernels do again with care what came out as not finite.
-
-    On sm_100 they do not: Triton 3.7.1 fails to compile that pass there.
-    """
-    return architecture != "sm_100"
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def forward_kernel(
     q, k, v, out, lse_ptr, statistics_ptr, terms, dropout, packed, sparse, q_offset_ptr,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIPELINED: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIPELINED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all the keys they see.
 
@@ -92,7 +92,7 @@ def forward_kernel(
     q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     acc, row_max, row_sum = empty_softmax(BLOCK_M, BLOCK_DV)
     # Inner tiles; edge tiles; again, with care, if the result is not finite.
-    for PASS in tl.static_range(3 if CAREFUL else 2):
+    for PASS in tl.static_range(3):
         count = inners if PASS == 0 else edges
         if PASS == 2:
             count, acc, row_max, row_sum = start_again(acc, row_max, row_sum, inners + edges)
@@ -166,6 +166,5 @@ def attention_forward(
             *(launch.rows(x, unit) for x in (call.q, call.k, call.v, out)), lse, statistics, call.terms, call.dropout,
             call.packed, launch.sparse(operands.block_mask), operands.q_offset_tensor, *call.sizes,
             unit, *call.constants, cfg.block_m, cfg.block_n, cfg.pipelined,
-            call.careful,
         )  # fmt: skip
         replay.start(forward_kernel, programs, arguments, cfg)

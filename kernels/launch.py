@@ -171,9 +171,9 @@ class Call:
         )  # fmt: skip
         self.constants = (dot_precision(q.dtype), head_dim, v_dim)
         self._facts = (architecture(q.device), max(head_dim, v_dim), q.element_size())
-        self.careful = config.careful(self._facts[0])
         self._indirect = bool(operands.block_mask)
-        self._reads_matrix = any(x is not None and x.shape[2] != 1 for x in (operands.mask, operands.bias))
+        read = [x.shape[2] == 1 for x in (operands.mask, operands.bias) if x is not None]
+        self._reads_row, self._reads_matrix = True in read, False in read
 
     def key_passes(self) -> tuple[config.Kernel, ...]:
         """The kernels that make the gradients of the keys and values: one, or one for each."""
@@ -183,7 +183,7 @@ class Call:
         """The launch config of one of the call's kernels; ``unit`` from `stride_unit`."""
         crowded = self._reads_matrix or unit == 1
         crowded |= kernel == "dkdv" and (self.dropout.seed is not None or self.terms.softcap is not None)
-        return config.lookup(kernel, *self._facts, crowded=crowded, indirect=self._indirect)
+        return config.lookup(kernel, *self._facts, crowded=crowded, one_row=self._reads_row, indirect=self._indirect)
 
 
 def slopes(alibi_slopes: Tensor | None, batch: int) -> Tensor | None:

@@ -88,6 +88,16 @@ def test_the_next_product_starts_early_where_registers_allow():
     assert not any(config.lookup(kernel, "sm_90", 128, 2).pipelined for kernel in ("dkdv", "dq", "decode"))
 
 
+def test_a_mask_of_one_row_has_a_tile_of_its_own():
+    for kernel in ("forward", "dq"):
+        usual, own = (config.lookup(kernel, "sm_90", 64, 2, one_row=flag) for flag in (False, True))
+        assert (own.block_m, own.num_warps) == (usual.block_m // 2, usual.num_warps // 2)
+        assert own.pipelined == usual.pipelined
+        for others in ({"crowded": True}, {"element_size": 4}, {"head_dim": 128}):
+            arguments = {"head_dim": 64, "element_size": 2, "architecture": "sm_90", **others}
+            assert config.lookup(kernel, one_row=True, **arguments) == config.lookup(kernel, **arguments)
+
+
 def test_configurations_cannot_be_changed():
     with pytest.raises(AttributeError):
         config.lookup("forward", "sm_90", 64, 2).block_m = 7
