@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import fastattn
+from examples.beside import Beside, time_beside
 from examples.common import (
     CheckpointError,
     Progress,
@@ -26,7 +28,8 @@ from examples.common import (
     write_metrics,
 )
 from examples.dates import data, evaluate, plots
-from examples.dates.train import CONFIG, History, Recipe, fit, make_model
+from examples.dates.on_torch import OnTorch
+from examples.dates.train import CONFIG, History, Recipe, cross_entropy, fit, make_model
 from fastattn.nn import EncoderDecoder
 
 SCHEMA = 1  # of metrics.json
@@ -90,7 +93,12 @@ def run(args: argparse.Namespace) -> None:
     written = data.examples("test", TEST_DATES, args.seed)
     score = evaluate.score(model, written)
     decoding = evaluate.compare_decoding(model, written)
+    step = time_step(model, recipe, args.device)
     print(results_text(score, decoding))
+    print(
+        f"\n== Beside torch.nn's Transformer layers with {parameters:,} parameters too, LayerNorm, ReLU and sinusoids,"
+    )
+    print(f"  since they have no RMSNorm, SwiGLU and RoPE; on the same dates {step}")
     files = draw(args.output, model, history, written)
 
     seconds = time.perf_counter() - start
@@ -102,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
         "training": asdict(history),
         "test": {"dates": len(written), "accuracy": score.accuracy} | asdict(score),
         "decoding": decoding,
+        "step_ms": asdict(step),
         "seconds": seconds,
     }
     write_metrics(args.output / "metrics.json", SCHEMA, metrics)
@@ -109,6 +118,18 @@ def run(args: argparse.Namespace) -> None:
     for path in [args.output / "metrics.json", *files, args.output / "checkpoint.pt"]:
         print(f"  {path}")
     print("Try next: the same command with --interactive")
+
+
+def time_step(model: EncoderDecoder, recipe: Recipe, device: str) -> Beside:
+    """A training step beside one on torch.nn's layers, of as many parameters."""
+    theirs = OnTorch(model).to(device)
+    source, lengths, target = data.batch(data.examples("train", recipe.batch_size, f"{recipe.seed}"), device)
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.amp):
+            return cross_entropy(model(source, target[:, :-1], source_lengths=lengths), target)
+
+    return time_beside(model, theirs, loss)
 
 
 def results_text(score: evaluate.Score, decoding: dict[str, Any]) -> str:

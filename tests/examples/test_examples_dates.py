@@ -12,8 +12,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fastattn
-from examples.common import CheckpointError
+from examples import beside
+from examples.common import CheckpointError, count_parameters
 from examples.dates import data, evaluate, train
+from examples.dates.on_torch import OnTorch
 from examples.dates.train import Recipe, fit, make_model
 from fastattn.functional import rotary
 from fastattn.testing import assert_parity
@@ -272,6 +274,22 @@ def test_attention_weights_are_the_layers(model):
     assert not model.decoder.blocks[-1].cross_attn._forward_hooks
 
 
+def test_torchs_layers_have_as_many_parameters_and_see_no_padding():
+    model = make_model(0, "cpu")
+    theirs = OnTorch(model)
+    assert count_parameters(theirs) == count_parameters(model)
+    source, lengths, target = data.batch(data.examples("train", 4, "1"), "cpu")
+    out = theirs(source, target[:, :-1], source_lengths=lengths)
+    assert out.shape == model(source, target[:, :-1], source_lengths=lengths).shape
+    padding = torch.arange(source.shape[1]) >= lengths[:, None]
+    assert padding.any()
+    junk = source.masked_fill(padding, 1 - data.PAD)
+    assert torch.equal(theirs(junk, target[:, :-1], source_lengths=lengths), out)
+    later = target[:, :-1].clone()
+    later[:, 5:] = 1 - data.PAD
+    assert torch.equal(theirs(source, later, source_lengths=lengths)[:, :5], out[:, :5])
+
+
 # ----------------------------------------------------------------------------------------------------- program
 
 
@@ -289,6 +307,7 @@ def output(cli, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dates") / "output"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "TEST_DATES", 21)
+        patch.setattr(beside, "SECONDS", 0.0)
         patch.setattr("sys.stdout", printed := io.StringIO())
         patch.setattr("sys.stderr", progress := io.StringIO())
         assert cli.main(["--steps", "30", "--batch-size", "16", "--device", "cpu", "--output", str(folder)]) == 0
@@ -299,7 +318,8 @@ def output(cli, tmp_path_factory):
 
 def test_program(output):
     printed = (output / "printed.txt").read_text()
-    for text in ("200,640 parameters", "of 3", "Exact match on 21 dates", "cached decoding equals teacher forcing"):
+    for text in ("200,640 parameters", "of 3", "Exact match on 21 dates", "cached decoding equals teacher forcing",
+                 "torch.nn's Transformer layers with 200,640 parameters too"):  # fmt: skip
         assert text in printed, text
     assert all(name in printed for name in data.FORMATS)
     progress = (output / "progress.txt").read_text().splitlines()
@@ -310,6 +330,7 @@ def test_program(output):
 
 def test_a_finished_run_resumes_to_its_results(cli, output, monkeypatch, capsys):
     monkeypatch.setattr(cli, "TEST_DATES", 21)
+    monkeypatch.setattr(beside, "SECONDS", 0.0)
     first = json.loads((output / "metrics.json").read_text())
     arguments = ["--steps", "30", "--batch-size", "16", "--device", "cpu", "--output", str(output)]
     assert cli.main([*arguments, "--resume"]) == 0
@@ -321,8 +342,9 @@ def test_a_finished_run_resumes_to_its_results(cli, output, monkeypatch, capsys)
 
 def test_metrics(output):
     metrics = json.loads((output / "metrics.json").read_text())
-    keys = {"schema", "arguments", "environment", "parameters", "recipe", "training", "test", "decoding", "seconds"}
-    assert set(metrics) == keys
+    keys = {"schema", "arguments", "environment", "parameters", "recipe", "training", "test", "decoding"}
+    assert set(metrics) == keys | {"seconds", "step_ms"}
+    assert all(ms > 0 for ms in metrics["step_ms"].values())
     assert metrics["environment"]["torch"] == torch.__version__
     assert metrics["environment"]["fastattn"] == fastattn.__version__
     assert len(metrics["training"]["loss"]) == metrics["recipe"]["steps"] == 30
