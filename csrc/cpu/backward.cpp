@@ -4,7 +4,7 @@
 // dS = P * (dP - delta), dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K, dbias = dS.
 //
 // One task has one key head of one batch entry: it computes the scores once, and all sums are its own. Where there are few
-// heads the keys are divided into pieces, as the sizes alone say, whose shares of dQ are added up in a fixed order.
+// heads the keys are divided into pieces, as the sizes alone say, whose shares of dQ are added up in their order.
 #include "backward_task.h"
 #include "variant.h"
 
@@ -13,26 +13,6 @@ namespace {
 
 // Where there are fewer key heads, their keys are divided into pieces of at least so many blocks: each packs all queries.
 constexpr int64_t kLeastTasks = 16, kLeastBlocks = 4;
-
-// Adds up the pieces of dQ, in their order.
-template <class T>
-bool add_pieces(const Problem<T>& problem, const FastattnGradients& g, const Results<T>& results, const Team& team) {
-  const FastattnAttention& a = problem.a;
-  const int64_t width = round_up(a.head_dim, kLanes<T>);
-  return team.run(a.batch * a.q_heads, [&](int64_t task) {
-    const Entry entry = problem.entry(task / a.q_heads);
-    const Rows<T> dq = problem.q_rows(g.dq, entry, task % a.q_heads, a.head_dim);
-    T* first = results.dq + task * results.pieces * a.q_len * width;
-    for (int64_t row = 0; row < a.q_len; row++) {
-      T* sum = first + row * width;
-      for (int64_t piece = 1; piece < results.pieces; piece++) {
-        for (int64_t i = 0; i < width; i++) sum[i] += sum[piece * a.q_len * width + i];
-      }
-      dq.write(row, sum, T(a.scale));
-    }
-    return true;
-  });
-}
 
 // Adds up the gradients of slopes and sinks over pieces, and over the batch entries that share them.
 template <class T>
@@ -60,7 +40,7 @@ bool backward_as(
   const bool whole = problem.packed() || g.dbias != nullptr || heads == 0 || heads >= kLeastTasks;
   const int64_t pieces = whole ? 1 : most(1, least(blocks / kLeastBlocks, (kLeastTasks + heads - 1) / heads));
   const int64_t tasks = heads * pieces, all_heads = problem.entries() * a.q_heads;
-  const int64_t dq_count = pieces == 1 ? 0 : all_heads * pieces * a.q_len * round_up(a.head_dim, kLanes<T>);
+  const int64_t dq_count = pieces == 1 ? 0 : all_heads * a.q_len * round_up(a.head_dim, kLanes<T>);
   const Shared dq(size_t(dq_count) * sizeof(T)), learned(size_t(all_heads * (pieces + 1)) * sizeof(T));
   const Shared turns(size_t(tasks) * sizeof(int64_t));
   if ((dq_count > 0 && dq.as<T>() == nullptr) || (all_heads > 0 && learned.as<T>() == nullptr) ||
@@ -72,17 +52,17 @@ bool backward_as(
   if (g.dsinks != nullptr) results.dsinks = learned.as<T>() + all_heads * pieces;
   fill(learned.as<T>(), all_heads * (pieces + 1), T(0));
   const BiasSharing bias(a, o, g);
-  if (bias.wanted) {
-    if (!bias.own) fill(static_cast<T*>(g.dbias), bias.elements, T(0));
-    fill(turns.as<int64_t>(), tasks, int64_t(-1));
-    if (bias.tasks) results.turns = turns.as<int64_t>();
+  if (bias.wanted && !bias.own) fill(static_cast<T*>(g.dbias), bias.elements, T(0));
+  if (bias.tasks || pieces > 1) {
+    results.turns = turns.as<int64_t>();
+    fill(results.turns, tasks, int64_t(-1));
   }
   const bool done = team.run(tasks, [&](int64_t number) {
-    const Turns own(results.turns, number);
+    const Turns own(results.turns, number, pieces > 1 ? heads : 1);
     const Task task{number % heads / a.kv_heads, number % a.kv_heads, number / heads};
     return Backward<T, Step>(problem, g, results, task, own).run();
   });
-  if (!done || (pieces > 1 && !add_pieces(problem, g, results, team))) return false;
+  if (!done) return false;
   add_learned(problem, g, results);
   return true;
 }

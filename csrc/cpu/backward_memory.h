@@ -21,7 +21,7 @@ struct Task {
 template <class T>
 struct Results {
   int64_t pieces;   // of the keys of a head
-  T* dq;            // (B, Hq, pieces, Lq, padded head dim), or null: one piece writes the result
+  T* dq;            // (B, Hq, Lq, padded head dim), the sum over the pieces so far, or null: one piece writes the result
   T* dslopes;       // (pieces, B, Hq), sums over rows and keys, or null
   T* dsinks;        // (B, Hq), or null
   int64_t* turns;   // of each task, or null

@@ -14,10 +14,9 @@ class Backward {
            const Turns& turns)
       : problem_(problem), a_(problem.a), o_(problem.o), g_(g), results_(results), task_(task),
         entry_(problem.entry(task.entry)), keep_scale_(problem.keep_scale()),
-        threshold_(dropout_threshold(problem.a.dropout_p)), bias_(problem, g, entry_, turns),
+        threshold_(dropout_threshold(problem.a.dropout_p)), turns_(turns), bias_(problem, g, entry_, turns),
         q_steps_(lanes_for<Step>(problem.a.head_dim)), v_steps_(lanes_for<Step>(problem.a.v_dim)) {
-    const int64_t blocks = (entry_.kv_len + kKeys - 1) / kKeys;
-    keys_ = {blocks * task.piece / results.pieces * kKeys, blocks * (task.piece + 1) / results.pieces * kKeys};
+    keys_ = {first_key(task.piece), first_key(task.piece + 1)};
   }
 
   // False where memory ran out.
@@ -120,17 +119,43 @@ class Backward {
     }
   }
 
+  // Where a piece of the keys begins: before it are as many pairs as its number says.
+  int64_t first_key(int64_t piece) const {
+    const int64_t blocks = (entry_.kv_len + kKeys - 1) / kKeys;
+    if (results_.pieces == 1) return piece * blocks * kKeys;
+    int64_t all = 0, before = 0, block = 0;
+    for (int64_t i = 0; i < blocks; i++) all += work(i * kKeys);
+    for (; block < blocks && before * results_.pieces < all * piece; block++) before += work(block * kKeys);
+    return block * kKeys;
+  }
+
+  // Rows that see some of the keys `key .. key + kKeys`, as far as causal order and window tell; and what packing costs.
+  int64_t work(int64_t key) const {
+    const int64_t first = a_.right == FASTATTN_OPEN ? 0 : most(0, key - entry_.offset - a_.right);
+    const int64_t end = a_.left == FASTATTN_OPEN ? entry_.q_len : least(entry_.q_len, key + kKeys + a_.left - entry_.offset);
+    return most(0, end - first) + kQueries;
+  }
+
+  // dQ of the head, or what it is so far: pieces add their shares in their order, tile by tile.
   void write_queries() {
-    if (results_.dq != nullptr) {
-      const int64_t place = (entry_.batch * a_.q_heads + head_) * results_.pieces + task_.piece;
-      T* to = results_.dq + place * a_.q_len * memory_->q_width;
-      for (int64_t i = 0; i < entry_.q_len * memory_->q_width; i++) to[i] = memory_->dq[i];
-      return;
-    }
     const Rows<T> dq = problem_.q_rows(g_.dq, entry_, head_, a_.head_dim);
+    const int64_t width = memory_->q_width, tiles = (entry_.q_len + kQueries - 1) / kQueries;
     const T scale = T(a_.scale);
-    for (int64_t row = 0; row < entry_.q_len; row++) {
-      dq.write(row, memory_->dq + row * memory_->q_width, scale);
+    T* shared = results_.dq == nullptr ? nullptr : results_.dq + (entry_.batch * a_.q_heads + head_) * a_.q_len * width;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      if (shared != nullptr) turns_.wait(member_ * tiles + tile);
+      for (int64_t row = tile * kQueries; row < least((tile + 1) * kQueries, entry_.q_len); row++) {
+        T* own = memory_->dq + row * width;
+        if (task_.piece > 0) {
+          for (int64_t i = 0; i < width; i++) own[i] += shared[row * width + i];
+        }
+        if (task_.piece == results_.pieces - 1) {
+          dq.write(row, own, scale);
+        } else {
+          for (int64_t i = 0; i < width; i++) shared[row * width + i] = own[i];
+        }
+      }
+      if (shared != nullptr) turns_.pass(member_ * tiles + tile);
     }
   }
 
@@ -352,6 +377,7 @@ class Backward {
   Entry entry_;
   T keep_scale_;
   uint32_t threshold_;
+  const Turns& turns_;
   BiasGradient<T> bias_;
   int64_t q_steps_, v_steps_;  // of a score, and of its gradient
   Range keys_;

@@ -350,8 +350,7 @@ class Split {
     for (int j = 0; j < begin; j++) s[j] = 0;
     for (int j = end; j < kBlock; j++) s[j] = 0;
     if (nothing) return;
-    for (int j = begin; j < seen.first; j++) s[j] = -INFINITY;
-    for (int j = seen.end; j < end; j++) s[j] = -INFINITY;
+    forbid_outside(s, begin, seen.first, seen.end, end);
     const Compute new_max = most<Compute>(partial.maximum[r], largest_of(s, begin, end) * exponent_scale_);
     const Compute pivot = new_max == -INFINITY ? Compute(0) : new_max;
     const Vec<Compute> total = weigh(s, begin, end, exponent_scale_, pivot, Vec<Compute>{});

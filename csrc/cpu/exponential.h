@@ -94,6 +94,17 @@ template <class T>
   return largest_lane(larger(most, other));
 }
 
+// Makes -inf of a row at places `begin .. low` and `high .. end`, of which the outer ones bound whole vectors. Vector by
+// vector: what is stored in smaller parts has to be in the cache before a vector of it can be loaded.
+template <class T>
+inline void forbid_outside(T* s, int begin, int low, int high, int end) {
+  const Vec<T> numbers = lane_numbers<T>(), forbidden = Vec<T>{} - T(__builtin_inf());
+  for (int i = begin; i < low; i += kLanes<T>) store(s + i, numbers + T(i) < T(low) ? forbidden : load(s + i));
+  for (int i = high / kLanes<T> * kLanes<T>; i < end; i += kLanes<T>) {
+    store(s + i, numbers + T(i) >= T(high) ? forbidden : load(s + i));
+  }
+}
+
 // Turns the scores at places `begin .. end` of a row, whole vectors, into 2^(score * scale - pivot). Returns `sum` and all of
 // them, lane by lane.
 template <class T>

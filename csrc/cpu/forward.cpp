@@ -80,12 +80,11 @@ class Forward {
 
   void query_tile(const Scores<T>& scores, int64_t head, int64_t row) {
     const int64_t count = least(kQueries, entry_.q_len - row);
-    RowStates<T> states;
-    states.clear();
+    RowStates<T> states(count);
     Range visible[kQueries];
     RowKeys keys[kQueries];
     Step::read(problem_.q_rows(a_.q, entry_, head, a_.head_dim), row, count, memory_->q, memory_->q_width);
-    for (int64_t i = 0; i < count * memory_->v_width; i++) memory_->out[i] = T(0);
+    bool begun[kQueries / kTileRows + 1] = {};  // rows of which `out` holds something
     for (int64_t i = 0; i < count; i++) visible[i] = problem_.visible(entry_, row + i);
     if (problem_.o.seed != nullptr) {
       for (int64_t i = 0; i < count; i++) keys[i] = dropout_row_keys(problem_.o, entry_.number, head, row + i);
@@ -94,16 +93,19 @@ class Forward {
     for_key_blocks(problem_, entry_, head, row, all, [&](int64_t key, const uint8_t* block) {
       for (int64_t i = 0; i < count; i += kTileRows) {
         const int rows = int(least(kTileRows, count - i));
-        key_block(scores, row + i, rows, key, block, visible + i, states, keys + i, i, count);
+        key_block(scores, row + i, rows, key, block, visible + i, states, keys + i, i, count, begun[i / kTileRows]);
       }
     });
+    for (int64_t i = 0; i < count; i += kTileRows) {
+      if (!begun[i / kTileRows]) clear(i, least(kTileRows, count - i));
+    }
     finish(scores, head, row, count, states);
   }
 
   // `rows` rows, from place `at` in the tile on, against one block of keys.
   void key_block(
       const Scores<T>& scores, int64_t row, int rows, int64_t key, const uint8_t* block, const Range* visible,
-      RowStates<T>& states, const RowKeys* keys, int64_t at, int64_t count) {
+      RowStates<T>& states, const RowKeys* keys, int64_t at, int64_t count, bool& begun) {
     Range seen{kKeys, 0};
     for (int r = 0; r < rows; r++) {
       const Range own = common({visible[r].begin - key, visible[r].end - key}, {0, kKeys});
@@ -123,7 +125,7 @@ class Forward {
     prefetch_ahead<1>(scores, row - at, at, count, key);
     T alpha[kTileRows + kLanes<T>];
     online_softmax(s, rows, begin, end, scores.exponent_scale(), states, at, alpha);
-    for (int r = 0; r < rows; r++) {
+    for (int r = 0; begun && r < rows; r++) {
       if (alpha[r] == T(1)) continue;
       T* sums = out + r * memory_->v_width;
       for (int64_t i = 0; i < memory_->v_width; i += kLanes<T>) store(sums + i, load(sums + i) * alpha[r]);
@@ -138,13 +140,20 @@ class Forward {
     const T* weights = s + begin / Step::kParts;
     const int64_t steps = lanes_for<Step>(last - begin);
     if (poisoned_) {
+      if (!begun) clear(at, rows);
       careful_product<Step, Layout::kRows>(
           rows, weights, kKeys, values(place + begin), memory_->v_width, out, memory_->v_width, memory_->v_width, steps);
     } else {
       product<Step, Layout::kRows>(
           rows, weights, kKeys, values(place + begin), kTileColumns<T>, memory_->v_width, out, memory_->v_width,
-          memory_->v_width, steps, true);
+          memory_->v_width, steps, begun);
     }
+    begun = true;
+  }
+
+  // Some rows of the output of the tile.
+  void clear(int64_t at, int64_t rows) {
+    for (int64_t i = at * memory_->v_width; i < (at + rows) * memory_->v_width; i++) memory_->out[i] = T(0);
   }
 
   // Those of the key at a place, where a lane begins.

@@ -97,7 +97,7 @@ struct Dot {
       const bfloat16* from = source(rows, r);
       bfloat16* elements = reinterpret_cast<bfloat16*>(to);
       if (place.step == 1) {
-        prefetch(from + kRowsAhead * place.stride, place.width);
+        prefetch_after(from, place);
         std::memcpy(elements, from, size_t(place.width) * sizeof *from);
       } else {
         for (int64_t i = 0; i < place.width; i++) elements[i] = from[i * place.step];
@@ -117,8 +117,8 @@ struct Dot {
       const bfloat16* high = r + 1 < row + count ? source(rows, r + 1) : nullptr;
       int64_t i = 0;
       if (place.step == 1) {
-        prefetch(low + kRowsAhead * place.stride, place.width);
-        prefetch(low + (kRowsAhead + 1) * place.stride, place.width);
+        prefetch_after(low, place);
+        prefetch_after(low + place.stride, place);
         for (; i + kLanes<float> <= place.width; i += kLanes<float>) {
           const VecBits second = high == nullptr ? VecBits{} : load_bits(&high[i].bits);
           store(to + i, (Vec<float>)(load_bits(&low[i].bits) | second << 16));
@@ -167,10 +167,6 @@ struct Dot {
 
   static const bfloat16* source(const Rows<float>& rows, int64_t row) {
     return static_cast<const bfloat16*>(rows.data) + rows.offset(row);
-  }
-
-  static void prefetch(const bfloat16* from, int64_t width) {
-    for (int64_t i = 0; i < width; i += 64 / int64_t(sizeof *from)) __builtin_prefetch(from + i);
   }
 
   static void add_pairs(PoisonCheck<float>& poison, VecBits bits) {

@@ -7,9 +7,10 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// Rows of elements in memory: `width` each, `step` apart, the rows `stride` apart.
+// Rows of elements in memory: `width` each, `step` apart, the rows `stride` apart. `next`: from each to one that is read soon,
+// where that is known, or 0.
 struct Placement {
-  int64_t stride, width, step;
+  int64_t stride, width, step, next = 0;
 };
 
 // How rows are read and written: each element type, seen from the compute type.
@@ -52,15 +53,22 @@ class PoisonCheck {
 // Rows of a head may be far apart, as those of packed sequences are: the processor does not foresee them.
 constexpr int64_t kRowsAhead = 8;
 
+// Starts loading what is read after a row.
+template <class Element>
+inline void prefetch_after(const Element* row, Placement place) {
+  for (int64_t i = 0; i < place.width; i += 64 / int64_t(sizeof(Element))) {
+    __builtin_prefetch(row + kRowsAhead * place.stride + i);
+    if (place.next != 0) __builtin_prefetch(row + place.next + i, 0, 2);
+  }
+}
+
 template <class T, class Element>
 bool read_rows(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded) {
   PoisonCheck<T> poison;
   const Element* source = static_cast<const Element*>(from) + first;
   for (int64_t row = 0; row < rows; row++, source += place.stride, to += padded) {
     if (place.step == 1) {
-      for (int64_t i = 0; i < place.width; i += 64 / int64_t(sizeof(Element))) {
-        __builtin_prefetch(source + kRowsAhead * place.stride + i);
-      }
+      prefetch_after(source, place);
       read_elements(source, to, place.width);
     } else {
       for (int64_t i = 0; i < place.width; i++) to[i] = widen<T>(source[i * place.step]);

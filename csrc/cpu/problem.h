@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kQueries = 64;      // rows of q that share a visit to a block of keys
 constexpr int64_t kKeys = 128;        // a block of keys; a tile of a block mask
+constexpr int64_t kShort = 256;       // rows of a head that stay in the second level of cache until its turn comes
 template <class T>
 constexpr T kInfinity = T(__builtin_inf());
 
@@ -76,15 +77,24 @@ struct Problem {
     return keys.empty() ? Range{0, 0} : keys;
   }
 
-  Rows<T> rows(const FastattnView& view, int64_t batch, int64_t head, int64_t first, int64_t width) const {
+  // `next`: how many heads further on the one is that the thread probably reads next, or 0.
+  Rows<T> rows(
+      const FastattnView& view, int64_t batch, int64_t head, int64_t first, int64_t width, int64_t next) const {
     const int64_t base = batch * view.stride[0] + head * view.stride[1] + first * view.stride[2];
-    return {format, view.data, base, {view.stride[2], width, view.stride[3]}};
+    return {format, view.data, base, {view.stride[2], width, view.stride[3], next * view.stride[1]}};
+  }
+
+  // Tasks are a key head each, and threads take them in turn.
+  int64_t next_of(int64_t head, int64_t heads, int64_t away, int64_t length) const {
+    return length <= kShort && head + away < heads ? away : 0;
   }
   Rows<T> q_rows(const FastattnView& view, const Entry& e, int64_t head, int64_t width) const {
-    return rows(view, e.batch, head, e.q_first, width);
+    const int64_t away = group() > 1 ? 1 : a.team.threads;
+    return rows(view, e.batch, head, e.q_first, width, next_of(head, a.q_heads, away, e.q_len));
   }
   Rows<T> k_rows(const FastattnView& view, const Entry& e, int64_t head, int64_t width) const {
-    Rows<T> found = rows(view, o.block_table == nullptr ? e.k_batch : 0, head, e.k_first, width);
+    const int64_t next = next_of(head, a.kv_heads, a.team.threads, e.kv_len);
+    Rows<T> found = rows(view, o.block_table == nullptr ? e.k_batch : 0, head, e.k_first, width, next);
     if (o.block_table != nullptr) {
       found.pages = {o.block_table + e.number * o.table_stride, o.pages, o.page_size, view.stride[0]};
     }

@@ -70,8 +70,7 @@ class Scores {
       const uint8_t* keep = block + row % kKeys * kKeys;
       for (int i = low; i < high; i++) s[i] = keep[i] ? s[i] : -kInfinity<T>;
     }
-    for (int i = begin; i < low; i++) s[i] = -kInfinity<T>;
-    for (int i = high; i < end; i++) s[i] = -kInfinity<T>;
+    forbid_outside(s, begin, low, high, end);
   }
 
   // Starts loading what `finish_scores` will read of a block of keys, if there are such keys: rows of a bias or a mask are too far apart for the processor to foresee.

@@ -132,15 +132,21 @@ inline Vec<float> load(const int8_t* from) {
 template <class Compute>
 inline Vec<float> load(const float8* from) {
 #if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
-  const VecHalf bytes = (VecHalf)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  const __m256i moved = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 7);
+  const __m256i above = _mm256_set1_epi16(int16_t(0xc000)), largest = _mm256_set1_epi16(int16_t(0xff80));
+  const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_or_si256(moved, above), largest);  // the sign fills both bits above
+  const __m256i halves = _mm256_and_si256(moved, _mm256_set1_epi16(int16_t(0xbfff)));
+  return widen_halves((VecHalf)_mm256_mask_mov_epi16(halves, nan, largest)) * 0x1p8f;  // the exponent's other bias
+#else
+#if defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
   const VecHalf bytes = (VecHalf)_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 #else
   VecHalf bytes;
   for (int i = 0; i < kLanes<float>; i++) bytes[i] = from[i].bits;
 #endif
   const VecHalf magnitude = bytes & uint16_t(0x7f), nan = (VecHalf)(magnitude == uint16_t(0x7f));
-  return widen_halves((bytes & uint16_t(0x80)) << 8 | magnitude << 7 | nan) * 0x1p8f;  // the exponent's other bias
+  return widen_halves((bytes & uint16_t(0x80)) << 8 | magnitude << 7 | nan) * 0x1p8f;
+#endif
 }
 
 template <class Compute>

@@ -13,9 +13,9 @@ struct RowStates {
   T maximum[kQueries + kLanes<T>];
   Vec<T> sum[kQueries];
 
-  void clear() {
+  explicit RowStates(int64_t rows) {
     for (T& x : maximum) x = -kInfinity<T>;
-    for (Vec<T>& x : sum) x = Vec<T>{};
+    for (int64_t r = 0; r < rows; r++) sum[r] = Vec<T>{};
   }
 };
 

@@ -34,6 +34,7 @@ _PREFERENCE_PRECISE = ("cpu", "reference", "torch")
 _LARGE = 1 << 16
 _LARGE_TRAINED_HALF = 1 << 9  # with gradients in half precision, where PyTorch's backward is slow
 _LARGE_CACHED = 1 << 13  # over a KV cache, where PyTorch's kernel has few rows for its threads and copies grouped heads
+_LARGE_CACHED_HALF = 1 << 6  # in half precision, where it takes up to ten times as long
 
 
 def module(backend: str) -> ModuleType:
@@ -124,7 +125,7 @@ def _preference(spec: AttentionSpec | CacheSpec) -> tuple[str, ...]:
     traced = torch.compiler.is_compiling()
     if not traced and torch._C._are_functorch_transforms_active():
         return _PREFERENCE_PRECISE
-    least = _LARGE_CACHED
+    least = _LARGE_CACHED_HALF if spec.q.dtype.itemsize < 4 else _LARGE_CACHED
     if isinstance(spec, AttentionSpec):
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (spec.q, spec.k, spec.v))
         if spec.bias is not None:

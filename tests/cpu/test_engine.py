@@ -55,10 +55,10 @@ TERMS = {
 }
 
 
-def everything(**options):
+def everything(lengths=(200, 333), **options):
     """out, lse and every gradient."""
     torch.manual_seed(3)
-    qkv = leaves()
+    qkv = leaves(lengths)
     learned = [x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad]
     out, lse = attention(*qkv, return_lse=True, backend="cpu", **options)
     weights = torch.linspace(-1, 1, out.numel()).view_as(out)
@@ -93,6 +93,15 @@ def test_results_do_not_depend_on_the_number_of_threads(name, threads, team):
         results.append(everything(**TERMS[name]))
     for again in results[1:]:
         assert all(map(torch.equal, results[0], again))
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "window", "slopes and sinks"])
+def test_gradients_over_keys_in_pieces_do_not_depend_on_the_number_of_threads(name, threads, team):
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(everything((150, 2100), **TERMS[name]))
+    assert all(map(torch.equal, results[0] * 2, results[1] + results[2]))
 
 
 def test_packed_results_do_not_depend_on_the_number_of_threads(threads, team):
