@@ -32,10 +32,7 @@ void add_bias_row(const void* bias, int64_t first, int64_t step, T* s, int64_t c
       beyond += scaled * T(0);
       store(s + i, load(s + i) * factor + scaled);
     }
-    T lanes[kLanes<T>], any = T(0);  // not `sum_lanes`, which would hold `beyond` in memory all along
-    store(lanes, beyond);
-    for (T lane : lanes) any += lane;
-    if (any != T(0)) {
+    if (sum_lanes(beyond) != T(0)) {
       for (int64_t n = 0; n < i; n += kLanes<T>) {
         const Vec<T> x = load<T>(from + n), kept = bias_in_base_2<T>(x);
         store(s + n, x * T(kLog2E) == kept ? load(s + n) : kept);
