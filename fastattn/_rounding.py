@@ -103,7 +103,7 @@ def packed_effects(
 ) -> dict[str, Effect]:
     """`effects` of each packed sequence, put together."""
     options = dict(options)
-    packing = {name: options.pop(name, None) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")}
+    packing = {name: options.pop(name, None) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "kv_start")}
     slopes, q_offset = options.get("alibi_slopes"), options.get("q_offset")
     per_sequence = slopes is not None and slopes.ndim == 2
     offsets, fixed = (q_offset, 0) if isinstance(q_offset, Tensor) else (None, q_offset)
@@ -113,6 +113,8 @@ def packed_effects(
         own = {name: x[:, :, one.keys if name in ("k", "v") else one.rows] for name, x in inputs.items()}
         own_offset = one.options.q_offset if offsets is None else one.operands.q_offset_tensor
         own_options = options | {"q_offset": own_offset}
+        if (starts := one.operands.kv_start) is not None:
+            own_options["kv_start"] = starts.clamp(max=own["k"].shape[2])
         if slopes is not None:
             own_options["alibi_slopes"] = slopes[one.number] if per_sequence else slopes
         results = (x[:, :, one.rows] for x in (out, lse, actual_out))

@@ -388,7 +388,11 @@ def _run_step(q: Tensor, k: Tensor, v: Tensor, entry: int, options: dict[str, An
     for name, outside in (("mask", True), ("bias", 0.0)):
         if (x := own.get(name)) is not None:
             x = x[(None,) * (4 - x.ndim)]
-            own[name] = over_keys(x if x.shape[0] == 1 else x[entry : entry + 1], start, k.shape[2], outside)
+            x = x if x.shape[0] == 1 else x[entry : entry + 1]
+            broadcast = x.shape[3] == 1 and options.get("mask_start") is None
+            own[name] = x if broadcast else over_keys(x, start, k.shape[2], outside)
+    if own.get("kv_start") is not None:
+        own["kv_start"] = own["kv_start"][entry : entry + 1]
     apart = ("k_scale", "v_scale", "rotary_cos", "rotary_sin", "rotary_interleaved", "batch_invariant")
     own = {name: x for name, x in own.items() if name not in apart}
     own |= {name: x.double() if q.dtype == torch.float64 else x.float() for name, x in learned_operands(own).items()}
@@ -396,8 +400,8 @@ def _run_step(q: Tensor, k: Tensor, v: Tensor, entry: int, options: dict[str, An
         own["alibi_slopes"] = own["alibi_slopes"][entry]
     spec = make_spec(q, k, v, **own)
     out, lse = reference.attention(
-        q, k, v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, left=spec.left, right=spec.right,
-        q_offset=spec.q_offset, scale=spec.scale, softcap=spec.softcap,
+        q, k, v, spec.mask, spec.bias, spec.alibi_slopes, spec.sinks, kv_start=spec.kv_start, left=spec.left,
+        right=spec.right, q_offset=spec.q_offset, scale=spec.scale, softcap=spec.softcap,
     )  # fmt: skip
     if q.dtype != torch.float64:
         return out, lse

@@ -15,6 +15,7 @@ from .bias_gradient import bias_gradient
 from .dropout import dropout_row_keys
 from .gradients import delta_kernel, probabilities, tile_ds
 from .ranges import (
+    first_key,
     key_range,
     keys_of,
     locate,
@@ -22,12 +23,14 @@ from .ranges import (
     query_range,
     row_count,
     rows_of,
+    skip_before,
     sparse_line,
     sparse_pool_tile,
     sparse_position,
     sparse_range,
     tile_of_pass,
     tile_position,
+    unseen_before,
 )
 from .scores import base_2, finish_scores, from_natural, load_statistics
 from .tiles import all_finite, cast, dot, head_rows, load_finite_rows, load_tile, store_tile
@@ -38,7 +41,7 @@ RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left
 @triton.jit(do_not_specialize=RUNTIME)
 def dkdv_kernel(
     q, k, v, dout, statistics_ptr, dk, dv, terms, dropout, packed, sparse, q_offset_ptr,
-    sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
+    kv_start_ptr, sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +53,8 @@ def dkdv_kernel(
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
     SPARSE: tl.constexpr = sparse.lines is not None
-    CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None)
+    STARTS: tl.constexpr = kv_start_ptr is not None
+    CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None or STARTS)
     tile, _, batch, kv_head = locate(tl.program_id(0), packed.k, sequences, q_heads // group, kv_len, BLOCK_N)
     col = tile * BLOCK_N
     entry, k_first, kv_len = keys_of(packed, batch, kv_len)
@@ -71,6 +75,9 @@ def dkdv_kernel(
     start, edges_left, right_start, edges, inner_start, inners = query_range(
         col, offset, left, right, q_rows, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
+    if STARTS:
+        first_seen = first_key(kv_start_ptr, batch, kv_len)
+        right_start, edges, inners = unseen_before(first_seen, col, right_start, edges, inner_start, inners, BLOCK_N)
     for head in tl.range(kv_head * group, (kv_head + 1) * group):
         first_row = (entry * q_heads + head) * q_len + q_first
         q_ptr, q_stride = head_rows(q, entry, head, q_first, UNIT)
@@ -95,6 +102,8 @@ def dkdv_kernel(
                     dot(k_tile, tl.trans(q_tile), None, PRECISION), rows[None, :], cols, q_rows, kv_len, offset, left,
                     right, terms, slope, batch, head, pool_tile, EDGE == 1 or CHECK_FULL_TILES,
                 )  # fmt: skip
+                if STARTS and (EDGE or CHECK_FULL_TILES):
+                    s = tl.where(cols >= first_seen, s, float("-inf"))
                 dout_tile = load_tile(dout_ptr, row, dout_stride, q_rows, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV)
                 # What the first product does not need is read after it: it would hold registers meanwhile.
                 row_max, log_sum, delta = load_statistics(statistics_ptr + first_row, plane, rows, q_rows, EDGE == 1)
@@ -121,7 +130,7 @@ def dkdv_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def dq_kernel(
     q, k, v, dout, statistics_ptr, dq, dslopes_ptr, dsinks_ptr, terms, dropout, packed, sparse, q_offset_ptr,
-    sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
+    kv_start_ptr, sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +143,8 @@ def dq_kernel(
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
     SPARSE: tl.constexpr = sparse.lines is not None
-    CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None)
+    STARTS: tl.constexpr = kv_start_ptr is not None
+    CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None or STARTS)
     tile, tiles, batch, head = locate(tl.program_id(0), packed.q, sequences, q_heads, q_len, BLOCK_M)
     if right is not None and packed.q is None:
         tile = tiles - 1 - tile
@@ -163,6 +173,11 @@ def dq_kernel(
     start, edges_left, right_start, edges, inner_start, inners = key_range(
         row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
+    if STARTS:
+        first_seen = first_key(kv_start_ptr, batch, kv_len)
+        start, edges_left, right_start, edges, inner_start, inners = skip_before(
+            first_seen, start, edges_left, right_start, edges, inner_start, inners, BLOCK_N
+        )
     if SPARSE:
         start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, row), BLOCK_N)
     q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
@@ -190,6 +205,8 @@ def dq_kernel(
                 pool_tile, slope, batch, head, q_len, kv_len, offset, left, right, terms, dropout,
                 PASS > 0, PASS > 0 or CHECK_FULL_TILES, PASS == 2, PRECISION, HEAD_DIM, V_DIM, BLOCK_N,
             )  # fmt: skip
+            if STARTS and (PASS > 0 or CHECK_FULL_TILES):
+                ds = tl.where((tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :] >= first_seen, ds, 0.0)
             if dslopes_ptr is not None:
                 distance = tl.abs(rows[:, None] + offset - (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :])
                 dslope -= tl.sum(ds * distance.to(tl.float32), 1)
@@ -222,7 +239,7 @@ def attention_backward(
     dout_rows = launch.rows(dout, unit)
     inputs = (*(launch.rows(x, unit) for x in (call.q, call.k, call.v)), dout_rows, of_rows)
     groups = (call.terms, call.dropout, call.packed)
-    flat = (operands.q_offset_tensor, *call.sizes, unit, *call.constants)
+    flat = (operands.q_offset_tensor, operands.kv_start, *call.sizes, unit, *call.constants)
     with replay.on_device(q):
         cfg = call.configure("delta", unit)
         if programs := triton.cdiv(call.q_len, cfg.block_m) * call.batch * call.q_heads:

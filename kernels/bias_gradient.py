@@ -12,7 +12,7 @@ from . import launch, replay
 from .dropout import dropout_row_keys
 from .gradients import tile_ds
 from .operands import BiasGradient
-from .ranges import SPARSE_BLOCK, pool_tile, query_offset, sparse_line, visible_keys
+from .ranges import SPARSE_BLOCK, first_key, pool_tile, query_offset, sparse_line, visible_keys
 from .scores import load_statistics
 from .tiles import cast, decode_size, head_rows, load_tile
 
@@ -21,7 +21,7 @@ RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left
 
 @triton.jit(do_not_specialize=RUNTIME)
 def dbias_kernel(
-    q, k, v, dout, statistics_ptr, dbias, terms, dropout, table, q_offset_ptr,
+    q, k, v, dout, statistics_ptr, dbias, terms, dropout, table, q_offset_ptr, kv_start_ptr,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -64,6 +64,9 @@ def dbias_kernel(
                 dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
                 row_max, log_sum, delta = load_statistics(statistics_ptr + first_row, plane, rows, q_len, True)
                 first, last = visible_keys(row, offset, left, right, kv_len, BLOCK_M)
+                if kv_start_ptr is not None:
+                    first_seen = first_key(kv_start_ptr, b, kv_len)
+                    first = tl.maximum(first, first_seen)
                 if dbias.cols is None:
                     first = first // BLOCK_N * BLOCK_N
                 else:  # the own tile, if these rows see it
@@ -80,6 +83,8 @@ def dbias_kernel(
                         pool_ptr, slope, batch, head, q_len, kv_len, offset, left, right, terms, dropout,
                         True, True, True, PRECISION, HEAD_DIM, V_DIM, BLOCK_N,
                     )  # fmt: skip
+                    if kv_start_ptr is not None:
+                        ds = tl.where((col + tl.arange(0, BLOCK_N))[None, :] >= first_seen, ds, 0.0)
                     acc += ds
     if dbias.rows is None:
         acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [BLOCK_M, BLOCK_N])
@@ -100,6 +105,6 @@ def bias_gradient(dbias: Tensor, inputs: tuple[Any, ...], call: launch.Call, ope
         sizes = (None if size == 1 else launch.encode(size) for size in dbias.shape)
         arguments = (
             *inputs, BiasGradient(dbias, *sizes), call.terms, call.dropout, launch.sparse_table(operands.block_mask),
-            operands.q_offset_tensor, *call.sizes, unit, *call.constants, cfg.block_m, cfg.block_n,
+            operands.q_offset_tensor, operands.kv_start, *call.sizes, unit, *call.constants, cfg.block_m, cfg.block_n,
         )  # fmt: skip
         replay.start(dbias_kernel, programs, arguments, cfg)

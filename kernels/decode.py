@@ -14,7 +14,7 @@ from fastattn.spec.operands import Operands
 from . import config, launch, replay
 from .append import append_rows, cache_rows, cache_unit, cached_rows, columns, pages_of, scale_offsets
 from .operands import Partial
-from .ranges import locate, rows_of, tile_position, tile_ranges
+from .ranges import first_key, locate, rows_of, skip_before, tile_position, tile_ranges
 from .scores import (
     base_2,
     empty_softmax,
@@ -111,7 +111,7 @@ def head_row_offsets(x, batch, heads, rows, UNIT: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def decode_kernel(
-    q, k, v, out, lse_ptr, partial, lens_ptr, table_ptr, cu_seqlens_ptr, terms, mask_start_ptr,
+    q, k, v, out, lse_ptr, partial, lens_ptr, table_ptr, cu_seqlens_ptr, terms, mask_start_ptr, kv_start_ptr,
     table_stride, entries, kv_heads, group, q_len, added, capacity, pages, splits, left, right,
     PAGE: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -148,6 +148,12 @@ def decode_kernel(
     start, edges_left, right_start, edges, inner_start, inners, own_start, end = split_range(
         tile, split, splits, group, q_rows, kv_len, left, right, BLOCK_M, BLOCK_N
     )
+    if kv_start_ptr is not None:
+        first_seen = first_key(kv_start_ptr, batch, kv_len)
+        start = tl.maximum(start, first_seen)
+        own_start, edges_left, right_start, edges, inner_start, inners = skip_before(
+            first_seen, own_start, edges_left, right_start, edges, inner_start, inners, BLOCK_N
+        )
     q_cols, v_cols = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
     q_offsets = head_row_offsets(q, memory_entry, heads, q_first + rows, UNIT)
     q_tile = tl.load(q.ptr + (q_offsets[:, None] + q_cols), mask=inside[:, None] & (q_cols < HEAD_DIM), other=0.0)
@@ -169,6 +175,8 @@ def decode_kernel(
                 s, rows[:, None], cols, q_rows, kv_len, offset, left, right, terms, slope, batch, heads[:, None],
                 None, EDGE == 1, mask_start,
             )  # fmt: skip
+            if kv_start_ptr is not None and EDGE:
+                s = tl.where(cols >= first_seen, s, float("-inf"))
             v_tile = load_keys(v, kv_head, page, slot, col, start, end, EDGE == 1, V_DIM, UNIT, BLOCK_N, BLOCK_DV)
             if v.scale is not None:  # before it: weights times a small scale would leave the range of float16
                 scales = load_scales(v, kv_head, page, slot, col, start, end, EDGE == 1, BLOCK_N)
@@ -285,6 +293,37 @@ def choose_splits(programs: int, keys: int, block_n: int, multiprocessors: int, 
     return max(1, min(split_programs * multiprocessors // max(programs, 1), keys // (4 * block_n), 128))
 
 
+def splits_of(spec: CacheSpec) -> int:
+    """Into how many parts `attention_kvcache` divides the keys."""
+    cfg = _configure(spec)
+    return _splits(spec, cfg, _programs(spec, cfg))
+
+
+def _configure(spec: CacheSpec) -> config.LaunchConfig:
+    _, q_heads, q_len, head_dim = spec.q.shape
+    mean = q_len if spec.cu_seqlens_q is None else -(-q_len // spec.entries)  # whether most are prompts or steps
+    return config.lookup(
+        "decode", launch.architecture(spec.q.device), max(head_dim, spec.v_cache.shape[3]), spec.q.element_size(),
+        rows=q_heads // spec.k_cache.shape[2] * mean, indirect=spec.block_table is not None,
+        crowded=any(x is not None and x.shape[2] != 1 for x in (spec.mask, spec.bias)),
+    )  # fmt: skip
+
+
+def _programs(spec: CacheSpec, cfg: config.LaunchConfig) -> int:
+    """Of one part of the keys."""
+    memory_entries, q_heads, q_len, _ = spec.q.shape
+    kv_heads = spec.k_cache.shape[2]
+    return launch.tiles(q_heads // kv_heads * q_len, cfg.block_m, spec.cu_seqlens_q) * memory_entries * kv_heads
+
+
+def _splits(spec: CacheSpec, cfg: config.LaunchConfig, programs: int) -> int:
+    if spec.num_splits is not None:
+        return spec.num_splits
+    capacity, left, right = spec.capacity, spec.left, spec.right
+    keys = capacity if left is None or right is None else min(capacity, max(left + right + spec.q.shape[2], 0))
+    return choose_splits(programs, keys, cfg.block_n, launch.multiprocessors(spec.q.device), cfg.split_programs)
+
+
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """Launch the decode kernel, and the combine kernel if there are splits; they fill ``out`` and ``lse``.
 
@@ -315,19 +354,11 @@ def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     table, table_stride, page, capacity = pages_of(k_cache, spec.block_table)
     group, total = q_heads // kv_heads, memory_entries * q_heads * q_len
     entries, starts = spec.entries, spec.cu_seqlens_q
-    mean = q_len if starts is None else -(-q_len // entries)  # whether most entries are prompts or steps
-    architecture, widest = launch.architecture(q.device), max(head_dim, v_dim)
-    cfg = config.lookup(
-        "decode", architecture, widest, q.element_size(), rows=group * mean, indirect=table is not None,
-        crowded=any(x is not None and x.shape[2] != 1 for x in (spec.mask, spec.bias)),
-    )  # fmt: skip
-    programs = launch.tiles(group * q_len, cfg.block_m, starts) * memory_entries * kv_heads
+    cfg = _configure(spec)
+    programs = _programs(spec, cfg)
     if programs == 0:
         return
-    splits = spec.num_splits
-    if splits is None:
-        keys = capacity if left is None or right is None else min(capacity, max(left + right + q_len, 0))
-        splits = choose_splits(programs, keys, cfg.block_n, launch.multiprocessors(q.device), cfg.split_programs)
+    splits = _splits(spec, cfg, programs)
     partial = Partial(None, None)
     if splits > 1:
         partial = Partial(replay.scratch((splits, total, v_dim), lse), replay.scratch((2, splits, total), lse))
@@ -342,13 +373,13 @@ def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
         arguments = (
             launch.rows(q, unit), cache_rows(k_cache, unit, spec.k_scale), cache_rows(v_cache, unit, spec.v_scale),
             out_rows, lse, partial, spec.lens.contiguous(), table, starts,
-            terms if splits == 1 else terms._replace(sinks=None), spec.mask_start, table_stride, entries, kv_heads,
-            group, q_len, spec.added, capacity, k_cache.shape[0], splits, left, right, page, unit,
+            terms if splits == 1 else terms._replace(sinks=None), spec.mask_start, spec.kv_start, table_stride, entries,
+            kv_heads, group, q_len, spec.added, capacity, k_cache.shape[0], splits, left, right, page, unit,
             launch.dot_precision(q.dtype), head_dim, v_dim, cfg.block_m, cfg.block_n,
         )  # fmt: skip
         replay.start(decode_kernel, programs * splits, arguments, cfg)
         if splits > 1:
-            cfg = config.lookup("combine", architecture, widest, q.element_size())
+            cfg = config.lookup("combine", launch.architecture(q.device), max(head_dim, v_dim), q.element_size())
             arguments = (
                 partial, out_rows, lse, starts, terms, entries, q_heads, q_len, total, splits, unit, v_dim, cfg.block_n,
             )  # fmt: skip

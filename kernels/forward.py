@@ -9,12 +9,14 @@ from fastattn.spec.operands import Operands, Options
 from . import launch, replay
 from .dropout import dropout_keep, dropout_row_keys
 from .ranges import (
+    first_key,
     key_range,
     keys_of,
     locate,
     query_offset,
     row_count,
     rows_of,
+    skip_before,
     sparse_line,
     sparse_pool_tile,
     sparse_position,
@@ -42,7 +44,7 @@ RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    q, k, v, out, lse_ptr, statistics_ptr, terms, dropout, packed, sparse, q_offset_ptr,
+    q, k, v, out, lse_ptr, statistics_ptr, terms, dropout, packed, sparse, q_offset_ptr, kv_start_ptr,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIPELINED: tl.constexpr,
@@ -56,8 +58,9 @@ def forward_kernel(
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
     SPARSE: tl.constexpr = sparse.lines is not None
-    # Causal and window also cut tiles that a block mask calls full.
-    CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None)
+    STARTS: tl.constexpr = kv_start_ptr is not None
+    # Causal, window and the first key also cut tiles that a block mask calls full.
+    CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None or STARTS)
     tl.static_assert(not (PIPELINED and SPARSE), "expected no PIPELINED where a block mask says which tile is next")
     tile, tiles, batch, head = locate(tl.program_id(0), packed.q, sequences, q_heads, q_len, BLOCK_M)
     if right is not None and packed.q is None:
@@ -87,6 +90,11 @@ def forward_kernel(
     start, edges_left, right_start, edges, inner_start, inners = key_range(
         row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
     )
+    if STARTS:
+        first_seen = first_key(kv_start_ptr, batch, kv_len)
+        start, edges_left, right_start, edges, inner_start, inners = skip_before(
+            first_seen, start, edges_left, right_start, edges, inner_start, inners, BLOCK_N
+        )
     if SPARSE:
         start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, row), BLOCK_N)
     q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
@@ -118,6 +126,8 @@ def forward_kernel(
                 products, rows[:, None], cols, q_len, kv_len, offset, left, right,
                 terms, slope, batch, head, pool_tile, PASS > 0 or CHECK_FULL_TILES,
             )  # fmt: skip
+            if STARTS and (PASS > 0 or CHECK_FULL_TILES):
+                s = tl.where(cols >= first_seen, s, float("-inf"))
             if PASS == 2:
                 s = lose_rows(s, load_tile(v_ptr, col, v_stride, kv_len, True, V_DIM, BLOCK_N, BLOCK_DV))
             p, acc, row_max, row_sum = online_softmax(
@@ -164,7 +174,8 @@ def attention_forward(
     with replay.on_device(q):
         arguments = (
             *(launch.rows(x, unit) for x in (call.q, call.k, call.v, out)), lse, statistics, call.terms, call.dropout,
-            call.packed, launch.sparse(operands.block_mask), operands.q_offset_tensor, *call.sizes,
+            call.packed, launch.sparse(operands.block_mask), operands.q_offset_tensor,
+            operands.kv_start, *call.sizes,
             unit, *call.constants, cfg.block_m, cfg.block_n, cfg.pipelined,
         )  # fmt: skip
         replay.start(forward_kernel, programs, arguments, cfg)

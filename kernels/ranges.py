@@ -119,6 +119,32 @@ def key_range(
 
 
 @triton.jit
+def first_key(kv_start_ptr, batch, kv_len):
+    """The key of a batch entry from which on they take part."""
+    return tl.minimum(tl.maximum(tl.load(kv_start_ptr + batch), 0), kv_len).to(tl.int32)
+
+
+@triton.jit
+def skip_before(first, start, edges_left, right_start, edges, inner_start, inners, BLOCK: tl.constexpr):
+    """`tile_ranges` over keys, without those before ``first``, whose own tile is an edge tile."""
+    begin, right = first // BLOCK * BLOCK, edges - edges_left
+    start = tl.maximum(start, tl.minimum(begin, right_start))
+    inner_start = tl.minimum(tl.maximum(inner_start, tl.cdiv(first, BLOCK) * BLOCK), right_start)
+    edges_left, inners = (inner_start - start) // BLOCK, (right_start - inner_start) // BLOCK
+    skipped = tl.maximum(begin - right_start, 0) // BLOCK
+    edges = edges_left + tl.maximum(right - skipped, 0)
+    return start, edges_left, right_start + skipped * BLOCK, edges, inner_start, inners
+
+
+@triton.jit
+def unseen_before(first, col, right_start, edges, inner_start, inners, BLOCK: tl.constexpr):
+    """(right_start, edges, inners) of `query_range` for the key tile ``col``: none before ``first``, edges at it."""
+    apart = col < first
+    right_start, edges = tl.where(apart, inner_start, right_start), tl.where(apart, edges + inners, edges)
+    return right_start, tl.where(col + BLOCK <= first, 0, edges), tl.where(apart, 0, inners)
+
+
+@triton.jit
 def query_range(
     col, offset, left, right, q_len, kv_len, READS_SCORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip

@@ -1,7 +1,7 @@
 """The CPU path against PyTorch's: full and causal attention, every feature per allowed pair, layers, and decode.
 
 Plain attention is measured on one and on two threads; the peers take turns within a cell. A decode step is held against
-reading as many bytes as its cache has, by `torch.sum`.
+reading as many bytes as its cache has, by `torch.sum`; over a quantised cache also against the same one in bfloat16.
 `python -m benchmarks.tools.cpu_ratios` prints the ratios of the rows.
 """
 
@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
+import fastattn
 from benchmarks.harness.attention import measure
 from benchmarks.harness.device import DryRun
 from benchmarks.harness.peers import OWN
 from benchmarks.harness.problems import DTYPES, Problem
 from benchmarks.harness.runner import Bench, Cell
+from fastattn.backends.reference.kvcache import quantise
+from fastattn.testing import check_kvcache
 
 from . import decode
 from .layers import measure_layer
@@ -55,6 +58,8 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 MATMUL = "matmul"
 READ = "read"
+UNQUANTISED = "unquantised"
+QUANTISED = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 CACHE_BYTES = 1 << 26
 # (q_heads, kv_heads, head_dim) of a decode step.
 CACHE_HEADS = ((8, 8, 64), (32, 8, 128))
@@ -90,6 +95,9 @@ def cells() -> list[Cell]:
     for heads, batch, dtype in itertools.product(CACHE_HEADS, (1, 8), ("fp32", "bf16")):
         run = functools.partial(measure_decode, step=step_of(batch, dtype, *heads))
         found.append(Cell("cpu", f"decode, {heads[0]}/{heads[1]} heads, batch {batch}, {dtype}", run, 2))
+    for heads, batch, kind in itertools.product(CACHE_HEADS, (1, 8), QUANTISED):
+        run = functools.partial(measure_quantised, step=step_of(batch, "bf16", *heads), kind=kind)
+        found.append(Cell("cpu", f"decode, {heads[0]}/{heads[1]} heads, batch {batch}, {kind} cache", run, 2))
     return found
 
 
@@ -111,6 +119,28 @@ def measure_decode(bench: Bench, step: decode.Step) -> None:
             bench.record(
                 "cpu", step.key() | {"provider": name, "mbytes": step.bytes() * 1e-6}, timing, tokens=step.batch
             )
+
+
+def measure_quantised(bench: Bench, step: decode.Step, kind: str) -> None:
+    """Time a step over a quantised cache, a scale for each token and head, beside one over the same in bfloat16."""
+    actual = decode.Step(2, 4, 2, 64, 0, 16, "bf16") if isinstance(bench.device, DryRun) else step
+    x = decode.make_inputs(actual, "cpu")
+    (k, k_scale), (v, v_scale) = (quantise(cache, None, QUANTISED[kind]) for cache in (x.k_cache, x.v_cache))
+    scales: dict[str, Any] = {"k_scale": k_scale[..., 0].contiguous(), "v_scale": v_scale[..., 0].contiguous()}
+    one: dict[str, Any] = {name: scale[:1] for name, scale in scales.items()}
+    check_kvcache(x.q[:1], k[:1], v[:1], cache_lens=actual.length, backend="cpu", **one)
+    moved = [x.q, x.q, k, v, *scales.values()]
+    source = torch.ones(sum(t.numel() * t.element_size() for t in moved) // 4)
+    calls = {
+        OWN: functools.partial(fastattn.attention_with_kvcache, x.q, k, v, cache_lens=x.lens, **scales),
+        UNQUANTISED: decode.prepare_fastattn(actual, x).call,
+        READ: source.sum,
+    }
+    key = step.key() | {"case": f"{step.case}, {kind} cache", "mbytes": source.numel() * 4e-6}
+    with torch.no_grad():
+        timings = bench.time({name: lambda _, call=call: call() for name, call in calls.items()})
+    for name, timing in timings.items():
+        bench.record("cpu", key | {"provider": name}, timing, tokens=step.batch)
 
 
 def attention_cell(

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.harness import results
 from benchmarks.harness.device import Device
 from benchmarks.harness.peers import OWN
-from benchmarks.suites.cpu import ANY_PEER, FEATURE_LENGTH, FEATURES, MODES, PLAIN, READ, SDPA
+from benchmarks.suites.cpu import ANY_PEER, FEATURE_LENGTH, FEATURES, MODES, PLAIN, READ, SDPA, UNQUANTISED
 
 
 def ratios(rows: Sequence[results.Row]) -> Iterator[str]:
@@ -35,9 +35,11 @@ def ratios(rows: Sequence[results.Row]) -> Iterator[str]:
             if name in rates and causal:
                 best = f", {peers[name]:.2f} x the best peer" if name in peers else ""
                 yield f"{name:28} {mode:9} {rates[name] / causal:5.2f} of the causal rate{best}"
-    for own, share in against([row for row in rows if row["p50_ms"] and row["mode"] == "decode"], (READ,)):
-        name = f"{own['case'].removesuffix(', contiguous')}, {own['dtype']}"
-        yield f"{name:28} decode    {share:5.2f} of the rate of reading"
+    steps = [row for row in rows if row["p50_ms"] and row["mode"] == "decode"]
+    for peer, what in ((READ, "of the rate of reading"), (UNQUANTISED, "x as fast as over a bfloat16 cache")):
+        for own, share in against(steps, (peer,)):
+            name = f"{own['case'].replace(', contiguous', '')}, {own['dtype']}"
+            yield f"{name:28} decode    {share:5.2f} {what}"
 
 
 def against(rows: Iterable[results.Row], peers: tuple[str, ...]) -> Iterator[tuple[results.Row, float]]:

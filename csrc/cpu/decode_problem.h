@@ -33,6 +33,7 @@ Range visible(const FastattnDecode& d, const Entry& e, int64_t query) {
   Range range{0, e.length};
   if (d.right != FASTATTN_OPEN) range.end = clamp(position + d.right + 1, 0, e.length);
   if (d.left != FASTATTN_OPEN) range.start = clamp(position - d.left, 0, e.length);
+  if (d.kv_start != nullptr) range.start = clamp(d.kv_start[e.number], range.start, e.length);
   return range;
 }
 

@@ -11,7 +11,7 @@
 extern "C" {
 
 // Counts changes of what is declared here.
-#define FASTATTN_CPU_ABI 4
+#define FASTATTN_CPU_ABI 5
 
 enum FastattnCpuDtype { FASTATTN_FLOAT32 = 0, FASTATTN_FLOAT16 = 1, FASTATTN_BFLOAT16 = 2, FASTATTN_FLOAT64 = 3 };
 // Of quantised caches alone: integers, and float8_e4m3fn.
@@ -60,6 +60,7 @@ struct FastattnOperands {
   const int64_t* dropout_origin; // where its bits begin: batch entry, head, row, step of rows, key, step of keys; or null
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (sequences + 1,)
   const int32_t* seqused_k; // (B,): of the keys of each entry, how many are used, the first ones; or null
+  const int64_t* kv_start;  // (B,): the key from which on they are used; or null
   int64_t sequences;        // "B" above then means this for all per-entry operands; q, k, v have one batch entry
   // The tensors of `fastattn.block_mask.BlockTensors`, contiguous.
   const int32_t *query_offsets, *query_entries, *key_offsets, *key_entries, *table;
@@ -121,6 +122,7 @@ struct FastattnDecode {
   int64_t most_queries;        // packed entries with more are left out
   const FastattnScoreTerms* terms;     // or null; not beside cu_seqlens_q
   const FastattnQuantised* quantised;  // or null: the caches have the dtype of q
+  const int64_t* kv_start;     // (B,): the key of each entry from which on they are used; or null
 };
 
 // New rows k (B, Hk, L, D) and v (B, Hk, L, Dv), written into the caches from position lens[b] on; rows without a place are

@@ -25,9 +25,10 @@ struct Range {
 
 inline Range common(Range a, Range b) { return {most(a.begin, b.begin), least(a.end, b.end)}; }
 
-// One batch entry, or one packed sequence: its number, where it is in memory, its lengths and its position.
+// One batch entry, or one packed sequence: its number, where it is in memory, its lengths and its position; and the key
+// from which on they take part.
 struct Entry {
-  int64_t number, batch, k_batch, q_first, k_first, q_len, kv_len, offset;
+  int64_t number, batch, k_batch, q_first, k_first, q_len, kv_len, offset, kv_start;
 };
 
 template <class T>
@@ -41,7 +42,7 @@ struct Problem {
   int64_t group() const { return a.q_heads / a.kv_heads; }
 
   Entry entry(int64_t number) const {
-    Entry e{number, number, number, 0, 0, a.q_len, a.kv_len, a.q_offset};
+    Entry e{number, number, number, 0, 0, a.q_len, a.kv_len, a.q_offset, 0};
     if (packed()) {
       e.batch = 0;
       e.q_first = o.cu_seqlens_q[number];
@@ -53,6 +54,7 @@ struct Problem {
       e.kv_len = o.cu_seqlens_k[number + 1] - e.k_first;
     }
     if (o.seqused_k != nullptr) e.kv_len = most(0, least(o.seqused_k[number], e.kv_len));
+    if (o.kv_start != nullptr) e.kv_start = most(0, least(o.kv_start[number], e.kv_len));
     if (o.q_offset != nullptr) {
       e.offset = most(least(o.q_offset[number], int64_t(1) << 30), -(int64_t(1) << 30));
     } else if (e.offset == FASTATTN_OPEN) {
@@ -63,16 +65,16 @@ struct Problem {
 
   // The keys that a row sees, as far as causal order and window tell.
   Range visible(const Entry& e, int64_t row) const {
-    Range keys{0, e.kv_len};
-    if (a.left != FASTATTN_OPEN) keys.begin = most(0, row + e.offset - a.left);
+    Range keys{e.kv_start, e.kv_len};
+    if (a.left != FASTATTN_OPEN) keys.begin = most(e.kv_start, row + e.offset - a.left);
     if (a.right != FASTATTN_OPEN) keys.end = least(e.kv_len, row + e.offset + a.right + 1);
     return keys.empty() ? Range{0, 0} : keys;
   }
 
   // Those that some of the rows `first .. last` see.
   Range visible(const Entry& e, int64_t first, int64_t last) const {
-    Range keys{0, e.kv_len};
-    if (a.left != FASTATTN_OPEN) keys.begin = most(0, first + e.offset - a.left);
+    Range keys{e.kv_start, e.kv_len};
+    if (a.left != FASTATTN_OPEN) keys.begin = most(e.kv_start, first + e.offset - a.left);
     if (a.right != FASTATTN_OPEN) keys.end = least(e.kv_len, last + e.offset + a.right);
     return keys.empty() ? Range{0, 0} : keys;
   }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.backends import cpu, cuda, reference, torch_sdpa, triton
 from fastattn.backends.cpu.program import Program as Program
-from fastattn.spec import AttentionSpec, CacheSpec, Operands
+from fastattn.spec import UNDIVIDED, AttentionSpec, CacheSpec, Operands
 
 _MODULES: dict[str, ModuleType] = {
     "triton": triton,
@@ -85,12 +85,14 @@ def _cuda_unasked(spec: AttentionSpec | CacheSpec) -> bool:
 
 
 _BATCH_INVARIANT = ("triton", "cpu")  # PyTorch's products may add up in another order where there are more rows
+_ROW_INVARIANT = (*_BATCH_INVARIANT, "reference")  # which then computes row by row
 
 
-def choose(spec: AttentionSpec | CacheSpec, backend: str | None = None, batch_invariant: bool = False) -> str:
+def choose(spec: AttentionSpec | CacheSpec, backend: str | None = None, batch_invariant: bool | str = False) -> str:
     """The backend that serves ``spec``: the one asked for, or the first in order of preference that can.
 
-    ``batch_invariant``: among those whose results for a batch entry do not depend on the others.
+    ``batch_invariant``: among those whose results for a batch entry do not depend on the others; "rows": nor on how
+    many rows are computed with one.
 
     Raises:
         ValueError: the backend asked for does not exist or cannot serve ``spec``, with every reason.
@@ -98,9 +100,10 @@ def choose(spec: AttentionSpec | CacheSpec, backend: str | None = None, batch_in
     if batch_invariant:
         if backend is None:
             backend = "cpu" if spec.q.device.type == "cpu" else "triton"
-        if backend not in _BATCH_INVARIANT:
+        if backend not in (_ROW_INVARIANT if batch_invariant == "rows" else _BATCH_INVARIANT):
             raise ValueError(
-                f"batch_invariant: expected False with backend {backend!r}, got True; 'triton' and 'cpu' have it"
+                f"batch_invariant: expected False with backend {backend!r}, got {batch_invariant!r}; 'triton' and "
+                "'cpu' have it"
             )
     if backend is None:
         for name in _preference(spec):
@@ -170,17 +173,24 @@ class Explanation:
 
 
 def explain(
-    spec: AttentionSpec | CacheSpec, backend: str | None = None, batch_invariant: bool = False, also: Sequence[str] = ()
+    spec: AttentionSpec | CacheSpec,
+    backend: str | None = None,
+    batch_invariant: bool | str = False,
+    also: Sequence[str] = (),
 ) -> Explanation:
     """What `choose` decides for ``spec``, with reasons. An explicit ``backend`` that cannot serve it raises.
 
     ``also`` says what the call has that ``spec`` does not hold.
     """
-    parts = _describe_cache(spec) if isinstance(spec, CacheSpec) else _describe(spec)
-    parts += also
     chosen = choose(spec, backend, batch_invariant)
+    parts = _describe(spec) if isinstance(spec, AttentionSpec) else _describe_cache(spec, chosen)
+    parts += also
     reasons = {name: reasons_against(name, spec) for name in BACKENDS}
-    if batch_invariant:
+    if batch_invariant == "rows":
+        parts.append("batch_invariant 'rows'")
+        for name in set(BACKENDS).difference(_ROW_INVARIANT):
+            reasons[name].append("the bits of a row may follow the others")
+    elif batch_invariant:
         parts.append("batch_invariant")
         for name in set(BACKENDS).difference(_BATCH_INVARIANT):
             reasons[name].append("the bits of an entry may follow the batch")
@@ -200,6 +210,8 @@ def _describe(spec: AttentionSpec) -> list[str]:
         parts.append(f"{spec.cu_seqlens_q.shape[0] - 1} packed sequences")
     if spec.seqused_k is not None:
         parts.append("some of their keys")
+    if spec.kv_start is not None:
+        parts.append("kv_start per batch entry")
     parts += _describe_tensors(mask=spec.mask, bias=spec.bias, alibi_slopes=spec.alibi_slopes, sinks=spec.sinks)
     if spec.block_mask is not None:
         parts.append(repr(spec.block_mask))
@@ -214,7 +226,7 @@ def _describe(spec: AttentionSpec) -> list[str]:
     return parts
 
 
-def _describe_cache(spec: CacheSpec) -> list[str]:
+def _describe_cache(spec: CacheSpec, backend: str) -> list[str]:
     q, k_cache, v_cache = spec.q, spec.k_cache, spec.v_cache
     parts = [
         f"q {tuple(q.shape)} k_cache {tuple(k_cache.shape)} v_cache {tuple(v_cache.shape)} "
@@ -227,6 +239,8 @@ def _describe_cache(spec: CacheSpec) -> list[str]:
     if spec.left is not None or spec.right is not None:
         plain = spec.right == 0 and spec.left is None
         parts.append("causal" if plain else f"window ({spec.left}, {spec.right})")
+    if spec.kv_start is not None:
+        parts.append("kv_start per batch entry")
     if spec.quantised:
         kind = str(k_cache.dtype).removeprefix("torch.")
         parts.append(f"{kind} cache with k_scale {_shape(spec.k_scale)} v_scale {_shape(spec.v_scale)}")
@@ -237,7 +251,16 @@ def _describe_cache(spec: CacheSpec) -> list[str]:
         parts.append(f"softcap {spec.softcap:g}")
     if spec.return_lse:
         parts.append("lse")
-    return parts
+    return [*parts, f"scale {spec.scale:g}", _describe_division(spec, backend)]
+
+
+def _describe_division(spec: CacheSpec, backend: str) -> str:
+    """How the backend divides the keys of an entry among programs or threads."""
+    if backend == "triton" and spec.num_splits != UNDIVIDED:
+        return f"num_splits {triton.splits(spec)}"
+    if backend == "cpu" and spec.num_splits != UNDIVIDED:
+        return "keys divided by shapes and lengths alone"
+    return "keys not divided"
 
 
 def _shape(x: Tensor | None) -> tuple[int, ...]:

@@ -140,6 +140,7 @@ def reasons(spec: AttentionSpec) -> list[str]:
         "bias": spec.bias is not None,
         "alibi_slopes": spec.alibi_slopes is not None,
         "dropout": spec.dropout_p > 0.0,
+        "kv_start": spec.kv_start is not None,
     }
     reasons += [f"it has no {name}" for name, wanted in absent.items() if wanted]
     if not spec.scale > 0.0:

@@ -42,13 +42,16 @@ def reasons(spec: AttentionSpec) -> list[str]:
         reasons.append("empty tensors")
     if forward_ad._current_level >= 0:
         reasons.append("it has no derivatives along a direction (forward mode)")
-    if mask is not None or bias is not None:
+    shapes = [x.shape for x in (mask, bias) if x is not None]
+    if spec.kv_start is not None:
+        shapes.append(torch.Size((q.shape[0], 1, 1, k.shape[2])))
+    if shapes:
         if q.device.type != "cpu":
-            reasons.append("a mask or bias is exact only in its CPU kernel")
-        elif mask is not None and bias is not None:
-            joint = math.prod([b if a == 1 else a for a, b in zip(mask.shape, bias.shape, strict=True)])
-            if not any(known(joint <= most) for most in (_JOINT_ELEMENTS, mask.numel(), bias.numel())):
-                reasons.append("mask and bias together would need a large buffer")
+            reasons.append("a mask or bias, also one for kv_start, is exact only in its CPU kernel")
+        elif len(shapes) > 1:
+            joint = math.prod(max(sizes) for sizes in zip(*shapes, strict=True))
+            if not any(known(joint <= most) for most in (_JOINT_ELEMENTS, *map(math.prod, shapes))):
+                reasons.append("mask, bias and kv_start together would need a large buffer")
         # PyTorch's switch for flash kernels holds for the CPU one too. Tracing cannot read it.
         if right is not None and not (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()):
             reasons.append("its flash kernel is switched off, and the other refuses a mask or bias with causal")
@@ -81,6 +84,8 @@ def cache_reasons(spec: CacheSpec) -> list[str]:
         reasons.append("it does not return lse")
     if spec.quantised:
         reasons.append("it has no quantised caches")
+    if spec.kv_start is not None:
+        reasons.append("it has no kv_start")
     if spec.mask_start is not None:
         reasons.append("it has no mask_start")
     elif (spec.mask is not None or spec.bias is not None) and not reasons:
@@ -95,6 +100,9 @@ def cache_reasons(spec: CacheSpec) -> list[str]:
 def attention(spec: AttentionSpec) -> Tensor:
     """Run a spec that `reasons` has nothing against. Differentiable as PyTorch's function is; it returns no lse."""
     q, k, v, attn_mask, bias = spec.q, spec.k, spec.v, spec.mask, spec.bias
+    if spec.kv_start is not None:
+        seen = torch.arange(k.shape[2], device=k.device) >= spec.kv_start.view(-1, 1, 1, 1)
+        attn_mask = seen if attn_mask is None else attn_mask & seen
     if bias is not None:
         # Its mask has the query's precision, or float32 beside half precision.
         bias = bias.to(q.dtype if q.dtype.itemsize >= 4 else torch.float32)

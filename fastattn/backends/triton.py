@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.spec import AttentionSpec, CacheSpec, Gradients, Operands, Options, target
+from fastattn.spec import UNDIVIDED, AttentionSpec, CacheSpec, Gradients, Operands, Options, target
 
 # A constant, because a trace cannot ask for it.
 _TRITON_MISSING = importlib.util.find_spec("triton") is None
@@ -24,6 +24,17 @@ def cache_reasons(spec: CacheSpec) -> list[str]:
     eight_bits = spec.k_cache.dtype == torch.float8_e4m3fn and spec.q.device.type == "cuda"
     if eight_bits and (target.rocm() or target.capability(spec.q.device) < (8, 9)):
         reasons.append("a float8_e4m3fn cache needs an NVIDIA GPU of compute capability 8.9 or newer")
+    if (
+        spec.num_splits == UNDIVIDED
+    ):  # the kernel of prompts: no pages, and tiles at a left side come out of their order
+        not_served = {
+            "block_table": spec.block_table, "mask": spec.mask, "bias": spec.bias, "k_scale": spec.k_scale,
+            "cu_seqlens_q": spec.cu_seqlens_q, "a window to the left": spec.left,
+            "kv_start": spec.kv_start,
+        }  # fmt: skip
+        reasons += [
+            f"batch_invariant 'rows' is served without {name}" for name, x in not_served.items() if x is not None
+        ]
     return reasons
 
 
@@ -49,12 +60,34 @@ def kv_cache_append(
 
 
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
+    if spec.num_splits == UNDIVIDED:
+        _attend_undivided(out, lse, spec)
+        return
     _launchers().decode.attention_kvcache(out, lse, spec)
 
 
 def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """`kv_cache_append` of what ``spec`` adds, then `attention_kvcache`."""
+    if spec.num_splits == UNDIVIDED and spec.k is not None and spec.v is not None:
+        kv_cache_append(spec.k_cache, spec.v_cache, spec.k, spec.v, spec.lens, None)
+        _attend_undivided(out, lse, spec)
+        return
     _launchers().decode.append_and_attend(out, lse, spec)
+
+
+def _attend_undivided(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
+    """Attention over a contiguous cache by the kernel of prompts, so that a row has the bits that it has there."""
+    operands = Operands(
+        alibi_slopes=spec.alibi_slopes, sinks=spec.sinks, seqused_k=spec.lens + (spec.added or 0)
+    )  # fmt: skip
+    k, v = spec.k_cache.transpose(1, 2), spec.v_cache.transpose(1, 2)
+    options = Options(spec.left, spec.right, None, spec.scale, spec.softcap)
+    forward(out, lse, lse.new_empty((2, *lse.shape)), spec.q, k, v, operands, options)
+
+
+def splits(spec: CacheSpec) -> int:
+    """Into how many parts the decode kernel divides the keys."""
+    return _launchers().decode.splits_of(spec)
 
 
 @functools.cache

@@ -205,7 +205,7 @@ def flash_attn_with_kvcache(
     """flash_attn.flash_attn_with_kvcache on `fastattn.attention_with_kvcache`: ``k`` and ``v`` are written into the
     cache in place, then ``q`` attends to what it holds.
 
-    The cache is read where it is; with ``cache_leftpad`` through a table of one number for each position.
+    The cache is read where it is.
 
     Args:
         q: (B, Lq, Hq, D).
@@ -252,77 +252,15 @@ def flash_attn_with_kvcache(
         q = _rotate(q, rotary_cos, rotary_sin, lens, rotary_interleaved, still)
         k = _rotate(k, rotary_cos, rotary_sin, lens, rotary_interleaved, still=False)
     options["return_lse"] = return_softmax_lse
-    if cache_leftpad is not None:
-        added = 0 if k is None else k.shape[1]
-        lens, block_table, k_cache, v_cache = _from_starts(
-            q.shape[0], cache_leftpad, lens, added, capacity, k_cache, v_cache, cache_batch_idx, block_table
-        )
-    elif cache_batch_idx is not None:
+    if cache_batch_idx is not None:
         block_table = cache_batch_idx[:, None]  # each row of the cache is one page
     result: Any = attention_with_kvcache(
         q.transpose(1, 2), k_cache, v_cache, None if k is None else k.transpose(1, 2),
         None if v is None else v.transpose(1, 2), cache_lens=lens, num_splits=num_splits or None,
+        kv_start=cache_leftpad,
         block_table=None if block_table is None else block_table.to(torch.int32), **options,
     )  # fmt: skip
     return (result[0].transpose(1, 2), result[1]) if return_softmax_lse else result.transpose(1, 2)
-
-
-def _from_starts(
-    batch: int, leftpad: Tensor, lens: int | Tensor, added: int, capacity: int, k_cache: Tensor, v_cache: Tensor,
-    rows: Tensor | None, pages: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """A start per entry without a copy: (lengths from it on, block table, caches) with each position as a page."""
-    if leftpad.shape != (batch,):
-        raise ValueError(f"cache_leftpad.shape: expected (B,) == ({batch},), got {tuple(leftpad.shape)}")
-    lens = lens.long() if isinstance(lens, Tensor) else torch.full_like(leftpad, lens, dtype=torch.int64)
-    _check_starts(leftpad, lens, added, capacity)
-    place = leftpad.long()[:, None] + torch.arange(capacity, device=leftpad.device)
-    place = place.clamp(0, max(capacity - 1, 0))  # beyond the cache nothing is read
-    if pages is not None:
-        size = k_cache.shape[1]
-        row, place = pages.long().gather(1, place // size), place % size
-    else:
-        row = torch.arange(len(leftpad), device=leftpad.device) if rows is None else rows.long()
-        row = row[:, None]
-    step = _positions_between(k_cache)
-    if step != _positions_between(v_cache):
-        raise NotImplementedError("cache_leftpad: expected k_cache and v_cache to lie in memory alike")
-    table = (row * step + place).to(torch.int32)
-    return lens - leftpad, table, _by_position(k_cache, step), _by_position(v_cache, step)
-
-
-def _check_starts(leftpad: Tensor, lens: Tensor, added: int, capacity: int) -> None:
-    """Where the host sees them: before 0 another entry's keys would be read, beyond the length none that exist."""
-    if leftpad.device.type != "cpu":
-        return
-    for entry, (start, length) in enumerate(zip(leftpad.tolist(), lens.tolist(), strict=True)):
-        if not 0 <= length <= capacity - added:
-            raise ValueError(
-                f"cache_seqlens: expected 0 to {capacity - added} (the cache holds {capacity}, {added} are appended), "
-                f"got {lens.tolist()}"
-            )
-        if not 0 <= start <= length:
-            raise ValueError(f"cache_leftpad: expected 0 to the length {length} of entry {entry}, got {start}")
-
-
-def _positions_between(cache: Tensor) -> int:
-    """How many positions further on in memory the next row of the cache, or its next page, begins."""
-    if cache.shape[1] == 1:
-        return 1
-    step, rest = divmod(cache.stride(0), cache.stride(1)) if cache.stride(1) else (0, 1)
-    if rest:
-        raise NotImplementedError(
-            f"cache_leftpad: expected a cache whose rows are whole positions apart, got strides {cache.stride()}"
-        )
-    return step
-
-
-def _by_position(cache: Tensor, step: int) -> Tensor:
-    """The memory of a cache as pages of one position."""
-    rows, size, heads, dim = cache.shape
-    stride = cache.stride(0 if size == 1 else 1)
-    positions = (rows - 1) * step + size if cache.numel() else 0
-    return cache.as_strided((positions, 1, heads, dim), (stride, stride, *cache.stride()[2:]))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, first: int | Tensor, interleaved: bool, still: bool) -> Tensor:

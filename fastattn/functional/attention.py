@@ -18,7 +18,7 @@ Backend = Literal["triton", "cuda", "cpu", "torch", "reference"]
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., q_offset: int | Tensor | None = ...,
-    window: tuple[int | None, int | None] | None = ..., mask: Tensor | None = ...,
+    window: tuple[int | None, int | None] | None = ..., kv_start: Tensor | None = ..., mask: Tensor | None = ...,
     block_mask: BlockMask | None = ..., bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
     scale: float | None = ..., dropout_p: float = ...,
@@ -27,7 +27,7 @@ def attention(
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = ..., q_offset: int | Tensor | None = ...,
-    window: tuple[int | None, int | None] | None = ..., mask: Tensor | None = ...,
+    window: tuple[int | None, int | None] | None = ..., kv_start: Tensor | None = ..., mask: Tensor | None = ...,
     block_mask: BlockMask | None = ..., bias: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
     scale: float | None = ..., dropout_p: float = ...,
@@ -41,6 +41,7 @@ def attention(
     causal: bool = False,
     q_offset: int | Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
+    kv_start: Tensor | None = None,
     mask: Tensor | None = None,
     block_mask: BlockMask | None = None,
     bias: Tensor | None = None,
@@ -68,6 +69,10 @@ def attention(
             lines the last query up with the last key, as a KV cache needs; 0 is PyTorch's ``is_causal``.
         window: (left, right): query i sees key j only if ``i + q_offset - left <= j <= i + q_offset + right``; None
             leaves a side open. Work falls with the window.
+        kv_start: int32 or int64 (B,): entry b sees no key before ``kv_start[b]``, as where prompts are padded on the
+            left; those cost nothing and have gradients 0. On a GPU values are not checked but cut to 0 .. Lk. Positions
+            stay what they are. Where queries are not padded and the first one belongs to the first key that counts, say
+            ``q_offset=kv_start`` too.
         mask: bool, broadcastable to (B, Hq, Lq, Lk); True takes part. Never expanded in memory.
         block_mask: `fastattn.BlockMask` for (B or 1, Hq or 1, Lq, Lk): a mask whose empty tiles cost nothing. What it
             has in common with ``causal`` or ``window`` belongs into it: then those tiles are not visited either.
@@ -97,6 +102,8 @@ def attention(
     if unknown:
         keywords.refuse(attention, unknown)
     if (division := divided.current()) is not None:
+        if kv_start is not None:
+            divided.refuse("kv_start", "a Tensor")
         return division.attention(
             q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, block_mask=block_mask, bias=bias,
             alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
@@ -104,7 +111,7 @@ def attention(
         )  # fmt: skip
     key = None
     if (
-        window is block_mask is bias is alibi_slopes is softcap is sinks is backend is None
+        window is kv_start is block_mask is bias is alibi_slopes is softcap is sinks is backend is None
         and return_lse is False
         and type(dropout_p) is float
         and dropout_p == 0.0
@@ -113,9 +120,9 @@ def attention(
         if out is not None:
             return out
     spec = make_spec(
-        q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, block_mask=block_mask, bias=bias,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
-        return_lse=return_lse,
+        q, k, v, causal=causal, q_offset=q_offset, window=window, kv_start=kv_start, mask=mask,
+        block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
+        dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     out, lse = _run(spec, backend, key)
     if not return_lse:
@@ -148,7 +155,7 @@ def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ..., *,
     seqused_k: Tensor | None = ..., max_seqlen_q: int | Tensor | None = ...,
     max_seqlen_k: int | Tensor | None = ..., causal: bool = ..., q_offset: int | Tensor | None = ...,
-    window: tuple[int | None, int | None] | None = ...,
+    window: tuple[int | None, int | None] | None = ..., kv_start: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
     scale: float | None = ..., dropout_p: float = ...,
     return_lse: Literal[False] = ..., backend: Backend | None = ...,
@@ -158,7 +165,7 @@ def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ..., *,
     seqused_k: Tensor | None = ..., max_seqlen_q: int | Tensor | None = ...,
     max_seqlen_k: int | Tensor | None = ..., causal: bool = ..., q_offset: int | Tensor | None = ...,
-    window: tuple[int | None, int | None] | None = ...,
+    window: tuple[int | None, int | None] | None = ..., kv_start: Tensor | None = ...,
     alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
     scale: float | None = ..., dropout_p: float = ...,
     return_lse: Literal[True], backend: Backend | None = ...,
@@ -176,6 +183,7 @@ def attention_varlen(
     causal: bool = False,
     q_offset: int | Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
+    kv_start: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -201,6 +209,7 @@ def attention_varlen(
             them. The others cost nothing, may be NaN, and have gradients 0. Positions count from what is used.
         max_seqlen_q, max_seqlen_k: taken so that calls written for other packages run; not needed, not read.
         causal, window: as in `attention`, positions counted within each sequence.
+        kv_start: as in `attention`, (sequences,), counted within each sequence.
         q_offset: position of the first query of each sequence: an int, or an integer tensor (sequences,). None lines
             the last query of each sequence up with its last key.
         alibi_slopes: float (Hq,) or (sequences, Hq).
@@ -220,6 +229,8 @@ def attention_varlen(
     if unknown:
         keywords.refuse(attention_varlen, unknown)
     if (division := divided.current()) is not None:
+        if kv_start is not None:
+            divided.refuse("kv_start", "a Tensor")
         return division.attention_varlen(
             q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, causal=causal,
             q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
@@ -227,8 +238,8 @@ def attention_varlen(
         )  # fmt: skip
     spec = varlen_spec(
         q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), seqused_k=seqused_k, causal=causal,
-        q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
-        dropout_p=dropout_p, return_lse=return_lse,
+        q_offset=q_offset, window=window, kv_start=kv_start, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks,
+        scale=scale, dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     out, lse = _run(spec, backend)
     out = out.squeeze(0).transpose(0, 1)  # whose gradient is a view: that of an index is a copy
@@ -262,7 +273,8 @@ def explain_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *,
     seqused_k: Tensor | None = None, max_seqlen_q: int | Tensor | None = None,
     max_seqlen_k: int | Tensor | None = None, causal: bool = False, q_offset: int | Tensor | None = None,
-    window: tuple[int | None, int | None] | None = None, alibi_slopes: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None, kv_start: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     softcap: float | None = None, sinks: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
     return_lse: bool = False, backend: Backend | None = None, **unknown: Any,
 ) -> Explanation:  # fmt: skip
@@ -271,8 +283,8 @@ def explain_varlen(
         keywords.refuse(explain_varlen, unknown)
     spec = varlen_spec(
         q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), seqused_k=seqused_k, causal=causal,
-        q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
-        dropout_p=dropout_p, return_lse=return_lse,
+        q_offset=q_offset, window=window, kv_start=kv_start, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks,
+        scale=scale, dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     return _explain(spec, backend)
 
@@ -285,6 +297,7 @@ def explain(
     causal: bool = False,
     q_offset: int | Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
+    kv_start: Tensor | None = None,
     mask: Tensor | None = None,
     block_mask: BlockMask | None = None,
     bias: Tensor | None = None,
@@ -304,9 +317,9 @@ def explain(
     if unknown:
         keywords.refuse(explain, unknown)
     spec = make_spec(
-        q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, block_mask=block_mask, bias=bias,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
-        return_lse=return_lse,
+        q, k, v, causal=causal, q_offset=q_offset, window=window, kv_start=kv_start, mask=mask,
+        block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
+        dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     return _explain(spec, backend)
 

@@ -10,16 +10,17 @@ from fastattn.functional import divided, keywords, rotary
 from fastattn.functional.attention import Backend
 from fastattn.spec import FLOAT_DTYPES as FLOAT_DTYPES
 from fastattn.spec import QUANTISED as QUANTISED
-from fastattn.spec import CacheSpec, check_flag, make_cache_spec
+from fastattn.spec import UNDIVIDED, CacheSpec, check_flag, make_cache_spec
 
 
 @overload
 def attention_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *,
     cache_lens: int | Tensor, block_table: Tensor | None = ..., cu_seqlens_q: Tensor | None = ..., causal: bool = ...,
-    window: tuple[int | None, int | None] | None = ..., softcap: float | None = ..., alibi_slopes: Tensor | None = ...,
-    sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
-    num_splits: int | None = ..., batch_invariant: bool = ..., backend: Backend | None = ...,
+    window: tuple[int | None, int | None] | None = ..., kv_start: Tensor | None = ..., softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ..., sinks: Tensor | None = ..., scale: float | None = ...,
+    return_lse: Literal[False] = ..., num_splits: int | None = ..., batch_invariant: bool | Literal["rows"] = ...,
+    backend: Backend | None = ...,
     mask: Tensor | None = ..., bias: Tensor | None = ..., mask_start: int | Tensor | None = ...,
     rotary_cos: Tensor | None = ..., rotary_sin: Tensor | None = ..., rotary_interleaved: bool = ...,
     k_scale: Tensor | None = ..., v_scale: Tensor | None = ...,
@@ -28,9 +29,9 @@ def attention_with_kvcache(
 def attention_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = ..., v: Tensor | None = ..., *,
     cache_lens: int | Tensor, block_table: Tensor | None = ..., cu_seqlens_q: Tensor | None = ..., causal: bool = ...,
-    window: tuple[int | None, int | None] | None = ..., softcap: float | None = ..., alibi_slopes: Tensor | None = ...,
-    sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
-    num_splits: int | None = ..., batch_invariant: bool = ..., backend: Backend | None = ...,
+    window: tuple[int | None, int | None] | None = ..., kv_start: Tensor | None = ..., softcap: float | None = ...,
+    alibi_slopes: Tensor | None = ..., sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
+    num_splits: int | None = ..., batch_invariant: bool | Literal["rows"] = ..., backend: Backend | None = ...,
     mask: Tensor | None = ..., bias: Tensor | None = ..., mask_start: int | Tensor | None = ...,
     rotary_cos: Tensor | None = ..., rotary_sin: Tensor | None = ..., rotary_interleaved: bool = ...,
     k_scale: Tensor | None = ..., v_scale: Tensor | None = ...,
@@ -47,6 +48,7 @@ def attention_with_kvcache(
     cu_seqlens_q: Tensor | None = None,
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
+    kv_start: Tensor | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     mask_start: int | Tensor | None = None,
@@ -61,7 +63,7 @@ def attention_with_kvcache(
     v_scale: Tensor | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
-    batch_invariant: bool = False,
+    batch_invariant: bool | Literal["rows"] = False,
     backend: Backend | None = None,
     **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -90,9 +92,11 @@ def attention_with_kvcache(
             cu_seqlens_q[b + 1]`` of q (total_q, Hq, D) and, where it appends, of k (total_q, Hk, D) and v; it may have
             none. Nothing is padded, and the cache is read where it is.
         causal, window, softcap, alibi_slopes, sinks, scale, return_lse: as in `fastattn.attention`.
-        mask: bool, broadcastable to (B, Hq, Lq, W), True takes part. Column c is about key ``mask_start[b] + c``. The
-            last axis does not broadcast: W columns are about W keys. Keys without a column take part; columns without
-            a key are not read.
+        kv_start: as in `fastattn.attention`, (B,): what lies before it in the cache is not read. Positions, also those
+            of rotary tables, count from the begin of the cache.
+        mask: bool, broadcastable to (B, Hq, Lq, W), True takes part. Column c is about key ``mask_start[b] + c``. Keys
+            without a column take part; columns without a key are not read. One column is about all keys, as in
+            `fastattn.attention`; with ``mask_start`` about that key alone.
         bias: float, likewise with a W of its own, added to the scaled scores. Keys without a column get 0.
         mask_start: the key that the first column of ``mask`` and ``bias`` is about: one int for all batch entries, or
             int32 or int64 (B,), which may be negative. None is key 0. With ``cache_lens`` columns begin at the first
@@ -110,7 +114,10 @@ def attention_with_kvcache(
             multiprocessors. It changes rounding alone, and means nothing to other backends.
         batch_invariant: an entry's result has the same bits in every batch size and beside any other entries: how keys
             are divided depends on their number alone. Served by ``"triton"`` and ``"cpu"``; on a GPU a small batch may
-            leave more of it idle. Not with ``cu_seqlens_q``.
+            leave more of it idle. Not with ``cu_seqlens_q``. ``"rows"``: and however many rows are computed with it, so
+            that decode has the bits of prefill, in one piece or in chunks: every row is computed as those of a prompt
+            are, by the kernel of `fastattn.attention`. ``"cpu"`` serves it, ``"reference"`` row by row, and
+            ``"triton"`` over a contiguous cache without ``kv_start``, a window to the left, mask, bias or scales.
         backend: ``"triton"``, ``"cpu"``, ``"torch"``, ``"reference"``; None chooses: on a GPU Triton, on a CPU the
             fused kernels where they are compiled, elsewhere PyTorch's kernel where all lengths are one number known on
             the host and it computes exactly the same, else the reference.
@@ -132,16 +139,16 @@ def attention_with_kvcache(
     if unknown:
         keywords.refuse(attention_with_kvcache, unknown)
     divided.refuse("k_cache", "a KV cache")
-    check_flag("batch_invariant", batch_invariant)
+    _check_invariant(batch_invariant, num_splits)
     spec = make_cache_spec(
-        q, k_cache, v_cache, k, v, mask, bias, mask_start, k_scale, v_scale, cache_lens=cache_lens,
+        q, k_cache, v_cache, k, v, mask, bias, mask_start, k_scale, v_scale, kv_start, cache_lens=cache_lens,
         block_table=block_table, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
     if _turns(rotary_cos, rotary_sin, rotary_interleaved):
         spec = rotary.turn_new(spec, rotary_cos, rotary_sin, rotary_interleaved)
     if batch_invariant:
-        spec = _invariant(spec)
+        spec = _invariant(spec, batch_invariant)
     out, lse = ops.attention_kvcache(spec, backends.choose(spec, backend, batch_invariant))
     if cu_seqlens_q is not None:
         out = out.squeeze(0).transpose(0, 1)
@@ -154,20 +161,20 @@ def attention_with_kvcache(
 def explain_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None, *,
     cache_lens: int | Tensor, block_table: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
-    causal: bool = True, window: tuple[int | None, int | None] | None = None, mask: Tensor | None = None,
-    bias: Tensor | None = None, mask_start: int | Tensor | None = None, softcap: float | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, scale: float | None = None,
-    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None, rotary_interleaved: bool = False,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None, return_lse: bool = False,
-    num_splits: int | None = None, batch_invariant: bool = False,
+    causal: bool = True, window: tuple[int | None, int | None] | None = None, kv_start: Tensor | None = None,
+    mask: Tensor | None = None, bias: Tensor | None = None, mask_start: int | Tensor | None = None,
+    softcap: float | None = None, alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
+    scale: float | None = None, rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    return_lse: bool = False, num_splits: int | None = None, batch_invariant: bool | Literal["rows"] = False,
     backend: Backend | None = None, **unknown: Any,
 ) -> Explanation:  # fmt: skip
     """`explain` for `attention_with_kvcache`, with its arguments. Nothing is written into the caches."""
     if unknown:
         keywords.refuse(explain_with_kvcache, unknown)
-    check_flag("batch_invariant", batch_invariant)
+    _check_invariant(batch_invariant, num_splits)
     spec = make_cache_spec(
-        q, k_cache, v_cache, k, v, mask, bias, mask_start, k_scale, v_scale, cache_lens=cache_lens,
+        q, k_cache, v_cache, k, v, mask, bias, mask_start, k_scale, v_scale, kv_start, cache_lens=cache_lens,
         block_table=block_table, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
@@ -178,7 +185,7 @@ def explain_with_kvcache(
         cos, _ = rotary.check(spec, rotary_cos, rotary_sin)
         also.append(f"rotary_cos {tuple(cos.shape)}{', interleaved' if rotary_interleaved else ''}")
     if batch_invariant:
-        spec = _invariant(spec)
+        spec = _invariant(spec, batch_invariant)
     return backends.explain(spec, backend, batch_invariant, also)
 
 
@@ -195,8 +202,18 @@ INVARIANT_SPLITS = 16
 """Parts of the keys of an entry where their number may not depend on the batch: enough for a batch of few heads."""
 
 
-def _invariant(spec: CacheSpec) -> CacheSpec:
-    """The call whose keys are divided by their own number alone."""
+def _check_invariant(batch_invariant: bool | str, num_splits: int | None) -> None:
+    if batch_invariant != "rows":
+        if not isinstance(batch_invariant, bool):
+            raise TypeError(f"batch_invariant: expected a bool or 'rows', got {batch_invariant!r}")
+    elif num_splits is not None:
+        raise ValueError(f"num_splits: expected None with batch_invariant 'rows', got {num_splits}")
+
+
+def _invariant(spec: CacheSpec, batch_invariant: bool | str) -> CacheSpec:
+    """The call whose keys are divided by their own number alone, or not at all."""
+    if batch_invariant == "rows":
+        return spec._replace(num_splits=UNDIVIDED)
     if spec.cu_seqlens_q is not None:  # the kernel's tiles follow from how many queries an entry has on average
         raise ValueError("batch_invariant: expected False with cu_seqlens_q, got True")
     return spec if spec.num_splits is not None else spec._replace(num_splits=INVARIANT_SPLITS)

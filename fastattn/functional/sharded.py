@@ -97,6 +97,7 @@ def _layout(spec: AttentionSpec) -> _Layout:
     mesh = spec.q.device_mesh
     tensors = {"q": spec.q, "k": spec.k, "v": spec.v, "mask": spec.mask, "bias": spec.bias}
     tensors |= {"alibi_slopes": spec.alibi_slopes, "sinks": spec.sinks, "q_offset": spec.q_offset_tensor}
+    tensors["kv_start"] = spec.kv_start
     for name, x in tensors.items():
         if isinstance(x, DTensor):
             if x.device_mesh != mesh:
@@ -172,7 +173,7 @@ def _own_part(spec: AttentionSpec, layout: _Layout) -> AttentionSpec:
     places = {
         "q": (0, 1), "mask": (0, 1), "bias": (0, 1), "alibi_slopes": (0, 1), "sinks": (None, 0),
         "q_offset_tensor": (0, None), "cu_seqlens_q": (None, None), "cu_seqlens_k": (None, None),
-        "seqused_k": (None, None),
+        "seqused_k": (None, None), "kv_start": (0, None),
     }  # fmt: skip
     changes: dict[str, Any] = {
         name: layout.part(x, *places[name]) for name in places if (x := getattr(spec, name)) is not None

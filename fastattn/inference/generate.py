@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def generate(
     beams: BeamSearch | None = None,
     cache: KVCache | Callable[..., KVCache] = KVCache,
     cuda_graph: bool = True,
-    batch_invariant: bool = False,
+    batch_invariant: bool | Literal["rows"] = False,
 ) -> Generated:
     """Continue each prompt; or, by an encoder-decoder, answer each source.
 
@@ -88,7 +88,9 @@ def generate(
             result's `no_cuda_graph` says why it was not; with beams it never is.
         batch_invariant: attention gives a row the same bits in every batch size, see
             `fastattn.attention_with_kvcache`; a `cache` of yours keeps this. For a `CausalLM`. The linear layers
-            between are PyTorch's, which keeps to no such rule.
+            between are PyTorch's, which keeps to no such rule. ``"rows"``: a token's attention has the same bits in a
+            step as in a prompt, so that with linear layers that keep to the rule the logits of a step are those of a
+            pass over the whole text. On a CPU a step is then not planned as one call.
 
     Returns:
         `Generated`: tokens, their number per row, and scores.
@@ -131,7 +133,7 @@ def stream(
     sampling: Sampling | None = None,
     cache: KVCache | Callable[..., KVCache] = KVCache,
     cuda_graph: bool = True,
-    batch_invariant: bool = False,
+    batch_invariant: bool | Literal["rows"] = False,
 ) -> Iterator[Tensor]:
     """The tokens of `generate` while they are made: one int64 (N,) per step, `pad` in rows that have ended.
 
@@ -162,7 +164,7 @@ def _prepare(
     sampling: Sampling | None,
     cache: KVCache | Callable[..., KVCache],
     cuda_graph: bool,
-    batch_invariant: bool,
+    batch_invariant: bool | Literal["rows"],
 ) -> Decoding:
     origin = getattr(model, "_orig_mod", model)  # of torch.compile
     if not isinstance(origin, (CausalLM, EncoderDecoder)):
@@ -170,9 +172,10 @@ def _prepare(
     device = _input_device(origin, prompt)
     check.integer("max_new_tokens", max_new_tokens, 1)
     check.instance("cuda_graph", cuda_graph, bool)
-    check.instance("batch_invariant", batch_invariant, bool)
+    if batch_invariant != "rows":
+        check.instance("batch_invariant", batch_invariant, bool)
     if batch_invariant and isinstance(origin, EncoderDecoder):
-        raise ValueError("batch_invariant: expected False for an EncoderDecoder, got True")
+        raise ValueError(f"batch_invariant: expected False for an EncoderDecoder, got {batch_invariant!r}")
     prompt, lengths = _check_prompt(prompt, lengths, device)
     vocab_size = origin.head.out_features
     stops = _check_stop(stop, vocab_size, device)
@@ -219,7 +222,8 @@ def _prepare(
             if encode is not None:
                 memory = {"memory": encode(prompt, lengths=lengths), "memory_lengths": lengths}
             made = origin.make_cache(prompt.shape[0], needed, made, **memory)
-        made.batch_invariant |= batch_invariant
+        if made.batch_invariant != "rows":
+            made.batch_invariant = batch_invariant or made.batch_invariant
         return made
 
     no_graph = reason_against(origin, cuda_graph, origin is not model, device, max_new_tokens - 1)

@@ -50,6 +50,8 @@ def reason_against_plan(model: object, cache: KVCache, rows: int) -> str | None:
             return f"{name or 'the model'} has hooks"
         if module._compiled_call_impl is not None:
             return f"{name} is compiled"
+    if cache.batch_invariant == "rows":
+        return "batch_invariant is 'rows'"
     parameters = list(model.parameters())
     if type(cache) not in _CACHES or any(x.dtype != parameters[0].dtype or not x.is_cpu for x in cache.k):
         return "the cache is of another kind"

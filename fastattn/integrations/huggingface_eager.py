@@ -67,6 +67,8 @@ def _allowed(options: dict[str, Any], scores: Tensor) -> Tensor | None:
     i = torch.arange(scores.shape[2], device=scores.device)[:, None] + options["q_offset"]
     j = torch.arange(scores.shape[3], device=scores.device)
     allowed = (j <= i) if options["causal"] else torch.ones_like(j <= i)
+    if options.get("kv_start") is not None:
+        allowed = allowed & (j >= options["kv_start"].view(-1, 1, 1, 1))
     return allowed if window is None else allowed & (j >= i - window[0]) & (j <= i + window[1])
 
 

@@ -88,7 +88,7 @@ class PatternMask(Tensor):
 
     def operands(self) -> dict[str, Any]:
         """Arguments of `fastattn.attention` that say what the mask says."""
-        if self._plain is not None:
+        if self._plain is not None and not ("kv_start" in self._plain and divided.current()):
             return self._plain
         divided.refuse("attention_mask", "padding, or another pattern than causal order and a window")
         if self.shape[2] <= BLOCK:  # one row of tiles: as small as it gets
@@ -149,11 +149,21 @@ def pattern_mask(
         allowed = mask_function(b, h, i + q_offset, j + kv_offset)
         return allowed if padding is None else allowed & padding[b, j + kv_offset]
 
-    plain = _plain(mask_function) if padding is None else None
+    plain = _plain(mask_function)
     if plain is not None:
         plain["q_offset"] = q_offset - kv_offset
+        if padding is not None:
+            starts = _left_padding(padding[:, kv_offset : min(kv_offset + kv_length, q_offset + q_length)])
+            plain = None if starts is None else plain | {"kv_start": starts}
     shape = (batch_size, 1, q_length, kv_length)
     return PatternMask(shape, torch.device(device), predicate, plain)
+
+
+def _left_padding(tokens: Tensor) -> Tensor | None:
+    """Where the tokens of each row of a bool (B, L) begin, if there are none but padding before and none after."""
+    starts = tokens.shape[1] - tokens.sum(1)
+    whole = torch.equal(tokens, torch.arange(tokens.shape[1], device=tokens.device) >= starts[:, None])
+    return starts if whole else None
 
 
 def without_packing(mask_function: Predicate) -> Predicate:

@@ -8,7 +8,7 @@ entry or more, by which a cache that is full raises before anything is written.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class KVCache:
     """
 
     chunk: int | None = None
-    batch_invariant: bool = False
+    batch_invariant: bool | Literal["rows"] = False
     provisional: bool = False
     """Nobody chose the dtype or the device: the first keys do, while the cache is empty."""
 

@@ -80,8 +80,9 @@ def _fold(run: _Run, size: int, dims: Any, call: Any) -> tuple[Any, Any]:
     changes = {
         name: operand(getattr(old, name), getattr(where, name)) for name in ("mask", "bias", "alibi_slopes")
     }  # fmt: skip
-    if old.q_offset_tensor is not None:
-        changes["q_offset_tensor"] = merged(old.q_offset_tensor, where.q_offset_tensor, full=batch)
+    for name in ("q_offset_tensor", "kv_start"):
+        if getattr(old, name) is not None:
+            changes[name] = merged(getattr(old, name), getattr(where, name), full=batch)
     operands: Operands = old._replace(**changes)
     tensors = {}
     for name in call._fields:

@@ -16,7 +16,7 @@ from fastattn.ops.autograd import below_autograd
 from fastattn.ops.direct import DIRECT, Way, way, without_autocast
 from fastattn.ops.implementations import unwritten
 from fastattn.ops.schema import LIBRARY, CacheCall, arguments, cache_results, define, flatten, unflatten
-from fastattn.spec import AttentionSpec, CacheSpec, known
+from fastattn.spec import UNDIVIDED, AttentionSpec, CacheSpec, known
 from fastattn.spec.checks import check_scale_value
 
 APPEND = define(
@@ -60,7 +60,7 @@ def _is_prompt(spec: CacheSpec) -> bool:
     """
     if not (known(spec.length == spec.added) and known(spec.added == spec.q.shape[2])):
         return False
-    if spec.quantised or spec.mask_start is not None:
+    if spec.quantised or spec.mask_start is not None or spec.num_splits == UNDIVIDED:
         return False
     return all(x is None or known(x.shape[3] >= spec.q.shape[2]) for x in (spec.mask, spec.bias))
 
@@ -70,7 +70,7 @@ def _prompt(spec: CacheSpec, k: Tensor, v: Tensor) -> AttentionSpec:
     return AttentionSpec(
         spec.q, k, v, mask=mask, bias=bias, alibi_slopes=spec.alibi_slopes, sinks=spec.sinks, q_offset_tensor=None,
         left=spec.left, right=spec.right, q_offset=0, scale=spec.scale, softcap=spec.softcap, dropout_p=0.0,
-        return_lse=spec.return_lse,
+        return_lse=spec.return_lse, kv_start=spec.kv_start,
     )  # fmt: skip
 
 

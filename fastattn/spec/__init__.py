@@ -1,7 +1,7 @@
 """What a call asks for, validated and normalised once; every backend reads only this."""
 
 from fastattn.spec.attention import AttentionSpec, make_spec
-from fastattn.spec.cache import CacheSpec, make_cache_spec
+from fastattn.spec.cache import UNDIVIDED, CacheSpec, make_cache_spec
 from fastattn.spec.cache_operands import QUANTISED
 from fastattn.spec.checks import FLOAT_DTYPES, check_flag, is_dtensor, known
 from fastattn.spec.operands import Gradients, Inputs, Learned, Operands, Options
@@ -9,6 +9,7 @@ from fastattn.spec.operands import Gradients, Inputs, Learned, Operands, Options
 __all__ = [
     "FLOAT_DTYPES",
     "QUANTISED",
+    "UNDIVIDED",
     "AttentionSpec",
     "CacheSpec",
     "Gradients",

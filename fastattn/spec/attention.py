@@ -15,6 +15,7 @@ from fastattn.spec.checks import (
     check_cu_seqlens,
     check_dropout,
     check_flag,
+    check_kv_start,
     check_per_entry,
     check_qkv,
     check_scale,
@@ -65,6 +66,8 @@ class AttentionSpec(NamedTuple):
     """(B or 1, Hq or 1, Lq, Lk)"""
     seqused_k: Tensor | None = None
     """int (sequences,): how many keys of each packed sequence, its first ones, take part; None is all"""
+    kv_start: Tensor | None = None
+    """int (B,): the key of each batch entry from which on they take part; None is all"""
 
     @property
     def causal(self) -> bool:
@@ -81,7 +84,7 @@ class AttentionSpec(NamedTuple):
         blocks = [] if self.block_mask is None else list(self.block_mask.tensors)
         return Operands(
             self.mask, self.bias, self.alibi_slopes, self.sinks, self.q_offset_tensor, seed, self.cu_seqlens_q,
-            self.cu_seqlens_k, self.seqused_k, blocks,
+            self.cu_seqlens_k, self.seqused_k, self.kv_start, blocks,
         )  # fmt: skip
 
     @property
@@ -109,6 +112,7 @@ def make_spec(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    kv_start: Tensor | None = None,
     block_mask: BlockMask | None = None,
     names: tuple[str, str, str, str, str, str] = ("q", "k", "v", "mask", "bias", "causal"),
 ) -> AttentionSpec:
@@ -147,6 +151,8 @@ def make_spec(
         block_mask = check_block_mask(block_mask, (batch, q_heads, q_len, kv_len), q.device)
     alibi_slopes = check_alibi_slopes(alibi_slopes, q, batch)
     check_sinks(sinks, q)
+    if kv_start is not None:
+        kv_start = check_kv_start(kv_start, batch, q, kv_len)
     offset_tensor = None
     if q_offset is None:
         q_offset = kv_len - q_len if cu_seqlens_q is None else None
@@ -170,7 +176,7 @@ def make_spec(
     scale = check_scale(scale, head_dim)
     return AttentionSpec(
         q, k, v, mask, bias, alibi_slopes, sinks, offset_tensor, left, right, q_offset, scale, softcap, dropout_p,
-        return_lse, cu_seqlens_q, cu_seqlens_k, block_mask, seqused_k,
+        return_lse, cu_seqlens_q, cu_seqlens_k, block_mask, seqused_k, kv_start,
     )  # fmt: skip
 
 

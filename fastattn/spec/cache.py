@@ -15,6 +15,7 @@ from fastattn.spec.checks import (
     check_alibi_slopes,
     check_cu_seqlens,
     check_flag,
+    check_kv_start,
     check_plain,
     check_scale,
     check_sinks,
@@ -26,6 +27,8 @@ from fastattn.spec.checks import (
 )
 
 MAX_SPLITS = 1024
+UNDIVIDED = 0
+"""As `num_splits`: keys are not divided, and each row is computed as those of a prompt are."""
 
 
 class CacheSpec(NamedTuple):
@@ -68,6 +71,8 @@ class CacheSpec(NamedTuple):
     k_scale: Tensor | None = None
     """float32 (), (Hk,) or (pages, slots, Hk): what its numbers are multiplied by; None: not quantised"""
     v_scale: Tensor | None = None
+    kv_start: Tensor | None = None
+    """int (B,): the key of each entry from which on they take part; None is all"""
 
     @property
     def quantised(self) -> bool:
@@ -101,6 +106,7 @@ def make_cache_spec(
     mask_start: int | Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    kv_start: Tensor | None = None,
     *,
     cache_lens: int | Tensor,
     block_table: Tensor | None = None,
@@ -131,7 +137,9 @@ def make_cache_spec(
     if k is not None and v is not None:
         check_written(q, k, v, k_cache, v_cache, k_scale, v_scale)
     if mask is not None or bias is not None or mask_start is not None:
-        mask, bias, mask_start = check_cache_scores(mask, bias, mask_start, q, cu_seqlens_q)
+        mask, bias, mask_start = check_cache_scores(
+            mask, bias, mask_start, q, cu_seqlens_q, cache_capacity(k_cache, block_table)
+        )
     _, _, q_len, head_dim = q.shape
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     added = 0 if k is None else k.shape[2] if cu_seqlens_q is None else None
@@ -152,10 +160,14 @@ def make_cache_spec(
         right = None
     if left is not None and known(left >= capacity - 1):
         left = None
-    lens, length = _lengths(cache_lens, q, cu_seqlens_q, added, left, capacity, block_table, k_cache.shape[0])
+    if kv_start is not None:
+        kv_start = check_kv_start(kv_start, batch, q, capacity)
+    lens, length = _lengths(
+        cache_lens, q, cu_seqlens_q, added, left, kv_start, capacity, block_table, k_cache.shape[0]
+    )  # fmt: skip
     return CacheSpec(
         q, k_cache, v_cache, k, v, alibi_slopes, sinks, lens, block_table, added, length, left, right, scale, softcap,
-        num_splits, return_lse, cu_seqlens_q, mask, bias, mask_start, k_scale, v_scale,
+        num_splits, return_lse, cu_seqlens_q, mask, bias, mask_start, k_scale, v_scale, kv_start,
     )  # fmt: skip
 
 
@@ -262,7 +274,7 @@ def _check_new(
 
 def _lengths(
     cache_lens: int | Tensor, q: Tensor, cu_seqlens_q: Tensor | None, added: int | None, left: int | None,
-    capacity: int, block_table: Tensor | None, pages: int,
+    kv_start: Tensor | None, capacity: int, block_table: Tensor | None, pages: int,
 ) -> tuple[Tensor, int | None]:  # fmt: skip
     """(cache_lens as a tensor, the one length of all batch entries after appending if the host knows it).
 
@@ -293,7 +305,7 @@ def _lengths(
         if queries is not None and news is not None:
             _check_range(values, news, capacity)
             ends = [value + new for value, new in zip(values, news, strict=True)]
-            _check_pages(ends, news, queries, left, block_table, pages, capacity)
+            _check_pages(ends, news, queries, left, kv_start, block_table, pages, capacity)
     if cu_seqlens_q is not None or added is None:
         return lens, None
     if number is not None:
@@ -312,8 +324,8 @@ def _check_range(values: Sequence[int], news: Sequence[int], capacity: int) -> N
 
 
 def _check_pages(
-    ends: Sequence[int], news: Sequence[int], queries: Sequence[int], left: int | None, block_table: Tensor | None,
-    pages: int, capacity: int,
+    ends: Sequence[int], news: Sequence[int], queries: Sequence[int], left: int | None, kv_start: Tensor | None,
+    block_table: Tensor | None, pages: int, capacity: int,
 ) -> None:  # fmt: skip
     """The pages that are read and written exist, and no two entries write into one; the rest may be anything."""
     if block_table is None or not readable(block_table) or not ends or capacity == 0:
@@ -323,6 +335,8 @@ def _check_pages(
     column = torch.arange(block_table.shape[1], device="cpu")
     written = (column >= (end - new).clamp(min=0) // page_size) & (column * page_size < end) & (new > 0)
     first_read = torch.zeros_like(end) if left is None else (end - asking - left).clamp(min=0)
+    if kv_start is not None and readable(kv_start):
+        first_read = torch.maximum(first_read, kv_start[:, None])
     used = written | ((column >= first_read // page_size) & (column * page_size < end) & (asking > 0))
     bad = used & ((block_table < 0) | (block_table >= pages))
     if bad.any():

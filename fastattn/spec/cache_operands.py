@@ -19,9 +19,13 @@ QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def check_cache_scores(
-    mask: Tensor | None, bias: Tensor | None, mask_start: int | Tensor | None, q: Tensor, cu_seqlens_q: Tensor | None
+    mask: Tensor | None, bias: Tensor | None, mask_start: int | Tensor | None, q: Tensor, cu_seqlens_q: Tensor | None,
+    capacity: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(mask, bias) as 4-D views, their last axis as long as they have it; and ``mask_start`` as a tensor, or None."""
+    """(mask, bias) as 4-D views, and ``mask_start`` as a tensor, or None.
+
+    Their last axis is as long as they have it, but one column without ``mask_start`` is about every key.
+    """
     checked = []
     for name, x, dtypes in (("mask", mask, (torch.bool,)), ("bias", bias, FLOAT_DTYPES)):
         if x is not None and cu_seqlens_q is not None:
@@ -29,7 +33,10 @@ def check_cache_scores(
         if isinstance(x, Tensor) and x.ndim == 0:
             raise ValueError(f"{name}.shape: expected at least 1 dimension, the last about keys, got ()")
         columns = x.shape[-1] if isinstance(x, Tensor) else 1
-        checked.append(None if x is None else check_scores(name, x, q, columns, dtypes))
+        view = None if x is None else check_scores(name, x, q, columns, dtypes)
+        if view is not None and columns == 1 and mask_start is None:
+            view = view.expand(-1, -1, -1, capacity)
+        checked.append(view)
     if mask_start is None:
         return checked[0], checked[1], None
     if mask is None and bias is None:

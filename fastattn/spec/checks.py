@@ -28,8 +28,13 @@ def known(condition: bool) -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at: on the CPU, where that does not wait, and not in a trace."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+    """Whether the values of a tensor can be looked at: on the CPU, where that does not wait, not in a trace or vmap."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def is_dtensor(x: Tensor) -> bool:
@@ -181,10 +186,22 @@ def check_integers(name: str, value: Tensor, q: Tensor) -> None:
 
 def check_per_entry(name: str, value: Tensor, batch: int, q: Tensor) -> Tensor:
     """An integer for each of ``batch`` entries, contiguous."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor (B,), got {type(value).__name__}")
     check_integers(name, value, q)
     if value.shape != (batch,):
         raise ValueError(f"{name}.shape: expected (B,) == ({batch},), got {tuple(value.shape)}")
     return value.contiguous()
+
+
+def check_kv_start(kv_start: Tensor, batch: int, q: Tensor, kv_len: int) -> Tensor:
+    """The key of each batch entry from which on they take part, of ``kv_len`` at most."""
+    kv_start = check_per_entry("kv_start", kv_start, batch, q)
+    if readable(kv_start):
+        for entry, start in enumerate(kv_start.tolist()):
+            if not 0 <= start <= kv_len:
+                raise ValueError(f"kv_start: expected 0 to {kv_len}, got {start} for batch entry {entry}")
+    return kv_start
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> Tensor:

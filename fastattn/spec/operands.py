@@ -29,6 +29,8 @@ class Operands(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     seqused_k: Tensor | None = None
     """int (sequences,): how many keys of each packed sequence, its first ones, take part; None is all"""
+    kv_start: Tensor | None = None
+    """int (B,): the keys of a batch entry, or of a packed sequence, from which on they take part; None is all"""
     block_mask: list[Tensor] = []  # noqa: RUF012  (a field's default: nobody appends to it)
     """the tensors of a `fastattn.BlockMask`, or empty"""
 

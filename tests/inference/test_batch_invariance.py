@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import fastattn
 from fastattn import attention_with_kvcache, nn
 from fastattn.backends.cpu import library
+from tests.support.attention_cases import BFLOAT, SINGLE
 
 kernels = pytest.importorskip("fastattn.kernels.decode", reason="the triton package is not installed")
 
@@ -100,6 +101,103 @@ def test_explain_says_so():
     assert why.reasons["torch"] == why.reasons["reference"] == ["the bits of an entry may follow the batch"]
 
 
+# However many rows
+
+
+def one_step_after_another(q, caches, k, v, lens, chunks, **options):
+    """(out, lse) of chunks of rows, each appended to a cache and then computed."""
+    caches, results, at = [x.clone() for x in caches], [], 0
+    for rows in chunks:
+        own = slice(at, at + rows)
+        results.append(
+            attention_with_kvcache(
+                q[:, :, own], *caches, k[:, :, own], v[:, :, own], cache_lens=lens + at, return_lse=True, **options
+            )
+        )
+        at += rows
+    return [torch.cat(x, 2) for x in zip(*results, strict=True)]
+
+
+TERMS = {
+    "plain": {},
+    "window": {"window": (20, 0)},
+    "terms": {"softcap": 3.0, "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, -0.1]), "sinks": torch.randn(4)},
+    "start": {"kv_start": torch.tensor([5, 0])},
+    "pages": {"block_table": torch.randperm(12, dtype=torch.int32).view(2, 6)},
+}
+
+
+CASES = [
+    *(pytest.param("cpu", term, dtype, marks=needs_library) for term in TERMS for dtype in (SINGLE, BFLOAT)),
+    *(("reference", term, SINGLE) for term in TERMS),
+    ("triton", "plain", SINGLE), ("triton", "terms", BFLOAT),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "term", "dtype"), CASES)
+def test_a_decode_step_has_the_bits_of_a_prefill(backend, term, dtype):
+    """One row after the other, in chunks, and all at once: to a cache that holds something and to an empty one."""
+    rows, dim = 150 if backend == "cpu" else 40, 24
+    chunks = [1] * rows if backend == "cpu" else [rows - 8, 6, 1, 1]  # the others take their time
+    q, k, v = (torch.randn(2, n, rows, dim, dtype=dtype) for n in (4, 2, 2))
+    shape = (12, 32, 2, dim) if term == "pages" else (2, 192, 2, dim)
+    caches = [torch.randn(shape, dtype=dtype) for _ in "kv"]
+    options = {"backend": backend, "batch_invariant": "rows", **TERMS[term]}
+    for lens in ([40, 3], [0, 0])[: 1 if backend == "triton" else 2]:
+        run = functools.partial(
+            one_step_after_another, q, caches, k, v, torch.tensor(lens, dtype=torch.int32), **options
+        )
+        for part, expected in zip(run(chunks), run([rows]), strict=True):
+            assert torch.equal(part, expected)
+
+
+@needs_library
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_it_is_attention_without_a_cache_too(backend):
+    q, k, v = torch.randn(1, 4, 70, 16), *torch.randn(2, 1, 2, 70, 16)
+    caches = [torch.empty(1, 90, 2, 16) for _ in "kv"]
+    options = {"backend": backend, "batch_invariant": "rows"}
+    out, _ = one_step_after_another(q, caches, k, v, torch.zeros(1, dtype=torch.int32), [64, 5, 1], **options)
+    assert torch.equal(out, fastattn.attention(q, k, v, causal=True, backend=backend))
+
+
+@needs_library
+def test_by_default_a_step_has_other_bits():
+    """What the option is for: without it the test above would fail."""
+    q, k, v = (torch.randn(1, n, 300, 64) for n in (4, 2, 2))
+    caches, lens = [torch.empty(1, 300, 2, 64) for _ in "kv"], torch.zeros(1, dtype=torch.int32)
+    run = functools.partial(one_step_after_another, q, caches, k, v, lens, backend="cpu")
+    assert not torch.equal(run([299, 1])[0], run([300])[0])
+
+
+def test_rows_are_explained_and_refused():
+    q, cache = torch.randn(2, 4, 1, 16), torch.randn(2, 8, 2, 16)
+    table = torch.zeros(2, 4, dtype=torch.int32)
+    why = fastattn.explain_with_kvcache(
+        q, cache, cache, cache_lens=4, batch_invariant="rows", backend="reference"
+    )  # fmt: skip
+    assert why.call.endswith("scale 0.25, keys not divided, batch_invariant 'rows'")
+    assert why.reasons["torch"] == ["the bits of a row may follow the others"]
+    given = functools.partial(attention_with_kvcache, q, cache, cache, cache_lens=4)
+    for options, error, text in (
+        ({"batch_invariant": "row"}, TypeError, "batch_invariant: expected a bool or 'rows', got 'row'"),
+        ({"batch_invariant": "rows", "num_splits": 2}, ValueError, "num_splits: expected None with batch_invariant"),
+        (
+            {"batch_invariant": "rows", "backend": "torch"},
+            ValueError,
+            "expected False with backend 'torch', got 'rows'",
+        ),
+        ({"batch_invariant": "rows", "backend": "triton", "block_table": table}, ValueError, "without block_table"),
+        (
+            {"batch_invariant": "rows", "backend": "triton", "window": (3, 0)},
+            ValueError,
+            "without a window to the left",
+        ),
+    ):
+        with pytest.raises(error, match=text):
+            given(**options)
+
+
 class RowByRow(torch.nn.Linear):
     """PyTorch's product of one row at a time: of more it may add up in another order."""
 
@@ -131,6 +229,25 @@ def test_generate(cache, length):
         part = run(prompts[rows])
         assert torch.equal(part.tokens, everything.tokens[rows])
         assert torch.equal(part.scores, everything.scores[rows])
+
+
+@needs_library
+@pytest.mark.parametrize("cache", CACHES, ids=["static", "growing", "pages"])
+def test_steps_have_the_logits_of_one_pass(cache):
+    """Greedy: each token's score is, bit for bit, that of a pass over the text that came out."""
+    model, prompts = make_model(), torch.randint(50, (3, 40))
+    run = functools.partial(fastattn.generate, model, prompts, cache=cache)
+    made = run(9, batch_invariant="rows")
+    text = torch.cat([prompts, made.tokens], 1)
+    whole = model.make_cache(3, 49, cache)
+    whole.batch_invariant = "rows"
+    with torch.no_grad():
+        logits = model(text, cache=whole)[:, 39:-1]
+    scores = logits.new_zeros(3)
+    for step, own in enumerate(logits.unbind(1)):
+        assert torch.equal(own.argmax(1), made.tokens[:, step])
+        scores += own.gather(1, made.tokens[:, step, None]).squeeze(1) - own.logsumexp(1)
+    assert torch.equal(scores, made.scores)
 
 
 @needs_library

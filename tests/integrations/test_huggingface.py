@@ -384,10 +384,23 @@ PATTERNS = {
     "static cache": ({"q_offset": torch.tensor(4), "kv_length": 260}, {"causal", "q_offset"}),
     "one query": ({"q_length": 1, "q_offset": torch.tensor(4)}, {"causal", "q_offset"}),
     "no padding": ({"attention_mask": torch.ones(2, 200, dtype=torch.bool)}, {"causal", "q_offset"}),
-    "left padding": ({"attention_mask": PADDED}, {"block_mask"}),
+    "left padding": ({"attention_mask": PADDED}, {"causal", "q_offset", "kv_start"}),
+    "left padding and a window": (
+        {"attention_mask": PADDED, "window": 9},
+        {"causal", "q_offset", "window", "kv_start"},
+    ),
+    "left padding in a sliding cache": (
+        {"q_length": 3, "q_offset": 197, "kv_offset": 20, "kv_length": 180, "attention_mask": PADDED},
+        {"causal", "q_offset", "kv_start"},
+    ),
+    "padding in the middle": ({"attention_mask": PADDED & (torch.arange(200) != 100)}, {"block_mask"}),
     "right padding": ({"attention_mask": PADDED.flip(1), "window": 9}, {"block_mask"}),
-    "padding of a step": ({"q_length": 1, "q_offset": 199, "attention_mask": PADDED}, {"mask"}),
-    "padding shorter than a cache": ({"kv_length": 260, "attention_mask": PADDED}, {"block_mask"}),
+    "padding of a step": (
+        {"q_length": 1, "q_offset": 199, "attention_mask": PADDED},
+        {"causal", "q_offset", "kv_start"},
+    ),
+    "right padding of a step": ({"q_length": 1, "q_offset": 199, "attention_mask": PADDED.flip(1)}, {"mask"}),
+    "padding shorter than a cache": ({"kv_length": 260, "attention_mask": PADDED}, {"causal", "q_offset", "kv_start"}),
     "packed": ({"packed": PACKED}, {"block_mask"}),
     "packed with a window": ({"packed": PACKED, "window": 9}, {"block_mask"}),
 }

@@ -46,8 +46,8 @@ def mask_of(padding=None, packed=None, window=None):
 PADDED = torch.arange(LENGTH) >= torch.tensor([[0], [700]])
 PACKED = torch.cat([torch.arange(400), torch.arange(624)]).expand(2, -1)
 BLOCK_MASKS = {
-    "left padding": {"padding": PADDED},
-    "left padding and a window": {"padding": PADDED, "window": 200},
+    "right padding": {"padding": PADDED.flip(1)},
+    "right padding and a window": {"padding": PADDED.flip(1), "window": 200},
     "packed": {"packed": PACKED},
     "packed with a window": {"packed": PACKED, "window": 60},
 }
@@ -60,16 +60,29 @@ def test_no_tile_is_visited_that_is_not_needed(name):
     assert 1 - mask.operands()["block_mask"].sparsity <= MOST * needed < 0.6
 
 
+ARGUMENTS = {
+    "window": ({"window": 200}, {"causal", "q_offset", "window"}),
+    "left padding": ({"padding": PADDED}, {"causal", "q_offset", "kv_start"}),
+    "left padding and a window": (
+        {"padding": PADDED, "window": 200}, {"causal", "q_offset", "window", "kv_start"}
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("first", [0, 512, 896])
-def test_no_key_outside_the_tiles_of_a_window_is_read(device, backend, first):
-    """A window is an argument of the operator: in tiles that hold nothing for these queries keys may be anything."""
-    mask, dense = mask_of(window=200)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_no_key_outside_the_needed_tiles_is_read(device, backend, name, first):
+    """Windows and left padding are arguments of the operator: in tiles that hold nothing for these queries keys may be
+    anything."""
+    given, arguments = ARGUMENTS[name]
+    mask, dense = mask_of(**given)
     operands = mask.operands()
-    assert set(operands) == {"causal", "q_offset", "window"}
-    unseen = ~tiles(dense)[0, first // TILE].repeat_interleave(TILE)
-    assert unseen.double().mean() > 0.5
+    assert set(operands) == arguments
+    needed = tiles(dense)[:, first // TILE]
+    assert needed.double().mean() < 0.75
+    unseen = ~needed.repeat_interleave(TILE, 1)[:, None].expand(2, len(dense) // len(needed), LENGTH).to(device)
     q, k, v = (torch.randn(2, 1, n, 16, device=device) for n in (TILE, LENGTH, LENGTH))
-    k[:, :, unseen] = v[:, :, unseen] = torch.nan
+    k[unseen] = v[unseen] = torch.nan
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = fastattn.attention(*leaves, **operands | {"q_offset": first}, backend=backend)
     gradients = torch.autograd.grad(out.sum(), leaves)

@@ -58,6 +58,7 @@ BOOLEAN = torch.ones(LQ, LK, dtype=torch.bool)
 # What `attention` and its relatives share.
 FLAG = [1, "yes", None]
 NUMBER = ["1", normal(1)]
+KV_START = [3, [0, 0], torch.zeros(B), torch.zeros(B + 1, dtype=torch.int64), torch.full((B,), 99)]
 WINDOW = [3, (1,), (1, 2, 3), ("a", None), (1.5, None), (True, None)]
 SOFTCAP = [*NUMBER, 0.0, -1.0, NAN, INF, True]
 HEADS = [normal(HQ + 1), normal(B + 1, HQ), torch.ones(HQ, dtype=torch.int32), torch.randn(HQ, device="meta"), 0.5]
@@ -67,6 +68,7 @@ SHARED = {
     "causal": FLAG,
     "q_offset": [1.5, "end", torch.zeros(B), torch.zeros(B + 1, dtype=torch.int64), True],
     "window": WINDOW,
+    "kv_start": KV_START,
     "alibi_slopes": HEADS,
     "softcap": SOFTCAP,
     "sinks": HEADS,
@@ -130,6 +132,7 @@ WRONG = {
         "batch_invariant": FLAG,
         "causal": FLAG,
         "window": WINDOW,
+        "kv_start": KV_START,
         "mask": [BOOLEAN[:1].float(), BOOLEAN[:2], BOOLEAN[None, None, None], "causal", BOOLEAN[:1].to("meta")],
         "bias": [BOOLEAN[:1], normal(LQ, LK), 1.0, normal(1, LK).to("meta"), BOOLEAN.float().to_sparse()],
         "mask_start": [3, torch.tensor([3, 4]), "3"],

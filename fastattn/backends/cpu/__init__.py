@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.cpu import library, packing
-from fastattn.spec import AttentionSpec, CacheSpec, Gradients, Operands, Options
+from fastattn.spec import UNDIVIDED, AttentionSpec, CacheSpec, Gradients, Operands, Options
 from fastattn.spec.cache_operands import dequantised, over_keys
 
 _WIDEST = 1 << 16
@@ -98,7 +98,7 @@ def kv_cache_append(
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """Fill ``out`` (B, Hq, Lq, Dv), any strides, and ``lse`` (B, Hq, Lq), contiguous.
 
-    ``spec.num_splits`` means nothing here: the keys are divided by shapes and lengths.
+    The keys are divided by shapes and lengths, whatever ``spec.num_splits``, unless it is `UNDIVIDED`.
     """
     q_len = spec.q.shape[2]
     lens, shortest, longest, starts = spec.lens, q_len, q_len, packing.int32(spec.cu_seqlens_q)
@@ -106,7 +106,7 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
         queries = starts.diff()
         shortest, longest = (int(x) for x in queries.aminmax())
         lens = lens if spec.added is not None else lens + queries
-    least = packing.least_tall(spec)
+    least = 0 if spec.num_splits == UNDIVIDED else packing.least_tall(spec)
     if longest >= least:
         attend = _attend_tall
         if spec.k_scale is not None or spec.mask is not None or spec.bias is not None:
@@ -148,7 +148,7 @@ def _attend_tall(out: Tensor, lse: Tensor, spec: CacheSpec, lens: Tensor, least:
     table, (pages, page_size, _) = packing.pages_of(spec.k_cache, spec.block_table)
     operands = Operands(
         alibi_slopes=spec.alibi_slopes, sinks=spec.sinks, cu_seqlens_q=spec.cu_seqlens_q,
-        seqused_k=lens.clamp(0, capacity),
+        seqused_k=lens.clamp(0, capacity), kv_start=spec.kv_start,
     )  # fmt: skip
     options = Options(spec.left, spec.right, None, spec.scale, spec.softcap)
     statistics = lse.new_empty((2, *lse.shape))
@@ -177,7 +177,7 @@ def _attend_tall_by_entry(out: Tensor, lse: Tensor, spec: CacheSpec, lens: Tenso
         )
         operands = Operands(
             over_keys(mask, starts[entry], length, True), over_keys(bias, starts[entry], length, 0.0), slopes,
-            spec.sinks,
+            spec.sinks, kv_start=None if spec.kv_start is None else spec.kv_start[one],
         )  # fmt: skip
         options = Options(spec.left, spec.right, length - (end - first), spec.scale, spec.softcap)
         batch = one if spec.cu_seqlens_q is None else slice(None)

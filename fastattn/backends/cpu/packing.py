@@ -21,9 +21,9 @@ _CACHE_DTYPES = {torch.int8: 4, torch.float8_e4m3fn: 5}
 
 # The structs of the interface: every field has 8 bytes.
 ATTENTION = struct.Struct("@2q20q2q8q3q3d")
-OPERANDS = struct.Struct("@10q5q3q3q3q1q6q2q5q")
+OPERANDS = struct.Struct("@10q5q3q3q4q1q6q2q5q")
 GRADIENTS = struct.Struct("@5q1q15q3q")
-DECODE = struct.Struct("@2q20q8q6q3q3q2d4q")
+DECODE = struct.Struct("@2q20q8q6q3q3q2d5q")
 APPEND = struct.Struct("@2q20q4q5q3q2q")
 SCORE_TERMS = struct.Struct("@10q3q1q")
 QUANTISED = struct.Struct("@1q10q1q2q")
@@ -58,13 +58,13 @@ def pack_operands(
 
     ``cache``: the last five fields of the struct.
     """
-    mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, seqused_k, blocks = operands
+    mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, seqused_k, kv_start, blocks = operands
     if not blocks and all(x is None for x in operands[:-1]):
         return None, []
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     slopes = None if slopes is None else in_compute_dtype(slopes, compute)
     sinks = None if sinks is None else in_compute_dtype(sinks, compute)
-    q_offset = None if q_offset is None else q_offset.to(torch.int64).contiguous()
+    q_offset, kv_start = _int64(q_offset), _int64(kv_start)
     cu_seqlens_q, cu_seqlens_k, seqused_k = map(int32, (cu_seqlens_q, cu_seqlens_k, seqused_k))
     blocks = [x.contiguous() for x in blocks]
     table = blocks[4] if blocks else None
@@ -74,10 +74,10 @@ def pack_operands(
         *((0,) * 4 if bias is None else bias.shape), _address(slopes),
         0 if slopes is None or slopes.shape[0] == 1 else slopes.shape[1], _address(sinks), _address(q_offset),
         _address(seed), dropout_origin, _address(cu_seqlens_q), _address(cu_seqlens_k), _address(seqused_k),
-        0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        _address(kv_start), 0 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
         *(map(_address, blocks) if blocks else (0,) * 6), *((0, 0) if table is None else table.shape[:2]), *cache,
     )  # fmt: skip
-    tensors = (mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    tensors = (mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, seqused_k, kv_start)
     return packed, [x for x in tensors if x is not None] + blocks
 
 
@@ -125,6 +125,7 @@ def pack_decode(
     slopes = None if spec.alibi_slopes is None else in_compute_dtype(spec.alibi_slopes, lse.dtype)
     sinks = None if spec.sinks is None else in_compute_dtype(spec.sinks, lse.dtype)
     q, k_cache, v_cache = spec.q, spec.k_cache, spec.v_cache
+    kv_start = _int64(spec.kv_start)
     terms = quantised = None
     terms_address = address = 0
     if spec.mask is not None or spec.bias is not None:
@@ -137,15 +138,15 @@ def pack_decode(
         _address(slopes), 0 if slopes is None or slopes.shape[0] == 1 else q_heads, _address(sinks), DTYPES[q.dtype],
         spec.entries, q_heads, kv_heads, q_len, head_dim, v_dim, *pages, spec.added or 0, _side(spec.left),
         _side(spec.right), spec.scale, spec.softcap or 0.0, _address(starts), least_tall(spec) - 1,
-        terms_address, address,
+        terms_address, address, _address(kv_start),
     )  # fmt: skip
-    return packed, (lens, starts, table, slopes, sinks, terms, quantised)
+    return packed, (lens, starts, table, slopes, sinks, terms, quantised, kv_start)
 
 
 def _pack_score_terms(spec: CacheSpec) -> tuple[int, tuple[Any, ...]]:
     """(address of the struct of mask and bias, what it lies in and points to)."""
     mask, bias = spec.mask, spec.bias
-    start = None if spec.mask_start is None else spec.mask_start.to(torch.int64).contiguous()
+    start = _int64(spec.mask_start)
     packed = SCORE_TERMS.pack(
         *_view(mask), *_view(bias), 0 if mask is None else mask.shape[3],
         0 if bias is None else bias.shape[3], 0 if bias is None else DTYPES[bias.dtype], _address(start),
@@ -209,6 +210,10 @@ def _address(tensor: Tensor | None) -> int:
 
 def _side(side: int | None) -> int:
     return _OPEN if side is None else side
+
+
+def _int64(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int64).contiguous()
 
 
 def int32(x: Tensor | None) -> Tensor | None:

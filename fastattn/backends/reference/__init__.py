@@ -46,7 +46,8 @@ def attention(
     alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, q_offset_tensor: Tensor | None = None,
     seed: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
     block_mask: list[Tensor] | None = None, *,
-    seqused_k: Tensor | None = None, left: int | None = None, right: int | None = None, q_offset: int | None = 0,
+    seqused_k: Tensor | None = None, kv_start: Tensor | None = None, left: int | None = None,
+    right: int | None = None, q_offset: int | None = 0,
     scale: float, softcap: float | None = None, dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`definition.attention` with its groups spelled out. Returns (out, lse), differentiable to any order.
@@ -64,6 +65,7 @@ def attention(
         cu_seqlens_q,
         cu_seqlens_k,
         seqused_k,
+        kv_start,
         block_mask or [],
     )
     return definition.attention(q, k, v, operands, Options(left, right, q_offset, scale, softcap, dropout_p))

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastattn.backends.reference.definition import cut, cut_scores, grouped_matmul, positions, scores
 from fastattn.backends.reference.dropout import dropout_keep, keep_scale
 from fastattn.backends.reference.packed import packed_sequences
+from fastattn.spec.checks import readable
 from fastattn.spec.operands import Gradients, Inputs, Operands, Options
 
 # Scores held at once: 4M float32 values, 16 MiB.
@@ -67,10 +68,12 @@ def blocks(
 def visible_keys(rows: tuple[int, int], kv_len: int, operands: Operands, options: Options) -> tuple[int, int]:
     """The keys that some of these rows see, as far as one offset for the whole batch tells."""
     start, end = 0, kv_len
+    if operands.kv_start is not None and operands.kv_start.numel() and readable(operands.kv_start):
+        start = min(max(int(operands.kv_start.min()), 0), kv_len)
     if operands.q_offset_tensor is None:
         assert options.q_offset is not None
         if options.left is not None:
-            start = min(max(rows[0] + options.q_offset - options.left, 0), kv_len)
+            start = min(max(rows[0] + options.q_offset - options.left, start), kv_len)
         if options.right is not None:
             end = max(min(rows[1] + options.q_offset + options.right, kv_len), start)
     return start, end

@@ -7,8 +7,8 @@ For query row ``i`` at absolute position ``x = i + q_offset`` and key ``j``::
     o_i     = sum_j dropout(p)[i, j] v_j
 
 ``cap(s) = softcap * tanh(s / softcap)``, and each term only where it is asked for. ``allowed`` is the AND of
-``mask[i, j]`` and ``x - left <= j <= x + right``; causal is right = 0. A row with nothing allowed, and no sink, gives
-output 0, lse -inf and gradients 0.
+``mask[i, j]``, ``j >= kv_start`` and ``x - left <= j <= x + right``; causal is right = 0. A row with nothing allowed,
+and no sink, gives output 0, lse -inf and gradients 0.
 """
 
 import torch
@@ -65,14 +65,15 @@ def scores(
         s = tanh * options.softcap
     if operands.bias is not None:
         s = s + operands.bias.to(s.dtype)
-    distance = positions(row, q.shape[2], operands, options, q.device) - torch.arange(
-        key, key + k.shape[2], device=q.device
-    )
+    keys = torch.arange(key, key + k.shape[2], device=q.device)
+    distance = positions(row, q.shape[2], operands, options, q.device) - keys
     if operands.alibi_slopes is not None:
         far = distance.abs() if nearest is None else distance.abs() - nearest
         s = s - operands.alibi_slopes.to(s.dtype)[:, :, None, None] * far.to(s.dtype)
     if operands.mask is not None:
         s = s.masked_fill(~operands.mask, -torch.inf)
+    if operands.kv_start is not None:
+        s = s.masked_fill(keys < operands.kv_start.view(-1, 1, 1, 1), -torch.inf)
     if options.right is not None:
         s = s.masked_fill(distance < -options.right, -torch.inf)
     if options.left is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.reference.blockwise import forward
-from fastattn.spec.cache import CacheSpec, cache_capacity
+from fastattn.spec.cache import UNDIVIDED, CacheSpec, cache_capacity
 from fastattn.spec.cache_operands import QUANTISED, dequantised, over_keys
 from fastattn.spec.operands import Operands, Options
 
@@ -81,11 +81,13 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """Fill ``out`` and ``lse``: `forward` over the ``lens[b] + added`` cached keys of each batch entry.
 
     All of them at once where they have the same ``length``, known to the host, and no block table. Otherwise the
-    lengths are read on the host, which on a GPU waits for them. ``num_splits`` means nothing here.
+    lengths are read on the host, which on a GPU waits for them. Of ``num_splits`` `UNDIVIDED` alone means something
+    here: entries and rows are computed one by one, since of more PyTorch's products may add up in another order.
     """
     capacity, slopes, length = spec.capacity, spec.alibi_slopes, spec.length
     packed = None if spec.cu_seqlens_q is None else list(itertools.pairwise(spec.cu_seqlens_q.tolist()))
-    if length is not None and spec.block_table is None and spec.mask_start is None:
+    undivided = spec.num_splits == UNDIVIDED
+    if length is not None and spec.block_table is None and spec.mask_start is None and not undivided:
         parts = [(slice(0, spec.entries), min(max(length, 0), capacity))]
     else:
         added = spec.added if packed is None else [end - first if spec.added is None else 0 for first, end in packed]
@@ -103,11 +105,17 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
             over_keys(x if x is None or x.shape[0] == 1 else x[entries], start, n, outside)
             for x, outside in ((spec.mask, True), (spec.bias, 0.0))
         )
+        own_start = None if spec.kv_start is None else spec.kv_start[entries]
         own_slopes = slopes if slopes is None or slopes.shape[0] == 1 else slopes[entries]
-        in_memory, rows = (entries, slice(None)) if packed is None else (slice(None), slice(*packed[entries.start]))
-        own_q = spec.q[in_memory, :, rows]
-        forward(
-            out[in_memory, :, rows], lse[in_memory, :, rows], statistics[:, in_memory, :, rows], own_q, k, v,
-            Operands(mask=mask, bias=bias, alibi_slopes=own_slopes, sinks=spec.sinks),
-            Options(spec.left, spec.right, n - own_q.shape[2], spec.scale, spec.softcap),
-        )  # fmt: skip
+        in_memory = entries if packed is None else slice(None)
+        first, end = (0, spec.q.shape[2]) if packed is None else packed[entries.start]
+        step = 1 if undivided else max(end - first, 1)
+        for row in range(first, end, step):
+            rows = slice(row, row + step)
+            own_mask, own_bias = (x if x is None or x.shape[2] == 1 else x[:, :, rows] for x in (mask, bias))
+            forward(
+                out[in_memory, :, rows], lse[in_memory, :, rows], statistics[:, in_memory, :, rows],
+                spec.q[in_memory, :, rows], k, v,
+                Operands(own_mask, own_bias, own_slopes, spec.sinks, kv_start=own_start),
+                Options(spec.left, spec.right, n - (end - row), spec.scale, spec.softcap),
+            )  # fmt: skip

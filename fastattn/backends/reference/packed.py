@@ -25,7 +25,7 @@ def packed_sequences(operands: Operands, options: Options) -> Iterator[PackedSeq
     if operands.seqused_k is not None:
         used = zip(keys, operands.seqused_k.tolist(), strict=True)
         keys = [(start, start + min(max(count, 0), end - start)) for (start, end), count in used]
-    slopes, offsets = operands.alibi_slopes, operands.q_offset_tensor
+    slopes, offsets, kv_start = operands.alibi_slopes, operands.q_offset_tensor, operands.kv_start
     for number, ((row, row_end), (key, key_end)) in enumerate(zip(rows, keys, strict=True)):
         own = slice(number, number + 1)
         q_offset = (key_end - key) - (row_end - row) if options.q_offset is None else options.q_offset
@@ -38,6 +38,7 @@ def packed_sequences(operands: Operands, options: Options) -> Iterator[PackedSeq
                 sinks=operands.sinks,
                 q_offset_tensor=None if offsets is None else offsets[own],
                 seed=operands.seed,
+                kv_start=None if kv_start is None else kv_start[own],
             ),
             options._replace(q_offset=q_offset),
         )
