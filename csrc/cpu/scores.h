@@ -70,7 +70,9 @@ class Scores {
       const uint8_t* keep = block + row % kKeys * kKeys;
       for (int i = low; i < high; i++) s[i] = keep[i] ? s[i] : -kInfinity<T>;
     }
-    forbid_outside(s, begin, low, high, end);
+    if (o_.bias.data == nullptr) return forbid_outside(s, begin, low, high, end);
+    for (int i = begin; i < low; i++) s[i] = -kInfinity<T>;  // a bias has stored part of a vector
+    for (int i = high; i < end; i++) s[i] = -kInfinity<T>;
   }
 
   // Starts loading what `finish_scores` will read of a block of keys, if there are such keys: rows of a bias or a mask are too far apart for the processor to foresee.
