@@ -27,7 +27,7 @@ EXPECTED = {
     "memory": {"fastattn", "sdpa-flash", "sdpa-math", "torch"},
     "overhead": {"fastattn", "sdpa", "torch"},
     "launch": {"fastattn", "triton-binder", "torch"},
-    "cpu": {"fastattn", "sdpa", "torch", "read"},
+    "cpu": {"fastattn", "sdpa", "torch", "read", "unquantised"},
     "scaling": {"torch", "ring", "all_gather", "ulysses", "ring, heads by 8", "all_gather, heads by 8"},
 }
 

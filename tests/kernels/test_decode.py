@@ -560,6 +560,6 @@ def test_opcheck(page, backend, device):
     new = problem.k, problem.v
     append = torch.ops.fastattn.kv_cache_append.default
     torch.library.opcheck(append, (*caches, *new, problem.lens, problem.table, None, None, None, backend))
-    args = (None, None, problem.lens, problem.table, 2, None, 9, 0, 0.25, 5.0, 2, True, *[None] * 6, backend)
+    args = (None, None, problem.lens, problem.table, 2, None, 9, 0, 0.25, 5.0, 2, True, *[None] * 7, backend)
     attend = torch.ops.fastattn.attention_kvcache.default
     torch.library.opcheck(attend, (problem.q, *caches, *new, *args))

@@ -218,7 +218,7 @@ def test_opcheck(device, backend):
         1,
         True,
         problem.starts,
-        *[None] * 5,
+        *[None] * 6,
         backend,
     )
     torch.library.opcheck(torch.ops.fastattn.attention_kvcache.default, (q, *caches, k, v, *args))

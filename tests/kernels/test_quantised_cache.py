@@ -204,5 +204,5 @@ def test_opcheck(kind):
     append, attend = torch.ops.fastattn.kv_cache_append.default, torch.ops.fastattn.attention_kvcache.default
     torch.library.opcheck(append, (*tensors, lens, None, None, *scales, "cpu"))
     terms = torch.rand(1, 1, 2, 9) < 0.5, torch.randn(1, 4, 2, 9), lens
-    args = (None, None, lens, None, 2, None, 9, 0, 0.25, 5.0, 2, True, None, *terms, *scales, "cpu")
+    args = (None, None, lens, None, 2, None, 9, 0, 0.25, 5.0, 2, True, None, *terms, *scales, None, "cpu")
     torch.library.opcheck(attend, (problem.q, *tensors, *args))

@@ -32,11 +32,11 @@ SEED = torch.tensor([5])
 BLOCKS = fastattn.BlockMask.from_mask(torch.rand(33, 47) > 0.3).tensors
 NO_OPERANDS = (None,) * 5  # mask to offsets, before the seed and the packed sequences
 OPTIONS = {
-    "plain": (*NO_OPERANDS, None, None, None, None, [], None, None, 0, 0.25, None, 0.0),
-    "causal": (*NO_OPERANDS, None, None, None, None, [], None, 0, 14, 0.25, None, 0.0),
-    "window, softcap, dropout": (*NO_OPERANDS, SEED, None, None, None, [], 9, 3, 14, 0.25, 5.0, 0.3),
-    "offsets": (*NO_OPERANDS[1:], torch.tensor([3, 20]), None, None, None, None, [], None, 0, 0, 0.25, None, 0.0),
-    "block mask": (*NO_OPERANDS, None, None, None, None, list(BLOCKS), None, None, 0, 0.25, None, 0.0),
+    "plain": (*NO_OPERANDS, None, None, None, None, None, [], None, None, 0, 0.25, None, 0.0),
+    "causal": (*NO_OPERANDS, None, None, None, None, None, [], None, 0, 14, 0.25, None, 0.0),
+    "window, softcap, dropout": (*NO_OPERANDS, SEED, None, None, None, None, [], 9, 3, 14, 0.25, 5.0, 0.3),
+    "offsets": (*NO_OPERANDS[1:], torch.tensor([3, 20]), None, None, None, None, None, [], None, 0, 0, 0.25, None, 0.0),
+    "block mask": (*NO_OPERANDS, None, None, None, None, None, list(BLOCKS), None, None, 0, 0.25, None, 0.0),
 }
 
 
@@ -52,7 +52,7 @@ def test_opcheck_with_every_operand():
     q, k, v = qkv()
     mask, bias, slopes, sinks = operands().values()
     args = (
-        q, k, v, mask, bias, slopes[None].detach(), sinks, None, SEED, None, None, None, list(BLOCKS),
+        q, k, v, mask, bias, slopes[None].detach(), sinks, None, SEED, None, None, None, None, list(BLOCKS),
         9, 3, 14, 0.25, 5.0, 0.3, "reference",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastattn.attention_forward.default, args)
