@@ -35,7 +35,7 @@ WITHOUT = "fastattn is installed without its CPU kernels, PyTorch's serve instea
 CPU_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread"]
 # Compiled once for each instruction set, into a namespace of its own; without the C++ library, whose inline functions
 # the linker would merge across instruction sets.
-ENGINE_SOURCES = ("forward.cpp", "backward.cpp", "decode.cpp", "linear.cpp", "rows.cpp")
+ENGINE_SOURCES = ("forward.cpp", "backward.cpp", "decode.cpp", "linear.cpp", "rows.cpp", "layers.cpp")
 ENGINE_FLAGS = ["-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]

@@ -297,5 +297,29 @@ inline void check_dropout(Checks& checks, const FastattnDropout& d) {
   checks.pointer("y", d.y);
 }
 
+inline void check_rms_norm(Checks& checks, const FastattnRmsNorm& n) {
+  check_team(checks, n.team);
+  check_half_or_float(checks, n.dtype);
+  checks.size("rows", n.rows, 0, kFar);
+  checks.size("width", n.width, 1, kFar);
+  checks.count("x", n.rows, n.width, 1, 1);
+  checks.pointer("x", n.x);
+  checks.pointer("weight", n.weight);
+  checks.pointer("y", n.y);
+  if (n.dweight != nullptr) checks.pointer("dy", n.dy);
+}
+
+inline void check_gate(Checks& checks, const FastattnGate& g) {
+  check_team(checks, g.team);
+  check_half_or_float(checks, g.dtype);
+  checks.size("rows", g.rows, 0, kFar);
+  checks.size("width", g.width, 1, kFar);
+  checks.count("y", g.rows, g.width, 1, 1);
+  checks.pointer("gate", g.gate);
+  checks.pointer("up", g.up);
+  checks.pointer("y", g.y);
+  if (g.dup != nullptr) checks.pointer("dy", g.dy);
+}
+
 }  // namespace
 }  // namespace fastattn::cpu

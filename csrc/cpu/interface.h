@@ -11,7 +11,7 @@
 extern "C" {
 
 // Counts changes of what is declared here.
-#define FASTATTN_CPU_ABI 5
+#define FASTATTN_CPU_ABI 6
 
 enum FastattnCpuDtype { FASTATTN_FLOAT32 = 0, FASTATTN_FLOAT16 = 1, FASTATTN_BFLOAT16 = 2, FASTATTN_FLOAT64 = 3 };
 // Of quantised caches alone: integers, and float8_e4m3fn.
@@ -194,6 +194,26 @@ struct FastattnDropout {
   double p;                  // below 1
 };
 
+// y = x / sqrt(mean(x^2) + eps) * weight of each row; with dweight, its gradient: then y is that of x.
+// x, y and dy (rows, width), weight and dweight (width,), all contiguous.
+struct FastattnRmsNorm {
+  FastattnTeam team;
+  const void *x, *weight;
+  const void* dy;            // null without dweight
+  void *y, *dweight;         // dweight may be null
+  int64_t dtype, rows, width;
+  double eps;
+};
+
+// y = silu(gate) * up; with dup, its gradient: then y is that of gate. All (rows, width), contiguous.
+struct FastattnGate {
+  FastattnTeam team;
+  const void *gate, *up;
+  const void* dy;            // null without dup
+  void *y, *dup;             // dup may be null
+  int64_t dtype, rows, width;
+};
+
 enum FastattnCallKind {
   FASTATTN_CALL_APPEND = 0,
   FASTATTN_CALL_DECODE = 1,
@@ -229,6 +249,8 @@ FASTATTN_EXPORT int fastattn_cpu_linear(const FastattnLinear* linear);
 FASTATTN_EXPORT int fastattn_cpu_norm(const FastattnNorm* norm);
 FASTATTN_EXPORT int fastattn_cpu_rotate(const FastattnRotate* rotate);
 FASTATTN_EXPORT int fastattn_cpu_dropout(const FastattnDropout* dropout);
+FASTATTN_EXPORT int fastattn_cpu_rms_norm(const FastattnRmsNorm* norm);
+FASTATTN_EXPORT int fastattn_cpu_gate(const FastattnGate* gate);
 // One after another, up to the first that fails.
 FASTATTN_EXPORT int fastattn_cpu_run(const FastattnCall* calls, int64_t count);
 }

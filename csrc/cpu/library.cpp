@@ -41,9 +41,12 @@ struct Engine {
   bool (*rotate)(const FastattnRotate&, const Team&);
   void (*append)(const FastattnAppend&);
   bool (*dropout)(const FastattnDropout&, const Team&);
+  bool (*rms_norm)(const FastattnRmsNorm&, const Team&);
+  bool (*gate)(const FastattnGate&, const Team&);
 };
 
-#define OF_ROWS(NAME) NAME::linear, NAME::normalise, NAME::rotate, NAME::append_quantised, NAME::dropout
+#define OF_ROWS(NAME) \
+  NAME::linear, NAME::normalise, NAME::rotate, NAME::append_quantised, NAME::dropout, NAME::rms_norm, NAME::gate
 #define ENGINE(NAME, SUPPORTED) {#NAME, SUPPORTED, NAME::forward, NAME::backward, NAME::decode, OF_ROWS(NAME)}
 
 // The best one first.
@@ -229,6 +232,24 @@ int fastattn_cpu_dropout(const FastattnDropout* dropout) {
   if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
   constexpr double kWork = 16.0;  // of an element
   return status(engine().dropout(*dropout, team_for(dropout->team, kWork * double(dropout->rows) * double(dropout->width))));
+}
+
+int fastattn_cpu_rms_norm(const FastattnRmsNorm* norm) {
+  if (norm == nullptr) return missing("norm");
+  Checks checks(error_text);
+  check_rms_norm(checks, *norm);
+  if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  constexpr double kWork = 8.0;  // of an element
+  return status(engine().rms_norm(*norm, team_for(norm->team, kWork * double(norm->rows) * double(norm->width))));
+}
+
+int fastattn_cpu_gate(const FastattnGate* gate) {
+  if (gate == nullptr) return missing("gate");
+  Checks checks(error_text);
+  check_gate(checks, *gate);
+  if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
+  constexpr double kWork = 32.0;  // of an element
+  return status(engine().gate(*gate, team_for(gate->team, kWork * double(gate->rows) * double(gate->width))));
 }
 
 int fastattn_cpu_run(const FastattnCall* calls, int64_t count) {

@@ -25,6 +25,8 @@ constexpr int64_t element_bytes(int64_t dtype) {
   bool rotate(const FastattnRotate&, const Team&);                                                                               \
   void append_quantised(const FastattnAppend&);                                                                     \
   bool dropout(const FastattnDropout&, const Team&);                                                                \
+  bool rms_norm(const FastattnRmsNorm&, const Team&);                                                               \
+  bool gate(const FastattnGate&, const Team&);                                                                      \
   }
 
 FASTATTN_DECLARE_ENGINE(baseline)

@@ -7,11 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import backends, ops
+from fastattn.functional.one_pass import served
 from fastattn.ops.batching import one_by_one
-from fastattn.ops.direct import Way, way
-
-_LEAST = 1 << 12  # elements: below, PyTorch's takes less time than autograd's way through Python
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -25,22 +22,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
         x: any shape and dtype.
         p: probability that an element becomes 0; the others are divided by 1 - p.
     """
-    if not 0.0 < p < 1.0 or not _served(x):
+    if not 0.0 < p < 1.0 or not served(x):
         return F.dropout(x, p)
     return _Dropout.apply(x, p, int(ops.draw_seed(x.device)))
-
-
-def _served(x: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and x.is_cpu
-        and x.dtype in _DTYPES
-        and x.numel() >= _LEAST
-        and x.is_contiguous()
-        and backends.cpu.library.problem() is None
-        and way((x,)) is not Way.DISPATCHER
-    )
 
 
 class _Dropout(torch.autograd.Function):

@@ -18,12 +18,12 @@ from torch.nn.modules import module as torch_module
 
 from fastattn.functional.program import Program, at_once, reason_against
 from fastattn.nn import ALiBi, CausalLM, Decoder, DynamicCache, KVCache, PagedCache, RoPE, SlidingWindowCache
-from fastattn.nn.block import Attention, Block, FeedForward, HeadNorm
+from fastattn.nn.block import Attention, Block, FeedForward, HeadNorm, RMSNorm
 
 __all__ = ["PlannedStep", "reason_against_plan"]
 
 _MODULES = (
-    CausalLM, Decoder, Block, Attention, FeedForward, HeadNorm, nn.Embedding, nn.Linear, nn.RMSNorm, nn.Dropout,
+    CausalLM, Decoder, Block, Attention, FeedForward, HeadNorm, RMSNorm, nn.Embedding, nn.Linear, nn.Dropout,
     nn.Identity, nn.ModuleList,
 )  # fmt: skip
 _CACHES = (KVCache, DynamicCache, PagedCache, SlidingWindowCache)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastattn import _check as check
 from fastattn.functional import attention, divided
+from fastattn.functional.one_pass import rms_norm, swiglu
 from fastattn.functional.parts import attention_of_heads, attention_varlen_of_heads, for_own_heads, own_part
 from fastattn.nn import keywords
 from fastattn.nn.cache import KVCache
@@ -35,16 +36,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def make_norm(config: TransformerConfig, size: int) -> nn.Module:
     """The norm that the config names, over the last `size` numbers."""
     if config.norm == "rms":
-        return nn.RMSNorm(size, eps=config.norm_eps)
+        return RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
-class HeadNorm(nn.RMSNorm):
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm`, in training on a CPU in one pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None and self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
+
+
+class HeadNorm(RMSNorm):
     """RMSNorm over a head, in the dtype that autocast gave its input: torch's fused kernel wants equal dtypes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.weight is not None
-        return F.rms_norm(x, tuple(self.normalized_shape), for_own_heads(self.weight).to(x.dtype), self.eps)
+        assert self.weight is not None and self.eps is not None
+        return rms_norm(x, for_own_heads(self.weight).to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -198,7 +207,8 @@ class FeedForward(nn.Module):
         activation = ACTIVATIONS[self.activation]
         if self.gate_proj is None:
             return self.down_proj(activation(self.up_proj(x)))
-        return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up) if self.activation == "swiglu" else activation(gate) * up)
 
 
 class Block(nn.Module):

@@ -405,6 +405,63 @@ bool check_step(const StepCase& c) {
   return good & same("rotate", heads, turned);
 }
 
+// RMS norm and SwiGLU of whole layers, and their gradients.
+struct LayerCase {
+  int64_t dtype, rows, width, threads;
+};
+
+bool check_layers(const LayerCase& c) {
+  const int64_t count = c.rows * c.width;
+  Elements x(c.dtype, count), up(c.dtype, count), dy(c.dtype, count), weight(c.dtype, c.width);
+  Elements y(c.dtype, count, false), dx = y, dweight(c.dtype, c.width, false), gated = y, dgate = y, dup = y;
+  FastattnRmsNorm n{};
+  n.team = {c.threads, nullptr}, n.dtype = c.dtype, n.rows = c.rows, n.width = c.width, n.eps = 0.1;
+  n.x = x.data(), n.weight = weight.data(), n.y = y.data();
+  FastattnGate g{};
+  g.team = n.team, g.dtype = c.dtype, g.rows = c.rows, g.width = c.width;
+  g.gate = x.data(), g.up = up.data(), g.y = gated.data();
+  bool good = fastattn_cpu_rms_norm(&n) == 0 && fastattn_cpu_gate(&g) == 0;
+  n.dy = g.dy = dy.data(), n.y = dx.data(), n.dweight = dweight.data(), g.y = dgate.data(), g.dup = dup.data();
+  good = good && fastattn_cpu_rms_norm(&n) == 0 && fastattn_cpu_gate(&g) == 0;
+  if (!good) {
+    std::printf("refused: %s\n", fastattn_cpu_last_error());
+    return false;
+  }
+  const auto loops = [&](const auto& a) {
+    using Number = typename std::decay_t<decltype(a)>::Number;
+    std::vector<Doubles> results(6);  // y, dx, dweight, gated, dgate, dup
+    std::vector<Number> sums(static_cast<size_t>(c.width));
+    for (int64_t first = 0; first < count; first += c.width) {
+      Number squares = 0, products = 0;
+      for (int64_t k = 0; k < c.width; k++) {
+        squares += Number(x.at(first + k)) * Number(x.at(first + k));
+        products += Number(x.at(first + k)) * a.kept(Number(dy.at(first + k)) * Number(weight.at(k)));
+      }
+      const Number size = std::sqrt(squares / Number(c.width) + Number(n.eps)), along = products / Number(c.width) / (size * size);
+      for (int64_t k = 0; k < c.width; k++) {
+        const Number value = Number(x.at(first + k)), d = Number(dy.at(first + k)), of_up = Number(up.at(first + k));
+        const Number normal = a.kept(value / size), weighted = a.kept(d * Number(weight.at(k)));
+        results[0].push_back(a.kept(normal * Number(weight.at(k))));
+        results[1].push_back(a.kept((weighted - value * along) / size));
+        sums[k] += a.kept(d * normal);
+        const Number part = 1 / (1 + std::exp(-value)), silu = a.kept(value * part);
+        results[3].push_back(a.kept(silu * of_up));
+        results[4].push_back(a.kept(a.kept(d * of_up) * part * (1 + value * (1 - part))));
+        results[5].push_back(a.kept(d * silu));
+      }
+    }
+    for (const Number sum : sums) results[2].push_back(a.kept(sum));
+    return results;
+  };
+  const std::vector<Doubles> exact = loops(Exact{}), plain = loops(Plain{c.dtype});
+  const Elements* ours[] = {&y, &dx, &dweight, &gated, &dgate, &dup};
+  const char* names[] = {"y", "dx", "dweight", "gated", "dgate", "dup"};
+  char where[100];
+  std::snprintf(where, sizeof where, " in dtype %lld, %lld rows of %lld", (long long)c.dtype, (long long)c.rows, (long long)c.width);
+  for (int i = 0; i < 6; i++) good &= holds(std::string(names[i]) + where, *ours[i], exact[i], plain[i]);
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -421,6 +478,7 @@ int main() {
   for (const int64_t dtype : {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16}) {
     good &= check_step({dtype, 1, 64, 130, 3, 64, 0, 3}) & check_step({dtype, 7, 37, 5, 2, 6, 0, 1}) &
             check_step({dtype, 8, 96, 70, 1, 36, 1, 2});
+    good &= check_layers({dtype, 1, 1, 1}) & check_layers({dtype, 150, 37, 3}) & check_layers({dtype, 3, 6000, 2});
   }
   std::printf("%s, %s\n", fastattn_cpu_variant(), good ? "good" : "bad");
   return good ? 0 : 1;

@@ -26,14 +26,6 @@ CANARY = -77.0
 ALL_DTYPES = (HALF, BFLOAT, SINGLE, DOUBLE)
 
 
-@pytest.fixture
-def threads():
-    """`torch.set_num_threads`, undone afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def leaves(lengths=(200, 333), dtype=SINGLE, heads=(4, 2), dims=(32, 32), batch=2):
     return [x.requires_grad_() for x in make_qkv("cpu", lengths, dims=dims, heads=heads, batch=batch, dtype=dtype)]
 
@@ -192,16 +184,6 @@ def test_workers_of_a_data_loader():
 
 
 # --- Instruction sets ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "wide"])
-def variant(request):
-    library = cpu_library.load()
-    before = library.fastattn_cpu_variant()
-    if not library.fastattn_cpu_use_variant(request.param.encode()):
-        pytest.skip(f"{request.param}: not compiled, or not what this processor has")
-    yield
-    assert library.fastattn_cpu_use_variant(before)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=DTYPE_NAMES.get)

@@ -101,6 +101,8 @@ STRUCTS = {
     "FastattnScoreTerms": packing.SCORE_TERMS,
     "FastattnQuantised": packing.QUANTISED,
     "FastattnDropout": packing.DROPOUT,
+    "FastattnRmsNorm": packing.RMS_NORM,
+    "FastattnGate": packing.GATE,
     "FastattnLinear": program.LINEAR,
     "FastattnNorm": program.NORM,
     "FastattnRotate": packing.ROTATE,
@@ -158,6 +160,10 @@ GOOD = {
         "rows": 2, "heads": 3, "head_dim": 8,
     },
     "FastattnDropout": {"threads": 1, "x": NOWHERE, "y": NOWHERE, "rows": 2, "width": 8, "p": 0.5},
+    "FastattnRmsNorm": {
+        "threads": 1, "x": NOWHERE, "weight": NOWHERE, "y": NOWHERE, "rows": 2, "width": 8, "eps": 1e-5,
+    },
+    "FastattnGate": {"threads": 1, "gate": NOWHERE, "up": NOWHERE, "y": NOWHERE, "rows": 2, "width": 8},
 }  # fmt: skip
 
 
@@ -219,9 +225,18 @@ BAD = {
         *((name, 0) for name in ("width", "team.threads", "x", "y")),
         ("dtype", 3), ("p", 1.0), ("p", -0.1), ("p", float("nan")),
     ],
+    "FastattnRmsNorm": [
+        *((n, x) for n in ("rows", "width") for x in TOO_LARGE),
+        *((name, 0) for name in ("width", "team.threads", "x", "weight", "y")), ("dtype", 3), ("dweight", NOWHERE),
+    ],
+    "FastattnGate": [
+        *((n, x) for n in ("rows", "width") for x in TOO_LARGE),
+        *((name, 0) for name in ("width", "team.threads", "gate", "up", "y")), ("dtype", 3), ("dup", NOWHERE),
+    ],
 }  # fmt: skip
 OF_ROWS = {
     "FastattnLinear": "linear", "FastattnNorm": "norm", "FastattnRotate": "rotate", "FastattnDropout": "dropout",
+    "FastattnRmsNorm": "rms_norm", "FastattnGate": "gate",
 }  # fmt: skip
 
 

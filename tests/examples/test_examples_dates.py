@@ -17,7 +17,7 @@ from examples.common import CheckpointError, count_parameters
 from examples.dates import data, evaluate, train
 from examples.dates.on_torch import OnTorch
 from examples.dates.train import Recipe, fit, make_model
-from fastattn.functional import rotary
+from fastattn.functional import one_pass, rotary
 from fastattn.testing import assert_parity
 
 EVERY_DAY = [day for days in data.DAYS.values() for day in days]
@@ -190,8 +190,9 @@ def test_mixed_precision():
 
 
 def test_compiled_training_is_the_same(monkeypatch):
-    """The graph of torch.compile, run by eager PyTorch; without the rotation that eager code alone has a kernel for."""
-    monkeypatch.setattr(rotary, "served", lambda *_: False)
+    """The graph of torch.compile, run by eager PyTorch; without the passes that eager code alone has kernels for."""
+    for module in (rotary, one_pass):
+        monkeypatch.setattr(module, "served", lambda *_: False)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     recipe = Recipe(steps=2, batch_size=8)
     compiled, compiled_history = fit_small(recipe=recipe, compiled=True)

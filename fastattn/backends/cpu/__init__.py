@@ -138,6 +138,34 @@ def dropout(y: Tensor, x: Tensor, p: float, seed: int) -> None:
         library.check(status)
 
 
+def rms_norm(y: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """Fill y with x / sqrt(mean(x ** 2) + eps) * weight; x (..., width) and all else contiguous."""
+    if status := library.load().fastattn_cpu_rms_norm(packing.pack_rms_norm(y, x, weight, eps, None, None)):
+        library.check(status)
+
+
+def rms_norm_gradients(dx: Tensor, dweight: Tensor, dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """Fill dx and dweight, the gradients of `rms_norm` where dy is that of y; all contiguous.
+
+    Raises:
+        MemoryError: there is none for the sums over rows.
+    """
+    if status := library.load().fastattn_cpu_rms_norm(packing.pack_rms_norm(dx, x, weight, eps, dy, dweight)):
+        library.check(status)
+
+
+def gate(y: Tensor, gate: Tensor, up: Tensor) -> None:
+    """Fill y with silu(gate) * up, all of one shape and contiguous."""
+    if status := library.load().fastattn_cpu_gate(packing.pack_gate(y, gate, up, None, None)):
+        library.check(status)
+
+
+def gate_gradients(dgate: Tensor, dup: Tensor, dy: Tensor, gate: Tensor, up: Tensor) -> None:
+    """Fill dgate and dup, the gradients of `gate` where dy is that of y; all contiguous."""
+    if status := library.load().fastattn_cpu_gate(packing.pack_gate(dgate, gate, up, dy, dup)):
+        library.check(status)
+
+
 def _attend_tall(out: Tensor, lse: Tensor, spec: CacheSpec, lens: Tensor, least: int) -> None:
     """The batch entries that have at least so many queries, by the kernel with taller tiles, which packs its keys.
 

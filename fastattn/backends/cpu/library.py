@@ -11,7 +11,7 @@ import hashlib
 import os
 from pathlib import Path
 
-ABI = 5
+ABI = 6
 BUILD = "make ext-cpu, or install again where a C++ compiler is found"
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -47,7 +47,9 @@ def load(path: Path = _LIBRARY) -> ctypes.CDLL:
         for name in ("digest", "last_error", "variant"):
             getattr(library, f"fastattn_cpu_{name}").restype = ctypes.c_char_p
         library.fastattn_cpu_use_variant.argtypes = [ctypes.c_char_p]
-        for name in ("forward", "backward", "decode", "append", "linear", "norm", "rotate", "dropout"):
+        for name in (
+            "forward", "backward", "decode", "append", "linear", "norm", "rotate", "dropout", "rms_norm", "gate",
+        ):  # fmt: skip
             structs = {"forward": 2, "backward": 3}.get(name, 1)
             getattr(library, f"fastattn_cpu_{name}").argtypes = [ctypes.c_char_p] * structs  # bytes, or None
         library.fastattn_cpu_run.argtypes = [ctypes.c_char_p, ctypes.c_int64]

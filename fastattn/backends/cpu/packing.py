@@ -28,6 +28,8 @@ APPEND = struct.Struct("@2q20q4q5q3q2q")
 SCORE_TERMS = struct.Struct("@10q3q1q")
 QUANTISED = struct.Struct("@1q10q1q2q")
 DROPOUT = struct.Struct("@2q2q4q1d")
+RMS_NORM = struct.Struct("@2q5q3q1d")
+GATE = struct.Struct("@2q5q3q")
 ROTATE = struct.Struct("@2q2q2q4q5q")
 _ABSENT = (0,) * 5
 
@@ -181,6 +183,25 @@ def pack_dropout(y: Tensor, x: Tensor, p: float, seed: int) -> bytes:
     """The struct of `dropout`."""
     width = x.shape[-1]
     return DROPOUT.pack(*team(), x.data_ptr(), y.data_ptr(), seed, DTYPES[x.dtype], x.numel() // width, width, p)
+
+
+def pack_rms_norm(
+    y: Tensor, x: Tensor, weight: Tensor, eps: float, dy: Tensor | None, dweight: Tensor | None
+) -> bytes:  # fmt: skip
+    """The struct of `rms_norm` and its gradients."""
+    width = x.shape[-1]
+    return RMS_NORM.pack(
+        *team(), x.data_ptr(), weight.data_ptr(), _address(dy), y.data_ptr(), _address(dweight), DTYPES[x.dtype],
+        x.numel() // width, width, eps,
+    )  # fmt: skip
+
+
+def pack_gate(y: Tensor, gate: Tensor, up: Tensor, dy: Tensor | None, dup: Tensor | None) -> bytes:
+    """The struct of `gate` and its gradients."""
+    return GATE.pack(
+        *team(), gate.data_ptr(), up.data_ptr(), _address(dy), y.data_ptr(), _address(dup), DTYPES[gate.dtype],
+        gate.numel() // gate.shape[-1], gate.shape[-1],
+    )  # fmt: skip
 
 
 def team() -> tuple[int, int]:
