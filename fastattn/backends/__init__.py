@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.backends import cpu, cuda, reference, torch_sdpa, triton
 from fastattn.backends.cpu.program import Program as Program
-from fastattn.spec import UNDIVIDED, AttentionSpec, CacheSpec, Operands
+from fastattn.spec import UNDIVIDED, AttentionSpec, CacheSpec, Operands, target
 
 _MODULES: dict[str, ModuleType] = {
     "triton": triton,
@@ -256,6 +256,8 @@ def _describe_cache(spec: CacheSpec, backend: str) -> list[str]:
 
 def _describe_division(spec: CacheSpec, backend: str) -> str:
     """How the backend divides the keys of an entry among programs or threads."""
+    if backend == "triton" and spec.num_splits is None and target.is_assumed():
+        return "num_splits by the multiprocessors of the GPU"
     if backend == "triton" and spec.num_splits != UNDIVIDED:
         return f"num_splits {triton.splits(spec)}"
     if backend == "cpu" and spec.num_splits != UNDIVIDED:

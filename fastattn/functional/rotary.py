@@ -93,12 +93,15 @@ _LEAST = 1 << 12  # elements: below, PyTorch's operators take less time than aut
 def served(x: Tensor, tables: tuple[Tensor, Tensor]) -> bool:
     """Whether `rotate` takes x (..., L, heads, D) and tables (..., L, D / 2), whose first dimension may be 1.
 
-    That is on a CPU with the compiled kernels: adjacent elements in float32 or half precision, and float32 tables. Not
-    small tensors, subclasses, traces and transforms.
+    That is in a call that autograd records, on a CPU with the compiled kernels: adjacent elements in float32 or half
+    precision, and float32 tables. Not small tensors, subclasses, traces and transforms. What is not recorded stays
+    PyTorch's: in generation a row has the same bits beside few rows and many, see ``batch_invariant``.
     """
     cos, sin = tables
     return (
-        not torch.compiler.is_compiling()
+        torch.is_grad_enabled()
+        and x.requires_grad
+        and not torch.compiler.is_compiling()
         and type(x) is type(cos) is type(sin) is Tensor
         and x.is_cpu
         and x.dtype in backends.cpu.packing.DTYPES

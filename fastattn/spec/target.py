@@ -41,6 +41,11 @@ TARGETS = {
 _assumed: Target | None = None
 
 
+def is_assumed() -> bool:
+    """Whether the GPU that is asked for is not here."""
+    return _assumed is not None
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device) if _assumed is None else _assumed.capability

@@ -98,15 +98,16 @@ def logits_after(model, prompt, tokens, plan, threads=None):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_logits_keep_to_the_rule(name, dtype):
-    model = language_model(dtype, **MODELS[name])
+    model, results = language_model(dtype, **MODELS[name]), []
     for rows in (1, 2, 7):
         prompt, tokens = torch.randint(VOCAB, (rows, 5)), torch.randint(VOCAB, (rows, 6))
         cache = model.make_cache(rows, 11)
         assert reason_against_plan(model, cache, rows) is None
         exact = logits_after(copy.deepcopy(model).double(), prompt, tokens, plan=False)
-        eager = logits_after(model, prompt, tokens, plan=False)
-        actual = logits_after(model, prompt, tokens, plan=True)
-        assert_parity(actual, exact, eager, "logits", intermediate=float(exact.abs().max()))
+        results.append((*(logits_after(model, prompt, tokens, plan=plan) for plan in (True, False)), exact))
+    # All of them together: the largest error of the logits of a single row is a matter of chance, for eager code too.
+    actual, eager, exact = (torch.cat([x.flatten() for x in part]) for part in zip(*results, strict=True))
+    assert_parity(actual, exact, eager, "logits", intermediate=float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -171,6 +171,7 @@ def test_explain_a_cache(capsys):
     assert "mask (2, 1, 1, 512), bias (1, 8, 1, 512)" in lines[0]
     backends, lines = explained("--q 2,8,1,64 --cache 64,16,2,64 --pages 4 --device cuda:a100", capsys)
     assert "block_table (2, 4)" in lines[1] and backends["triton"] == "<- chosen"
+    assert "num_splits by the multiprocessors" in lines[1]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
@@ -179,7 +180,8 @@ def test_explain_a_quantised_cache_with_rotary_positions_and_a_mask(pages, dtype
     arguments = f"--q 2,8,4,64 --k 2,2,4,64 {pages} --cache-dtype {dtype} --rotary --mask 1,1,4,4 --mask-start -3"
     backends, lines = explained(arguments, capsys)
     assert f"{dtype} cache with k_scale" in lines[0]
-    assert lines[0].endswith("mask (1, 1, 4, 4), mask_start -3, rotary_cos (512, 32)")
+    for part in ("mask (1, 1, 4, 4)", "mask_start -3", "rotary_cos (512, 32)", "scale 0.125"):
+        assert f", {part}, " in f"{lines[0]}, "
     assert "it has no quantised caches; it has no mask_start" in backends["torch"]
 
 
