@@ -73,7 +73,8 @@ def test_second_derivatives_and_batched_gradients(turned):
 
 
 def test_any_number_of_threads_gives_the_same_bits(turned):
-    x, tables, before, results = torch.randn(2, 300, 4, 64), tables_of(1, 300, 64), torch.get_num_threads(), []
+    x = torch.randn(2, 300, 4, 64).requires_grad_()
+    tables, before, results = tables_of(1, 300, 64), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
@@ -84,7 +85,8 @@ def test_any_number_of_threads_gives_the_same_bits(turned):
 
 
 def test_queries_and_keys_of_other_numbers_of_heads(turned, monkeypatch):
-    q, k, tables = torch.randn(2, 100, 6, 32), torch.randn(2, 100, 2, 32), tables_of(2, 100, 32)
+    q, k = (torch.randn(2, 100, heads, 32).requires_grad_() for heads in (6, 2))
+    tables = tables_of(2, 100, 32)
     both = rotate_both(q, k, tables)
     assert turned == [(200, 6, 32), (200, 2, 32)]
     for ours, x in zip(both, (q, k), strict=True):
@@ -93,12 +95,14 @@ def test_queries_and_keys_of_other_numbers_of_heads(turned, monkeypatch):
 
 def test_pytorchs_operators_serve_the_rest(turned):
     tables = tables_of(1, 70, 16)
-    x = torch.randn(2, 70, 4, 16)
-    for other in (x[:, :, :1, :], x.double(), x.transpose(1, 2).contiguous().transpose(1, 2)):
+    x = torch.randn(2, 70, 4, 16).requires_grad_()
+    for other in (x.detach(), x[:, :, :1, :], x.double(), x.transpose(1, 2).contiguous().transpose(1, 2)):
         rotate(other, tables)
     rotate(x, tuple(t.double() for t in tables))
     torch.func.vmap(lambda one: rotate(one, (tables[0][0], tables[1][0])))(x)
     torch.compile(rotate, backend="eager", fullgraph=True)(x, tables)
+    with torch.no_grad():
+        rotate(x, tables)
     assert turned == []
     rotate(x, tables)
     assert len(turned) == 1
