@@ -27,6 +27,7 @@ class Feature:
     q_offset_tensor: bool = False
     packed: bool = False  # sequences, and queries of a KV cache
     used: bool = False  # of packed keys the first ones alone
+    kv_start: bool = False  # the key from which on they take part, of each entry
     block_mask: bool = False
     page: int = 0  # of a KV cache, 0 if it is contiguous
     queries: int = 1  # for each key head of a KV cache there are twice as many rows
@@ -49,6 +50,7 @@ FEATURES = {
     "q_offset": Feature(causal=True, q_offset_tensor=True),
     "packed": Feature(causal=True, packed=True),
     "used_keys": Feature(causal=True, packed=True, used=True),
+    "kv_start": Feature(causal=True, kv_start=True),
     "block_mask": Feature(block_mask=True),
     "paged": Feature(page=16),  # as one query needs it, which is the last: causal forbids nothing
     "chunk": Feature(causal=True, queries=64),
@@ -100,7 +102,7 @@ def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> N
         right=0 if feature.causal else None, scale=dim**-0.5, softcap=30.0 if feature.softcap else None,
         num_splits=4 if kernel == "combine" else 1, return_lse=True, cu_seqlens_q=starts, mask=mask,
         bias=bias, mask_start=None if mask is None and bias is None else empty(batch, dtype=torch.int32),
-        k_scale=scales[0], v_scale=scales[1],
+        k_scale=scales[0], v_scale=scales[1], kv_start=empty(batch, dtype=torch.int32) if feature.kv_start else None,
     )  # fmt: skip
     decode.attention_kvcache(torch.empty_like(q), empty(q.shape[:3], dtype=torch.float32), spec)
 
@@ -122,6 +124,8 @@ def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
         given |= {name: empty(batch + 1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
     if feature.used:
         given["seqused_k"] = empty(batch, dtype=torch.int32)
+    if feature.kv_start:
+        given["kv_start"] = empty(batch, dtype=torch.int32)
     if feature.block_mask:
         index = functools.partial(torch.empty, device="meta", dtype=torch.int32)
         lines, cells, table = index(1, 1, 8, 3), index(64, 2), index(1, 1, 8, 8)

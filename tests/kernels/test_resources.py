@@ -190,9 +190,9 @@ def test_the_features_pass_every_operand_that_a_kernel_takes(monkeypatch):
         calls.launch_kernels("decode" if name in calls.CACHE_ONLY else "forward", 64, feature)
         calls.launch_kernels("decode", 64, feature)
     elsewhere = {
-        Operands: ("kv_start",),
+        Operands: (),
         Options: ("q_offset",),
-        CacheSpec: ("k", "v", "length", "num_splits", "kv_start"),
+        CacheSpec: ("k", "v", "length", "num_splits"),
     }  # nothing compiled
     for kind, names in elsewhere.items():
         groups = [group for group in given if isinstance(group, kind)]
