@@ -223,7 +223,7 @@ def test_a_layer_compiles_whole_and_once_for_all_lengths(name, monkeypatch):
     """Dropout is on; outputs and gradients are those of the layer to the bit, where that drops by PyTorch, as a trace
     does.
     """
-    monkeypatch.setattr("fastattn.functional.dropout._served", lambda x: False)
+    monkeypatch.setattr("fastattn.functional.dropout.served", lambda *_: False)
     make, arguments = LAYERS[name]
     layer = make(fastattn.nn)
     function = compiled(layer, dynamic=True)
