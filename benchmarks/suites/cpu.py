@@ -96,14 +96,16 @@ def cells() -> list[Cell]:
         run = functools.partial(measure_decode, step=step_of(batch, dtype, *heads))
         found.append(Cell("cpu", f"decode, {heads[0]}/{heads[1]} heads, batch {batch}, {dtype}", run, 2))
     for heads, batch, kind in itertools.product(CACHE_HEADS, (1, 8), QUANTISED):
-        run = functools.partial(measure_quantised, step=step_of(batch, "bf16", *heads), kind=kind)
+        run = functools.partial(measure_quantised, step=step_of(batch, "bf16", *heads, itemsize=1), kind=kind)
         found.append(Cell("cpu", f"decode, {heads[0]}/{heads[1]} heads, batch {batch}, {kind} cache", run, 2))
     return found
 
 
-def step_of(batch: int, dtype: str, q_heads: int, kv_heads: int, head_dim: int) -> decode.Step:
-    """One step over a cache of CACHE_BYTES."""
-    length = CACHE_BYTES // (2 * batch * kv_heads * head_dim * DTYPES[dtype].itemsize)
+def step_of(
+    batch: int, dtype: str, q_heads: int, kv_heads: int, head_dim: int, itemsize: int | None = None
+) -> decode.Step:  # fmt: skip
+    """One step over a cache of CACHE_BYTES; ``itemsize`` where its numbers have not that of ``dtype``."""
+    length = CACHE_BYTES // (2 * batch * kv_heads * head_dim * (itemsize or DTYPES[dtype].itemsize))
     return decode.Step(batch, q_heads, kv_heads, length, 0, head_dim, dtype)
 
 
