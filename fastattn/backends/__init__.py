@@ -34,7 +34,7 @@ _PREFERENCE_PRECISE = ("cpu", "reference", "torch")
 _LARGE = 1 << 16
 _LARGE_TRAINED_HALF = 1 << 9  # with gradients in half precision, where PyTorch's backward is slow
 _LARGE_CACHED = 1 << 13  # over a KV cache, where PyTorch's kernel has few rows for its threads and copies grouped heads
-_LARGE_CACHED_HALF = 1 << 6  # in half precision, where it takes up to ten times as long
+_LARGE_CACHED_HALF = 1 << 6  # in half precision, where it takes longer still
 
 
 def module(backend: str) -> ModuleType:

@@ -32,7 +32,7 @@ def served(*tensors: Tensor) -> bool:
     )
 
 
-def _recorded(*tensors: Tensor) -> bool:
+def recorded(*tensors: Tensor) -> bool:
     """Whether kernels take a call that autograd records.
 
     Others stay PyTorch's: in generation a row has the same bits beside few rows and many, see ``batch_invariant``.
@@ -42,14 +42,14 @@ def _recorded(*tensors: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`torch.nn.functional.rms_norm` over the last dimension: x (..., E), weight (E,); of x's shape."""
-    if not _recorded(x, weight) or weight.shape != x.shape[-1:]:
+    if not recorded(x, weight) or weight.shape != x.shape[-1:]:
         return F.rms_norm(x, tuple(weight.shape), weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape (Shazeer 2020, arXiv:2002.05202)."""
-    if not _recorded(gate, up) or gate.shape != up.shape:
+    if not recorded(gate, up) or gate.shape != up.shape:
         return F.silu(gate) * up
     return _Swiglu.apply(gate, up)
 

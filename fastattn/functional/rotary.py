@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastattn import backends
+from fastattn.functional.one_pass import recorded
 from fastattn.ops.batching import one_by_one
-from fastattn.ops.direct import Way, way
 from fastattn.spec import FLOAT_DTYPES, CacheSpec
 from fastattn.spec.checks import check_plain, readable
 
@@ -87,35 +87,21 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: boo
     return torch.cat([turned.to(x.dtype), rest], -1)
 
 
-_LEAST = 1 << 12  # elements: below, PyTorch's operators take less time than autograd's way through Python
-
-
 def served(x: Tensor, tables: tuple[Tensor, Tensor]) -> bool:
     """Whether `rotate` takes x (..., L, heads, D) and tables (..., L, D / 2), whose first dimension may be 1.
 
-    That is in a call that autograd records, on a CPU with the compiled kernels: adjacent elements in float32 or half
-    precision, and float32 tables. Not small tensors, subclasses, traces and transforms. What is not recorded stays
-    PyTorch's: in generation a row has the same bits beside few rows and many, see ``batch_invariant``.
+    That is where `recorded` says so, with float32 tables.
     """
     cos, sin = tables
     return (
-        torch.is_grad_enabled()
-        and x.requires_grad
-        and not torch.compiler.is_compiling()
-        and type(x) is type(cos) is type(sin) is Tensor
-        and x.is_cpu
-        and x.dtype in backends.cpu.packing.DTYPES
-        and x.dtype != torch.float64
-        and x.numel() >= _LEAST
-        and x.is_contiguous()
+        recorded(x)
+        and type(cos) is type(sin) is Tensor
         and cos.dtype == sin.dtype == torch.float32
         and cos.is_contiguous()
         and sin.is_contiguous()
         and not (cos.requires_grad or sin.requires_grad)
         and 2 * cos.shape[-1] == x.shape[-1]
         and (cos.shape[:-1] == x.shape[:-2] or cos.shape[:-1] == (1, *x.shape[1:-2]))
-        and backends.cpu.library.problem() is None
-        and way((x,)) is not Way.DISPATCHER
     )
 
 

@@ -84,9 +84,7 @@ class TransformerEncoderLayer(EncoderBlocks):
         """
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(src_mask, "src_mask")
-        return self._run(
-            src, lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
-        )  # fmt: skip
+        return self._run(src, lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
 
     def _run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         if self.norm_first:

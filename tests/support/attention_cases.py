@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 
 INF = float("inf")
@@ -39,6 +40,22 @@ def broadcast_shapes(full):
         tuple(size if keep else 1 for size, keep in zip(full, bits, strict=True))
         for bits in itertools.product((True, False), repeat=4)
     ]
+
+
+def count_tiles(monkeypatch):
+    """A list to which a test appends 0 before a call: the forward kernel then counts there the tiles of keys that it
+    visits, which are calls of its softmax. In Triton's interpreter."""
+    forward = pytest.importorskip("fastattn.kernels.forward", reason="the triton package is not installed")
+    if not forward.launch.INTERPRETED.value:
+        pytest.skip("counts in Triton's interpreter")
+    counts, softmax = [], forward.online_softmax
+
+    def counted(*args):
+        counts[-1] += 1
+        return softmax(*args)
+
+    monkeypatch.setattr(forward, "online_softmax", counted)
+    return counts
 
 
 def shape_id(shape):
