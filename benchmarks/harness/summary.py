@@ -5,9 +5,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from .results import Row
+from .results import KEY, Row
 
 OWN = "fastattn"
+READ = "read"
+"""The provider that only reads as many bytes as a step over a KV cache does."""
+UNQUANTISED = "unquantised"
+"""The provider that takes the same step over a cache in bfloat16."""
 
 
 def number(row: Row, column: str) -> float | None:
@@ -47,14 +51,18 @@ def line_of(row: Row) -> str:
     return ", ".join([*parts, row["dtype"], row["mode"]])
 
 
+def problem_of(row: Row) -> tuple[str, ...]:
+    """What the rows of a problem's providers have in common."""
+    return tuple(row.get(name, "") for name in ("suite", *KEY) if name != "provider")
+
+
 def cells(rows: Iterable[Row]) -> list[Cell]:
     """Rows grouped into problems, in the order of lines and lengths."""
     found: dict[tuple[str, ...], Cell] = {}
     for row in rows:
         if row["case"].startswith("matmul"):
             continue
-        key = tuple(row.get(name, "") for name in ("suite", "case", "mode", "dtype", "batch", "q_heads", "kv_heads",
-                                                   "q_len", "kv_len", "head_dim", "causal"))  # fmt: skip
+        key = problem_of(row)
         length = row["kv_len"] if row["mode"] == "decode" else row["q_len"]
         cell = found.setdefault(key, Cell(line_of(row), int(length or 0), None, {}))
         if row["provider"] == OWN:
@@ -85,14 +93,14 @@ def figure(cell: Cell, column: str) -> str:
     if column == "peak_mib":
         value = f"{number(cell.own, column) or 0:.0f} MiB"
     elif column == "min_ms":
-        value = f"{number(cell.own, column) or 0:.3g} ms"
+        value = milliseconds(number(cell.own, column) or 0.0)
     elif cell.own["mode"] == "decode":
         value = f"{1e3 * (number(cell.own, 'p50_ms') or 0):.3g} us"
         value += f", {of_copy:.0%} of copy" if (of_copy := number(cell.own, "of_copy")) else ""
     elif tflops := number(cell.own, "tflops"):
         value = f"{tflops:.3g}"
     else:
-        value = f"{number(cell.own, 'p50_ms') or 0:.3g} ms"
+        value = milliseconds(number(cell.own, "p50_ms") or 0.0)
     ratio = cell.ratio(column=column)
     return value if ratio is None else f"{value} ({ratio:.2f}x)"
 
@@ -107,6 +115,29 @@ def table(rows: Sequence[Row], column: str = "p50_ms") -> list[list[str]]:
             lines.setdefault(cell.line, {})[cell.length] = entry
     header = ["", *(f"L={length}" for length in lengths)]
     return [header, *([line, *(lines[line].get(n, "") for n in lengths)] for line in sorted(lines, key=natural))]
+
+
+def held_against_reading(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows of steps over a KV cache beside which reading its bytes was measured, and all other rows."""
+    split: tuple[list[Row], list[Row]] = [], []
+    rows = list(rows)
+    keys = {problem_of(row) for row in rows if row["provider"] == READ}
+    for row in rows:
+        split[problem_of(row) not in keys].append(row)
+    return split
+
+
+def decode_table(rows: Iterable[Row]) -> list[list[str]]:
+    """A line for each step over a KV cache: its time, its rate, and that as a share of the rate of reading."""
+    lines = [["", "median", "GB/s", "of the rate of reading", "speed beside a bfloat16 cache"]]
+    for cell in sorted(cells(rows), key=lambda cell: natural(cell.line)):
+        if cell.own is not None and (time := number(cell.own, "p50_ms")):
+            beside = cell.ratio(UNQUANTISED)
+            lines.append([
+                cell.line, milliseconds(time), f"{(number(cell.own, 'mbytes') or 0.0) / time:.1f}",
+                f"{cell.ratio(READ) or 0.0:.2f}", "" if beside is None else f"{beside:.2f}x",
+            ])  # fmt: skip
+    return lines
 
 
 def natural(text: str) -> list[tuple[int, str]]:
@@ -157,6 +188,9 @@ def short(rows: Sequence[Row]) -> str:
         if suite == "scaling":
             parts.append(f"{suite}, the quickest way\n{aligned(scaling_table(of_suite))}")
             continue
+        steps, of_suite = held_against_reading(of_suite)
+        if steps:
+            parts.append(f"{suite}, steps over a KV cache\n{aligned(decode_table(steps))}")
         lines = table(of_suite, column)
         if len(lines) == 1:
             continue

@@ -19,6 +19,7 @@ from benchmarks.harness.device import DryRun
 from benchmarks.harness.peers import OWN
 from benchmarks.harness.problems import DTYPES, Problem
 from benchmarks.harness.runner import Bench, Cell
+from benchmarks.harness.summary import READ, UNQUANTISED
 from fastattn.backends.reference.kvcache import quantise
 from fastattn.testing import check_kvcache
 
@@ -57,8 +58,6 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 MATMUL = "matmul"
-READ = "read"
-UNQUANTISED = "unquantised"
 QUANTISED = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 CACHE_BYTES = 1 << 26
 # (q_heads, kv_heads, head_dim) of a decode step.

@@ -11,7 +11,8 @@ from pathlib import Path
 from benchmarks.harness import results
 from benchmarks.harness.device import Device
 from benchmarks.harness.peers import OWN
-from benchmarks.suites.cpu import ANY_PEER, FEATURE_LENGTH, FEATURES, MODES, PLAIN, READ, SDPA, UNQUANTISED
+from benchmarks.harness.summary import READ, UNQUANTISED
+from benchmarks.suites.cpu import ANY_PEER, FEATURE_LENGTH, FEATURES, MODES, PLAIN, SDPA
 
 
 def ratios(rows: Sequence[results.Row]) -> Iterator[str]:

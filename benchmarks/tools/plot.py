@@ -286,6 +286,9 @@ def tables(folder: Path) -> str:
         if suite == "overhead":
             parts.append(f"## overhead, microseconds\n\n{summary.markdown(summary.overhead_table(rows))}")
             continue
+        steps, rows = summary.held_against_reading(rows)
+        if steps:
+            parts.append(f"## {suite}, steps over a KV cache\n\n{summary.markdown(summary.decode_table(steps))}")
         column = summary.column_of(suite)
         means = [[name, f"{mean:.2f}x", str(n)] for name, (mean, n) in summary.mean_ratios(rows, column).items()]
         parts.append(

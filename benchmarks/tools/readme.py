@@ -72,6 +72,7 @@ def suite_block(name: str, gpu: bool) -> Callable[[Data], str]:
         rows = data.suite(name, gpu)
         if not rows:
             return f"\n{NO_GPU}\n" if gpu else f"\n{NOTHING}\n"
+        _, rows = summary.held_against_reading(rows)
         column = summary.column_of(name)
         ratios = summary.mean_ratios(rows, column).items()
         means = "; ".join(f"{peer} {mean:.2f}x over {n}" for peer, (mean, n) in ratios)
@@ -83,6 +84,11 @@ def suite_block(name: str, gpu: bool) -> Callable[[Data], str]:
         )  # fmt: skip
 
     return make
+
+
+def decode_cpu_block(data: Data) -> str:
+    rows, _ = summary.held_against_reading(data.suite("cpu", gpu=False))
+    return block(summary.decode_table(rows), data.conditions(rows)) if rows else f"\n{NOTHING}\n"
 
 
 def overhead_block(data: Data) -> str:
@@ -146,6 +152,7 @@ BLOCKS: dict[str, Callable[[Data], str]] = {
     "memory": suite_block("memory", gpu=True),
     "memory-cpu": suite_block("memory", gpu=False),
     "cpu": suite_block("cpu", gpu=False),
+    "decode-cpu": decode_cpu_block,
     "generation": suite_block("generation", gpu=True),
     "generation-cpu": suite_block("generation", gpu=False),
     "huggingface": suite_block("huggingface", gpu=True),

@@ -24,6 +24,16 @@ def test_ratios_and_means():
     ]
 
 
+def test_steps_over_a_cache_are_held_against_reading_and_not_among_the_peers():
+    step = {"case": "8/8 heads, int8 cache", "mode": "decode", "q_len": "1", "kv_len": "512"}
+    steps = [row(p50="2", **step) | {"mbytes": "50"}, row("read", "1.5", **step), row("unquantised", "3", **step)]
+    plain = [row(p50="2"), row("sdpa", "3")]
+    assert summary.held_against_reading([*plain, *steps]) == (steps, plain)
+    assert summary.decode_table(steps)[1:] == [["8/8 heads, int8 cache, bf16, decode", "2 ms", "25.0", "0.75", "1.50x"]]
+    text = summary.short([x | {"suite": "cpu"} for x in (*plain, *steps)])
+    assert "best peer 1.50x (1)" in text and "steps over a KV cache" in text
+
+
 def test_targets():
     suites = {name: [] for name in ("forward", "backward", "features", "layers")}
     assert {line[2] for line in summary.targets_table(suites)[1:]} == {"not measured yet"}
