@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,33 +14,65 @@ from fastattn.ops.schema import Backward, Forward
 from fastattn.spec import Operands, Options
 
 _NODE = "ScaledDotProductFlashAttentionForCpuBackward0"
+_NODES = "ScaledDotProduct"  # how the names of all fused kernels begin
 
 
 def add_second_derivative(out: Tensor) -> None:
-    """Make the gradients of ``out``, the kernel's or a slice of it, differentiable under ``create_graph=True``."""
+    """Make the gradients of ``out``, the kernel's or a slice of it, differentiable under ``create_graph=True``.
+
+    Where that cannot be, a second derivative is an error that says what to do.
+    """
     node: Any = out.grad_fn
     if node is not None and node.name() == "SliceBackward0":
         node = node.next_functions[0][0]
-    if node is not None and node.name() == _NODE:
+    if node is None:
+        return
+    name = node.name()
+    if name == _NODE:
         node.register_hook(_differentiable)
+    elif name.startswith(_NODES):
+        node.register_hook(functools.partial(_once, why=f"by PyTorch's {name}"))
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that have none themselves, and why."""
+
+    @staticmethod
+    def forward(ctx: Any, why: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.why = why
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError(
+            f"fastattn: no second derivative of attention on the torch backend {ctx.why}; pass backend='reference'"
+        )
+
+
+def _once(gradients: tuple[Tensor | None, ...], _: Any, why: str) -> Any:
+    """In place of gradients that PyTorch cannot differentiate; None keeps them."""
+    return _Once.apply(why, *gradients) if torch.is_grad_enabled() else None
 
 
 def _differentiable(gradients: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
     """In place of the kernel's gradients, of which PyTorch has no derivative, the reference's; None keeps them."""
     if not torch.is_grad_enabled() or given[0] is None:
         return None
-    node: Any = torch._C._current_autograd_node()
-    try:
+    try:  # PyTorch's own names, which a version may change
+        node: Any = torch._C._current_autograd_node()
         q, k, v, mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
+        scale, causal = node._saved_scale, node._saved_is_causal
     except CheckpointError:  # computes them again once for each backward pass, and the kernel had them
-        return None
+        return _once(gradients, given, "inside of torch.utils.checkpoint")
+    except AttributeError as error:
+        return _once(gradients, given, f"with PyTorch {torch.__version__} ({error})")
     operands = Operands(block_mask=[])
     if mask is not None:  # the kernel's, in numbers
         mask = mask[(None,) * (4 - mask.ndim)]
         allowed = mask != -torch.inf
         operands = Operands(allowed, mask.masked_fill(~allowed, 0.0), block_mask=[])
-    scale = q.shape[-1] ** -0.5 if node._saved_scale is None else node._saved_scale
-    options = Options(None, 0 if node._saved_is_causal else None, 0, scale, None)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(None, 0 if causal else None, 0, scale, None)
     out, statistics = autograd.constants(Forward(q, k, v, operands, options, "reference"))
     backward = Backward(given[0], None, q, k, v, out, statistics, operands, options, "reference", [False] * 3)
     found = autograd.call_backward(backward)[:3]

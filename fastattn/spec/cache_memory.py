@@ -11,12 +11,19 @@ from fastattn.spec.checks import readable
 def check_written(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> None:  # fmt: skip
-    """Refuse caches and scales of which an append would write an element twice, or one that is also read elsewhere."""
+    """Refuse caches and scales of which an append would write an element twice, or one that is also read elsewhere;
+    and those that PyTorch lets nobody write to."""
     written = {"k_cache": k_cache, "v_cache": v_cache}
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None and scale.ndim == 3:  # measured and written; others are only read
             written[name] = scale
+    outside = not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
     for name, x in written.items():
+        if outside and x.is_inference():
+            raise ValueError(
+                f"{name}: expected a tensor that can be written to here, got one made under torch.inference_mode(); "
+                f"append inside of it, or make the cache outside, or pass {name}.clone()"
+            )
         if _meets_itself(x):
             raise ValueError(f"{name}: expected every element in a place of its own, got strides {x.stride()}")
     if not readable(q):  # all are on its device

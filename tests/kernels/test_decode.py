@@ -365,6 +365,17 @@ def test_autocast_is_named_where_it_made_the_dtype():
         attention_with_kvcache(Q, CACHE, CACHE, cache_lens=3)
 
 
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_a_cache_made_under_inference_mode_is_read_outside_and_appended_to_inside(name):
+    caches = {"k_cache": CACHE.clone(), "v_cache": CACHE.clone()}
+    with torch.inference_mode():
+        caches[name] = torch.zeros_like(CACHE)
+        inside = attention_with_kvcache(Q, **caches, k=NEW + 1, v=NEW + 1, cache_lens=3)
+    assert torch.equal(attention_with_kvcache(Q, **caches, cache_lens=4), inside)
+    with pytest.raises(ValueError, match=rf"{name}: .* made under torch.inference_mode\(\); .* pass {name}.clone\(\)"):
+        attention_with_kvcache(Q, **caches, k=NEW, v=NEW, cache_lens=4)
+
+
 @pytest.mark.parametrize(
     ("k_cache", "v_cache"),
     [

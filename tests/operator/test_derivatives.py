@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastattn import BlockMask, attention, attention_varlen, explain, ops, reference
 from fastattn.backends.reference import blockwise
 from fastattn.backends.reference.blockwise import BLOCK_ELEMENTS
+from fastattn.ops import torch_kernel
 from fastattn.spec import make_spec
 from fastattn.testing import assert_parity
 from tests.support.attention_cases import DOUBLE, INF, SINGLE
@@ -319,7 +320,7 @@ def test_second_derivatives_of_small_plain_calls():
 
 
 def test_saved_tensors_that_are_elsewhere_when_the_gradients_are_on_the_graph():
-    """Offloaded: second derivatives. Recomputed: the first, and PyTorch's error for the second."""
+    """Offloaded: second derivatives. Recomputed: the first, and an error with the cure for the second."""
     q = leaf(1, HEADS, Q_LEN, 8)
 
     def first(run):
@@ -336,10 +337,24 @@ def test_saved_tensors_that_are_elsewhere_when_the_gradients_are_on_the_graph():
     assert torch.allclose(torch.autograd.grad(actual.square().sum(), q)[0], second)
     actual = first(lambda: checkpoint(attention, q, q, q, use_reentrant=False))
     assert torch.allclose(actual, expected)
-    with pytest.raises(RuntimeError, match="not implemented"):
+    with pytest.raises(RuntimeError, match=r"inside of torch.utils.checkpoint; pass backend='reference'"):
         torch.autograd.grad(actual.square().sum(), q)
     actual = first(lambda: checkpoint(attention, q, q, q, backend="reference", use_reentrant=False))
     assert torch.allclose(torch.autograd.grad(actual.square().sum(), q)[0], second)
+
+
+@pytest.mark.parametrize("absent", ["node", "saved tensors"])
+def test_a_pytorch_with_other_names_has_first_derivatives_and_a_clear_error(absent, monkeypatch):
+    q = leaf(1, HEADS, Q_LEN, 8)
+    expected = torch.autograd.grad(attention(q, q, q).sum(), q)[0]
+    if absent == "node":
+        monkeypatch.setattr(torch_kernel, "_NODE", "of an older version")
+    else:
+        monkeypatch.setattr(torch._C, "_current_autograd_node", object)
+    (first,) = torch.autograd.grad(attention(q, q, q).sum(), q, create_graph=True)
+    assert torch.equal(first, expected)
+    with pytest.raises(RuntimeError, match=r"on the torch backend .*pass backend='reference'"):
+        torch.autograd.grad(first.square().sum(), q)
 
 
 MEMORY = """
