@@ -239,7 +239,11 @@ def check_scores(name: str, x: Tensor, q: Tensor, kv_len: int, dtypes: tuple[tor
     """A mask or bias as a 4-D view."""
     expected = (q.shape[0], q.shape[1], q.shape[2], kv_len)
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+        kind = type(x).__name__
+        cure = "; it goes to block_mask=" if kind == "BlockMask" else ""
+        if callable(x):
+            cure = "; BlockMask.from_predicate makes a mask of a function"
+        raise TypeError(f"{name}: expected a Tensor, got {kind}{cure}")
     if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense strided tensor, got layout {x.layout}")
     check_plain(name, x, q)
@@ -248,6 +252,8 @@ def check_scores(name: str, x: Tensor, q: Tensor, kv_len: int, dtypes: tuple[tor
         cure = ""
         if dtypes == (torch.bool,) and not x.dtype.is_floating_point:
             cure = f"; {name}.bool() if 1 takes part"
+        elif dtypes == (torch.bool,):
+            cure = "; what is added to the scores goes to bias="
         elif x.dtype == torch.bool:
             cure = "; it goes to mask="
         raise TypeError(f"{name}.dtype: expected {kinds}, got {x.dtype}{cure}")

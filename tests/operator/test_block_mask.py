@@ -200,6 +200,10 @@ BAD_MASKS = {
     "predicate type": (
         lambda: BlockMask.from_predicate(lambda b, h, i, j: i - j, (1, 1, 3, 3)), TypeError, "got torch.int64"
     ),
+    "predicate with and": (
+        lambda: BlockMask.from_predicate(lambda b, h, i, j: i >= j and j > 1, (1, 1, 3, 3)), TypeError,
+        "predicate: expected &, | and ~ between tensors, got `and`",
+    ),
     "predicate shape": (
         lambda: BlockMask.from_predicate(lambda b, h, i, j: torch.ones(7, dtype=torch.bool), (1, 1, 3, 3)), ValueError,
         r"broadcasts to \(1, 1, 3, 3\), got \(7,\)",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from fastattn import attention, explain, scaled_dot_product_attention
+from fastattn import BlockMask, attention, explain, scaled_dot_product_attention
 from fastattn.spec import checks, make_spec
 
 
@@ -120,7 +120,17 @@ OPTIONS = {
     "mask of floats": (
         {"mask": torch.ones(7, 9)},
         TypeError,
-        "mask.dtype: expected bool (True takes part), got torch.float32",
+        "mask.dtype: expected bool (True takes part), got torch.float32; what is added to the scores goes to bias=",
+    ),
+    "mask is a function": (
+        {"mask": lambda b, h, i, j: i >= j},
+        TypeError,
+        "mask: expected a Tensor, got function; BlockMask.from_predicate makes a mask of a function",
+    ),
+    "mask is a block mask": (
+        {"mask": BlockMask.from_mask(torch.ones(7, 9) > 0)},
+        TypeError,
+        "mask: expected a Tensor, got BlockMask; it goes to block_mask=",
     ),
     "mask of bytes": (
         {"mask": torch.ones(7, 9, dtype=torch.uint8)},
