@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastattn.functional import attention, attention_varlen, divided
 from fastattn.integrations.huggingface_eager import attention_with_weights, weights_are_collected
 from fastattn.integrations.huggingface_mask import PatternMask, hands_masks_on, pattern_mask, without_packing
+from fastattn.integrations.huggingface_paged import admit, paged_attention
 
 NAME = "fastattn"
 
@@ -30,9 +31,11 @@ _NOT_FOR_ATTENTION = frozenset(
     }
 )
 # fmt: on
-_HINTS = {"cache": "paged caches are not supported"}
+# Arguments of continuous batching, which come with a paged cache.
+_OF_PAGES = frozenset({"logits_indices", "logits_processor_args", "max_length_k", "read_index", "write_index"})
 
 _replaced: dict[Any, Callable[..., Any] | None] = {}
+_undo: list[Callable[[], None]] = []
 
 
 def register() -> None:
@@ -49,6 +52,8 @@ def register() -> None:
         if present is not function:
             _replaced[interface] = None if present is _unregistered else present
             interface.register(NAME, function)
+    if not _undo:
+        _undo.append(admit(NAME))
 
 
 def unregister() -> None:
@@ -56,6 +61,8 @@ def unregister() -> None:
 
     Where nothing had it, a model that still asks for "fastattn" fails with an error that says so.
     """
+    while _undo:
+        _undo.pop()()
     if not _replaced:
         return
     for interface, function in _interfaces():
@@ -184,6 +191,7 @@ def attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     output_attentions: bool | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as the layers of transformers call it, on `fastattn.attention`.
@@ -207,6 +215,8 @@ def attention_forward(
             their own sequence, as far as the mask allows. B is 1.
         cu_seq_lens_k: likewise for the keys; None means the same.
         output_attentions: also return the weights, which are computed in full for this.
+        cache: the paged cache of continuous batching, to which k and v are appended first. What it and the arguments
+            beside it say takes the place of a mask: causal order within each request, and the window.
         kwargs: what else the model passes on.
 
     Returns:
@@ -216,11 +226,18 @@ def attention_forward(
         TypeError, ValueError: naming the argument, what was expected and what came; also for an argument that is not
             known here and may change the result.
     """
-    _refuse(kwargs)
+    _refuse({name: x for name, x in kwargs.items() if cache is None or name not in _OF_PAGES})
     if s_aux is not None and s_aux.shape != query.shape[1:2]:
         raise ValueError(
             f"s_aux.shape: expected ({query.shape[1]},), one for each query head, got {tuple(s_aux.shape)}"
         )
+    if cache is not None:
+        if output_attentions or position_bias is not None:
+            raise ValueError("output_attentions, position_bias: expected None with a paged cache, got one")
+        passed = {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k, **kwargs}
+        window = None if sliding_window is None else (sliding_window - 1, 0)
+        options = {"window": window, "softcap": softcap, "sinks": s_aux, "scale": scaling}
+        return paged_attention(cache, module, query, key, value, passed, options), None
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, shared by the batch
     if attention_mask is None:
@@ -313,10 +330,10 @@ def _within(mask: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor | None, q
 def _refuse(kwargs: dict[str, Any]) -> None:
     """Raise for what cannot be honoured, rather than ignore it."""
     for name, given in kwargs.items():
-        if given is None or given is False or name in _NOT_FOR_ATTENTION or name.startswith("output_"):
-            continue
-        hint = _HINTS.get(name, "attn_implementation='fastattn' does not know this argument")
-        raise ValueError(f"{name}: expected None, {hint}; got {_short(given)}")
+        known = name in _NOT_FOR_ATTENTION or name.startswith("output_")
+        if given is not None and given is not False and not known:
+            why = "attn_implementation='fastattn' does not know this argument"
+            raise ValueError(f"{name}: expected None, {why}; got {_short(given)}")
 
 
 def _short(given: Any) -> str:

@@ -469,7 +469,11 @@ def test_packed_sequences_by_their_ends():
 
 
 REFUSED = [
-    ({"cache": object()}, ValueError, "cache: expected None, paged caches are not supported; got object"),
+    (
+        {"cache": object(), "output_attentions": True},
+        ValueError,
+        "output_attentions, position_bias: expected None with a paged cache, got one",
+    ),
     ({"indices": torch.zeros(1)}, ValueError, "indices: expected None.* does not know this argument"),
     ({"attention_mask": torch.ones(2, 6)}, ValueError, r"attention_mask.shape: expected 4 dim.* got \(2, 6\)"),
     (
