@@ -272,14 +272,15 @@ class Backward {
     }
   }
 
-  // A third of what the next rows after those at `row` will read, as in forward.cpp.
+  // A third of what later rows than those at `row` will read, as in forward.cpp.
   template <int third>
   void prefetch_ahead(const Scores<T>& scores, int64_t row, int64_t key) const {
     if (!scores.may_forbid()) return;
-    const int64_t next = row + kTileRows;
+    const int64_t next = row + kTermsAhead;
     for (int64_t r = next + kTileRows * third / 3; r < least(next + kTileRows * (third + 1) / 3, entry_.q_len); r++) {
-      scores.prefetch(r, key);
-      bias_.prefetch(r, key);
+      const Range seen = problem_.seen(entry_, r, key);
+      scores.prefetch(r, key, seen);
+      bias_.prefetch(r, key, seen);
     }
   }
 

@@ -26,13 +26,22 @@ void add_bias_row(const void* bias, int64_t first, int64_t step, T* s, int64_t c
   using Wide = std::conditional_t<sizeof(Element) == 8, double, float>;
   int64_t i = 0;
   if constexpr (same_lanes) {
-    Vec<T> beyond{};  // 0, or NaN: only then is there something that must be kept finite
-    for (; step == 1 && i + kLanes<T> <= count; i += kLanes<T>) {
-      const Vec<T> scaled = load<T>(from + i) * T(kLog2E);
-      beyond += scaled * T(0);
-      store(s + i, load(s + i) * factor + scaled);
+    // 0, or NaN: only then is there something that must be kept finite. Two chains, as a sum waits for the one before.
+    Vec<T> beyond{}, other{};
+    const auto add = [&](int64_t at, Vec<T>& found) {
+      const Vec<T> scaled = load<T>(from + at) * T(kLog2E);
+      found += scaled * T(0);
+      store(s + at, load(s + at) * factor + scaled);
+    };
+    for (; step == 1 && i + 2 * kLanes<T> <= count; i += 2 * kLanes<T>) {
+      add(i, beyond);
+      add(i + kLanes<T>, other);
     }
-    if (sum_lanes(beyond) != T(0)) {
+    if (step == 1 && i + kLanes<T> <= count) {
+      add(i, beyond);
+      i += kLanes<T>;
+    }
+    if (sum_lanes(beyond + other) != T(0)) {
       for (int64_t n = 0; n < i; n += kLanes<T>) {
         const Vec<T> x = load<T>(from + n), kept = bias_in_base_2<T>(x);
         store(s + n, x * T(kLog2E) == kept ? load(s + n) : kept);

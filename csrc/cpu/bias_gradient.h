@@ -12,6 +12,8 @@ inline void fill(T* x, int64_t count, T value) {
   for (int64_t i = 0; i < count; i++) x[i] = value;
 }
 
+constexpr int64_t kStreamed = 1 << 20;  // elements that no cache keeps for who reads them next
+
 // How a bias is shared, as its sizes alone say.
 struct BiasSharing {
   bool wanted = false;
@@ -59,6 +61,7 @@ class BiasGradient {
 
   // Adds what the head has added up to what it shares with others.
   void end() {
+    if (streamed_) end_streams();
     if (!sharing_.reduced) return;
     wait(entry_.q_len - 1, entry_.kv_len - 1);
     for (int64_t i = 0; i < sharing_.elements_of_head; i++) result_[i] += sums_[i];
@@ -76,8 +79,7 @@ class BiasGradient {
   // dS of a row against keys `key ..`, computed at places `first .. last`, seen at `seen`.
   void take(int64_t row, int64_t key, int64_t first, int64_t last, Range seen, const T* ds) const {
     if (sharing_.own) {
-      last = least(last, entry_.kv_len - key);
-      if (first < last) std::memcpy(line(row) + key + first, ds + first, size_t(last - first) * sizeof(T));
+      write(row, key, first, last, [ds](int64_t i) { return load(ds + i); });
     } else if (sharing_.wanted && o_.bias_size[3] > 1) {
       T* to = line(row) + key;
       for (int64_t i = seen.begin; i < seen.end; i++) to[i] += ds[i];
@@ -90,14 +92,29 @@ class BiasGradient {
 
   // Of pairs that no tile computes.
   void take_nothing(int64_t row, int64_t key, int64_t first, int64_t last) const {
-    if (sharing_.own) fill(line(row) + key + first, least(last, entry_.kv_len - key) - first, T(0));
+    if (sharing_.own) write(row, key, first, last, [](int64_t) { return Vec<T>{}; });
   }
 
-  void prefetch(int64_t row, int64_t key) const {
-    if (sharing_.wanted && o_.bias_size[3] > 1) prefetch_line(line(row) + key, 0, least(kKeys, entry_.kv_len - key));
+  // `seen`: places of a block that the row sees.
+  void prefetch(int64_t row, int64_t key, Range seen) const {
+    if (!sharing_.wanted || sharing_.own || o_.bias_size[3] == 1) return;
+    prefetch_line(line(row) + key, seen.begin, seen.end);
   }
 
  private:
+  // Places `first .. last` of a block, `first` at a whole vector.
+  template <class Values>
+  void write(int64_t row, int64_t key, int64_t first, int64_t last, Values values) const {
+    T* to = line(row) + key;
+    last = least(last, entry_.kv_len - key);
+    int64_t i = first;
+    if (streamed_ && reinterpret_cast<uintptr_t>(to + i) % sizeof(Vec<T>) == 0) {
+      for (; i + kLanes<T> <= last; i += kLanes<T>) stream(to + i, values(i));
+    }
+    for (; i + kLanes<T> <= last; i += kLanes<T>) store(to + i, values(i));
+    for (; i < last; i++) to[i] = values(i)[0];
+  }
+
   bool adds_to_others() const { return sharing_.wanted && !sharing_.own && !sharing_.reduced; }
 
   T* line(int64_t row) const { return sums_ + (o_.bias_size[2] > 1 ? row : 0) * o_.bias_size[3]; }
@@ -115,6 +132,7 @@ class BiasGradient {
   }
 
   const BiasSharing sharing_;
+  const bool streamed_ = sharing_.own && sharing_.elements > kStreamed;
   const Problem<T>& problem_;
   const FastattnOperands& o_;
   const FastattnGradients& g_;

@@ -159,17 +159,18 @@ class Forward {
   // Those of the key at a place, where a lane begins.
   T* values(int64_t place) const { return memory_->values + place / Step::kParts * memory_->v_width; }
 
-  // A third of what the next rows of the tile of queries at `tile` will read, or its first rows from the next block: in
+  // A third of what later rows of the tile of queries at `tile` will read, or its first rows from the next block: in
   // thirds, since more lines than a processor waits for at once would hold up the loads of a product.
   template <int third>
   void prefetch_ahead(const Scores<T>& scores, int64_t tile, int64_t at, int64_t count, int64_t key) const {
     if (!scores.may_forbid()) return;
     for (int64_t r = at + kTileRows * third / 3; r < at + kTileRows * (third + 1) / 3; r++) {
-      const int64_t next = r + kTileRows;
+      const int64_t next = r + kTermsAhead;
       if (next < count) {
-        scores.prefetch(tile + next, key);
-      } else if (next - count < kTileRows) {
-        scores.prefetch(tile + next - count, key + kKeys);
+        scores.prefetch(tile + next, key, problem_.seen(entry_, tile + next, key));
+      } else if (next - count < least(kTermsAhead, count)) {
+        const int64_t row = tile + next - count;
+        scores.prefetch(row, key + kKeys, problem_.seen(entry_, row, key + kKeys));
       }
     }
   }

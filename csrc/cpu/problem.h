@@ -79,6 +79,12 @@ struct Problem {
     return keys.empty() ? Range{0, 0} : keys;
   }
 
+  // Of a block of keys, the places of those that a row sees.
+  Range seen(const Entry& e, int64_t row, int64_t key) const {
+    const Range keys = visible(e, row);
+    return common({keys.begin - key, keys.end - key}, {0, kKeys});
+  }
+
   // `next`: how many heads further on the one is that the thread probably reads next, or 0.
   Rows<T> rows(
       const FastattnView& view, int64_t batch, int64_t head, int64_t first, int64_t width, int64_t next) const {

@@ -8,10 +8,13 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
+// How many rows ahead of its use a term is fetched, into the second level of cache: a few groups.
+constexpr int64_t kTermsAhead = 3 * kTileRows;
+
 // Starts loading elements `begin .. end`.
 template <class E>
 inline void prefetch_line(const E* from, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(E))) __builtin_prefetch(from + i);
+  for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(E))) fetch_line<2>(from + i);
 }
 
 // What one query head adds to its products. A term that is absent costs a branch per row and block.
@@ -58,8 +61,9 @@ class Scores {
         cap(s, begin, end, cap_gradient);
         factor = T(1);
       }
-      if (o_.bias.data != nullptr) {  // what lies outside is forbidden below
-        add_bias(s, row, column, low, high, factor);
+      if (o_.bias.data != nullptr) {  // whole vectors, where there are such keys: what lies outside is forbidden below
+        const int last = int(least(round_up(high, kLanes<T>), entry_.kv_len - column));
+        add_bias(s, row, column, low / kLanes<T> * kLanes<T>, last, factor);
       } else if (factor != T(1)) {
         for (int i = begin; i < end; i++) s[i] *= factor;
       }
@@ -70,19 +74,17 @@ class Scores {
       const uint8_t* keep = block + row % kKeys * kKeys;
       for (int i = low; i < high; i++) s[i] = keep[i] ? s[i] : -kInfinity<T>;
     }
-    if (o_.bias.data == nullptr) return forbid_outside(s, begin, low, high, end);
-    for (int i = begin; i < low; i++) s[i] = -kInfinity<T>;  // a bias has stored part of a vector
-    for (int i = high; i < end; i++) s[i] = -kInfinity<T>;
+    forbid_outside(s, begin, low, high, end);
   }
 
-  // Starts loading what `finish_scores` will read of a block of keys, if there are such keys: rows of a bias or a mask are too far apart for the processor to foresee.
-  void prefetch(int64_t row, int64_t column) const {
-    const int64_t end = least(kKeys, entry_.kv_len - column);
+  // Starts loading what `finish_scores` will read of a block of keys, of which the row sees those at places `seen`: rows of a
+  // bias or a mask are too far apart for the processor to foresee.
+  void prefetch(int64_t row, int64_t column, Range seen) const {
     if (o_.bias.data != nullptr && o_.bias.stride[3] == 1) {
-      prefetch_line(static_cast<const char*>(o_.bias.data) + (bias_row(row) + column) * bias_bytes_, 0,
-                    end * bias_bytes_);
+      prefetch_line(static_cast<const char*>(o_.bias.data) + (bias_row(row) + column) * bias_bytes_,
+                    seen.begin * bias_bytes_, seen.end * bias_bytes_);
     }
-    if (o_.mask.data != nullptr && o_.mask.stride[3] == 1) prefetch_line(mask_row(row) + column, 0, end);
+    if (o_.mask.data != nullptr && o_.mask.stride[3] == 1) prefetch_line(mask_row(row) + column, seen.begin, seen.end);
   }
 
   // |position of the row - key|.

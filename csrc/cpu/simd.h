@@ -65,6 +65,33 @@ inline void store(T* to, Vec<T> x) {
   *reinterpret_cast<typename VecOf<T, kLanes<T>>::unaligned*>(to) = x;
 }
 
+// Stores past the caches, at a multiple of a vector: what is there is not read first.
+template <class T>
+inline void stream(T* to, Vec<T> x) {
+#if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)x);
+#elif defined(__AVX2__) && FASTATTN_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)x);
+#else
+  store(to, x);
+#endif
+}
+
+// Before others may read what was streamed.
+inline void end_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Starts loading the line of the cache at an address, which need not be mapped. Without the empty statement a function
+// that does no more than this has no effect, and compilers leave out its calls.
+template <int locality = 3>
+inline void fetch_line(const void* at) {
+  __builtin_prefetch(at, 0, locality);
+  asm volatile("");
+}
+
 typedef VecOf<uint16_t, kLanes<float>>::type VecHalf;
 typedef VecOf<uint32_t, kLanes<float>>::type VecBits;
 
