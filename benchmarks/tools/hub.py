@@ -20,7 +20,7 @@ VERSION = 1
 """Of the kernel's interface, as the Hub counts: raised when a caller has to change."""
 
 # What attention needs, of the package; kernels/ stands beside it.
-INTEGRATION = ("__init__", "hub", "huggingface", "huggingface_eager", "huggingface_mask")
+INTEGRATION = ("__init__", "hub", "huggingface", "huggingface_eager", "huggingface_mask", "huggingface_paged")
 PARTS = (
     "backends", "block_mask.py", "functional", "kernels", "ops", "spec",
     *(f"integrations/{name}.py" for name in INTEGRATION),
