@@ -255,6 +255,9 @@ def draw_rates(panels: dict[str, list[Cell]], rows: Sequence[Row], path: Path) -
     grid[0][0].set_ylim(bottom=0)
     for axes in list(grid.flat)[len(panels) :]:
         axes.axis("off")
+    for axes in list(grid.flat)[max(len(panels) - columns, 0) : len(panels)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("length")
     for row in grid:
         row[0].set_ylabel("GFLOP/s")
     legend = [
