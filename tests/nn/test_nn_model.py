@@ -314,9 +314,11 @@ def test_a_compiled_step_is_compiled_twice_at_most(kind):
     full, exact = model(tokens), in_float64(model, tokens)
     cache = model.make_cache(N, 20, cache_type, **arguments)
     model.prefill(tokens[:, :4], cache)
+    steps = []
     for i in range(4, 20):
         cache.reserve(1)
-        assert_parity(step(tokens[:, i : i + 1], cache=cache)[:, 0], exact[:, i], full[:, i])
+        steps.append(step(tokens[:, i : i + 1], cache=cache))
+    assert_parity(torch.cat(steps, 1), exact[:, 4:], full[:, 4:])  # of one position the peer may be exact by luck
     assert counter.frame_count <= 2
 
 
