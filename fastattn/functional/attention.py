@@ -1,15 +1,13 @@
-"""The public functions: validate, choose a backend, call it."""
+"""`fastattn.attention`: validate, choose a backend, call it."""
 
-import inspect
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from fastattn import backends, ops
 from fastattn.backends import Explanation
 from fastattn.block_mask import BlockMask
-from fastattn.functional import divided, keywords, leading, remembered
+from fastattn.functional import divided, keywords, remembered
 from fastattn.spec import AttentionSpec, is_dtensor, make_spec
 
 Backend = Literal["triton", "cuda", "cpu", "torch", "reference"]
@@ -124,169 +122,11 @@ def attention(
         block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
         dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
-    out, lse = _run(spec, backend, key)
+    out, lse = run(spec, backend, key)
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
-
-
-def _run(spec: AttentionSpec, backend: str | None, key: Any = None) -> tuple[Tensor, Tensor | None]:
-    """(out, lse); ``key`` is what `remembered` called it."""
-    if is_dtensor(spec.q):
-        from fastattn.functional import sharded
-
-        return sharded.attention(spec, backend)
-    chosen = backends.choose(spec, backend)
-    remembered.remember(key, spec, chosen)
-    return ops.attention(spec, chosen)
-
-
-def _explain(spec: AttentionSpec, backend: str | None) -> Explanation:
-    if is_dtensor(spec.q):
-        from fastattn.functional import sharded
-
-        return sharded.explain(spec, backend)
-    return backends.explain(spec, backend)
-
-
-@overload
-def attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ..., *,
-    seqused_k: Tensor | None = ..., max_seqlen_q: int | Tensor | None = ...,
-    max_seqlen_k: int | Tensor | None = ..., causal: bool = ..., q_offset: int | Tensor | None = ...,
-    window: tuple[int | None, int | None] | None = ..., kv_start: Tensor | None = ...,
-    alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    scale: float | None = ..., dropout_p: float = ...,
-    return_lse: Literal[False] = ..., backend: Backend | None = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ..., *,
-    seqused_k: Tensor | None = ..., max_seqlen_q: int | Tensor | None = ...,
-    max_seqlen_k: int | Tensor | None = ..., causal: bool = ..., q_offset: int | Tensor | None = ...,
-    window: tuple[int | None, int | None] | None = ..., kv_start: Tensor | None = ...,
-    alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ...,
-    scale: float | None = ..., dropout_p: float = ...,
-    return_lse: Literal[True], backend: Backend | None = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-def attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None = None,
-    *,
-    seqused_k: Tensor | None = None,
-    max_seqlen_q: int | Tensor | None = None,
-    max_seqlen_k: int | Tensor | None = None,
-    causal: bool = False,
-    q_offset: int | Tensor | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    kv_start: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-    backend: Backend | None = None,
-    **unknown: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` over packed sequences, each by itself: no padding is stored and none computed.
-
-    Sequence s has the queries ``cu_seqlens_q[s] : cu_seqlens_q[s + 1]`` and the keys ``cu_seqlens_k[s] :
-    cu_seqlens_k[s + 1]``; it may be empty. Rows after the last sequence give output 0, lse -inf and gradients 0.
-    The lengths are read on the device: no synchronisation, no recompilation, safe under CUDA graphs.
-
-    Args:
-        q: (total_q, Hq, D), float16, bfloat16, float32 or float64; any strides.
-        k: (total_k, Hk, D), Hq a multiple of Hk.
-        v: (total_k, Hk, Dv).
-        cu_seqlens_q: int32 or int64 (sequences + 1,), rising from 0 to at most total_q.
-        cu_seqlens_k: likewise for the keys; None means ``cu_seqlens_q``.
-        seqused_k: int32 or int64 (sequences,): how many of its keys a sequence uses, the first ones; None is all of
-            them. The others cost nothing, may be NaN, and have gradients 0. Positions count from what is used.
-        max_seqlen_q, max_seqlen_k: taken so that calls written for other packages run; not needed, not read.
-        causal, window: as in `attention`, positions counted within each sequence.
-        kv_start: as in `attention`, (sequences,), counted within each sequence.
-        q_offset: position of the first query of each sequence: an int, or an integer tensor (sequences,). None lines
-            the last query of each sequence up with its last key.
-        alibi_slopes: float (Hq,) or (sequences, Hq).
-        softcap, sinks, scale, dropout_p, return_lse, backend: as in `attention`. Dropout drops for sequence s what
-            `attention` drops for batch entry s.
-
-    Returns:
-        out (total_q, Hq, Dv) in the dtype of q; with ``return_lse`` also lse (Hq, total_q), natural logarithm.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. The values of ``cu_seqlens`` and
-            ``seqused_k`` are checked on CPU only, where reading them does not wait; elsewhere a ``seqused_k`` beyond
-            the keys of its sequence is cut to them.
-
-    Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691); padding-free training: Zeng et al., 2022 (arXiv:2208.08124).
-    """
-    if unknown:
-        keywords.refuse(attention_varlen, unknown)
-    if (division := divided.current()) is not None:
-        if kv_start is not None:
-            divided.refuse("kv_start", "a Tensor")
-        return division.attention_varlen(
-            q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, causal=causal,
-            q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
-            dropout_p=dropout_p, return_lse=return_lse, backend=backend,
-        )  # fmt: skip
-    spec = varlen_spec(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), seqused_k=seqused_k, causal=causal,
-        q_offset=q_offset, window=window, kv_start=kv_start, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks,
-        scale=scale, dropout_p=dropout_p, return_lse=return_lse,
-    )  # fmt: skip
-    out, lse = _run(spec, backend)
-    out = out.squeeze(0).transpose(0, 1)  # whose gradient is a view: that of an index is a copy
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse.squeeze(0)
-
-
-def varlen_spec(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
-    max_seqlens: tuple[int | Tensor | None, int | Tensor | None], **options: Any,
-) -> AttentionSpec:  # fmt: skip
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-        if tensor.ndim != 3:
-            raise ValueError(f"{name}: expected 3 dimensions (total, heads, head_dim), got shape {tuple(tensor.shape)}")
-    if v.shape[:2] != k.shape[:2]:
-        raise ValueError(f"v.shape[:2]: expected k.shape[:2] == {tuple(k.shape[:2])}, got {tuple(v.shape[:2])}")
-    for name, length in zip(("max_seqlen_q", "max_seqlen_k"), max_seqlens, strict=True):
-        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt, Tensor, type(None))):
-            raise TypeError(f"{name}: expected an int, a Tensor or None, got {type(length).__name__}")
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-    return make_spec(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options)
-
-
-def explain_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *,
-    seqused_k: Tensor | None = None, max_seqlen_q: int | Tensor | None = None,
-    max_seqlen_k: int | Tensor | None = None, causal: bool = False, q_offset: int | Tensor | None = None,
-    window: tuple[int | None, int | None] | None = None, kv_start: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float | None = None, sinks: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
-    return_lse: bool = False, backend: Backend | None = None, **unknown: Any,
-) -> Explanation:  # fmt: skip
-    """`explain` for `attention_varlen`, with its arguments."""
-    if unknown:
-        keywords.refuse(explain_varlen, unknown)
-    spec = varlen_spec(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), seqused_k=seqused_k, causal=causal,
-        q_offset=q_offset, window=window, kv_start=kv_start, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks,
-        scale=scale, dropout_p=dropout_p, return_lse=return_lse,
-    )  # fmt: skip
-    return _explain(spec, backend)
 
 
 def explain(
@@ -321,81 +161,24 @@ def explain(
         block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
         dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
-    return _explain(spec, backend)
+    return explain_spec(spec, backend)
 
 
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    **unknown: Any,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, argument for argument, on fastattn's backends.
+def run(spec: AttentionSpec, backend: str | None, key: Any = None) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of a checked call. ``key``: under which `remembered` may keep the choice."""
+    if is_dtensor(spec.q):
+        from fastattn.functional import sharded
 
-    Two differences: ``attn_mask`` and ``is_causal`` combine instead of excluding each other, and a row with nothing
-    allowed gives 0 on every device, where scores and values are finite.
-
-    Args:
-        query: (..., Hq, Lq, D) with any number of leading batch dimensions, or (Lq, D) without heads.
-        key: (..., Hk, Lk, D). What stands before the last two dimensions broadcasts.
-        value: (..., Hk, Lk, Dv).
-        attn_mask: bool (True takes part) or float (added), broadcastable to (..., Hq, Lq, Lk).
-        dropout_p: applied as given, also in evaluation.
-        is_causal: query i sees keys 0 .. i (top-left alignment).
-        scale: default ``1 / sqrt(D)``.
-        enable_gqa: Hq may be a multiple of Hk instead of broadcasting with it.
-
-    Returns:
-        (..., Hq, Lq, Dv) in the dtype of the query.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    if unknown:
-        keywords.refuse(scaled_dot_product_attention, unknown)
-    known = None
-    division = divided.current()
-    if division is None and type(dropout_p) is float and dropout_p == 0.0:
-        known, out = remembered.attention(query, key, value, attn_mask, is_causal, 0, scale, enable_gqa)
-        if out is not None:
-            return out
-    lead = None
-    if not isinstance(enable_gqa, bool):
-        raise TypeError(f"enable_gqa: expected a bool, got {type(enable_gqa).__name__}")
-    if not leading.is_4d(query, key, value, enable_gqa):
-        query, key, value, attn_mask, lead = leading.to_4d(query, key, value, attn_mask, enable_gqa)
-    mask = bias = None
-    if attn_mask is not None:
-        if not isinstance(attn_mask, Tensor):
-            raise TypeError(f"attn_mask: expected a Tensor, got {type(attn_mask).__name__}")
-        if attn_mask.is_floating_point():
-            bias = attn_mask
-        elif attn_mask.dtype == torch.bool:
-            mask = attn_mask
-        else:
-            raise TypeError(
-                f"attn_mask.dtype: expected bool (True takes part) or a floating-point dtype, got {attn_mask.dtype}"
-            )
-    if division is not None:
-        options: Any = {"causal": is_causal, "q_offset": 0, "scale": scale, "dropout_p": dropout_p}
-        out = division.attention(query, key, value, mask=mask, bias=bias, **options)
-        return out if lead is None else out.reshape(*lead, *out.shape[-2:])
-    spec = make_spec(
-        query, key, value, causal=is_causal, q_offset=0, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p,
-        names=leading.NAMES,
-    )  # fmt: skip
-    out, _ = _run(spec, None, known if lead is None else None)
-    return out if lead is None else out.reshape(*lead, *out.shape[-2:])
+        return sharded.attention(spec, backend)
+    chosen = backends.choose(spec, backend)
+    remembered.remember(key, spec, chosen)
+    return ops.attention(spec, chosen)
 
 
-# PyTorch's signature, for whoever looks: the keywords that are only there to be refused are not part of it.
-scaled_dot_product_attention.__signature__ = (  # pyright: ignore[reportFunctionMemberAccess]
-    (_signature := inspect.signature(scaled_dot_product_attention)).replace(
-        parameters=[p for p in _signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    )
-)
+def explain_spec(spec: AttentionSpec, backend: str | None) -> Explanation:
+    """Which backend `run` would take, and why not another."""
+    if is_dtensor(spec.q):
+        from fastattn.functional import sharded
+
+        return sharded.explain(spec, backend)
+    return backends.explain(spec, backend)

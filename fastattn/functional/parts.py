@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fastattn import backends, ops
 from fastattn.functional import divided
-from fastattn.functional.attention import attention, attention_varlen, varlen_spec
+from fastattn.functional.attention import attention
+from fastattn.functional.varlen import attention_varlen, varlen_spec
 from fastattn.spec import is_dtensor, make_spec
 
 

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.functional import attention, attention_varlen, divided
+from fastattn.functional import attention, attention_varlen
 from fastattn.functional.parts import attention_of_heads, for_own_heads, of_all_heads, own_part
 from fastattn.nn import keywords
 from fastattn.nn.cache import KVCache
 from fastattn.nn.hooks import block_fast_path
+from fastattn.nn.masks import attention_with_weights, check_mask_dtype, merge_masks
 from fastattn.nn.tracing import fx_leaf, refuse_torchscript
 
 __all__ = ["MultiheadAttention"]
@@ -131,14 +132,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not is_batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         heads = slice(0, self.num_heads) if self.own_heads is None else self.own_heads
-        mask, bias = _merge_masks(
+        mask, bias = merge_masks(
             q, k, None if causal else attn_mask, key_padding_mask, extra_keys, self.num_heads, heads
         )
 
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            out, weights = _attention_with_weights(q, k, v, mask, bias, dropout_p, self.num_heads, heads)
+            out, weights = attention_with_weights(q, k, v, mask, bias, dropout_p, self.num_heads, heads)
         else:
             out = attention_of_heads(
                 heads.start, q, k, v, causal=causal, q_offset=0, mask=mask, bias=bias, dropout_p=dropout_p
@@ -322,92 +323,7 @@ def adopt(module: nn.MultiheadAttention) -> None:
     block_fast_path(module)
 
 
-def check_mask_dtype(mask: Tensor | None, name: str) -> None:
-    """Refuse integer masks, with torch.nn's text."""
-    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-        raise AssertionError(f"only bool and floating types of {name} are supported")
-
-
 def _as_key(x: Tensor, like: Tensor) -> Tensor:
     """A learned key or value (1, 1, E) as (N, H, 1, D), to stand after those of `like` (N, H, S, D)."""
     N, H, _, D = like.shape
     return x.view(1, H, 1, D).expand(N, H, 1, D).to(like.dtype)
-
-
-def _merge_masks(
-    q: Tensor,
-    k: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    extra_keys: int,
-    H: int,
-    own: slice,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The two masks of the layer (True = ignore, or float) as the operator's `mask` (True = take part) and `bias`.
-
-    Two masks become one tensor only where both are float. Else each stays as small as it came and the operator
-    broadcasts it, so nothing of N*H*L*S elements is made that the caller did not make. ``own``: of the H heads.
-    """
-    N, _, L, _ = q.shape
-    S = k.shape[2]
-    mask = bias = None
-    if attn_mask is not None:
-        expected = (L, S - extra_keys) if attn_mask.dim() == 2 else (N * H, L, S - extra_keys)
-        if attn_mask.shape != expected:
-            raise RuntimeError(
-                f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
-            )
-        if attn_mask.dim() == 3:
-            attn_mask = attn_mask.unflatten(0, (N, H))[:, own]
-        if extra_keys:  # they are open to all
-            attn_mask = F.pad(attn_mask, (0, extra_keys))
-        if attn_mask.dtype == torch.bool:
-            mask = ~attn_mask  # (L, S) or (N, H, L, S)
-        else:
-            bias = attn_mask
-    if key_padding_mask is not None:
-        if extra_keys:
-            key_padding_mask = F.pad(key_padding_mask, (0, extra_keys))
-        for dim, size in enumerate((N, S)):
-            if key_padding_mask.shape[dim] != size:
-                raise AssertionError(
-                    f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {key_padding_mask.shape[dim]}"
-                )
-        key_padding_mask = key_padding_mask[:, None, None, :]  # (N, 1, 1, S)
-        if key_padding_mask.dtype != torch.bool:
-            bias = key_padding_mask if bias is None else bias + key_padding_mask
-        elif mask is None:
-            mask = ~key_padding_mask
-        else:
-            bias = _additive(~key_padding_mask, q.dtype)
-    return mask, bias
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (True = take part) as the float mask that is added to the scores."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
-
-
-def _attention_with_weights(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float, H: int, own: slice
-) -> tuple[Tensor, Tensor]:
-    """Attention that returns its weights (N, H, L, S), hence unfused. Dropout draws what torch.nn's layer draws."""
-    divided.refuse("need_weights", "True")
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, H, L, S)
-    if mask is not None:
-        additive = _additive(mask, scores.dtype)
-        bias = additive if bias is None else bias + additive
-    if bias is None:
-        weights = scores.softmax(dim=-1)
-    else:
-        # In float32 at least: a half has no room for the smallest float32, which many masks hold in place of -inf.
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        scores = scores + bias.to(scores.dtype)
-        # A row with nothing allowed would be NaN, and its gradient too: give it finite scores, then zero weights.
-        nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)
-        weights = scores.masked_fill(nothing, 0.0).softmax(dim=-1).masked_fill(nothing, 0.0).to(v.dtype)
-    if dropout_p and own != slice(0, H):  # what all heads draw, and of this what these do
-        weights = weights * F.dropout(weights.new_ones(weights.shape[0], H, *weights.shape[2:]), dropout_p)[:, own]
-    else:
-        weights = F.dropout(weights, dropout_p)
-    return weights @ v, weights
