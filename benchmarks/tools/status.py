@@ -20,7 +20,7 @@ HEADER = """# Status on GPUs
 <!-- Generated from benchmarks/results by `python -m benchmarks.tools.status --write`. Do not edit. -->
 
 What the Triton kernels have been run on. A feature has passed where output, log-sum-exp and every gradient, or what was
-written into the cache, kept to the parity rule of `fastattn/testing.py` in every dtype and head dim listed. Without a
+written into the cache, kept to the parity rule of `fastattn/testing` in every dtype and head dim listed. Without a
 GPU the same kernels run in Triton's interpreter and are compiled ahead of time for four architectures; that is part of
 the test suite and not of this page. The CUDA C++ kernel of `csrc/`, which nothing chooses unasked, is the last line of
 each table of checks.

@@ -34,7 +34,7 @@ def test_gate_passes_here_and_finds_a_wrong_backend(monkeypatch):
     case = parity.ParityCase("everything at once", "fp32", 64)
     assert not list(parity.failures(DryRun(), [case]))
     right = fastattn.attention
-    monkeypatch.setattr("fastattn.testing.attention", lambda *a, **o: tuple(1.01 * t for t in right(*a, **o)))
+    monkeypatch.setattr("fastattn.testing.calls.attention", lambda *a, **o: tuple(1.01 * t for t in right(*a, **o)))
     ((failed, error),) = parity.failures(DryRun(), [case])
     assert failed == case and parity.describe(error).startswith("AssertionError: out: ")
 
@@ -185,7 +185,7 @@ def test_a_lost_device_ends_all_but_the_sanitizer(tmp_path, monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(parity, "matrix", lambda: [parity.ParityCase("plain", "bf16", 64)] * 3)
-    monkeypatch.setattr("fastattn.testing.attention", lose)
+    monkeypatch.setattr("fastattn.testing.calls.attention", lose)
     checks = make_checks(tmp_path)
     for check in (parity_of_all, large.check_large, repeats.check_repeats, gpu_check.check_tests):
         check(checks)
@@ -206,7 +206,7 @@ def test_gpu_check_reports_what_fails(tmp_path, capsys, monkeypatch):
         return tuple(t * (1.0 + next(calls)) for t in right(*arguments, **options))
 
     monkeypatch.setattr(fastattn, "attention", never_same)
-    monkeypatch.setattr("fastattn.testing.attention", lambda *a, **o: tuple(1.01 * t for t in right(*a, **o)))
+    monkeypatch.setattr("fastattn.testing.calls.attention", lambda *a, **o: tuple(1.01 * t for t in right(*a, **o)))
     assert gpu_check.main(["--dry-run", "--output", str(tmp_path), "--steps", "parity", "repeats"]) == 1
     rows = {(r["check"], r["kernel"], r["feature"]): r for r in results.read(tmp_path / "dry-run" / "parity.csv")}
     assert rows["parity", "forward", "plain"]["outcome"] == "failed"

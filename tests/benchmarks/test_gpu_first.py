@@ -48,7 +48,7 @@ def test_a_red_path_blocks_its_own_rows(tmp_path, capsys, monkeypatch):
         results = right(*arguments, **options)
         return tuple(1.01 * x for x in results) if options.get("causal") else results
 
-    monkeypatch.setattr("fastattn.testing.attention", wrong)
+    monkeypatch.setattr("fastattn.testing.calls.attention", wrong)
     assert run(tmp_path) == 1
     forward = [r for r in results.read(tmp_path / "dry-run" / "forward.csv") if r["provider"] == "fastattn"]
     assert forward and {r["causal"] for r in forward} == {"no"}
@@ -67,7 +67,7 @@ def test_a_lost_device_ends_it_with_what_there_is(tmp_path, capsys, monkeypatch)
     def lose(*arguments, **options):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr("fastattn.testing.attention", lose)
+    monkeypatch.setattr("fastattn.testing.calls.attention", lose)
     assert run(tmp_path) == 1
     assert "cells measured" not in capsys.readouterr().out
     assert (tmp_path / "dry-run.tar").exists() and not (tmp_path / "dry-run" / "forward.csv").exists()

@@ -41,7 +41,7 @@ def spoil(results, wrong):
 
 def test_red_parity_blocks_what_rests_on_it(tmp_path, capsys, monkeypatch):
     right = fastattn.attention
-    monkeypatch.setattr("fastattn.testing.attention", lambda *a, **o: spoil(right(*a, **o), o.get("causal")))
+    monkeypatch.setattr("fastattn.testing.calls.attention", lambda *a, **o: spoil(right(*a, **o), o.get("causal")))
     cases = [parity.ParityCase(feature, "fp32", 64) for feature in ("causal", "plain", "cache")]
     monkeypatch.setattr(parity, "gate", lambda device: cases)
     arguments = ["forward", "decode", "--dry-run", "--match", "L=1024"]
@@ -78,7 +78,7 @@ def test_a_lost_device_ends_the_gate(tmp_path, capsys, monkeypatch):
     def lose(*arguments, **options):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr("fastattn.testing.attention", lose)
+    monkeypatch.setattr("fastattn.testing.calls.attention", lose)
     assert runner.main(["forward", "--dry-run", "--output", str(tmp_path)]) == 1
     assert "stopped: CUDA error: an illegal memory access" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.csv"))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastattn import attention_with_kvcache, explain_with_kvcache, testing
-from fastattn.testing import assert_parity
+from fastattn import attention_with_kvcache, explain_with_kvcache
+from fastattn.testing import assert_parity, calls
+from fastattn.testing.cache import run_step
 from tests.support.attention_cases import BFLOAT, DOUBLE, HALF, SINGLE
 
 NAN = torch.nan
@@ -71,7 +72,7 @@ def check(problem, backend, num_splits=None, **options):
     bits = {2: torch.int16, 4: torch.int32}[problem.q.element_size()]
     for cache, expected in zip(problem.caches, problem.after, strict=True):
         assert torch.equal(cache.view(bits), expected.view(bits))
-    orders = testing._orders(DIM, problem.q.device)
+    orders = calls.orders_of(DIM, problem.q.device)
     for entry, (first, end) in enumerate(itertools.pairwise(problem.starts.tolist())):
         if first == end:
             continue
@@ -80,7 +81,7 @@ def check(problem, backend, num_splits=None, **options):
             own = (problem.q[rows], *problem.keys[entry])
             q, k, v = (x.transpose(0, 1)[None].to(dtype) for x in own)
             q, k = (x if order is None else x[..., order] for x in (q, k))
-            return testing._run_step(q, k, v, entry, options)
+            return run_step(q, k, v, entry, options)
 
         exact = step(DOUBLE)
         for index, (ours, dtype) in enumerate(((out.transpose(0, 1)[None], problem.q.dtype), (lse[None], SINGLE))):

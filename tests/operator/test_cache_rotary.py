@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from fastattn import attention_with_kvcache, explain_with_kvcache, testing
+from fastattn import attention_with_kvcache, explain_with_kvcache
 from fastattn.nn import RoPE
 from fastattn.nn.position import rotate
-from fastattn.testing import assert_parity, check_kvcache
+from fastattn.testing import assert_parity, cache, check_kvcache
 from tests.support.attention_cases import DTYPE_NAMES, HALF, SINGLE
 from tests.support.cache_problems import check, make_problem
 
@@ -71,7 +71,7 @@ def test_another_turn_is_found(monkeypatch, change):
     def other(*arguments, **options):
         return attention_with_kvcache(*arguments, **options | change)
 
-    monkeypatch.setattr(testing, "attention_with_kvcache", other)
+    monkeypatch.setattr(cache, "attention_with_kvcache", other)
     with pytest.raises(AssertionError, match="k_cache: not the new rows in their places"):
         check(problem, "reference", rotary_cos=cos, rotary_sin=sin)
     problem.k = problem.v = None

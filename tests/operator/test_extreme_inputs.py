@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from fastattn import attention, backends, testing
+from fastattn import attention, backends
 from fastattn.spec import make_spec
-from fastattn.testing import assert_parity, check_attention
+from fastattn.testing import assert_parity, calls, check_attention
 
 INF = math.inf
 BACKENDS = ["reference", "cpu"]
@@ -129,7 +129,7 @@ def test_a_sink_of_minus_infinity(backend):
     mask = torch.ones(4, 9, dtype=torch.bool).index_fill(0, torch.tensor([2]), False)
     sinks = torch.tensor([-INF, -INF]).requires_grad_()
     actual = with_gradients(backend, q, k, v, mask=mask, sinks=sinks)
-    testing._hold_to_the_rule(actual, inputs_of(q, k, v), {"mask": mask}, seed=0)
+    calls.hold_to_the_rule(actual, inputs_of(q, k, v), {"mask": mask}, seed=0)
     out = attention(q, k, v, mask=mask, sinks=sinks, backend=backend)
     assert torch.equal(torch.autograd.grad(out.sum(), sinks)[0], torch.zeros(2))
 
@@ -159,7 +159,7 @@ def test_a_forbidden_key_reaches_nothing(backend, terms, which, bad):
         if which in (name, "both"):
             x[:, :, 33:] = bad
     actual = with_gradients(backend, q, *given, mask=mask, **TERMS[terms])
-    testing._hold_to_the_rule(actual, inputs_of(q, k, v), {"mask": mask, **TERMS[terms]}, seed=0)
+    calls.hold_to_the_rule(actual, inputs_of(q, k, v), {"mask": mask, **TERMS[terms]}, seed=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,6 +10,7 @@ import torch
 
 from fastattn import reference, testing
 from fastattn.testing import FACTOR, assert_parity, check_attention, rounding_floor
+from fastattn.testing import cache as cache_checks
 from tests.support.attention_cases import BFLOAT, DOUBLE, DTYPE_NAMES, HALF, SINGLE, make_bias, make_mask, make_qkv
 
 DTYPES = [HALF, BFLOAT, SINGLE]
@@ -288,7 +289,7 @@ def test_a_wrong_cache_is_found(monkeypatch):
 
     cache[1, :5] = 0.5
     check()
-    right = testing.attention_with_kvcache
+    right = cache_checks.attention_with_kvcache
 
     def wrong(damage):
         def function(q, k_cache, v_cache, *arguments, **options):
@@ -304,7 +305,7 @@ def test_a_wrong_cache_is_found(monkeypatch):
         "lse: largest error": lambda k_cache, v_cache, out, lse: (out, 1.01 * lse),
     }
     for text, damage in damages.items():
-        monkeypatch.setattr(testing, "attention_with_kvcache", wrong(damage))
+        monkeypatch.setattr(cache_checks, "attention_with_kvcache", wrong(damage))
         with pytest.raises(AssertionError, match=text):
             check()
 
@@ -334,14 +335,14 @@ def test_weights_over_a_cache_that_do_not_sum_to_one_are_found(monkeypatch):
     caches = [x.transpose(1, 2).contiguous() for x in (k, v)]
     check = functools.partial(testing.check_kvcache, q, *caches, cache_lens=40, backend="reference")
     check()
-    right = testing.attention_with_kvcache
+    right = cache_checks.attention_with_kvcache
     factors = 1.0 + 8.0 * torch.finfo(SINGLE).eps * torch.linspace(-1.0, 1.0, 17)[:, None]
 
     def wrong(*arguments, **options):
         out, lse = right(*arguments, **options)
         return out * factors, lse
 
-    monkeypatch.setattr(testing, "attention_with_kvcache", wrong)
+    monkeypatch.setattr(cache_checks, "attention_with_kvcache", wrong)
     with pytest.raises(AssertionError, match=r"^sums of the weights: "):
         check()
 

@@ -1,4 +1,4 @@
-"""What the layer tests share: run a layer, and compare it with torch.nn's by the rule of fastattn/testing.py."""
+"""What the layer tests share: run a layer, and compare it with torch.nn's by the rule of fastattn/testing."""
 
 import contextlib
 import copy

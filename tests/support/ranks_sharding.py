@@ -5,7 +5,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import fastattn
-from fastattn import testing
+from fastattn.testing import calls
 from tests.support.ranks_work import make_inputs
 
 PLACES = {"batch": Shard(0), "heads": Shard(1), "same": Replicate(), "sum": Partial()}
@@ -70,7 +70,7 @@ def check(case, found):
     inputs, options = make_inputs(case)
     for results, _ in found:
         assert all(torch.equal(x, found[0][0][name]) for name, x in results.items())
-    testing._hold_to_the_rule(list(found[0][0].values()), inputs, options, 0)
+    calls.hold_to_the_rule(list(found[0][0].values()), inputs, options, 0)
 
 
 def packed(mesh, backend):

@@ -10,6 +10,7 @@ from fastattn import BlockMask, attention, testing
 from fastattn.block_mask import BLOCK
 from fastattn.distributed import comm
 from fastattn.distributed.layout import length_of, pieces, placed
+from fastattn.testing import calls
 
 ROWS = ("out", "lse", "dq")
 KEYS = ("dk", "dv")
@@ -123,7 +124,7 @@ def together(case, parts):
 def check(case, parts):
     """Hold what `attend` gave to the one rule, against the specification in one process."""
     inputs, options = make_inputs(case)
-    testing._hold_to_the_rule(list(together(case, parts).values()), inputs, options, 0)
+    calls.hold_to_the_rule(list(together(case, parts).values()), inputs, options, 0)
 
 
 def attend_twice(mesh, case):
