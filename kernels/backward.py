@@ -32,7 +32,7 @@ from .ranges import (
     tile_position,
     unseen_before,
 )
-from .scores import base_2, finish_scores, from_natural, load_statistics
+from .scores import base_2, finish_scores, from_natural, hide_unseen, load_statistics
 from .tiles import all_finite, cast, dot, head_rows, load_finite_rows, load_tile, store_tile
 
 RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right")
@@ -98,10 +98,13 @@ def dkdv_kernel(
                     row = tile_position(number, start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_M)
                 rows = tl.cast(row, tl.int32) + tl.arange(0, BLOCK_M)
                 q_tile = load_tile(q_ptr, row, q_stride, q_rows, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
+                edge: tl.constexpr = EDGE == 1 or CHECK_FULL_TILES
+                products = dot(k_tile, tl.trans(q_tile), None, PRECISION)
+                queries = rows[None, :]
                 s, cap_gradient = finish_scores(
-                    dot(k_tile, tl.trans(q_tile), None, PRECISION), rows[None, :], cols, q_rows, kv_len, offset, left,
-                    right, terms, slope, batch, head, pool_tile, EDGE == 1 or CHECK_FULL_TILES,
-                )  # fmt: skip
+                    products, queries, cols, q_rows, kv_len, offset, terms, slope, batch, head, edge
+                )
+                s = hide_unseen(s, queries, cols, kv_len, offset, left, right, pool_tile, edge)
                 if STARTS and (EDGE or CHECK_FULL_TILES):
                     s = tl.where(cols >= first_seen, s, float("-inf"))
                 dout_tile = load_tile(dout_ptr, row, dout_stride, q_rows, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV)

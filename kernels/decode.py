@@ -21,6 +21,7 @@ from .scores import (
     finish_scores,
     finish_softmax,
     from_natural,
+    hide_unseen,
     lose_rows,
     merge_sink,
     natural,
@@ -171,10 +172,11 @@ def decode_kernel(
             s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
             if k.scale is not None:  # behind the product: fewer scores than numbers
                 s *= load_scales(k, kv_head, page, slot, col, start, end, EDGE == 1, BLOCK_N)[None, :]
+            queries = rows[:, None]
             s, _ = finish_scores(
-                s, rows[:, None], cols, q_rows, kv_len, offset, left, right, terms, slope, batch, heads[:, None],
-                None, EDGE == 1, mask_start,
-            )  # fmt: skip
+                s, queries, cols, q_rows, kv_len, offset, terms, slope, batch, heads[:, None], EDGE == 1, mask_start
+            )
+            s = hide_unseen(s, queries, cols, kv_len, offset, left, right, None, EDGE == 1)
             if kv_start_ptr is not None and EDGE:
                 s = tl.where(cols >= first_seen, s, float("-inf"))
             v_tile = load_keys(v, kv_head, page, slot, col, start, end, EDGE == 1, V_DIM, UNIT, BLOCK_N, BLOCK_DV)

@@ -29,6 +29,7 @@ from .scores import (
     finish_scores,
     finish_softmax,
     from_natural,
+    hide_unseen,
     lose_rows,
     merge_sink,
     natural,
@@ -122,10 +123,10 @@ def forward_kernel(
             products = dot(q_tile, tl.trans(k_tile), None, PRECISION)
             if PIPELINED and PASS == 0:
                 products, ahead = ahead, products
-            s, _ = finish_scores(
-                products, rows[:, None], cols, q_len, kv_len, offset, left, right,
-                terms, slope, batch, head, pool_tile, PASS > 0 or CHECK_FULL_TILES,
-            )  # fmt: skip
+            edge: tl.constexpr = PASS > 0 or CHECK_FULL_TILES
+            queries = rows[:, None]
+            s, _ = finish_scores(products, queries, cols, q_len, kv_len, offset, terms, slope, batch, head, edge)
+            s = hide_unseen(s, queries, cols, kv_len, offset, left, right, pool_tile, edge)
             if STARTS and (PASS > 0 or CHECK_FULL_TILES):
                 s = tl.where(cols >= first_seen, s, float("-inf"))
             if PASS == 2:

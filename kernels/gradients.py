@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .dropout import dropout_keep
-from .scores import LOWEST, exponent, finish_scores
+from .scores import LOWEST, exponent, finish_scores, hide_unseen
 from .tiles import dot, finite, head_rows, load_tile
 
 
@@ -62,10 +62,10 @@ def tile_ds(
     BLOCK_DV: tl.constexpr = dout_tile.shape[1]
     cols = (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :]
     k_tile = load_tile(k_ptr, col, k_stride, kv_len, EDGE, HEAD_DIM, BLOCK_N, BLOCK_D)
-    s, cap_gradient = finish_scores(
-        dot(q_tile, tl.trans(k_tile), None, PRECISION), rows[:, None], cols, q_len, kv_len, offset, left, right, terms,
-        slope, batch, head, pool_tile, CHECK,
-    )  # fmt: skip
+    products = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+    queries = rows[:, None]
+    s, cap_gradient = finish_scores(products, queries, cols, q_len, kv_len, offset, terms, slope, batch, head, CHECK)
+    s = hide_unseen(s, queries, cols, kv_len, offset, left, right, pool_tile, CHECK)
     v_tile = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
     if CAREFUL:  # what they stand for is infinite in the rows that see them, by the probabilities of `delta_kernel`
         k_tile, v_tile = finite(k_tile), finite(v_tile)

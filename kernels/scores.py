@@ -72,15 +72,14 @@ def nearest_key(rows, offset, kv_len, terms):
 
 @triton.jit
 def finish_scores(
-    s, rows, cols, q_len, kv_len, offset, left, right, terms, slope, batch, head, pool_tile, EDGE: tl.constexpr,
-    mask_start=0,
+    s, rows, cols, q_len, kv_len, offset, terms, slope, batch, head, EDGE: tl.constexpr, mask_start=0
 ):  # fmt: skip
-    """(scores, d capped / d uncapped) of one tile from the products ``s = Q K^T``; -inf where not allowed.
+    """Apply every term to the products ``s = Q K^T`` of one tile; returns (scores, d capped / d uncapped).
 
-    ``rows`` and ``cols`` come in any orientation that broadcasts to the tile. Where no term is added, the scores still
-    lack a factor, which `exponent` applies at no cost. ``EDGE`` tiles touch the border of what is visible or the end of
-    a sequence; only they pay for index comparisons. ``pool_tile`` points to the tile of a block mask that these
-    indices lie in, or is None. ``mask_start`` is the key that the first column of mask and bias is about.
+    The scores are -inf where the mask forbids; `hide_unseen` adds what else does. ``rows`` and ``cols`` come in any
+    orientation that broadcasts to the tile. Where no term is added, the scores still lack a factor, which `exponent`
+    applies at no cost. ``EDGE`` tiles check their loads against the end of the sequence. The first column of mask and
+    bias belongs to the key ``mask_start``.
     """
     ADDED: tl.constexpr = terms.bias.ptr is not None or slope is not None
     cap_gradient = 1.0
@@ -101,6 +100,16 @@ def finish_scores(
         outside: tl.constexpr = 0 if terms.mask.columns is None else 1
         keep = load_scores(terms.mask, batch, head, rows, cols - mask_start, q_len, kv_len, EDGE, outside)
         s = tl.where(keep != 0, s, float("-inf"))
+    return s, cap_gradient
+
+
+@triton.jit
+def hide_unseen(s, rows, cols, kv_len, offset, left, right, pool_tile, EDGE: tl.constexpr):
+    """The scores of one tile, -inf where the block mask, causal, the window or the end of the keys forbids.
+
+    ``EDGE`` tiles cross the border of what is visible or the end of a sequence; only they pay for comparing indices.
+    ``pool_tile`` points to the tile of a block mask in which these indices lie, or is None.
+    """
     if pool_tile is not None:
         keep = tl.load(pool_tile + (rows % SPARSE_BLOCK * SPARSE_BLOCK + cols % SPARSE_BLOCK))
         s = tl.where(keep != 0, s, float("-inf"))
@@ -110,7 +119,7 @@ def finish_scores(
             s = tl.where(cols <= rows + offset + right, s, float("-inf"))
         if left is not None:
             s = tl.where(cols >= rows + offset - left, s, float("-inf"))
-    return s, cap_gradient
+    return s
 
 
 @triton.jit

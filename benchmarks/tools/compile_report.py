@@ -151,8 +151,10 @@ def compile_kernel(source: ASTSource, target: GPUTarget, options: dict[str, Any]
 
 
 def fingerprint(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> str:
-    """Of what Triton is about to compile: the kernel's intermediate code, which a change elsewhere in its file leaves
-    alone, and the compiler's options and version. The same on every machine.
+    """Digest of what Triton is about to compile: the kernel's intermediate code, the compiler's options and version.
+
+    The code is that of Triton's first stage, with helpers inlined: a change elsewhere in a file, or other helpers for
+    the same work, leaves it alone. It is the same on every machine.
     """
     context = ir.context()
     backend: Any = make_backend(target)
@@ -162,6 +164,9 @@ def fingerprint(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -
     meant = {name: value for name, value in sorted(vars(parsed).items()) if name != "extern_libs"}  # paths
     codegen = backend.get_codegen_implementation(parsed)
     module = source.make_ir(target, parsed, codegen, backend.get_module_map(), context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, parsed, source.language)
+    module = stages["ttir"](module, {})
     text = f"{triton.__version__} {target} {meant} {module.str_nodebug()}"
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
