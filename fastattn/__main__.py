@@ -25,7 +25,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, 
 
 
 class Parser(argparse.ArgumentParser):
-    """An error is one line, without the usage, which is longer than a screen is wide."""
+    """Prints an error as one line and leaves the long usage out."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
@@ -94,7 +94,7 @@ def torch_build() -> str:
 
 
 def module_version(name: str) -> str:
-    """The version of an optional module. One that is there but broken must not stop the report."""
+    """The version of an optional module. A broken installation must not stop the report."""
     try:
         return importlib.import_module(name).__version__
     except ModuleNotFoundError as error:
@@ -199,7 +199,7 @@ def window(text: str) -> tuple[int | None, int | None]:
 
 
 def device(text: str) -> torch.device | Target:
-    """Parse a device that this machine has, or a kind of GPU that it need not have."""
+    """Parse a device of this machine, or a kind of GPU that it may lack."""
     if target := TARGETS.get(text.lower().removeprefix("cuda:")):
         return target
     present = ["cpu"]
@@ -226,7 +226,7 @@ def run_explain(args: argparse.Namespace) -> int:
 
 
 def explain_call(args: argparse.Namespace, device: torch.device) -> Explanation:
-    """What the function that would be called says of the arguments."""
+    """Ask the function that the user would call to explain these arguments."""
 
     def empty(sizes: tuple[int, ...], dtype: torch.dtype = args.dtype) -> torch.Tensor:
         grad = args.grad and dtype.is_floating_point and args.cache is None
@@ -234,7 +234,7 @@ def explain_call(args: argparse.Namespace, device: torch.device) -> Explanation:
 
     batch, heads = args.q[:2]
     key_shape = args.k or args.q
-    # No operation runs on a device that PyTorch was not built for, and (Hq,) would be viewed as (1, Hq).
+    # PyTorch may not be built for this device, so it could not view (Hq,) as (1, Hq).
     slopes = (args.varlen or batch, heads) if isinstance(args.device, Target) else (heads,)
     terms: dict[str, Any] = {
         "causal": args.causal,
@@ -273,7 +273,7 @@ def explain_call(args: argparse.Namespace, device: torch.device) -> Explanation:
 
 
 def refuse(args: argparse.Namespace, what: str, *names: str) -> None:
-    """Raises ValueError for the first of the options that was given."""
+    """Raise ValueError for the first of these options that was given."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value is not False:

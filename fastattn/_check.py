@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 def integer(name: str, value: object, least: int = 1) -> None:
-    """An int of at least `least`."""
+    """Check an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < least:
@@ -23,7 +23,7 @@ def integer(name: str, value: object, least: int = 1) -> None:
 
 
 def number(name: str, value: object, interval: str = "(0, inf)") -> None:
-    """A number in an interval, such as "(0, 1]": a round bracket leaves its end out."""
+    """Check a number in an interval, such as "(0, 1]"; a round bracket excludes its end."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
     low, high = map(float, interval[1:-1].split(","))
@@ -40,7 +40,7 @@ def flag(name: str, value: object) -> None:
 
 
 def instance(name: str, value: object, *kinds: type) -> None:
-    """Of one of these classes."""
+    """Check that a value is of one of these classes."""
     if not isinstance(value, kinds):
         expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
@@ -48,7 +48,7 @@ def instance(name: str, value: object, *kinds: type) -> None:
 
 
 def tokens(name: str, value: object) -> None:
-    """A tensor of token numbers."""
+    """Check a tensor of token numbers."""
     instance(name, value, Tensor)
     assert isinstance(value, Tensor)
     if value.is_floating_point() or value.is_complex() or value.dtype.itemsize < 4:
@@ -56,8 +56,8 @@ def tokens(name: str, value: object) -> None:
 
 
 def lengths(name: str, value: object, x: Tensor, most: int, least: int = 0) -> None:
-    """How many elements each row of x (N, ...) has: int32 or int64 (N,) on its device, within bounds where the host
-    sees the numbers."""
+    """Check how many elements each row of x (N, ...) has: int32 or int64 (N,) on x's device, with values in range where
+    the host can read them."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor or None, got {type(value).__name__}")
     check_integers(name, value, x)
@@ -68,7 +68,8 @@ def lengths(name: str, value: object, x: Tensor, most: int, least: int = 0) -> N
 
 
 def keywords(**cures: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Of a function: an unknown keyword that other packages use raises an error that says what it is called here."""
+    """A decorator: where a caller passes another package's name for an argument, the error gives the name it has
+    here."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         names = frozenset(inspect.signature(function).parameters)

@@ -1,4 +1,4 @@
-"""Block-sparse masks: which keys each query sees, in tiles, so that empty tiles cost nothing and full ones no mask."""
+"""Block-sparse masks in tiles: empty tiles cost nothing, and full tiles read no mask."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ EMPTY, FULL = 0, 1  # the first two tiles of every pool
 
 
 class BlockTensors(NamedTuple):
-    """What kernels read. A line is one row of tiles, or one column, of one head of one batch entry."""
+    """The tensors that kernels read. A line is one row or one column of tiles of one head and batch entry."""
 
     query_offsets: Tensor
     """int32 (B or 1, H or 1, row tiles, 3): where in the entries its partial tiles begin, its full ones, the end"""
@@ -43,7 +43,7 @@ class BlockMask:
         self.tensors = tensors
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a file or another process. Its indices are checked: kernels follow them blindly."""
+        """Unpickle, and check the indices, which kernels follow blindly."""
         self.__dict__.update(state)
         tensors = self.tensors
         bounds = (
@@ -168,8 +168,8 @@ class BlockMask:
     def from_flex(cls, block_mask: Any) -> "BlockMask":
         """From FlexAttention's, a `torch.nn.attention.flex_attention.BlockMask`.
 
-        Its full blocks are taken as full and those in neither list as empty; ``mask_mod`` is asked within its partial
-        blocks alone. Where the mask has one batch entry or head for all, it is asked for index 0.
+        Its full blocks become full and blocks in neither list empty; only partial blocks call ``mask_mod``. Where one
+        batch entry or head serves all, ``mask_mod`` gets index 0.
 
         Args:
             block_mask: of any block size, lengths need not be multiples of it; with at most two batch dimensions.
@@ -209,7 +209,7 @@ class BlockMask:
             block = (slice(None), slice(None), top[:, None] // sizes[0], left // sizes[1])
             seen = full[block][:, :, :, None, :, None].repeat(1, 1, 1, height, 1, width)
             b, h, y, x = (partial & ~full)[block].nonzero(as_tuple=True)
-            if len(b):  # a table of the function's own is as long as the positions that there are
+            if len(b):  # a table that the function captures is only as long as there are positions
                 i = (top[y, None] + torch.arange(height, device=device)).clamp(max=q_len - 1)
                 j = (left[x, None] + torch.arange(width, device=device)).clamp(max=kv_len - 1)
                 seen[b, h, y, :, x] = _ask_flex(block_mask.mask_mod, b, h, i, j)
@@ -221,7 +221,7 @@ class BlockMask:
     def _build(
         cls, strip: Callable[[int, int], Tensor], shape: tuple[int, int, int, int], device: torch.device
     ) -> "BlockMask":
-        """``strip(first, last)`` is the mask of some query rows: memory for one of them, not for Lq x Lk."""
+        """``strip(first, last)`` gives the mask of some query rows, so memory holds one strip and never Lq x Lk."""
         batch, heads, q_len, kv_len = shape
         columns = -(-kv_len // BLOCK)
         kinds, tiles = [], [torch.zeros(1, BLOCK, BLOCK, dtype=torch.uint8, device=device)]
@@ -250,7 +250,7 @@ class BlockMask:
 
     @property
     def device(self) -> torch.device:
-        """Where it is kept; that of q, k and v."""
+        """The device of its tensors, on which q, k and v must be."""
         return self.tensors.table.device
 
     @property
@@ -276,7 +276,8 @@ def of_tiles(shape: tuple[int, int, int, int], table: Tensor, pool: Tensor) -> B
 
 
 def some_lines(mask: BlockMask, cut: Callable[[Tensor], Tensor]) -> BlockMask:
-    """The mask of some batch entries and heads, to which ``cut`` brings a (B or 1, H or 1, ...); tiles of all stay."""
+    """The mask of some batch entries and heads; ``cut`` selects them in a tensor (B or 1, H or 1, ...). The pool stays
+    whole."""
     tensors = mask.tensors
     query, key, table = (cut(x).contiguous() for x in (tensors.query_offsets, tensors.key_offsets, tensors.table))
     shape = (table.shape[0], table.shape[1], *mask.shape[2:])
@@ -301,7 +302,7 @@ def _flex_list(counts: Tensor, indices: Tensor, columns: int) -> Tensor:
     """bool (B, H, rows, columns): the blocks that one of FlexAttention's two lists has."""
     counts, indices = (x[(None,) * (4 - indices.ndim)] for x in (counts, indices))
     listed = torch.arange(indices.shape[3], device=indices.device) < counts[..., None]
-    place = torch.where(listed, indices, columns).long()  # one column more for what stands after the count
+    place = torch.where(listed, indices, columns).long()  # one more column, which takes the entries beyond the count
     found = torch.zeros(*place.shape[:3], columns + 1, dtype=torch.bool, device=place.device)
     return found.scatter_(3, place, True)[..., :columns]
 
@@ -350,5 +351,5 @@ def check_block_mask(block_mask: Any, full: tuple[int, int, int, int], device: t
     return block_mask
 
 
-# Tensors and sizes alone: `torch.load(weights_only=True)`, the default, may read them.
+# Only tensors and sizes, so that `torch.load(weights_only=True)`, the default, reads them.
 torch.serialization.add_safe_globals([BlockMask, BlockTensors])

@@ -1,4 +1,4 @@
-"""How many floating-point operations attention must do, by the field's convention, and PyTorch's counter told so::
+"""How many floating-point operations attention takes by the field's convention, and formulas for PyTorch's counter::
 
     with torch.utils.flop_counter.FlopCounterMode(custom_mapping=fastattn.flops.FORMULAS) as counter:
         loss(model(batch)).backward()
@@ -9,10 +9,9 @@ causal order and window allow::
     forward  = 2 * B * Hq * pairs * (D + Dv)        4 * B * Hq * Lq * Lk * D where D == Dv and nothing is masked
     backward = 2.5 * forward                        five products instead of two
 
-The counter sees shapes, no values. So masks and a window around ``q_offset`` in a tensor count as if they forbade
-nothing, packed sequences as if all had their mean length (rounded down), a cache whose length the host does not know as
-full.
-PyTorch's CPU kernel, our default there, has no formula of PyTorch's and gets ours. Second derivatives are not counted.
+The counter sees shapes, not values. So a mask, or a window around a ``q_offset`` tensor, counts as if it forbade
+nothing; packed sequences count with their mean length (rounded down), and a cache of unknown length as full. PyTorch
+has no formula for its own CPU kernel, which may serve our calls, so it gets ours. Second derivatives do not count.
 
 Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691), section 4.1. The literature halves the dense count for causal
 attention; the exact count is larger by the diagonal, a factor ``1 + 1 / L``.

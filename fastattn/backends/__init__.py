@@ -30,11 +30,11 @@ _PREFERENCE = {"cuda": ("cuda", "triton", "torch", "reference")}
 _PREFERENCE_ELSEWHERE = ("torch", "cpu", "reference")  # "cpu" refuses what is not on a CPU
 _PREFERENCE_FUSED = ("cpu", "torch", "reference")
 _PREFERENCE_PRECISE = ("cpu", "reference", "torch")
-# Scores from which on "cpu" goes before "torch": below, a call costs more than it computes, and PyTorch's costs less.
+# From this many scores on, "cpu" is preferred to "torch". PyTorch's call has less overhead, which decides below.
 _LARGE = 1 << 16
 _LARGE_TRAINED_HALF = 1 << 9  # with gradients in half precision, where PyTorch's backward is slow
 _LARGE_CACHED = 1 << 13  # over a KV cache, where PyTorch's kernel has few rows for its threads and copies grouped heads
-_LARGE_CACHED_HALF = 1 << 6  # in half precision, where it takes longer still
+_LARGE_CACHED_HALF = 1 << 6  # in half precision, where PyTorch's kernel is slower still
 
 
 def module(backend: str) -> ModuleType:
@@ -43,9 +43,9 @@ def module(backend: str) -> ModuleType:
 
 
 def statistics_of(lse: Tensor, operands: Operands, backend: str) -> Tensor:
-    """Softmax statistics for a backward pass, where of the forward pass only its lse (B, Hq, Lq) is known.
+    """Softmax statistics for a backward pass, from the lse (B, Hq, Lq) of the forward pass alone.
 
-    They are as exact as a float32 lse can be: not where scores are very large.
+    They are only as exact as a float32 lse, which is too little where scores are very large.
     """
     unit = getattr(module(backend), "statistics_unit", None)
     maximum = lse.masked_fill(lse == -torch.inf, 0.0) * (1.0 if unit is None else unit(operands))
@@ -53,7 +53,7 @@ def statistics_of(lse: Tensor, operands: Operands, backend: str) -> Tensor:
 
 
 def statistics_within(statistics: Tensor, more: Tensor, backend: str) -> Tensor:
-    """Softmax statistics of rows that see further keys beside those of the call, which raise lse by ``more``."""
+    """Softmax statistics of rows that also see keys outside this call; those keys raise lse by ``more``."""
     in_base_2 = hasattr(module(backend), "statistics_unit")
     maximum, log_total = statistics
     return torch.stack((maximum, log_total + more * (math.log2(math.e) if in_base_2 else 1.0)))
@@ -76,7 +76,8 @@ def _reasons(backend: str, spec: AttentionSpec | CacheSpec) -> list[str]:
 
 
 def cuda_may_serve_unasked() -> bool:
-    """Whether "cuda" may go before "triton" in some calls of a layout and not in others: it records no gradients."""
+    """Whether the choice between "cuda" and "triton" may differ between calls of one layout: "cuda" records no
+    gradients."""
     return bool(cuda.PROVEN)
 
 
@@ -91,8 +92,8 @@ _ROW_INVARIANT = (*_BATCH_INVARIANT, "reference")  # which then computes row by 
 def choose(spec: AttentionSpec | CacheSpec, backend: str | None = None, batch_invariant: bool | str = False) -> str:
     """The backend that serves ``spec``: the one asked for, or the first in order of preference that can.
 
-    ``batch_invariant``: among those whose results for a batch entry do not depend on the others; "rows": nor on how
-    many rows are computed with one.
+    ``batch_invariant`` considers only backends whose result for a batch entry does not depend on the other entries;
+    with "rows" it may not depend on how many rows are computed together either.
 
     Raises:
         ValueError: the backend asked for does not exist or cannot serve ``spec``, with every reason.
@@ -117,10 +118,10 @@ def choose(spec: AttentionSpec | CacheSpec, backend: str | None = None, batch_in
 def _preference(spec: AttentionSpec | CacheSpec) -> tuple[str, ...]:
     """The order of preference.
 
-    On a CPU the fused kernels come first where they gain, and for every bias: PyTorch's gradients lose their precision
-    where a float mask holds very low numbers, so that its kernel comes last where they are wanted. It does so under
-    torch.func too, where it has no rule for batches. A trace keeps PyTorch's kernel otherwise, so that plain models
-    export without an operator of ours.
+    On a CPU the fused kernels come first where they are faster, and for every bias. PyTorch's gradients lose precision
+    where a float mask holds very low numbers, so its kernel comes last where a call needs gradients; also under
+    torch.func, for which it has no batching rule. Other traced calls keep PyTorch's kernel, so that plain models export
+    without an operator of ours.
     """
     device = spec.q.device.type
     if device != "cpu":
@@ -151,9 +152,10 @@ class Explanation:
     reasons: dict[str, list[str]]
     """Backend name -> why it cannot serve the call; empty for one that could."""
     call: str
-    """The call as it was understood: shapes, dtype, device and terms."""
+    """How the call was read: shapes, dtype, device and terms."""
     cuda_proven: bool = False
-    """Whether the parity of the CUDA C++ kernel is recorded on a GPU for such calls: else it must be asked for."""
+    """Whether a parity run on a GPU is on record for such calls of the CUDA C++ kernel; without one the caller must ask
+    for it."""
 
     def __str__(self) -> str:
         lines = [self.call]
@@ -180,7 +182,7 @@ def explain(
 ) -> Explanation:
     """What `choose` decides for ``spec``, with reasons. An explicit ``backend`` that cannot serve it raises.
 
-    ``also`` says what the call has that ``spec`` does not hold.
+    ``also`` describes what the call has beyond ``spec``.
     """
     chosen = choose(spec, backend, batch_invariant)
     parts = _describe(spec) if isinstance(spec, AttentionSpec) else _describe_cache(spec, chosen)

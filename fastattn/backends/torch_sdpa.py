@@ -1,4 +1,4 @@
-"""PyTorch's own `scaled_dot_product_attention`, only where it computes exactly what was asked."""
+"""PyTorch's own `scaled_dot_product_attention`, used only where it computes exactly what the caller asked for."""
 
 import math
 
@@ -52,7 +52,7 @@ def reasons(spec: AttentionSpec) -> list[str]:
             joint = math.prod(max(sizes) for sizes in zip(*shapes, strict=True))
             if not any(known(joint <= most) for most in (_JOINT_ELEMENTS, *map(math.prod, shapes))):
                 reasons.append("mask, bias and kv_start together would need a large buffer")
-        # PyTorch's switch for flash kernels holds for the CPU one too. Tracing cannot read it.
+        # PyTorch's switch for flash kernels also governs the CPU kernel. Tracing cannot read it.
         if right is not None and not (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()):
             reasons.append("its flash kernel is switched off, and the other refuses a mask or bias with causal")
         if spec.needs_dbias:
@@ -98,7 +98,7 @@ def cache_reasons(spec: CacheSpec) -> list[str]:
 
 
 def attention(spec: AttentionSpec) -> Tensor:
-    """Run a spec that `reasons` has nothing against. Differentiable as PyTorch's function is; it returns no lse."""
+    """Run a spec that `reasons` accepts. It is differentiable like PyTorch's function, and returns no lse."""
     q, k, v, attn_mask, bias = spec.q, spec.k, spec.v, spec.mask, spec.bias
     if spec.kv_start is not None:
         seen = torch.arange(k.shape[2], device=k.device) >= spec.kv_start.view(-1, 1, 1, 1)
@@ -109,7 +109,7 @@ def attention(spec: AttentionSpec) -> Tensor:
         attn_mask = bias if attn_mask is None else bias.masked_fill(~attn_mask, -torch.inf)
     _, q_heads, _, head_dim = q.shape
     _, kv_heads, _, v_dim = v.shape
-    if head_dim != v_dim:  # it wants one head dim: zero columns change neither scores nor outputs
+    if head_dim != v_dim:  # PyTorch wants one head dim: pad with zero columns, which change neither scores nor outputs
         width = max(head_dim, v_dim)
         q, k, v = (pad(t, (0, width - t.shape[3])) for t in (q, k, v))
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:  # would take its slow path
@@ -119,7 +119,7 @@ def attention(spec: AttentionSpec) -> Tensor:
         grouped = True
     causal = spec.right is not None
     if causal and attn_mask is not None and torch.compiler.is_exporting():
-        # Its CPU kernel takes both; the operators that an exported program is lowered to do not.
+        # PyTorch's CPU kernel takes both, but the operators of a lowered export do not.
         visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         attn_mask = attn_mask & visible if bias is None else attn_mask.masked_fill(~visible, -torch.inf)
         causal = False

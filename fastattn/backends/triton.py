@@ -26,7 +26,7 @@ def cache_reasons(spec: CacheSpec) -> list[str]:
         reasons.append("a float8_e4m3fn cache needs an NVIDIA GPU of compute capability 8.9 or newer")
     if (
         spec.num_splits == UNDIVIDED
-    ):  # the kernel of prompts: no pages, and tiles at a left side come out of their order
+    ):  # it is the kernel for prompts: it has no pages, and visits tiles at a window's left side in another order
         not_served = {
             "block_table": spec.block_table, "mask": spec.mask, "bias": spec.bias, "k_scale": spec.k_scale,
             "cu_seqlens_q": spec.cu_seqlens_q, "a window to the left": spec.left,
@@ -76,7 +76,7 @@ def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
 
 
 def _attend_undivided(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
-    """Attention over a contiguous cache by the kernel of prompts, so that a row has the bits that it has there."""
+    """Attention over a contiguous cache by the kernel for prompts, so that a row has the same bits as in a prompt."""
     operands = Operands(
         alibi_slopes=spec.alibi_slopes, sinks=spec.sinks, seqused_k=spec.lens + (spec.added or 0)
     )  # fmt: skip
@@ -99,7 +99,7 @@ def _launchers() -> Any:
 
 
 def statistics_unit(operands: Operands) -> float:
-    """The unit of the maximum in `statistics`, in natural logarithms: see `fastattn.kernels.scores`."""
+    """The natural logarithm that one unit of the maximum in `statistics` stands for: see `fastattn.kernels.scores`."""
     return 1.4426950408889634 if operands.bias is None and operands.alibi_slopes is None else 1.0
 
 

@@ -66,14 +66,14 @@ def attention(
         q_offset: absolute position of query 0: an int, or an int32/int64 tensor (B,). None means ``Lk - Lq``, which
             lines the last query up with the last key, as a KV cache needs; 0 is PyTorch's ``is_causal``.
         window: (left, right): query i sees key j only if ``i + q_offset - left <= j <= i + q_offset + right``; None
-            leaves a side open. Work falls with the window.
-        kv_start: int32 or int64 (B,): entry b sees no key before ``kv_start[b]``, as where prompts are padded on the
-            left; those cost nothing and have gradients 0. On a GPU values are not checked but cut to 0 .. Lk. Positions
-            stay what they are. Where queries are not padded and the first one belongs to the first key that counts, say
-            ``q_offset=kv_start`` too.
+            leaves a side open. A narrower window costs less.
+        kv_start: int32 or int64 (B,): entry b sees no key before ``kv_start[b]``, for prompts with padding on the left.
+            Those keys cost nothing and get gradients 0. Positions stay as they are: if the queries have no padding and
+            query 0 belongs to key ``kv_start[b]``, also pass ``q_offset=kv_start``. On a GPU values are not checked but
+            cut to 0 .. Lk.
         mask: bool, broadcastable to (B, Hq, Lq, Lk); True takes part. Never expanded in memory.
-        block_mask: `fastattn.BlockMask` for (B or 1, Hq or 1, Lq, Lk): a mask whose empty tiles cost nothing. What it
-            has in common with ``causal`` or ``window`` belongs into it: then those tiles are not visited either.
+        block_mask: `fastattn.BlockMask` for (B or 1, Hq or 1, Lq, Lk): a mask whose empty tiles cost nothing. Build
+            causal order and windows into it: tiles that only ``causal`` or ``window`` empties are still visited.
         bias: any float dtype, broadcastable likewise, added to the scaled scores; -inf forbids. Its gradient has its
             own shape.
         alibi_slopes: float (Hq,) or (B, Hq): ``slope * |i + q_offset - j|`` is subtracted from the scores.

@@ -1,7 +1,7 @@
-"""A sequence whose tokens are divided among processes, as functions and layers see it.
+"""What functions and layers ask while the tokens of a sequence are divided among processes.
 
-Whoever divides one says so here, `fastattn.distributed` that is. Then a call of attention is one over the whole
-sequence, and layers ask where their tokens stand instead of counting them.
+`fastattn.distributed` registers a division here. While it holds, a call of attention covers the whole sequence, and
+layers ask where their tokens stand instead of counting them.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class Division(Protocol):
-    """What functions and layers ask. Every process asks the same, in the same order: answers take messages."""
+    """The answers. Every process must ask the same questions in the same order, because some answers take messages."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, first_head: int = 0, **options: Any) -> Any:
-        """`fastattn.attention` of this process's queries, for dropout heads ``first_head`` and on, over all keys."""
+        """`fastattn.attention` of this process's queries over all keys. Dropout counts heads from ``first_head``."""
         ...
 
     def attention_varlen(self, q: Tensor, k: Tensor, v: Tensor, *, first_head: int = 0, **options: Any) -> Any:
@@ -39,21 +39,22 @@ class Division(Protocol):
         ...
 
     def mean(self, total: Tensor, count: Tensor) -> Tensor:
-        """All processes' totals by all their counts; its gradients are to be averaged over the processes."""
+        """The sum of all totals divided by the sum of all counts. Average its gradients over the processes."""
         ...
 
 
-_entered: list[Division] = []  # of the process, not of a thread: a backward pass that computes anew has its own threads
+# Per process, not per thread: activation checkpointing computes again in autograd's threads.
+_entered: list[Division] = []
 
 
 def current() -> Division | None:
-    """The division that holds now."""
+    """The division in force, or None."""
     return _entered[-1] if _entered else None
 
 
 @contextlib.contextmanager
 def entered(division: Division) -> Iterator[None]:
-    """Let it hold inside of ``with``."""
+    """Put a division in force inside ``with``."""
     enter(division)
     try:
         yield
@@ -62,18 +63,18 @@ def entered(division: Division) -> Iterator[None]:
 
 
 def enter(division: Division) -> None:
-    """Let it hold until `leave`."""
+    """Put a division in force until `leave`."""
     _entered.append(division)
 
 
 def leave(division: Division) -> None:
-    """The end of the last `enter` of the same."""
+    """Undo the last `enter`."""
     if division in _entered:
         del _entered[len(_entered) - 1 - _entered[::-1].index(division)]
 
 
 def refuse(name: str, got: str) -> None:
-    """Raise ValueError where a sequence is divided: what is meant counts on one process having all of it."""
+    """Raise ValueError while a sequence is divided: this argument needs all of it on one process."""
     if _entered:
         raise ValueError(
             f"{name}: expected a sequence that is not divided among processes, got {got}; call it outside of "

@@ -1,4 +1,4 @@
-"""Dropout of whole tensors on a CPU, by a kernel that draws its bits in vectors and stores no mask."""
+"""Dropout of whole tensors on a CPU by a vectorised kernel that stores no mask."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from fastattn.ops.batching import one_by_one
 def dropout(x: Tensor, p: float) -> Tensor:
     """`torch.nn.functional.dropout` of x in training.
 
-    On a CPU with the compiled kernels it draws one number from the default generator, from which forward and backward
-    both make the bits of each element, by its row and column: other elements are dropped than by PyTorch's, with the
-    same probability. Small tensors, other dtypes, subclasses, traces and transforms take PyTorch's own.
+    With the compiled CPU kernels it draws one number from the default generator. Forward and backward derive each
+    element's bits from that number, the row and the column. So it drops other elements than PyTorch would, with the
+    same probability. Small tensors, other dtypes, subclasses, traces and transforms take PyTorch's function.
 
     Args:
         x: any shape and dtype.
@@ -28,7 +28,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 class _Dropout(torch.autograd.Function):
-    """Linear: the derivative is the function itself, and so is that one's."""
+    """Dropout with fixed bits is linear, so every derivative is the function itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:

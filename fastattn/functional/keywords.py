@@ -1,4 +1,4 @@
-"""Keywords that other packages use for what is called otherwise here."""
+"""Keywords of other packages, and the names that their arguments have here."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,7 +35,7 @@ _PYTORCHS = {
 
 
 def refuse(function: Callable[..., Any], unknown: Mapping[str, object]) -> None:
-    """Raise for keywords that a function does not have, with the name that they have here.
+    """Raise for keywords that a function does not have; the error gives the name to use here.
 
     Raises:
         TypeError: always.

@@ -75,8 +75,8 @@ def attention_with_kvcache(
     in `fastattn.attention`. A row that sees nothing gives output 0 and lse -inf (or the sink).
 
     Args:
-        q: (B, Hq, Lq, D), Lq at least 1; float16, bfloat16, float32 or, but on ``"triton"``, float64 (over a
-            quantised cache on ``"reference"`` alone); any strides.
+        q: (B, Hq, Lq, D), Lq at least 1; float16, bfloat16, float32 or float64; any strides. ``"triton"`` does not take
+            float64, and over a quantised cache only ``"reference"`` does.
         k_cache: (B, Lmax, Hk, D), or (pages, page_size, Hk, D) with a ``block_table``; on the device of q, any
             strides. Hq is a multiple of Hk. What lies beyond a length is never used and may be NaN. Its dtype is that
             of q; or, with scales, int8 or float8_e4m3fn.
@@ -87,23 +87,23 @@ def attention_with_kvcache(
             not modified: the caller adds Lnew.
         block_table: int32 (B, max_pages): position p of entry b is in page ``block_table[b, p // page_size]``, at
             ``p % page_size``. Pages of any size; those that are written to must belong to one entry only.
-        cu_seqlens_q: int32 or int64 (B + 1,): each entry has queries of its own number, one after the other, as
-            chunks of prompts beside single steps have them. Entry b then has rows ``cu_seqlens_q[b] :
-            cu_seqlens_q[b + 1]`` of q (total_q, Hq, D) and, where it appends, of k (total_q, Hk, D) and v; it may have
-            none. Nothing is padded, and the cache is read where it is.
+        cu_seqlens_q: int32 or int64 (B + 1,), for entries with different numbers of queries, such as chunks of prompts
+            beside single steps. Entry b then has rows ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]`` of q (total_q, Hq, D)
+            and, if it appends, of k (total_q, Hk, D) and v; it may have none. Nothing is padded or copied.
         causal, window, softcap, alibi_slopes, sinks, scale, return_lse: as in `fastattn.attention`.
-        kv_start: as in `fastattn.attention`, (B,): what lies before it in the cache is not read. Positions, also those
-            of rotary tables, count from the begin of the cache.
-        mask: bool, broadcastable to (B, Hq, Lq, W), True takes part. Column c is about key ``mask_start[b] + c``. Keys
-            without a column take part; columns without a key are not read. One column is about all keys, as in
-            `fastattn.attention`; with ``mask_start`` about that key alone.
+        kv_start: as in `fastattn.attention`, (B,): nothing before it in the cache is read. Positions, also in rotary
+            tables, count from the beginning of the cache.
+        mask: bool, broadcastable to (B, Hq, Lq, W), True takes part. Column c belongs to key ``mask_start[b] + c``.
+            Keys without a column take part; columns without a key are not read. A single column broadcasts to all keys,
+            as in `fastattn.attention`, unless ``mask_start`` is given.
         bias: float, likewise with a W of its own, added to the scaled scores. Keys without a column get 0.
-        mask_start: the key that the first column of ``mask`` and ``bias`` is about: one int for all batch entries, or
-            int32 or int64 (B,), which may be negative. None is key 0. With ``cache_lens`` columns begin at the first
-            new key, as the mask of a tree of draft tokens does.
-        rotary_cos, rotary_sin: float (positions, R / 2), R at most D: the first R numbers of each head of q and of k
-            are turned by their positions before k is appended. New key i of entry b is at ``cache_lens[b] + i``, and
-            queries are where they stand. Turned in float32 at least; on a GPU positions are cut to those that exist.
+        mask_start: the key of the first column of ``mask`` and ``bias``: one int for all batch entries, or int32 or
+            int64 (B,), which may be negative. None is key 0. Pass ``cache_lens`` where columns begin at the first new
+            key, as in the mask of a tree of draft tokens.
+        rotary_cos, rotary_sin: float (positions, R / 2), R at most D: rotate the first R numbers of each head of q and
+            k by position before appending k. New key i of entry b has position ``cache_lens[b] + i``; queries have the
+            positions given above. The arithmetic is float32 at least. On a GPU positions are cut to those of the
+            tables.
         rotary_interleaved: numbers 2 i and 2 i + 1 turn together, as in GPT-J; False: i and i + R / 2, as in GPT-NeoX.
         k_scale: float32 on the device of q, for a quantised cache: a key is the number in the cache times its scale.
             () for the whole cache, or (Hk,) for each head: new keys are divided by it, rounded and cut to what the
@@ -112,12 +112,13 @@ def attention_with_kvcache(
         v_scale: likewise for the values.
         num_splits: into how many parts the Triton kernel divides the keys; None chooses from shapes and the number of
             multiprocessors. It changes rounding alone, and means nothing to other backends.
-        batch_invariant: an entry's result has the same bits in every batch size and beside any other entries: how keys
-            are divided depends on their number alone. Served by ``"triton"`` and ``"cpu"``; on a GPU a small batch may
-            leave more of it idle. Not with ``cu_seqlens_q``. ``"rows"``: and however many rows are computed with it, so
-            that decode has the bits of prefill, in one piece or in chunks: every row is computed as those of a prompt
-            are, by the kernel of `fastattn.attention`. ``"cpu"`` serves it, ``"reference"`` row by row, and
-            ``"triton"`` over a contiguous cache without ``kv_start``, a window to the left, mask, bias or scales.
+        batch_invariant: True gives an entry's result the same bits in every batch size and beside any other entries:
+            how the keys are divided depends on their number alone. ``"triton"`` and ``"cpu"`` serve it; on a GPU a
+            small batch may leave more of the device idle. Not with ``cu_seqlens_q``. ``"rows"`` also makes the bits
+            independent of how many rows are computed together, so that decode has the bits of prefill, in one piece or
+            in chunks: the kernel of `fastattn.attention` computes every row as in a prompt. ``"cpu"`` serves that,
+            ``"reference"`` row by row, and ``"triton"`` over a contiguous cache without ``kv_start``, a window to the
+            left, mask, bias or scales.
         backend: ``"triton"``, ``"cpu"``, ``"torch"``, ``"reference"``; None chooses: on a GPU Triton, on a CPU the
             fused kernels where they are compiled, elsewhere PyTorch's kernel where all lengths are one number known on
             the host and it computes exactly the same, else the reference.
@@ -190,7 +191,7 @@ def explain_with_kvcache(
 
 
 def _turns(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> bool:
-    """Whether the call has rotary positions."""
+    """Whether the call asks for rotary positions."""
     check_flag("rotary_interleaved", interleaved)
     given = cos is not None or sin is not None
     if interleaved and not given:
@@ -199,7 +200,7 @@ def _turns(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> bool:
 
 
 INVARIANT_SPLITS = 16
-"""Parts of the keys of an entry where their number may not depend on the batch: enough for a batch of few heads."""
+"""How many parts an entry's keys have where the number may not depend on the batch; enough for a batch of few heads."""
 
 
 def _check_invariant(batch_invariant: bool | str, num_splits: int | None) -> None:
@@ -211,7 +212,7 @@ def _check_invariant(batch_invariant: bool | str, num_splits: int | None) -> Non
 
 
 def _invariant(spec: CacheSpec, batch_invariant: bool | str) -> CacheSpec:
-    """The call whose keys are divided by their own number alone, or not at all."""
+    """Change the call so that its keys are divided by their own number alone, or not at all."""
     if batch_invariant == "rows":
         return spec._replace(num_splits=UNDIVIDED)
     if spec.cu_seqlens_q is not None:  # the kernel's tiles follow from how many queries an entry has on average

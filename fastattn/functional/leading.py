@@ -8,7 +8,7 @@ NAMES = ("query", "key", "value", "attn_mask", "attn_mask", "is_causal")
 
 
 def is_4d(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
-    """Whether nothing needs to be broadcast, inserted or merged before (length, head_dim)."""
+    """Whether the tensors are (batch, heads, length, head_dim) already, with nothing to broadcast or merge."""
     try:
         q_shape, k_shape, v_shape = query.shape, key.shape, value.shape
     except (AttributeError, RuntimeError):  # no tensor, or nested without a shape: validation follows
@@ -24,8 +24,8 @@ def to_4d(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
     """Broadcast the dimensions before (length, head_dim) as torch does, and merge them into batch and heads.
 
-    With ``enable_gqa`` each tensor keeps its own number of heads. The last result is what goes before
-    (length, head_dim) in the output.
+    With ``enable_gqa`` each tensor keeps its own number of heads. The last result is the output's shape before (length,
+    head_dim).
     """
     leads = []
     for name, tensor in zip(NAMES, (query, key, value), strict=False):

@@ -1,4 +1,4 @@
-"""What stands between the products of a layer, by the CPU kernels in one pass forward and one backward."""
+"""The elementwise steps between the products of a layer: one pass of a CPU kernel forward, and one backward."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from fastattn import backends
 from fastattn.ops.direct import Way, way
 
-_LEAST = 1 << 12  # elements: below, PyTorch's operators take less time than autograd's way through Python
+_LEAST = 1 << 12  # elements: below, autograd's way through Python costs more than the pass saves
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def served(*tensors: Tensor) -> bool:
-    """Whether kernels of elements take these tensors.
+    """Whether the elementwise kernels take these tensors.
 
-    That is on a CPU with the compiled kernels: float32 or half precision, all of one dtype, contiguous, the first one
-    not small. Not subclasses, traces and transforms.
+    They must be plain contiguous CPU tensors of one dtype, float32 or half precision, the first one not small. Traces
+    and transforms take PyTorch's operators.
     """
     first = tensors[0]
     return (
@@ -33,9 +33,10 @@ def served(*tensors: Tensor) -> bool:
 
 
 def recorded(*tensors: Tensor) -> bool:
-    """Whether kernels take a call that autograd records.
+    """Whether the elementwise kernels take a call that autograd records.
 
-    Others stay PyTorch's: in generation a row has the same bits beside few rows and many, see ``batch_invariant``.
+    Calls without gradient stay with PyTorch, so that in generation a row has the same bits in every batch; see
+    ``batch_invariant``.
     """
     return torch.is_grad_enabled() and served(*tensors) and any(x.requires_grad for x in tensors)
 
@@ -55,7 +56,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Derivatives that are differentiated themselves, or computed many at once, are PyTorch's operators."""
+    """PyTorch's operators compute derivatives that are themselves differentiated, or batched."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -81,7 +82,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _Swiglu(torch.autograd.Function):
-    """Derivatives as those of `_RMSNorm`."""
+    """Derivatives work as in `_RMSNorm`."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from fastattn.ops.direct import Way, way
 
 
 class Kept(NamedTuple):
-    """The rows of a batch that are no padding."""
+    """The rows of a batch outside its padding."""
 
     places: Tensor
     """int64 (total,): where they stand in the batch, (N, S, E) or (S, N, E), flattened to rows"""
@@ -29,10 +29,11 @@ class Kept(NamedTuple):
 
 
 def kept(x: Tensor, padding: Tensor, batch_first: bool) -> Kept | None:
-    """What of x (N, S, E), or (S, N, E), is no padding (N, S); None where to compute the padding too is better.
+    """The rows of x (N, S, E), or (S, N, E), outside ``padding`` (N, S); None where computing the padding too is
+    better.
 
-    That is where there is none, where the rows would have to be counted on another device than the host, and where
-    somebody records or transforms the call.
+    That is the case without padding, on a device where counting rows would make the host wait, and where the call is
+    recorded or transformed.
     """
     if not (x.is_cpu and padding.is_cpu and backends.cpu.library.problem() is None):
         return None

@@ -1,4 +1,4 @@
-"""Heads that ranks share: parameters that a plan has made DTensors, and attention of a rank's own heads."""
+"""Heads divided among ranks: parameters that a plan has turned into DTensors, and attention of a rank's own heads."""
 
 from typing import Any, overload
 
@@ -16,7 +16,7 @@ def own_part(parameter: Tensor) -> Tensor: ...
 @overload
 def own_part(parameter: Tensor | None) -> Tensor | None: ...
 def own_part(parameter: Tensor | None) -> Tensor | None:
-    """This rank's part of a parameter that is divided by heads; any other as it is."""
+    """This rank's part of a parameter that is divided by heads; any other parameter unchanged."""
     if parameter is None or not is_dtensor(parameter):
         return parameter
     return parameter.to_local()  # pyright: ignore[reportAttributeAccessIssue]
@@ -34,9 +34,9 @@ def for_own_heads(parameter: Tensor) -> Tensor:
 
 
 def attention_of_heads(first: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """`fastattn.attention` of the query heads from ``first`` on, the other ones being other ranks'.
+    """`fastattn.attention` of this rank's query heads, which begin at ``first``.
 
-    Dropout drops what it drops in one call with all of them, if the generators of all ranks are alike.
+    If the generators of all ranks agree, dropout drops the same weights as in one call with all heads.
     """
     if first == 0 or not options["dropout_p"]:
         return attention(q, k, v, **options)

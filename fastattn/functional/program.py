@@ -15,7 +15,7 @@ from fastattn.spec import make_cache_spec
 __all__ = ["Program", "at_once", "reason_against"]
 
 MOST_ROWS = 16
-"""Up to which a product is bound by the bytes of its weights: beyond, PyTorch's product may be faster."""
+"""Up to this many rows, reading the weights bounds a product; beyond, PyTorch's product may be faster."""
 
 
 class Program(backends.Program):
@@ -55,5 +55,5 @@ def reason_against(parameters: Sequence[Tensor], rows: int) -> str | None:
 
 
 def at_once(tensors: Sequence[Tensor] = ()) -> bool:
-    """Whether nobody is there who would miss PyTorch's operators: no gradient, autocast, mode, profiler or trace."""
+    """Whether nothing observes PyTorch's operators: no gradient, autocast, mode, profiler or trace."""
     return way(tensors) is Way.AT_ONCE and not torch.is_autocast_enabled("cpu")

@@ -1,8 +1,9 @@
-"""Plain calls that PyTorch's kernel or Triton's serves: checked and chosen once, then handed over at once.
+"""Plain calls to PyTorch's kernel or Triton's: checked once, and from then on handed straight over.
 
-On a tiny input, checks and choice cost more than attention itself. Of a plain call they read only what its key holds:
-a call with an equal key passes the same checks and is served by the same backend. What a key cannot tell apart, such as
-a subclass of Tensor, and what a trace, a transform or autocast would change, has no key and goes the full way.
+On a tiny input, checks and choice cost more than attention itself. For a plain call they depend only on what its key
+holds, so a call with an equal key passes the same checks and goes to the same backend. A call gets no key, and goes the
+full way, if a key could not tell it from another (a subclass of Tensor), or if a trace, a transform or autocast would
+change it.
 """
 
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ from fastattn import backends, ops
 from fastattn.spec import AttentionSpec, Operands, Options
 
 _Key = tuple[Any, ...]
-_MOST = 1024  # then all are forgotten: lengths that change with every call must not fill the memory
+_MOST = 1024  # then all are forgotten, so that lengths that change with every call do not fill the memory
 
 
 class _Call(NamedTuple):
-    """What the kernel is given beside q, k, v and the mask."""
+    """What the kernel takes besides q, k, v and the mask."""
 
     backend: str
     options: Options
@@ -85,7 +86,7 @@ _SCALE = (float, type(None))
 
 
 def remember(key: _Key | None, spec: AttentionSpec, backend: str) -> None:
-    """Keep what became of a plain call, where the kernel takes its tensors as they are and its layout alone decided."""
+    """Remember the choice for a plain call, if the kernel takes its tensors unchanged and the layout alone decided."""
     if key is None or spec.bias is not None or torch._C._get_tracing_state() is not None:  # whose sizes are tensors
         return
     if backend == "torch":
@@ -97,7 +98,7 @@ def remember(key: _Key | None, spec: AttentionSpec, backend: str) -> None:
     missing = 0
     if spec.mask is not None:
         given = key[-2]
-        # Its two dimensions (Lq, Lk) are the only ones that PyTorch's kernel takes without the first two.
+        # PyTorch's kernel takes a mask (Lq, Lk) as it is; others need all four dimensions.
         as_it_is = backend == "torch" and given == (spec.q.shape[2], spec.k.shape[2])
         missing = 0 if as_it_is else 4 - len(given)
     if len(_calls) >= _MOST:

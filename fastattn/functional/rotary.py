@@ -1,4 +1,4 @@
-"""Rotary positions: of the queries and the new keys of a call over a KV cache; and by a kernel, of whole tensors."""
+"""Rotary positions, for the queries and new keys of a call over a KV cache and, by a kernel, for whole tensors."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def turn_new(spec: CacheSpec, cos: Tensor | None, sin: Tensor | None, interleave
 
 
 def check(spec: CacheSpec, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The tables, which fit the call; positions are looked at where the host sees them."""
+    """Check that the tables fit the call; positions are checked where the host can read them."""
     for name, table, other in (("rotary_cos", cos, "rotary_sin"), ("rotary_sin", sin, "rotary_cos")):
         if not isinstance(table, Tensor):
             raise TypeError(f"{name}: expected a Tensor beside {other}, got {type(table).__name__}")
@@ -90,7 +90,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: boo
 def served(x: Tensor, tables: tuple[Tensor, Tensor]) -> bool:
     """Whether `rotate` takes x (..., L, heads, D) and tables (..., L, D / 2), whose first dimension may be 1.
 
-    That is where `recorded` says so, with float32 tables.
+    `recorded` must agree, and the tables must be float32.
     """
     cos, sin = tables
     return (
@@ -112,7 +112,7 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Linear: the derivative turns the other way."""
+    """Rotation is linear; the derivative rotates the other way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:

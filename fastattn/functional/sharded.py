@@ -1,7 +1,7 @@
 """Attention on DTensors: batch and heads divided among the ranks of a mesh, each of which computes its own part.
 
-Every operand is brought to where its part is needed by PyTorch's own `redistribute`; gradients that all ranks add to,
-such as that of a bias for all heads, come back as sums. Imported for DTensors alone: it needs torch.distributed.
+PyTorch's `redistribute` brings every operand to the ranks that need it. Gradients to which all ranks contribute, such
+as that of a bias for all heads, come back as sums. Only DTensors import this module: it needs torch.distributed.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def attention(spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor 
 
 
 def explain(spec: AttentionSpec, backend: str | None) -> Explanation:
-    """That of this rank's part; operands are brought to their places."""
+    """The explanation for this rank's part; this redistributes the operands."""
     return backends.explain(_own_part(spec, _layout(spec)), backend)
 
 
@@ -57,7 +57,7 @@ class _Layout(NamedTuple):
     def part(self, x: Tensor, batch: int | None, heads: int | None, sizes: tuple[int, int] | None = None) -> Tensor:
         """This rank's part of ``x``, where batch entries lie along dimension ``batch`` and heads along ``heads``.
 
-        A dimension that has not the whole's ``sizes`` is one for all, and its gradient the sum of all ranks'.
+        A dimension that lacks the whole's ``sizes`` broadcasts, and its gradient is the sum over all ranks.
         """
         where, full = (batch, heads), sizes or self.sizes
         divided = [place is not None and x.shape[place] == size for place, size in zip(where, full, strict=True)]
@@ -81,7 +81,7 @@ class _Layout(NamedTuple):
         return x.to_local(grad_placements=gradients)
 
     def whole(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """What this rank's ``x`` is a part of: (B, Hq, ...)."""
+        """The DTensor (B, Hq, ...) of which ``x`` is this rank's part."""
         # Views are judged by the strides of the whole, which are therefore in the order of the part's.
         order = (0, 2, 1, 3) if x.ndim == 4 and heads_last(x) else range(x.ndim)
         strides, step = [0] * x.ndim, 1
@@ -184,7 +184,7 @@ def _own_part(spec: AttentionSpec, layout: _Layout) -> AttentionSpec:
 
 
 def _first_ranks(seed: Tensor, mesh: DeviceMesh) -> Tensor:
-    """What the first rank of the mesh has; every rank draws, so that generators that were alike stay so."""
+    """The first rank's seed. Every rank draws, so that equal generators stay equal."""
     for index in range(mesh.ndim):  # one after the other, which all ranks do in one order
         placements = [Shard(0) if other == index else Replicate() for other in range(mesh.ndim)]
         seed = DTensor.from_local(seed, mesh, placements).full_tensor()[:1]

@@ -80,7 +80,7 @@ def scaled_dot_product_attention(
     return out if lead is None else out.reshape(*lead, *out.shape[-2:])
 
 
-# PyTorch's signature, for whoever looks: the keywords that are only there to be refused are not part of it.
+# Introspection sees PyTorch's signature, without the catch-all that exists only to refuse keywords.
 scaled_dot_product_attention.__signature__ = (  # pyright: ignore[reportFunctionMemberAccess]
     (_signature := inspect.signature(scaled_dot_product_attention)).replace(
         parameters=[p for p in _signature.parameters.values() if p.kind is not p.VAR_KEYWORD]

@@ -66,9 +66,9 @@ def attention_varlen(
         v: (total_k, Hk, Dv).
         cu_seqlens_q: int32 or int64 (sequences + 1,), rising from 0 to at most total_q.
         cu_seqlens_k: likewise for the keys; None means ``cu_seqlens_q``.
-        seqused_k: int32 or int64 (sequences,): how many of its keys a sequence uses, the first ones; None is all of
-            them. The others cost nothing, may be NaN, and have gradients 0. Positions count from what is used.
-        max_seqlen_q, max_seqlen_k: taken so that calls written for other packages run; not needed, not read.
+        seqused_k: int32 or int64 (sequences,): how many keys a sequence uses, counted from its first; None is all. The
+            others cost nothing, may be NaN, and have gradients 0. Positions count as if they were not there.
+        max_seqlen_q, max_seqlen_k: accepted and ignored, so that calls written for other packages run.
         causal, window: as in `attention`, positions counted within each sequence.
         kv_start: as in `attention`, (sequences,), counted within each sequence.
         q_offset: position of the first query of each sequence: an int, or an integer tensor (sequences,). None lines
@@ -103,7 +103,7 @@ def attention_varlen(
         scale=scale, dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
     out, lse = run(spec, backend)
-    out = out.squeeze(0).transpose(0, 1)  # whose gradient is a view: that of an index is a copy
+    out = out.squeeze(0).transpose(0, 1)  # the gradient of squeeze is a view, that of an index a copy
     if not return_lse:
         return out
     assert lse is not None

@@ -26,8 +26,8 @@ class BeamSearch:
     Args:
         num_beams: beams per prompt.
         length_penalty: above 0 favours long texts, below 0 short ones.
-        early_stopping: end a prompt's search as soon as `num_beams` texts are finished; False: when moreover no beam
-            scores better, at its present length, than the worst of them.
+        early_stopping: True ends a prompt's search as soon as `num_beams` texts are finished. False searches on until
+            no beam, at its present length, scores better than the worst of them.
     """
 
     num_beams: int
@@ -40,10 +40,10 @@ class BeamSearch:
         check.flag("early_stopping", self.early_stopping)
 
     def check_length(self, max_new_tokens: int) -> None:
-        """Refuse a penalty by which the score of a text of this length has no place in float32.
+        """Refuse a penalty that takes the score of a text of this length out of float32's range.
 
         Raises:
-            ValueError: naming the largest penalty that has.
+            ValueError: naming the largest penalty that fits.
         """
         most = math.inf if max_new_tokens == 1 else 30 / math.log10(max_new_tokens)
         if abs(self.length_penalty) > most:
@@ -57,7 +57,7 @@ def beam_search(run: Decoding, beams: BeamSearch, pad: int) -> Generated:
     N, B, T, V = run.target.shape[0], beams.num_beams, run.max_new_tokens, run.vocab_size
     device = run.target.device
     stop = torch.empty(0, dtype=torch.int64, device=device) if run.stop is None else run.stop
-    # Every beam has len(stop) ends at most among its continuations: so many candidates hold B that go on.
+    # Each beam has at most len(stop) continuations that end, so this many candidates include B that go on.
     candidates = min((1 + max(1, stop.shape[0])) * B, B * V)
     row_start = (torch.arange(N, device=device) * B)[:, None]  # of a prompt's beams
 
@@ -68,7 +68,7 @@ def beam_search(run: Decoding, beams: BeamSearch, pad: int) -> Generated:
     logits = logits.repeat_interleave(B, 0)
     cache.select(torch.arange(N, device=device).repeat_interleave(B))
 
-    # -inf is the score of what does not exist: all beams but one at first, and texts that are not finished yet.
+    # -inf marks what does not exist: at first all beams but one, and texts that are not finished.
     scores = torch.full((N, B), -math.inf, device=device)
     scores[:, 0] = 0.0
     tokens = torch.full((N, B, T), pad, device=device)
@@ -86,7 +86,7 @@ def beam_search(run: Decoding, beams: BeamSearch, pad: int) -> Generated:
         )
         ended = (token[:, :, None] == stop).any(2) if length < T else torch.ones_like(token, dtype=torch.bool)
 
-        # The finished ones: only of the first B, and only where they may still win.
+        # Finished texts count only among the first B candidates, and only while they may still win.
         accepted = ended & improvable & (torch.arange(candidates, device=device) < B)
         if beams.early_stopping:
             accepted &= (best_scores == -math.inf).any(1, keepdim=True)

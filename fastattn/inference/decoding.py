@@ -37,7 +37,7 @@ class Generated:
 
 @dataclass
 class Decoding:
-    """A checked call: the model as two functions, and what they start from."""
+    """A checked call: the model as two functions, and their starting point."""
 
     prefill: Callable[..., Tensor]
     """(tokens (N, L), cache, lengths) -> logits (N, V) after them."""
@@ -56,17 +56,16 @@ class Decoding:
 
 
 class NonFinite:
-    """Finds rows whose logits have no next token: NaN, +inf, or all -inf.
+    """Finds rows whose logits allow no next token: NaN, +inf, or all -inf.
 
-    On the CPU a step raises at once. Elsewhere that would make the host wait for the device: the search raises when it
-    ends.
+    On the CPU a step raises at once. On other devices that would make the host wait, so the search raises at its end.
     """
 
     def __init__(self) -> None:
         self._bad: Tensor | None = None
 
     def __call__(self, bad: Tensor) -> None:
-        """Note the rows (N,) whose logits have a log-sum-exp that is not finite, and that have not ended."""
+        """Note the rows (N,) that have not ended and whose log-sum-exp is not finite."""
         self._bad = bad if self._bad is None else self._bad | bad
         if bad.device.type == "cpu":
             self.check()

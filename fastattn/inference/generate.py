@@ -63,16 +63,17 @@ def generate(
     cuda_graph: bool = True,
     batch_invariant: bool | Literal["rows"] = False,
 ) -> Generated:
-    """Continue each prompt; or, by an encoder-decoder, answer each source.
+    """Continue each prompt, or answer each source with an encoder-decoder.
 
-    The model computes in evaluation mode, without gradients, and is then as it was. With `stop` the host waits for the
-    device once per step, to see whether all rows have ended; without it never.
+    The model runs in evaluation mode without gradients; its own mode returns afterwards. With `stop` the host waits for
+    the device once per step, to see whether all rows have ended; without `stop` it never waits.
 
     Args:
         model: a `CausalLM`; an `EncoderDecoder`, for which `prompt` is the source; or `torch.compile` of a `CausalLM`,
-            which compiles the steps, not the prompt's pass. Of an EncoderDecoder compile `model.decoder.compile()`.
-        prompt: (N, L) integer, padded at the end if at all; or a sequence of N prompts of any lengths, each a list of
-            integers or a tensor (L,); or one prompt alone, likewise, of which N = 1 is made.
+            which compiles the steps but not the pass over the prompt. For an EncoderDecoder call
+            `model.decoder.compile()`.
+        prompt: (N, L) integer, with padding at the end only; or a sequence of N prompts of any lengths, each a list of
+            integers or a tensor (L,); or one such prompt alone, which makes N = 1.
         max_new_tokens: at most so many per row.
         lengths: integer (N,), tokens of each prompt before its padding, at least 1. None: all.
         start: what every target begins with, for an encoder-decoder alone: one token, or (N, length).
@@ -84,8 +85,8 @@ def generate(
         cache: a kind of cache, made as large as needed: `KVCache`, `DynamicCache`, `PagedCache`, `SlidingWindowCache`,
             a subclass, or `functools.partial` of one with its options. Or a `CausalLM`'s cache, which the prompt
             continues: it then holds all tokens but the last of each row, with which the next prompt should begin.
-        cuda_graph: on a GPU, capture the step after the prompt once and replay it, where that can be done and pays. The
-            result's `no_cuda_graph` says why it was not; with beams it never is.
+        cuda_graph: on a GPU, capture one step as a CUDA graph and replay it where that is possible and pays. If not,
+            the result's `no_cuda_graph` says why. Beam search never does.
         batch_invariant: attention gives a row the same bits in every batch size, see
             `fastattn.attention_with_kvcache`; a `cache` of yours keeps this. For a `CausalLM`. The linear layers
             between are PyTorch's, which keeps to no such rule. ``"rows"``: a token's attention has the same bits in a
@@ -135,10 +136,10 @@ def stream(
     cuda_graph: bool = True,
     batch_invariant: bool | Literal["rows"] = False,
 ) -> Iterator[Tensor]:
-    """The tokens of `generate` while they are made: one int64 (N,) per step, `pad` in rows that have ended.
+    """Yield the tokens of `generate` as they are made: one int64 (N,) per step, `pad` in rows that have ended.
 
-    The arguments are those of `generate`, and are checked at once; the model runs when a token is asked for, and
-    between tokens is in the mode that you left it in.
+    The arguments are those of `generate` and are checked at once. The model runs when you ask for a token; between
+    tokens it is in the mode in which you left it.
     """
     run = _prepare(model, prompt, max_new_tokens, lengths, start, stop, sampling, cache, cuda_graph, batch_invariant)
     return _streamed(model, _steps(run, sampling), pad)
@@ -233,7 +234,7 @@ def _prepare(
 
 
 def _input_device(model: CausalLM | EncoderDecoder, prompt: object) -> torch.device:
-    """Where tokens go: to the embedding; where its weights are offloaded or sharded, the prompt's device decides."""
+    """The device for tokens: the embedding's, or the prompt's where the weights are offloaded or sharded."""
     weight = (model.embedding if isinstance(model, CausalLM) else model.target_embedding).weight
     somewhere = weight.is_meta or type(weight.data) is not Tensor
     if somewhere and isinstance(prompt, Tensor):
@@ -268,7 +269,7 @@ def _steps(run: Decoding, sampling: Sampling | None) -> Iterator[tuple[Tensor, T
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, what was before after it."""
+    """Evaluation mode inside ``with``, and the earlier mode after it."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

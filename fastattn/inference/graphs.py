@@ -1,7 +1,7 @@
 """Decode steps as a CUDA graph: captured once, then replayed without the host's work for each kernel of each layer.
 
-A step has the same kernels, shapes and addresses every time: the caches' buffers stay where they are, and lengths are
-read on the device. What the host counts beside them, `KVCache.count` does after each replay.
+A step has the same kernels, shapes and addresses every time: the caches' buffers stay in place, and kernels read the
+lengths on the device. The host's own count moves on by `KVCache.count` after each replay.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["DecodeSteps", "reason_against"]
 
 DEVICES = ("cuda",)
 LEAST_STEPS = 16
-"""A capture costs about as much host time as some steps: fewer are not worth it."""
+"""Fewer steps are not worth a capture, which costs about as much host time as a few steps."""
 
 
 def capture(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
@@ -30,7 +30,7 @@ def capture(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[
 
 
 def reason_against(model: nn.Module, wanted: bool, compiled: bool, device: torch.device, steps: int) -> str | None:
-    """Why ``steps`` decode steps of this model should be launched one by one; None: a graph may serve them."""
+    """Why this model's ``steps`` decode steps should be launched one by one; None if a graph may serve them."""
     if not wanted:
         return "cuda_graph is False"
     if device.type not in DEVICES:
@@ -58,9 +58,9 @@ class DecodeSteps:
     Args:
         step: (tokens (N, 1), cache=, lengths=) -> logits (N, 1, V).
         cache: what it reads and fills.
-        reason: from `reason_against`. The attribute of that name says afterwards why steps were launched one by one.
+        reason: from `reason_against`. Afterwards the attribute of this name says why steps were launched one by one.
 
-    On a CPU they are a `PlannedStep` where they can be.
+    On a CPU a `PlannedStep` runs them where it can.
     """
 
     def __init__(self, step: Callable[..., Tensor], cache: KVCache, reason: str | None) -> None:
@@ -80,7 +80,7 @@ class DecodeSteps:
         if self.reason is not None:
             planned = self._plan()
             return self._run(token, kept) if planned is None else planned(token, kept)
-        if cache.capacity != self._capacity:  # buffers that no step has seen: the first makes what a capture must find
+        if cache.capacity != self._capacity:  # new buffers: one step must run, and allocate, before a capture
             self._capacity, self._replay = cache.capacity, None
             return self._run(token, kept)
         if self._replay is None and not self._capture(token, kept):
@@ -110,7 +110,8 @@ class DecodeSteps:
         return self._step(token[:, None], cache=self._cache, lengths=lengths)[:, -1]
 
     def _capture(self, token: Tensor, kept: Tensor | None) -> bool:
-        """Whether the step could be captured. Capturing does not run it; only the counts on the host change."""
+        """Try to capture the step; returns whether that worked. Capturing does not run it; only the host's counts
+        change."""
         missing = [None] if kept is None else []
         self._inputs = [x.clone() for x in (token, kept) if x is not None]
         counted = self._cache.length

@@ -1,8 +1,8 @@
 """The decode step of a `CausalLM` on a CPU as one call of the library: planned once, then run on token after token.
 
-A step of a small model is some hundred small operations, for which Python and PyTorch's dispatcher take longer than
-the processor for their arithmetic. The plan has them all, with the addresses of their tensors. Like a CUDA graph it
-keeps to the model as it was when the search began: what changes in a parameter in place is seen.
+A step of a small model consists of some hundred small operations; Python and PyTorch's dispatcher take longer for them
+than their arithmetic does. The plan holds all of them, with the addresses of their tensors. Like a CUDA graph it stays
+with the model as it was when the search began; it does see in-place changes of parameters.
 
 Dimensions in comments: N rows, E d_model, H query heads, K key heads, D head dim, V vocabulary.
 """
@@ -31,7 +31,7 @@ _MOST_GROUPED = 16  # query heads of a key head: more are served by the kernel w
 
 
 def reason_against_plan(model: object, cache: KVCache, rows: int) -> str | None:
-    """Why the decode steps of this model over this cache cannot be planned; None: they can."""
+    """Why the decode steps of this model over this cache cannot be planned; None if they can."""
     if type(model) is not CausalLM:
         return f"the model is a {type(model).__name__}"
     config = model.config
@@ -62,7 +62,7 @@ class PlannedStep:
     """Logits of the next token from the last one, over a cache.
 
     Args:
-        model, cache: those that `reason_against_plan` has no reason against. The cache holds the prompt.
+        model, cache: accepted by `reason_against_plan`. The cache holds the prompt.
     """
 
     @torch.inference_mode(False)  # its buffers are written to in every mode
@@ -98,7 +98,7 @@ class PlannedStep:
         self._plan_linear(self._logits, h, model.head)
 
     def current(self) -> bool:
-        """Whether the plan still fits: the cache has its buffers, and nobody has begun to record operators."""
+        """Whether the plan still fits: the cache kept its buffers, and nothing has begun to record operators."""
         cache = self._cache
         buffers = [*cache.k, *cache.v, cache.block_table]
         same = len(buffers) == len(self._buffers) and all(map(lambda a, b: a is b, buffers, self._buffers))

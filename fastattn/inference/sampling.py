@@ -21,11 +21,11 @@ _LEAST_TEMPERATURE = 1e-30  # takes the most probable token already, and no quot
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn from the logits. The parts apply in the order in which they stand here.
+    """How the next token is drawn from the logits. The settings apply in the order listed here.
 
     Args:
-        repetition_penalty: logits of tokens that stand in the prompt or were generated are divided by it if positive,
-            multiplied if negative (Keskar et al. 2019, arXiv:1909.05858). 1 changes nothing.
+        repetition_penalty: divides positive logits of tokens in the prompt or among the generated ones, and multiplies
+            negative ones (Keskar et al. 2019, arXiv:1909.05858). 1 changes nothing.
         temperature: logits are divided by it; 0 takes the most probable token, always.
         top_k: keep the k largest logits, and those equal to the smallest of them (Fan et al. 2018, arXiv:1805.04833).
         top_p: keep the fewest most probable tokens that have at least this probability together (Holtzman et al. 2020,
@@ -72,7 +72,7 @@ class TokenPicker:
             self.seen = counts.scatter_add_(1, target.long(), within) > 0
         self.uniform = None
         if sampling.temperature > 0.0:
-            # On the CPU, row after row: the same numbers on every device, and for a row whatever the others are.
+            # On the CPU, row by row: a row's numbers then depend neither on the device nor on the other rows.
             generator = None if sampling.seed is None else torch.Generator("cpu").manual_seed(sampling.seed)
             shape = (target.shape[0], run.max_new_tokens)
             uniform = torch.rand(shape, dtype=torch.float64, generator=generator, device="cpu")

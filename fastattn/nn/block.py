@@ -41,7 +41,7 @@ def make_norm(config: TransformerConfig, size: int) -> nn.Module:
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm`, in training on a CPU in one pass."""
+    """`torch.nn.RMSNorm`; training on a CPU takes one pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None and self.eps is not None
@@ -49,7 +49,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class HeadNorm(RMSNorm):
-    """RMSNorm over a head, in the dtype that autocast gave its input: torch's fused kernel wants equal dtypes."""
+    """RMSNorm over a head, in the dtype of its input, also under autocast: torch's fused kernel wants equal dtypes."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None and self.eps is not None
@@ -57,7 +57,7 @@ class HeadNorm(RMSNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with what today's models add to it; see `TransformerConfig` for each.
+    """Multi-head attention with the additions of today's models; `TransformerConfig` describes each.
 
     Args:
         config: its attention fields are read.
@@ -179,7 +179,8 @@ class Attention(nn.Module):
 
 
 def _check_rotary(rotary: tuple[Tensor, Tensor], q: Tensor, packed: bool) -> None:
-    """Tables for q (N, L, H, D), packed (total, H, D): of what is projected, since a plan may divide its input."""
+    """Check the tables against q (N, L, H, D), or packed (total, H, D): against the projection, because a plan may
+    divide the layer's input."""
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2 or not all(isinstance(t, Tensor) for t in rotary):
         raise TypeError(f"rotary: expected two Tensors, cos and sin, got {type(rotary).__name__}")
     for table in rotary:
@@ -212,7 +213,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention if asked for, feed-forward; each with a norm and a residual sum.
+    """Self-attention, optional cross-attention and feed-forward; each with a norm and a residual sum.
 
     Args:
         config: what they are made of.

@@ -1,8 +1,8 @@
-"""KV caches for the layers: what has been seen, as keys and values, so that a step computes new tokens only.
+"""KV caches for the layers: they keep earlier keys and values, so that a step computes new tokens only.
 
 A model makes one (`make_cache`) and fills it; between steps the caller may select, crop or release entries. Batch
-entries may have different lengths: `lens` is a tensor, read on the device. `length` is what the host knows, the longest
-entry or more, by which a cache that is full raises before anything is written.
+entries may have different lengths. `lens` is a tensor on the device. `length` is the host's upper bound on them: by it
+a full cache raises before anything is written.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class KVCache:
     chunk: int | None = None
     batch_invariant: bool | Literal["rows"] = False
     provisional: bool = False
-    """Nobody chose the dtype or the device: the first keys do, while the cache is empty."""
+    """True while the cache is empty and nobody chose its dtype or device: the first keys will."""
 
-    @torch.inference_mode(False)  # an inference tensor could not be written to outside
+    @torch.inference_mode(False)  # nothing could write to an inference tensor outside inference mode
     def __init__(
         self,
         num_layers: int,
@@ -82,7 +82,7 @@ class KVCache:
         self.k_scale, self.v_scale = ([x.new_empty(x.shape[:3], dtype=torch.float32) for x in scaled] for _ in "kv")
 
     def _replace_buffers(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Put ``function`` of it in the place of every buffer that holds something for each token."""
+        """Replace every buffer that has an entry per token by ``function`` of it."""
         self.k, self.v, self.k_scale, self.v_scale = (
             [function(x) for x in buffers] for buffers in (self.k, self.v, self.k_scale, self.v_scale)
         )
@@ -109,7 +109,8 @@ class KVCache:
             )
 
     def settle(self, device: torch.device) -> None:
-        """Move an empty cache whose device nobody chose to `device`; the models call it before each step."""
+        """If the cache is empty and nobody chose its device, move it to `device`. The models call this before each
+        step."""
         if not self.provisional or self.length or self.lens.device == device:
             return
         with torch.inference_mode(False):
@@ -125,7 +126,7 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Append `k` and `v` (B, Hk, L, D) to `layer`, then attend; see `fastattn.attention_with_kvcache`.
 
-        `lens` stays as it is, since all layers of a step append at one place: `advance` moves it.
+        `lens` does not change, because all layers of a step append at the same position; `advance` changes it.
         """
         if self.provisional and not self.length and (k.dtype, k.device) != _kind_of(self.k[layer]):
             with torch.inference_mode(False):  # the layers compute in another dtype than that of their parameters
@@ -148,8 +149,8 @@ class KVCache:
         )  # fmt: skip
 
     def advance(self, new: int, lengths: Tensor | None = None) -> None:
-        """Count what a step appended: `new` tokens; or for entry b the first `lengths[b]` of them, the rest being
-        padding, which the next step overwrites."""
+        """Count the `new` tokens that a step appended. With `lengths`, entry b keeps the first `lengths[b]` of them;
+        the rest is padding, which the next step overwrites."""
         check_new(new)
         if lengths is not None:
             check.lengths("lengths", lengths, self.lens, new)
@@ -157,7 +158,7 @@ class KVCache:
         self.count(new)
 
     def count(self, new: int) -> None:
-        """The host's share of `advance`: all that is left to do after a step that a CUDA graph has replayed."""
+        """The host's part of `advance`: the only part that a replayed CUDA graph leaves to do."""
         self.length += new
 
     def crop(self, length: int) -> None:
@@ -171,7 +172,7 @@ class KVCache:
     def select(self, index: Tensor) -> None:
         """Entry b becomes a copy of what entry index[b] was; index (batch,), or of any length for another batch.
 
-        As beam search needs it. Buffers stay where they are if the batch stays what it is.
+        Beam search needs this. Buffers stay in place if the batch size does not change.
         """
         check_index(index, self.batch)
         self._replace_buffers(lambda x: selected(x, index))
@@ -186,7 +187,7 @@ class KVCache:
 
 
 class DynamicCache(KVCache):
-    """A cache that doubles its buffers when they are full. `capacity` is what it starts with."""
+    """A cache that doubles its buffers when they are full. `capacity` is its first size."""
 
     def reserve(self, new: int) -> None:
         check_new(new)
@@ -210,7 +211,7 @@ def selected(x: Tensor, index: Tensor) -> Tensor:
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """x for what moves elements: PyTorch's indexing does not know float8."""
+    """x viewed as bytes for indexing, which PyTorch lacks for float8."""
     return x.view(torch.uint8) if x.dtype in QUANTISED else x
 
 

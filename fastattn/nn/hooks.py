@@ -1,4 +1,4 @@
-"""Hooks on modules: the one that keeps torch.nn from bypassing attention, and whether somebody has set another."""
+"""Hooks on modules: one keeps torch.nn from bypassing attention; `is_hooked` finds the others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["block_fast_path", "is_hooked", "unblock_fast_path"]
 def block_fast_path(module: nn.MultiheadAttention) -> None:
     """Make every torch.nn.TransformerEncoderLayer that holds `module` call it, in evaluation too.
 
-    In evaluation that layer runs one fused operator, which reads the weights of `self_attn` and never calls it. But not
-    if a module inside it has a hook, because a hook must be called: hence a hook.
+    In evaluation that layer runs one fused operator, which reads the weights of `self_attn` and never calls it. It does
+    not if a module inside it has a hook, which must be called. So this sets a hook that does nothing.
     """
     module.register_forward_pre_hook(_inert)
 
@@ -31,7 +31,7 @@ def _inert(module: nn.Module, args: Any) -> None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody is to be called with what a module takes or returns, or in its place."""
+    """Whether a hook, or an override of `forward`, sees what the module takes or returns."""
     return bool(
         module._forward_hooks
         or any(hook is not _inert for hook in module._forward_pre_hooks.values())

@@ -1,4 +1,4 @@
-"""Attention in eager PyTorch: the specification (`definition`), and what computes it in blocks. No Triton import.
+"""Attention in eager PyTorch: the specification (`definition`), and code that computes it in blocks. No Triton import.
 
 `attention` is the definition by keywords. `forward` and `backward` compute the same in blocks of queries, with memory
 O(block x Lk), and `double_backward` serves second derivatives and derivatives along a direction on every backend.
@@ -52,8 +52,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`definition.attention` with its groups spelled out. Returns (out, lse), differentiable to any order.
 
-    ``q`` (B, Hq, Lq, D), ``k`` (B, Hk, Lk, D), ``v`` (B, Hk, Lk, Dv), any float dtype, which is computed in; the other
-    arguments as in `fastattn.spec.operands`. Memory O(Lq x Lk).
+    ``q`` (B, Hq, Lq, D), ``k`` (B, Hk, Lk, D), ``v`` (B, Hk, Lk, Dv), any float dtype; all arithmetic is in that dtype.
+    The other arguments are those of `fastattn.spec.operands`. Memory O(Lq x Lk).
     """
     operands = Operands(
         mask,

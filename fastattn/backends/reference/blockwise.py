@@ -1,11 +1,11 @@
-"""The definition in blocks of query rows, with memory O(block x Lk): what serves a call on this backend.
+"""The definition in blocks of query rows, with memory O(block x Lk). Calls on this backend run this code.
 
-Half precision is computed in float32. `statistics` holds the row maximum of the scores and the logarithm of the sum of
-``exp(s - maximum)`` apart, since one float32 lse cannot hold both where scores are large. ALiBi scores, the maximum
-included, count distances from the nearest key on.
+Half-precision inputs are computed in float32. `statistics` stores two numbers per row: the maximum of the scores, and
+the logarithm of the sum of ``exp(s - maximum)``. One float32 lse cannot hold both where scores are large. ALiBi counts
+distances from each row's nearest key; the scores and their maximum follow that count.
 
-Zero weights keep out what they stand for: a key that a row may not see reaches neither its output nor its gradient,
-even if it is NaN. This costs two more passes, and only calls with such inputs pay (`poisoned`).
+A key that a row may not see reaches neither its output nor its gradient, even if the key is NaN. That takes two more
+passes, and only calls with such inputs pay for them (`poisoned`).
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def blocks(
     left, right = options.left, options.right
     span = kv_len if left is None or right is None else max(last - first, left + right + 1)
     block = max(1, BLOCK_ELEMENTS // share // max(1, batch * q_heads * min(span, kv_len)))
-    if span < kv_len:  # a block sees its window and its own length: keep the two alike
+    if span < kv_len:  # a block of n rows sees its window and n keys more: n like the window wastes least
         block = min(block, max(span, 64))
     for start in range(0, q_len, block):
         rows = (start, min(start + block, q_len))
@@ -66,7 +66,7 @@ def blocks(
 
 
 def visible_keys(rows: tuple[int, int], kv_len: int, operands: Operands, options: Options) -> tuple[int, int]:
-    """The keys that some of these rows see, as far as one offset for the whole batch tells."""
+    """The keys that some of these rows see, judged by one offset for the whole batch."""
     start, end = 0, kv_len
     if operands.kv_start is not None and operands.kv_start.numel() and readable(operands.kv_start):
         start = min(max(int(operands.kv_start.min()), 0), kv_len)
@@ -161,7 +161,7 @@ def backward(
 
 
 class Sums:
-    """The gradients that add up over blocks, in the dtype that is computed in; None where not wanted."""
+    """The gradients that add up over blocks, in the dtype of the arithmetic; None where not wanted."""
 
     def __init__(self, gradients: Gradients | Inputs, dtype: torch.dtype) -> None:
         _, *self._targets = gradients
@@ -261,9 +261,10 @@ def softmax_of(s: Tensor, sinks: Tensor | None) -> Softmax:
 def alibi_shift(
     block: Block, kv_len: int, operands: Operands, options: Options, device: torch.device
 ) -> Tensor | None:  # fmt: skip
-    """How far each row's nearest key is: ALiBi counts from there, which keeps small differences of far distances.
+    """How far each row's nearest key is. ALiBi counts from there, so that small differences between far keys survive
+    rounding.
 
-    Not beside a sink, which stays where it is: what far keys weigh is as good as nothing there.
+    0 beside a sink, whose score does not move along; far keys weigh practically nothing there.
     """
     if operands.alibi_slopes is None or operands.sinks is not None:
         return None
@@ -272,7 +273,7 @@ def alibi_shift(
 
 
 def shift_of_scores(operands: Operands, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """By how much scores that count from the nearest key on are too large."""
+    """By how much scores are too large because they count distances from the nearest key."""
     assert operands.alibi_slopes is not None
     return operands.alibi_slopes.to(dtype)[:, :, None, None] * shift.to(dtype)
 
@@ -289,7 +290,7 @@ def kept(seed: Tensor, dropout_p: float, p: Tensor, block: Block, first_batch: i
 
 
 def poisoned(*inputs: Tensor) -> bool:
-    """Whether NaN or inf may be among them; on a device, where looking would wait, yes."""
+    """Whether NaN or inf may be among them. On another device the answer is yes: looking would wait for it."""
     return any(x.device.type != "cpu" or not bool(x.isfinite().all()) for x in inputs)
 
 

@@ -31,7 +31,7 @@ def attention(
     if operands.cu_seqlens_q is not None:
         return _attention_packed(q, k, v, operands, options)
     s, _, _ = scores(q, k, cut(operands, (0, q.shape[2]), (0, k.shape[2])), options, 0, 0)
-    if operands.sinks is not None:  # one more score, whose value vector is 0
+    if operands.sinks is not None:  # the sink is one more score, with a value vector of 0
         s = torch.cat([s, operands.sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)], -1)
     if s.shape[-1] == 0:
         return grouped_matmul(s, v), s.sum(-1) - torch.inf  # zeros and -inf, on the graph of q, k and v
@@ -56,7 +56,8 @@ def scores(
     """(s, tanh under the cap, distance) for query rows ``row ..`` in ``q`` and keys ``key ..`` in ``k``.
 
     ``s`` is (B, Hq, rows, keys), from operands that `cut` has cut to it; ``distance = x - j``, broadcastable to it.
-    ALiBi counts distances from ``nearest`` on, if that is given: a constant for each row, which the softmax ignores.
+    With ``nearest``, ALiBi counts distances from there: that shifts a whole row by a constant, which the softmax
+    ignores.
     """
     s = grouped_matmul(q, k.mT) * options.scale
     tanh = None
@@ -86,7 +87,7 @@ def positions(row: int, rows: int, operands: Operands, options: Options, device:
     offset = options.q_offset
     if operands.q_offset_tensor is not None:
         offset = operands.q_offset_tensor.view(-1, 1, 1, 1)
-    assert offset is not None  # None belongs to packed sequences, and each of them has its own
+    assert offset is not None  # only packed sequences have None, and each of them brings its own
     return torch.arange(row, row + rows, device=device)[:, None] + offset
 
 

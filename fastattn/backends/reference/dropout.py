@@ -69,5 +69,5 @@ def dropout_keep(
 
 
 def keep_scale(dropout_p: float) -> float:
-    """What kept probabilities are multiplied by, so that their expectation stays."""
+    """The factor on kept probabilities that preserves their expectation."""
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)

@@ -14,8 +14,9 @@ from fastattn.spec.operands import Operands, Options
 def quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(x / scale in a dtype of `QUANTISED`, cut to its range; the scale (..., 1)), from rows x (..., D).
 
-    The scale is given, or measured: the largest number of a row becomes the largest of the dtype. NaN and infinity make
-    a measured scale NaN, and so the whole row; under a given one NaN is 0 in int8, and infinity is cut.
+    Without a given scale it is measured: it maps the largest number of a row to the largest of the dtype. NaN or
+    infinity makes a measured scale NaN, and with it the whole row. Under a given scale, int8 stores NaN as 0 and both
+    dtypes cut infinity.
     """
     largest = QUANTISED[dtype]
     x = x.float()
@@ -80,9 +81,10 @@ def _append_quantised(
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """Fill ``out`` and ``lse``: `forward` over the ``lens[b] + added`` cached keys of each batch entry.
 
-    All of them at once where they have the same ``length``, known to the host, and no block table. Otherwise the
-    lengths are read on the host, which on a GPU waits for them. Of ``num_splits`` `UNDIVIDED` alone means something
-    here: entries and rows are computed one by one, since of more PyTorch's products may add up in another order.
+    One pass serves all entries if the host knows one ``length`` for them and there is no block table. Otherwise the
+    host reads the lengths, and on a GPU waits for them. The only ``num_splits`` with a meaning here is `UNDIVIDED`:
+    entries and rows are then computed one by one, because PyTorch's products of several rows may add up in another
+    order.
     """
     capacity, slopes, length = spec.capacity, spec.alibi_slopes, spec.length
     packed = None if spec.cu_seqlens_q is None else list(itertools.pairwise(spec.cu_seqlens_q.tolist()))

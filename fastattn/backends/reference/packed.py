@@ -1,4 +1,4 @@
-"""Packed sequences, one after the other in memory, taken apart."""
+"""Take packed sequences apart: they lie one after the other in memory."""
 
 import itertools
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class PackedSequence(NamedTuple):
 
 
 def packed_sequences(operands: Operands, options: Options) -> Iterator[PackedSequence]:
-    """Each sequence and what belongs to it. Reads the lengths, so it waits for a GPU."""
+    """Yield each sequence with its part of the call. This reads the lengths, so it waits for a GPU."""
     assert operands.cu_seqlens_q is not None and operands.cu_seqlens_k is not None
     rows = itertools.pairwise(operands.cu_seqlens_q.tolist())
     keys = list(itertools.pairwise(operands.cu_seqlens_k.tolist()))

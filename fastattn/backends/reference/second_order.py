@@ -27,10 +27,10 @@ def double_backward(
 ) -> None:  # fmt: skip
     """Fill the derivative along a direction, and the gradient of its product with (``dout``, ``dlse``), block by block.
 
-    ``direction`` has q, k and v at least. ``tout`` and ``tlse`` become the derivatives of out and lse along it;
-    ``gradients`` that of ``<dout, tout> + <dlse, tlse>``, which is the Hessian of ``<dout, out> + <dlse, lse>`` times
-    the direction. The direction is what comes into a second backward pass; the results are then what leaves it for
-    dout, dlse, q, k, ...; without ``dout`` only ``tout`` and ``tlse`` are filled.
+    ``direction`` has q, k and v at least. ``tout`` and ``tlse`` become the derivatives of out and lse along it.
+    ``gradients`` become those of ``<dout, tout> + <dlse, tlse>``, which is the Hessian of ``<dout, out> + <dlse, lse>``
+    times the direction. A second backward pass receives the direction and returns these results as the gradients of
+    dout, dlse, q, k, ... Without ``dout`` only ``tout`` and ``tlse`` are filled.
 
     With ``y`` the direction's scores, ``lse' = sum_j p y`` and ``p' = p (y - lse')``::
 
