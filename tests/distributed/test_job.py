@@ -58,8 +58,18 @@ def folder(tmp_path):
 )
 def test_the_losses_of_the_example_are_those_of_one_process(ranks, folder, kind, sizes, dropout):
     """With dropout, too, where ranks share the heads alone."""
+    assert_losses(ranks.run(work.fit, sizes, kind, folder, torch.float32, None, dropout), kind, folder, dropout)
+
+
+@pytest.mark.slow  # eight processes of its own
+def test_data_sequence_and_heads_divided_together(ranks, folder):
+    assert_losses(work.fit_on_eight(folder), "modern", folder)
+
+
+def assert_losses(of_ranks, kind, folder, dropout=0.0):
+    """Those of one process."""
     exact, eager = (work.fit(None, None, kind, folder, d, dropout=dropout) for d in (torch.float64, torch.float32))
-    for found in ranks.run(work.fit, sizes, kind, folder, torch.float32, None, dropout):
+    for found in of_ranks:
         for name, *numbers in zip(("train", "validation"), found, exact, eager, strict=False):
             assert_parity(*(torch.tensor(x, dtype=d) for x, d in zip(numbers, DTYPES, strict=True)), name=name)
 

@@ -125,3 +125,25 @@ def fit(mesh, sizes, kind, folder, dtype=torch.float32, stop=None, dropout=0.0, 
     except KeyboardInterrupt:
         return "interrupted"
     return history.train, history.validation
+
+
+def fit_on_eight(folder):
+    """What each of eight processes says of the example's training where data, sequence and heads are all divided."""
+    port = free_port()
+    started = [start(fit_in_a_process, rank, 8, port, ((2, 2, 2), "modern", folder)) for rank in range(8)]
+    found = []
+    for rank, (_, connection) in enumerate(started):
+        if not connection.poll(2 * PATIENCE):
+            pytest.fail(f"rank {rank} hangs")
+        found.append(connection.recv())
+    for process, _ in started:
+        process.kill()
+    return found
+
+
+def fit_in_a_process(environment, connection, sizes, kind, folder):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    connection.send(fit(True, sizes, kind, folder))
+    connection.recv()  # until all have answered: a group whose ranks are gone ends the others
