@@ -13,7 +13,7 @@ from fastattn.distributed.comm import Header, Ranks
 from fastattn.distributed.cost import STRATEGIES
 from fastattn.distributed.layout import Balance, Starts, check_balance, length_of, pieces
 from fastattn.spec import AttentionSpec, make_spec
-from fastattn.spec.checks import FLOAT_DTYPES, autocast
+from fastattn.spec.checks import FLOAT_DTYPES, MAX_POSITION, autocast, check_kv_start
 
 BY_HEADS = "the second dimension of the mesh divides heads"
 STRIPED_ALIBI = "distances in stripes are no multiples of one slope: take 'ulysses', or zigzag shards"
@@ -37,7 +37,7 @@ def check_own(
         raise TypeError("q_offset: expected an int or None where the sequence is divided, got a Tensor")
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
     offset = {"q_offset": options["q_offset"] or 0}
-    documents = None
+    documents, kv_start = None, options.pop("kv_start")
     if options["cu_seqlens_q"] is not None:
         spec, documents = _check_documents(q, k, v, options)
     else:
@@ -56,6 +56,9 @@ def check_own(
         if block_mask is not None:  # its lengths are those of the whole, which are not known yet
             q_len, kv_len = block_mask.shape[2:] if isinstance(block_mask, BlockMask) else (0, 0)
             check_block_mask(block_mask, (q.shape[0], q.shape[1], q_len, kv_len), q.device)
+    if kv_start is not None:  # keys of the whole, whose number is not known yet
+        entries = q.shape[0] if documents is None else len(documents[0]) - 1
+        spec = spec._replace(kv_start=check_kv_start(kv_start, entries, q, MAX_POSITION))
     if strategy == "ulysses" and peers.inner is not None:
         raise ValueError(f"strategy: expected 'ring', 'all_gather' or None, got 'ulysses'; {BY_HEADS}")
     routed = strategy in ("ring", "all_gather") or peers.inner is not None
@@ -112,6 +115,8 @@ def describe(spec: AttentionSpec, documents: Any, strategy: str | None, balance:
     parts += [name for name, x in tensors.items() if x is not None]
     if spec.block_mask is not None:
         parts.append(str(seen_tiles(spec.block_mask)))
+    if spec.kv_start is not None:
+        parts.append(f"kv_start {zlib.crc32(repr(spec.kv_start.tolist()).encode()):08x}")
     if documents is not None:
         parts.append(f"documents {zlib.crc32(repr(documents).encode()):08x}")
     if torch.is_grad_enabled():

@@ -1,5 +1,6 @@
 """Attention over a sequence that is divided among ranks: the public functions, from arguments to strategy and back."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from fastattn.distributed.cost import STRATEGIES, Choice, Link, Sizes, Strategy,
 from fastattn.distributed.layout import Balance, Piece, View, joined, pieces, relation
 from fastattn.functional import Backend, keywords
 from fastattn.spec import AttentionSpec
-from fastattn.spec.checks import check_window
+from fastattn.spec.checks import check_kv_start, check_window
 
 
 def context_parallel_attention(
@@ -32,6 +33,7 @@ def context_parallel_attention(
     causal: bool = False,
     q_offset: int | None = None,
     window: tuple[int | None, int | None] | None = None,
+    kv_start: Tensor | None = None,
     mask: Tensor | None = None,
     block_mask: BlockMask | None = None,
     bias: Tensor | None = None,
@@ -70,6 +72,8 @@ def context_parallel_attention(
         cu_seqlens_k: likewise for the keys; None means ``cu_seqlens_q``.
         causal, window, softcap, scale, return_lse: as in `fastattn.attention`.
         q_offset: position of query 0 of the whole; None is the whole's Lk - Lq.
+        kv_start: int32 or int64 (B,), or (documents,): the first key that takes part, among those of the whole or of
+            the document; the same on every rank. Keys before it are not visited, but are sent like others.
         mask: bool, broadcastable to (B, Hq, Lq, whole Lk): this rank's rows, all keys in the order of the whole.
         block_mask: `fastattn.BlockMask` of the whole, (B or 1, Hq or 1, whole Lq, whole Lk), the same on every rank, in
             the order of the whole whatever the shards. Make it once: what a rank needs of it is kept with it. Keys go
@@ -95,7 +99,7 @@ def context_parallel_attention(
         keywords.refuse(context_parallel_attention, unknown)
     return attention_of_heads(
         0, q, k, v, mesh=mesh, strategy=strategy, balance=balance, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, mask=mask,
+        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, kv_start=kv_start, mask=mask,
         block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
         dropout_p=dropout_p, return_lse=return_lse, backend=backend, link=link, timeout=timeout,
     )  # fmt: skip
@@ -129,6 +133,7 @@ def explain(
     causal: bool = False,
     q_offset: int | None = None,
     window: tuple[int | None, int | None] | None = None,
+    kv_start: Tensor | None = None,
     mask: Tensor | None = None,
     block_mask: BlockMask | None = None,
     bias: Tensor | None = None,
@@ -151,7 +156,7 @@ def explain(
         keywords.refuse(explain, unknown)
     return _agree(
         q, k, v, mesh, strategy, balance, link, timeout, backend, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, mask=mask,
+        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, kv_start=kv_start, mask=mask,
         block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
         dropout_p=dropout_p, return_lse=return_lse,
     ).choice  # fmt: skip
@@ -169,7 +174,7 @@ def _run(call: "_Call", backend: str | None, first_head: int) -> tuple[Tensor, T
         plan = ring.Plan(
             peers.outer, call.choice.strategy, rows_of(call.sizes), routes_of(call.sizes), call.sizes.view,
             spec.options, backends.choose(spec, backend), call.seed, spec.q.device,
-            first_head + head, spec.block_mask,
+            first_head + head, spec.block_mask, spec.kv_start,
         )  # fmt: skip
         return ring.run(plan, spec)
 
@@ -217,6 +222,9 @@ def _agree(
             raise RuntimeError(f"context parallel, {peers}: rank {rank} raised {words}")
     assert spec is not None
     q_total, kv_total = check_together(headers, balance, documents)
+    if spec.kv_start is not None:
+        longest = kv_total if documents is None else max(b - a for a, b in itertools.pairwise(documents[1]))
+        check_kv_start(spec.kv_start, len(spec.kv_start), q, longest)
     tiles = None if spec.block_mask is None else seen_tiles(spec.block_mask)
     view = View(options["q_offset"], *check_window(options["window"], options["causal"]), documents, tiles)
     if documents is None:

@@ -46,6 +46,8 @@ class Plan(NamedTuple):
     """the first of the query heads, among those of the whole"""
     block_mask: BlockMask | None = None
     """of the whole, for these heads"""
+    kv_start: Tensor | None = None
+    """among the keys of the whole, or of each document"""
 
     @property
     def own_rows(self) -> list[tuple[slice, Piece]]:
@@ -143,6 +145,8 @@ def _operator_call(plan: Plan, of_all: Operands, call: _Call) -> tuple[Operands,
     if plan.seed is not None:
         at = {"rows": (part.first_row, rows.stride), "keys": (part.first_key, keys.stride)}
         own = own._replace(seed=ops.seed_of_part(plan.seed, batch=part.document, head=plan.head, **at))
+    if plan.kv_start is not None:
+        own = own._replace(kv_start=_start(plan, part, keys.stride))
     if plan.view.documents is not None and of_all.alibi_slopes is not None:
         own = own._replace(alibi_slopes=of_all.alibi_slopes[_documents(part, of_all.alibi_slopes)])
     offset: int | None = part.q_offsets[0]
@@ -161,6 +165,18 @@ def _documents(part: Part, slopes: Tensor) -> slice:
     """Whose slopes a call has, where documents have their own."""
     count = 1 if part.starts is None else len(part.starts[0]) - 1
     return slice(part.document, part.document + count) if slopes.shape[0] > 1 else slice(0, 1)
+
+
+def _start(plan: Plan, part: Part, stride: int) -> Tensor:
+    """Where the keys that take part begin among those of a call, up to all of them."""
+    assert plan.kv_start is not None
+    start, length = plan.kv_start, torch.tensor(part.keys.stop - part.keys.start, device=plan.device)
+    if plan.view.documents is not None:
+        start = start[_documents(part, start)]
+        if part.starts is not None:
+            length = torch.tensor(part.starts[1], device=plan.device).diff()
+    first = (start - part.first_key + stride - 1).div(stride, rounding_mode="floor")
+    return first.clamp(min=0).minimum(length).to(start.dtype)
 
 
 def _cut(x: Tensor | None, rows: slice, keys: Piece) -> Any:

@@ -100,12 +100,10 @@ def attention(
     if unknown:
         keywords.refuse(attention, unknown)
     if (division := divided.current()) is not None:
-        if kv_start is not None:
-            divided.refuse("kv_start", "a Tensor")
         return division.attention(
-            q, k, v, causal=causal, q_offset=q_offset, window=window, mask=mask, block_mask=block_mask, bias=bias,
-            alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale, dropout_p=dropout_p,
-            return_lse=return_lse, backend=backend,
+            q, k, v, causal=causal, q_offset=q_offset, window=window, kv_start=kv_start, mask=mask,
+            block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
+            dropout_p=dropout_p, return_lse=return_lse, backend=backend,
         )  # fmt: skip
     key = None
     if (

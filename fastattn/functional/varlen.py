@@ -90,12 +90,10 @@ def attention_varlen(
     if unknown:
         keywords.refuse(attention_varlen, unknown)
     if (division := divided.current()) is not None:
-        if kv_start is not None:
-            divided.refuse("kv_start", "a Tensor")
         return division.attention_varlen(
             q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, causal=causal,
-            q_offset=q_offset, window=window, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
-            dropout_p=dropout_p, return_lse=return_lse, backend=backend,
+            q_offset=q_offset, window=window, kv_start=kv_start, alibi_slopes=alibi_slopes, softcap=softcap,
+            sinks=sinks, scale=scale, dropout_p=dropout_p, return_lse=return_lse, backend=backend,
         )  # fmt: skip
     spec = varlen_spec(
         q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k), seqused_k=seqused_k, causal=causal,

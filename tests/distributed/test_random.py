@@ -1,8 +1,10 @@
 """Calls drawn at random: mesh, strategy, shards, lengths and features, against the whole in one process."""
 
+import itertools
 import random
 
 import pytest
+import torch
 
 from fastattn.distributed.layout import BALANCES
 from tests.distributed.test_context_parallel import STRATEGIES
@@ -41,6 +43,12 @@ def draw(seed):
         case |= {"documents": (0, *cuts), "kv_len": case["q_len"], "balance": rng.choice(BALANCES)}
         if case["balance"] == "striped" and case["strategy"] != "ulysses":
             case["alibi"] = False
+    entries = len(case["documents"]) - 1 if "documents" in case else case.get("batch", 2)
+    if rng.random() < 0.3:
+        options["kv_start"] = torch.tensor([rng.randrange(8) for _ in range(entries)]).clamp(max=case["kv_len"])
+        if "documents" in case:
+            longest = max(b - a for a, b in itertools.pairwise(case["documents"]))
+            options["kv_start"].clamp_(max=longest)
     return case | {"options": options}, ranks
 
 

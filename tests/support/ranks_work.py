@@ -204,6 +204,10 @@ def differing(mesh, kind):
         return fd.context_parallel_attention(x, x, x, mesh=mesh)
     if kind == "documents":
         return small_call(mesh, cu_seqlens_q=torch.tensor([0, 4 if odd else 5, 12]))
+    if kind == "start":
+        return small_call(mesh, kv_start=torch.tensor([int(odd)]))
+    if kind == "start beyond":
+        return small_call(mesh, kv_start=torch.tensor([19]))
     if kind == "options":
         return small_call(mesh, causal=odd)
     if kind == "keys":
