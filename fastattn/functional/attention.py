@@ -107,14 +107,15 @@ def attention(
         )  # fmt: skip
     key = None
     if (
-        window is kv_start is block_mask is bias is alibi_slopes is softcap is sinks is backend is None
-        and return_lse is False
+        kv_start is block_mask is bias is alibi_slopes is sinks is backend is None
         and type(dropout_p) is float
         and dropout_p == 0.0
     ):
-        key, out = remembered.attention(q, k, v, mask, causal, q_offset, scale, True)
-        if out is not None:
-            return out
+        key, result = remembered.attention(
+            q, k, v, mask, causal, q_offset, scale, True, window, softcap, return_lse
+        )  # fmt: skip
+        if result is not None:
+            return result
     spec = make_spec(
         q, k, v, causal=causal, q_offset=q_offset, window=window, kv_start=kv_start, mask=mask,
         block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,

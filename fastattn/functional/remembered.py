@@ -1,6 +1,6 @@
-"""Plain calls to PyTorch's kernel or Triton's: checked once, and from then on handed straight over.
+"""Calls without tensors besides q, k, v and a mask: checked once, and from then on handed straight over.
 
-On a tiny input, checks and choice cost more than attention itself. For a plain call they depend only on what its key
+On a tiny input, checks and choice cost more than attention itself. For such a call they depend only on what its key
 holds, so a call with an equal key passes the same checks and goes to the same backend. A call gets no key, and goes the
 full way, if a key could not tell it from another (a subclass of Tensor), or if a trace, a transform or autocast would
 change it.
@@ -35,9 +35,13 @@ _calls: dict[_Key, _Call] = {}
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, q_offset: int | Tensor | None,
-    scale: float | None, grouped: bool,
-) -> tuple[_Key | None, Tensor | None]:  # fmt: skip
-    """(key of the call, to be given to `remember`, or None where it is not plain; output if the key is known)."""
+    scale: float | None, grouped: bool, window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None, return_lse: bool = False,
+) -> tuple[_Key | None, Any]:  # fmt: skip
+    """(key of the call, to be given to `remember`, or None where it has none; its result if the key is known).
+
+    The result is out, with ``return_lse`` (out, lse).
+    """
     if (
         torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
     ):
@@ -59,8 +63,19 @@ def attention(
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, causal, q_offset, scale, grouped,
             q.dtype.itemsize < 4 and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         )  # fmt: skip
+        if not (window is softcap is None and return_lse is False):
+            sides = () if window is None else window
+            if not (type(return_lse) is bool and type(softcap) in _SCALE and all(type(x) in _OFFSET for x in sides)):
+                return None, None
+            key += (window, softcap, return_lse)
         if mask is not None:
-            if type(mask) is not Tensor or causal or mask.layout is not torch.strided or mask.device != q.device:
+            if (
+                type(mask) is not Tensor
+                or causal
+                or window is not None
+                or mask.layout is not torch.strided
+                or mask.device != q.device
+            ):
                 return None, None
             key += (mask.shape, mask.dtype)
         call = _calls.get(key)
@@ -77,8 +92,8 @@ def attention(
         if out.requires_grad:
             ops.add_second_derivative(out)
         return key, out
-    out, _ = ops.attend(ops.Forward(q, k, v, Operands(mask), options, backend))
-    return key, out
+    out, lse = ops.attend(ops.Forward(q, k, v, Operands(mask), options, backend))
+    return key, (out, lse) if return_lse else out
 
 
 _OFFSET = (int, type(None))
@@ -86,13 +101,13 @@ _SCALE = (float, type(None))
 
 
 def remember(key: _Key | None, spec: AttentionSpec, backend: str) -> None:
-    """Remember the choice for a plain call, if the kernel takes its tensors unchanged and the layout alone decided."""
+    """Remember the choice for a call, if the kernel takes its tensors unchanged and the layout alone decided."""
     if key is None or spec.bias is not None or torch._C._get_tracing_state() is not None:  # whose sizes are tensors
         return
     if backend == "torch":
         plain = spec.q.is_cpu and spec.q.shape[3] == spec.v.shape[3]
     else:
-        plain = backend == "triton" and not backends.cuda_may_serve_unasked()
+        plain = backend == "cpu" or (backend == "triton" and not backends.cuda_may_serve_unasked())
     if not plain:
         return
     missing = 0

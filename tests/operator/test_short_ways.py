@@ -36,6 +36,22 @@ def test_a_known_call_gives_what_the_full_way_gives(options: dict[str, Any]):
     assert torch.equal(twice(q, k[:, :1], v[:, :1]), fastattn.attention(q, k[:, :1], v[:, :1], backend="torch"))
 
 
+@needs_cpu_library
+@pytest.mark.parametrize(
+    "options", [{"window": (2, 0)}, {"window": (1, None)}, {"softcap": 0.5}, {"causal": True, "window": (0, 3)}]
+)
+def test_a_known_call_with_terms_gives_what_the_full_way_gives(options: dict[str, Any]):
+    q, k, v = inputs()
+    mask = torch.rand(5, 5) > 0.3
+    twice(q, k, v)
+    for more in ({}, {"return_lse": True}, {"causal": False, "window": None, "mask": mask, "return_lse": True}):
+        known: Any = options | more
+        for found, expected in zip(
+            twice(q, k, v, **known), fastattn.attention(q, k, v, backend="cpu", **known), strict=True
+        ):
+            assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (1, 5), (5,), (2, 1, 5), (2, 1, 1, 5)])
 def test_the_values_of_a_mask_are_read_each_time(shape: tuple[int, ...]):
     q, k, v = inputs()
@@ -73,6 +89,8 @@ def test_a_known_call_has_the_backend_of_its_gradients():
         ({"q_offset": True}, TypeError, "q_offset: expected an int"),
         ({"dropout_p": False}, TypeError, "dropout_p: expected a float"),
         ({"return_lse": 0}, TypeError, "return_lse: expected a bool"),
+        ({"return_lse": 1}, TypeError, "return_lse: expected a bool"),
+        ({"window": (True, 0)}, TypeError, r"window"),
         ({"backend": "fast"}, ValueError, "backend: expected one of"),
         ({"mask": torch.ones(5, 5)}, TypeError, "mask.dtype: expected bool"),
         ({"k": torch.ones(2, 2, 5, 8, dtype=torch.float64)}, TypeError, "k.dtype: expected q.dtype"),
@@ -85,6 +103,7 @@ def test_what_resembles_a_known_call_is_refused_all_the_same(change: dict[str, A
     q, k, v = inputs()
     known = {"q": q, "k": k, "v": v, "causal": True, "q_offset": 1}
     twice(**known)
+    twice(**known | {"window": (1, 0), "softcap": 1.0, "return_lse": True})
     twice(**known | {"causal": False, "mask": torch.ones(5, 5, dtype=torch.bool)})
     with pytest.raises(error, match=text):
         fastattn.attention(**known | {"causal": "mask" not in change} | change)
