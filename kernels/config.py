@@ -100,6 +100,12 @@ _CROWDED = {
     ),
 }  # fmt: skip
 
+AHEAD = ("sm_90", "interpreter")
+"""Where tiles of a mask or bias are loaded ahead."""
+
+# Where shared memory has no room for them beside the tiles of three stages.
+_AHEAD = {"sm_90": _table(dk={256: (32, 128, 8, 2)}, dq={256: (128, 16, 8, 3)})}
+
 # 16-bit inputs with a mask or bias that has one row for all queries, where one warp group keeps more in registers.
 _ONE_ROW = {"sm_90": _table(forward={64: (64, 64, 4, 3)}, dq={64: (64, 64, 4, 3)})}
 
@@ -116,16 +122,17 @@ _override: LaunchConfig | None = None
 
 
 def lookup(
-    kernel: Kernel, architecture: str, head_dim: int, element_size: int, crowded: bool = False, one_row: bool = False,
-    rows: int = 1, indirect: bool = False,
+    kernel: Kernel, architecture: str, head_dim: int, element_size: int, crowded: bool = False, ahead: bool = False,
+    one_row: bool = False, rows: int = 1, indirect: bool = False,
 ) -> LaunchConfig:  # fmt: skip
     """The launch config for one kernel.
 
     ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
     loop dimension, since shared memory holds half as many elements. ``crowded``: a mask or bias with a row per query
-    is read too, or rows begin at no multiple of 16 bytes, or dkdv has dropout or a softcap; smaller tiles leave
-    registers for that. ``one_row``: a mask or bias is read that has one row for all queries. ``rows``: how many share a
-    key head, query heads times queries; beyond a few the decode kernel takes taller tiles.
+    is read and not ``ahead``, or rows begin at no multiple of 16 bytes, or dkdv has dropout or a softcap; smaller tiles
+    leave registers for that. ``ahead``: one is read whose tiles are loaded ahead, into shared memory (`launch.ahead`).
+    ``one_row``: a mask or bias is read that has one row for all queries. ``rows``: how many share a key head, query
+    heads times queries; beyond a few the decode kernel takes taller tiles.
     ``indirect``: where a tile lies stands in memory, in a block table or a block mask. Each load of a tile then waits
     for another, so that Triton halves the distance over which it loads ahead: twice the stages keep it.
     """
@@ -145,6 +152,8 @@ def lookup(
         return table.get(architecture, {}).get(kernel, {}).get(padded)
 
     if crowded and (own := exception(_CROWDED)):
+        config = own
+    elif ahead and (own := exception(_AHEAD)):
         config = own
     elif one_row and not crowded and element_size == 2 and (own := exception(_ONE_ROW)):
         config = own

@@ -369,7 +369,7 @@ def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     for name, x in (("mask", spec.mask), ("bias", spec.bias)):
         if x is not None:
             full = (entries, q_heads, q_len, x.shape[3])
-            terms = terms._replace(**{name: launch.scores(x, full, x.shape[3])})
+            terms = terms._replace(**{name: launch.scores(x, full, columns=x.shape[3])})
     out_rows = launch.rows(out, unit)
     with replay.on_device(q):
         arguments = (

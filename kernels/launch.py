@@ -13,6 +13,8 @@ from .operands import Dropout, Packed, Rows, Scores, Sparse, Table, Terms
 from .scores import LOG2E
 from .tiles import INTERPRETED
 
+SCORES_UNIT = 16
+"""What strides of a mask or bias are multiples of where 16-byte accesses read it, the numbers being bytes or larger."""
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
@@ -75,21 +77,41 @@ def rows(tensor: Tensor | None, unit: int) -> Rows:
     return Rows(None, None) if tensor is None else Rows(tensor, encode_strides(tensor, unit))
 
 
-def scores(tensor: Tensor | None, shape: tuple[int, int, int, int], columns: int | None = None) -> Scores:
+def scores(
+    tensor: Tensor | None, shape: tuple[int, int, int, int], unit: int | None = None, columns: int | None = None
+) -> Scores:
     """A mask or bias, 4-D, broadcast to ``shape`` without a copy. bool is read as bytes.
 
-    ``columns``: over a KV cache, whose keys may be others than those that it is about.
+    ``unit`` from `ahead`. ``columns``: over a KV cache, whose keys may be others than those that it is about.
     """
     if tensor is None:
-        return Scores(None, None, None)
+        return Scores(None, None, None, None)
     one_row = tensor.shape[2] == 1
+    unit = None if one_row else unit
     adjacent = tensor.shape[3] != 1 and tensor.stride(3) == 1
     if tensor.dtype == torch.bool:
         tensor = replay.same_address(tensor.view(torch.uint8), of=tensor)
-    b, h, m, n = (encode_wide(s) for s in tensor.expand(shape).stride())
+    b, h, m, n = (encode_wide(s // (unit or 1)) for s in tensor.expand(shape).stride())
     one_head = columns is not None and tensor.shape[1] == 1
     strides = (b, None if one_head else h, None if one_row else m, None if adjacent else n)
-    return Scores(tensor, strides, None if columns is None else encode(columns))
+    return Scores(tensor, strides, None if columns is None else encode(columns), unit)
+
+
+def ahead(q: Tensor, operands: Operands) -> int | None:
+    """`SCORES_UNIT` where the tiles of a mask or bias with a row per query are loaded ahead, as those of keys are.
+
+    That takes rows that begin at multiples of as many elements, and shared memory, of which there is enough on Hopper for
+    one of the two, where nothing has more than 16 bits, without a block mask.
+    """
+    if architecture(q.device) not in config.AHEAD or q.element_size() > 2 or operands.block_mask:
+        return None
+    matrices = [x for x in (operands.mask, operands.bias) if x is not None and x.shape[2] != 1]
+    if len(matrices) != 1 or matrices[0].element_size() > 2 or matrices[0].data_ptr() % 16:
+        return None
+    *strides, column = matrices[0].stride()
+    steps = (stride for size, stride in zip(matrices[0].shape[:3], strides, strict=True) if size > 1)
+    adjacent = column == 1 and matrices[0].shape[3] > 1
+    return SCORES_UNIT if adjacent and all(step % SCORES_UNIT == 0 for step in steps) else None
 
 
 def sparse(block_mask: Sequence[Tensor], by_key: bool = False) -> Sparse:
@@ -138,12 +160,13 @@ def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
 
 
 def terms(
-    operands: Operands, scale: float, softcap: float | None, sequences: int, shape: tuple[int, int, int, int]
-) -> Terms:
-    """The score terms of a call with scores of ``shape``; ``scale`` is positive."""
+    operands: Operands, scale: float, softcap: float | None, sequences: int, shape: tuple[int, int, int, int],
+    unit: int | None = None,
+) -> Terms:  # fmt: skip
+    """The score terms of a call with scores of ``shape``; ``scale`` is positive, ``unit`` from `ahead`."""
     softcap = None if softcap is None else float(softcap)  # an integer would compile another kernel
     return Terms(
-        scores(operands.mask, shape), scores(operands.bias, shape), slopes(operands.alibi_slopes, sequences),
+        scores(operands.mask, shape, unit), scores(operands.bias, shape, unit), slopes(operands.alibi_slopes, sequences),
         float32(operands.sinks), scale, softcap, LOG2E.value * (scale if softcap is None else softcap),
     )  # fmt: skip
 
@@ -159,7 +182,8 @@ class Call:
         cu_seqlens_q = operands.cu_seqlens_q
         self.sequences = self.batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         shape = (self.batch, self.q_heads, self.q_len, self.kv_len)
-        self.terms = terms(operands, self.scale, options.softcap, self.sequences, shape)
+        unit = ahead(q, operands)
+        self.terms = terms(operands, self.scale, options.softcap, self.sequences, shape, unit)
         self.dropout = Dropout(None, None, None, None)
         if operands.seed is not None:
             part = operands.seed if operands.seed.numel() > 1 else None
@@ -173,7 +197,8 @@ class Call:
         self._facts = (architecture(q.device), max(head_dim, v_dim), q.element_size())
         self._indirect = bool(operands.block_mask)
         read = [x.shape[2] == 1 for x in (operands.mask, operands.bias) if x is not None]
-        self._reads_row, self._reads_matrix = True in read, False in read
+        self._reads_row, self._reads_ahead = True in read, unit is not None
+        self._reads_late = False in read and unit is None
 
     def key_passes(self) -> tuple[config.Kernel, ...]:
         """The kernels that make the gradients of the keys and values: one, or one for each."""
@@ -181,9 +206,12 @@ class Call:
 
     def configure(self, kernel: config.Kernel, unit: int) -> config.LaunchConfig:
         """The launch config of one of the call's kernels; ``unit`` from `stride_unit`."""
-        crowded = self._reads_matrix or unit == 1
+        crowded = self._reads_late or unit == 1
         crowded |= kernel == "dkdv" and (self.dropout.seed is not None or self.terms.softcap is not None)
-        return config.lookup(kernel, *self._facts, crowded=crowded, one_row=self._reads_row, indirect=self._indirect)
+        return config.lookup(
+            kernel, *self._facts, crowded=crowded, ahead=self._reads_ahead, one_row=self._reads_row,
+            indirect=self._indirect,
+        )  # fmt: skip
 
 
 def slopes(alibi_slopes: Tensor | None, batch: int) -> Tensor | None:

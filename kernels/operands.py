@@ -38,6 +38,8 @@ class Scores(NamedTuple):
     """from `launch.encode_wide`; None for heads or queries: one for all of them; None for keys: adjacent elements"""
     columns: Any
     """how many keys it is about, encoded, the others being allowed and without a bias; None: about all"""
+    unit: Any
+    """16 where the strides count as many elements, else None: then a row begins at any element"""
 
 
 class Terms(NamedTuple):

@@ -31,16 +31,16 @@ def load_scores(x, batch, head, rows, cols, n_rows, n_cols, CHECK: tl.constexpr,
     if x.columns is not None and x.strides[1] is None and x.strides[2] is None:
         # One for all rows: as a vector, since the scores would take the layout in which a tile is loaded.
         return tl.expand_dims(load_columns(x, batch, tl.reshape(cols, [cols.shape[1]]), OTHER), 0)
-    offset = batch * decode_wide(x.strides[0])
+    offset = batch * decode_wide(x.strides[0], x.unit)
     if x.strides[1] is not None:
-        offset += head * decode_wide(x.strides[1])
+        offset += head * decode_wide(x.strides[1], x.unit)
     ptrs = x.ptr + offset
     ptrs += cols64 if x.strides[3] is None else cols64 * decode_wide(x.strides[3])
     inside = cols < n_cols
     if x.columns is not None:
         inside = (cols >= 0) & (cols < decode_size(x.columns))
     if x.strides[2] is not None:
-        ptrs += rows.to(tl.int64) * decode_wide(x.strides[2])
+        ptrs += rows.to(tl.int64) * decode_wide(x.strides[2], x.unit)
         inside = inside & (rows < n_rows)
     if CHECK or x.columns is not None:
         return tl.load(ptrs, mask=inside, other=OTHER)

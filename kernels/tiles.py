@@ -64,9 +64,10 @@ def decode_stride(encoded, UNIT: tl.constexpr):
 
 
 @triton.jit
-def decode_wide(encoded):
-    """A stride of a mask or bias from what `launch.encode_wide` gives."""
-    return encoded // 16 - (1 << 40)
+def decode_wide(encoded, unit=None):
+    """A stride of a mask or bias in elements from what `launch.encode_wide` gives, in units."""
+    stride = encoded // 16 - (1 << 40)
+    return stride if unit is None else stride * unit
 
 
 @triton.jit

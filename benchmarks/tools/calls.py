@@ -19,6 +19,7 @@ class Feature:
     window: bool = False
     mask: str = ""  # "full", "padding" or none
     bias: bool = False
+    aligned: bool = False  # rows of a mask or bias begin at multiples of 16 elements
     alibi: bool = False
     softcap: bool = False
     sinks: bool = False
@@ -41,7 +42,9 @@ FEATURES = {
     "window": Feature(causal=True, window=True),
     "mask": Feature(mask="full"),
     "padding": Feature(mask="padding"),
+    "mask_aligned": Feature(mask="full", aligned=True),
     "bias": Feature(bias=True),
+    "bias_aligned": Feature(bias=True, aligned=True),
     "alibi": Feature(causal=True, alibi=True),
     "softcap": Feature(causal=True, softcap=True),
     "sinks": Feature(causal=True, sinks=True),
@@ -113,7 +116,7 @@ def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
         launch_cache_kernels(kernel, dim, feature)
         return
     empty = functools.partial(torch.empty, device="meta", dtype=feature.dtype)
-    batch, heads, kv_heads, length = 2, 4, 2, 1001
+    batch, heads, kv_heads, length = 2, 4, 2, 1008 if feature.aligned else 1001
     dim -= 5 if feature.odd_dim else 0
     entries = 1 if feature.packed else batch
     q, out = (empty(entries, heads, length, dim) for _ in range(2))

@@ -288,7 +288,8 @@ def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], f
             **{name: name in config.key_passes(arch, dim) and not cache_only for name in ("dkdv", "dk", "dv")},
             "dbias": FEATURES[feature].bias,
             "delta": simple,
-            "decode": feature not in ("dropout", "dropout_part", "q_offset", "packed", "used_keys", "block_mask"),
+            "decode": feature not in ("dropout", "dropout_part", "q_offset", "packed", "used_keys", "block_mask")
+            and not FEATURES[feature].aligned,
             "combine": simple or feature in ("sinks", "packed_cache"),
             "append": simple or feature in ("paged", "packed_cache", "int8", "fp8"),
         }
