@@ -100,8 +100,8 @@ _CROWDED = {
     ),
 }  # fmt: skip
 
-AHEAD = ("sm_90", "interpreter")
-"""Where tiles of a mask or bias are loaded ahead."""
+AHEAD = {"sm_90": 2, "interpreter": 4}
+"""Where tiles of a mask or bias are loaded ahead: bytes of the largest numbers that shared memory has room for."""
 
 # Where shared memory has no room for them beside the tiles of three stages.
 _AHEAD = {"sm_90": _table(dk={256: (32, 128, 8, 2)}, dq={256: (128, 16, 8, 3)})}
@@ -109,8 +109,15 @@ _AHEAD = {"sm_90": _table(dk={256: (32, 128, 8, 2)}, dq={256: (128, 16, 8, 3)})}
 # 16-bit inputs with a mask or bias that has one row for all queries, where one warp group keeps more in registers.
 _ONE_ROW = {"sm_90": _table(forward={64: (64, 64, 4, 3)}, dq={64: (64, 64, 4, 3)})}
 
-# 32-bit inputs where half the tile along both sides would spill more than it reads.
-_SINGLE = {"sm_90": _table(dkdv={128: (16, 64, 8, 1)}, dq={128: (32, 32, 8, 1)})}
+# 32-bit inputs where half the tile along both sides would spill so much that it is predicted to be slower.
+_SINGLE = {
+    "sm_90": _table(
+        forward={256: (32, 32, 8, 1)},
+        dkdv={128: (16, 64, 8, 1)},
+        dk={256: (16, 16, 8, 1)},
+        dq={128: (32, 32, 8, 1), 256: (16, 64, 8, 1)},
+    ),
+}
 
 # Where tiles are found through memory and twice the stages would not fit into shared memory.
 _INDIRECT = {"sm_90": _table(dk={256: (32, 128, 8, 3)}, dq={256: (128, 32, 8, 3)})}

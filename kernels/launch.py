@@ -100,13 +100,14 @@ def scores(
 def ahead(q: Tensor, operands: Operands) -> int | None:
     """`SCORES_UNIT` where the tiles of a mask or bias with a row per query are loaded ahead, as those of keys are.
 
-    That takes rows that begin at multiples of as many elements, and shared memory, of which there is enough on Hopper for
-    one of the two, where nothing has more than 16 bits, without a block mask.
+    Its rows have to begin at multiples of as many elements. Shared memory has room for one of the two, of numbers as
+    small as `config.AHEAD` says, and beside a block mask, which takes more stages, for none.
     """
-    if architecture(q.device) not in config.AHEAD or q.element_size() > 2 or operands.block_mask:
+    largest = config.AHEAD.get(architecture(q.device), 0)
+    if q.element_size() > largest or operands.block_mask:
         return None
     matrices = [x for x in (operands.mask, operands.bias) if x is not None and x.shape[2] != 1]
-    if len(matrices) != 1 or matrices[0].element_size() > 2 or matrices[0].data_ptr() % 16:
+    if len(matrices) != 1 or matrices[0].element_size() > largest or matrices[0].data_ptr() % 16:
         return None
     *strides, column = matrices[0].stride()
     steps = (stride for size, stride in zip(matrices[0].shape[:3], strides, strict=True) if size > 1)
@@ -166,8 +167,9 @@ def terms(
     """The score terms of a call with scores of ``shape``; ``scale`` is positive, ``unit`` from `ahead`."""
     softcap = None if softcap is None else float(softcap)  # an integer would compile another kernel
     return Terms(
-        scores(operands.mask, shape, unit), scores(operands.bias, shape, unit), slopes(operands.alibi_slopes, sequences),
-        float32(operands.sinks), scale, softcap, LOG2E.value * (scale if softcap is None else softcap),
+        scores(operands.mask, shape, unit), scores(operands.bias, shape, unit),
+        slopes(operands.alibi_slopes, sequences), float32(operands.sinks), scale, softcap,
+        LOG2E.value * (scale if softcap is None else softcap),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from fastattn import attention
 from fastattn.kernels import config, forward, launch
+from fastattn.spec import Operands
 from fastattn.testing import check_attention
 from tests.support.attention_cases import BFLOAT, HALF, LAYOUTS, SINGLE, make_bias, make_mask, make_qkv, relayout
 
@@ -96,6 +97,39 @@ def test_a_mask_of_one_row_has_a_tile_of_its_own():
         for others in ({"crowded": True}, {"element_size": 4}, {"head_dim": 128}):
             arguments = {"head_dim": 64, "element_size": 2, "architecture": "sm_90", **others}
             assert config.lookup(kernel, one_row=True, **arguments) == config.lookup(kernel, **arguments)
+
+
+def test_a_mask_that_is_loaded_ahead_keeps_the_tiles_of_plain_attention_where_they_fit():
+    for kernel, dim, same in (("forward", 256, True), ("dkdv", 128, True), ("dk", 256, False), ("dq", 256, False)):
+        usual, ahead = (config.lookup(kernel, "sm_90", dim, 2, ahead=flag) for flag in (False, True))
+        assert (ahead == usual) == same
+        assert config.lookup(kernel, "sm_90", dim, 2, crowded=True) == config.lookup(
+            kernel, "sm_90", dim, 2, crowded=True, ahead=True
+        )
+
+
+WIDE = torch.zeros(2, 3, 32, 48, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("operands", "expected"),
+    [
+        (Operands(mask=WIDE), 16),
+        (Operands(bias=WIDE.bfloat16()), 16),
+        (Operands(mask=WIDE[:, :, ::2, 16:]), 16),
+        (Operands(mask=WIDE[:, :, :1], bias=WIDE.half()), 16),  # the one row is read as it was
+        (Operands(mask=WIDE[..., 1:]), None),  # another address
+        (Operands(mask=WIDE.view(2, 3, 48, 32)[..., :31].contiguous()), None),
+        (Operands(mask=WIDE.mT), None),
+        (Operands(mask=WIDE[:, :, :1]), None),
+        (Operands(mask=WIDE, bias=WIDE.half()), None),
+        (Operands(mask=WIDE, block_mask=[WIDE]), None),
+        (Operands(bias=WIDE.double()), None),
+        (Operands(), None),
+    ],
+)
+def test_which_masks_and_biases_are_loaded_ahead(operands, expected):
+    assert launch.ahead(torch.zeros(2, 3, 32, 16), operands) == expected
 
 
 def test_configurations_cannot_be_changed():

@@ -27,11 +27,13 @@ SERIALISED = {
     ("forward", "mask", "128"): resources.TRITONS,
     ("forward", "mask", "256"): resources.TRITONS,
     ("forward", "bias", "256"): resources.TRITONS,
+    ("forward", "mask_aligned", "256"): resources.TRITONS,
+    ("dq", "mask_aligned", "128"): resources.TRITONS,
 }
 """Where ptxas lets the products of a tile wait for each other, and on which Triton; a tile that does not is wanted."""
 SLOWER = {
-    ("forward", "fp32", "256"): resources.TRITONS,
-    ("dq", "fp32", "256"): resources.TRITONS,
+    ("forward", "fp32", "256"): ("3.9.0",),
+    ("dq", "fp32", "256"): ("3.9.0",),
     ("forward", "fp32", "128"): ("3.9.0",),
     ("dkdv", "everything", "128"): ("3.9.0",),
 }
@@ -42,6 +44,7 @@ OUTSIDE_LOOPS = {("decode", "plain", "64"): ("3.7.1",), ("decode", "chunk", "128
 """Kernels of a cache with spills, none of which is in a loop."""
 NOT_AHEAD = {
     **dict.fromkeys([("dk", "block_mask", "256"), ("dq", "block_mask", "256")], "twice the stages have no room"),
+    **{("dk", f"{x}_aligned", "256"): "a third stage has no room beside its tiles" for x in ("mask", "bias")},
     **{(kernel, "fp32", dim): "one stage" for kernel in ATTENTION for dim in ("64", "128", "256")},
     **{(kernel, "odd_dim", dim): "rows in pieces" for kernel in ("forward", "dq") for dim in ("64", "128", "256")},
 }
