@@ -2,23 +2,30 @@
 
     python -m benchmarks.tools.cuda_report
 
-compiles them with nvcc and prints registers, spills, the counts of the inner loop on tiles without a mask, and two
-predictions for it by the figures of `static_model`: ``in step``, as if all consumers did the same at the same time,
-and ``in turns``, where a walk through the loop lets each start products only when the other has passed on the turn.
-Nothing is fitted to a GPU; loads are taken to be there in time, within what the L2 cache gives.
+compiles them with nvcc and prints registers and spills; of the forward kernels also the counts of the inner loop on
+tiles without a mask, and two predictions for it by the figures of `static_model`: ``in step``, as if all consumers did
+the same at the same time, and ``in turns``, where a walk through the loop lets each start products only when the other
+has passed on the turn. Nothing is fitted to a GPU; loads are taken to be there in time, within what the L2 cache
+gives.
 """
 
 import collections
 import dataclasses
+import hashlib
+import json
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from fastattn.backends import cuda
 
 from . import sass, static_model
 from .sass import Loop
 
-SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "attention_forward.cu"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+KEPT = Path(__file__).resolve().parents[2] / ".cache" / "cuda_report"
 COMMAND = (
     "nvcc",
     "-O3",
@@ -41,13 +48,15 @@ class Kernel:
     dim: int
     capped: bool
     """with a softcap"""
+    what: str
+    """which pass: forward, or of the backward ``dkdv``, ``dk``, ``dv`` or ``dq``"""
     registers: int
     spilled: int
     """bytes"""
     remark: bool
     """of the assembler on wgmma or setmaxnreg: products made to wait for one another, or registers not moved"""
     loop: Loop
-    """over keys, without the instructions of the mask"""
+    """over keys, without the instructions of the mask; of a backward pass none"""
 
     def consumers(self) -> int:
         """Warp groups that compute: all registers are given out at the start, and one group more loads."""
@@ -64,35 +73,55 @@ def without_mask(loop: Loop) -> Loop:
 
 
 def compile_source() -> tuple[str, str]:
-    """The assembler's report and the machine code, as text.
+    """The assembler's report and the machine code, as text. Kept in ``.cache`` until a source or the compiler changes.
 
     Raises:
         FileNotFoundError: nvcc is not installed.
         RuntimeError: it fails; with what it says.
     """
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(repr((COMMAND, version, cuda.source_digest(SOURCES))).encode()).hexdigest()[:16]
+    kept = KEPT / f"{digest}.json"
+    if not kept.is_file():
+        with ThreadPoolExecutor() as pool:
+            parts = list(pool.map(_compile, sorted(SOURCES.glob("*.cu"))))
+        KEPT.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=KEPT, delete=False) as file:
+            json.dump(["".join(part) for part in zip(*parts, strict=True)], file)
+        Path(file.name).rename(kept)
+    report, listing = json.loads(kept.read_text())
+    return report, listing
+
+
+def _compile(source: Path) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "forward.cubin"
-        run = subprocess.run([*COMMAND, str(SOURCE), "-o", str(target)], capture_output=True, text=True)
+        target = Path(folder) / "kernels.cubin"
+        run = subprocess.run([*COMMAND, str(source), "-o", str(target)], capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(run.stderr)
         return run.stdout + run.stderr, sass.disassemble(target.read_bytes())
 
 
-_NAME = re.compile(r"attention_forwardI\w*?(Half|BFloat)ELi(\d+)ELb([01])")
-Name = tuple[str, int, bool]
-"""dtype, head dim, whether there is a softcap"""
+_NAME = re.compile(r"attention_(?:forward|backward)I\w*?(Half|BFloat)E(?:Li(\d+)E)(?:L\w*?4PassE(\d)E)?Lb([01])")
+_PASSES = ("dkdv", "dk", "dv", "dq")
+"""by number, as csrc/cuda/passes.cuh has them"""
+Name = tuple[str, int, bool, str]
+"""dtype, head dim, whether there is a softcap, and which pass"""
 
 
-def _name(text: str) -> Name:
+def _name(text: str) -> Name | None:
+    """None for a kernel without products."""
     found = _NAME.search(text)
-    assert found is not None, text[:200]
-    return found[1], int(found[2]), found[3] == "1"
+    if found is None:
+        return None
+    what = "forward" if found[3] is None else _PASSES[int(found[3])]
+    return found[1], int(found[2]), found[4] == "1", what
 
 
 def sections(listing: str) -> dict[Name, str]:
     """The machine code of each kernel."""
     parts = re.split(r"\.section\s+\.text\.", listing)[1:]
-    return {_name(part): part for part in parts}
+    return {name: part for part in parts if (name := _name(part.partition("\n")[0])) is not None}
 
 
 def kernels(report: str, listing: str) -> list[Kernel]:
@@ -101,13 +130,14 @@ def kernels(report: str, listing: str) -> list[Kernel]:
     found = {}
     for part in report.split("Compiling entry function '")[1:]:
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
-        found[_name(part)] = int(re.findall(r"Used (\d+) registers", part)[0]), spilled
+        if (name := _name(part.partition("'")[0])) is not None:
+            found[name] = int(re.findall(r"Used (\d+) registers", part)[0]), spilled
     compiled = []
     for name, section in sections(listing).items():
-        (loop,) = sass.main_loops(section)
+        loop = without_mask(*sass.main_loops(section)) if name[3] == "forward" else []
         registers, spilled = found[name]
-        compiled.append(Kernel(*name, registers, spilled, name in remarks, without_mask(loop)))
-    return sorted(compiled, key=lambda kernel: (kernel.capped, kernel.dim, kernel.dtype))
+        compiled.append(Kernel(*name, registers, spilled, name in remarks, loop))
+    return sorted(compiled, key=lambda kernel: (kernel.what, kernel.capped, kernel.dim, kernel.dtype))
 
 
 class _Unit:
@@ -175,8 +205,21 @@ def keys_of(loop: Loop, dim: int) -> int:
     return 16 * (sass.count(loop).wgmma - dim // 16)
 
 
+def resources(kernel: Kernel) -> dict[str, str]:
+    """What the table of the backward passes says of one."""
+    return {
+        "pass": kernel.what,
+        "dtype": kernel.dtype,
+        "dim": str(kernel.dim),
+        "softcap": "yes" if kernel.capped else "no",
+        "registers": str(kernel.registers),
+        "spilled": str(kernel.spilled),
+        "remarks": "yes" if kernel.remark else "none",
+    }
+
+
 def row(kernel: Kernel) -> dict[str, str]:
-    """The table's row of one kernel."""
+    """The table's row of a forward kernel."""
     counts, keys, consumers = sass.count(kernel.loop), keys_of(kernel.loop, kernel.dim), kernel.consumers()
     rows, warps = GROUP_ROWS * consumers, 4 * consumers
     units = static_model.predict(kernel.loop, "forward", rows, keys, kernel.dim, warps, kernel.registers, 0)
@@ -207,7 +250,10 @@ def main() -> None:
     print(
         "Cycles per tile of keys and block. Shares of the tensor peak in the inner loop: a filter for gaps above 15 %."
     )
-    print(static_model.text([row(kernel) for kernel in kernels(*compile_source())]))
+    compiled = kernels(*compile_source())
+    print(static_model.text([row(kernel) for kernel in compiled if kernel.what == "forward"]))
+    print("\nThe backward passes")
+    print(static_model.text([resources(kernel) for kernel in compiled if kernel.what != "forward"]))
 
 
 if __name__ == "__main__":

@@ -14,18 +14,21 @@
 //   wait(barrier, parity)            until the phase with this parity has ended
 //   arrive(barrier), release(barrier)  by one thread; by one thread of each of the group's four warps
 //   expect(barrier, bytes)           arrive, and the phase ends no sooner than after these bytes
-//   load(operand, to, column, place, barrier), store(from, column, place)
-//                                    a box of 64 columns by TMA, of a tile of keys or a consumer's rows; asynchronous,
-//                                    a load counts its bytes on the barrier
+//   load(operand, to, column, place, barrier), store(operand, from, column, place)
+//                                    a box of 64 columns by TMA, of rows as operand_map has them; asynchronous, a load
+//                                    counts its bytes on the barrier
+//   copy(to, from, bytes, barrier)   adjacent bytes, the same way
 //   stored()                         the elected thread's stores have read what they store
-//   put(to, value)                   4 bytes into shared memory
+//   put(to, value), get(from, x)     4 bytes into shared memory, 16 out of it
 //   fence()                          what this thread wrote there is visible to TMA and wgmma
 //   sync(id, threads), signal(id, threads)  a named barrier: arrive and wait, or arrive alone
-//   begin_scores(), scores(a, b, add)  s (+)= a b^T, 64 x kKeys x 16, both from shared memory
-//   begin_values(), values(k, b)     o += p b, 64 x D x 16, columns 16 k of p from registers
-//   commit(), finish<n>()            products are asynchronous: a group of them; all groups but the last n have ended
+//   begin(arrays...)                 products that use these arrays of registers follow
+//   scores(to, a, b, add)            to (+)= a b^T, 64 x n x 16, both from shared memory
+//   values(to, from, k, b)           to += from b, 64 x n x 16, columns 16 k of `from`, both from registers
+//   commit(), finish(n, arrays...)   products are asynchronous: a group of them; all groups but the last n have ended,
+//                                    and with them the use of these arrays
 //   again(x)                         x; what is made from it is computed anew, not kept in registers over the loop
-//   quad_max(), quad_sum()           of `peak` and `sum`, over the four threads that share a row
+//   quad_max(array), quad_sum(array)  over the four threads that share a row
 //   exp2(x), log2(x), inverse(x), pack(a, b), shared() (the address of the first tile), block(), blocks(),
 //   capped() (whether there is a softcap)
 #pragma once
@@ -38,6 +41,8 @@
 namespace fastattn {
 
 constexpr float kInfinity = __builtin_huge_valf();
+constexpr std::integral_constant<int, 0> kNone = {};  // groups of products that may remain
+constexpr std::integral_constant<int, 1> kOne = {};
 
 // Named barriers; 0 is the whole block's.
 constexpr int kEveryone = 0, kTurn = 1, kStaging = kTurn + 3;
@@ -167,7 +172,7 @@ FASTATTN_DEVICE void weigh(Machine& m, int first_key, const Range& common, const
     FASTATTN_UNROLL for (int r = 0; r < 2; ++r) t.peak[r] = t.maximum[r];
     FASTATTN_UNROLL for (int i = 0; i < kElements; ++i) t.peak[i / 2 % 2] = fmaxf(t.peak[i / 2 % 2], t.s[i]);
   });
-  m.quad_max();
+  m.quad_max(&Machine::Registers::peak);
   m.each([&](auto& t) {
     float base[2];
     FASTATTN_UNROLL for (int r = 0; r < 2; ++r) {
@@ -211,7 +216,7 @@ FASTATTN_DEVICE void start_rows(Machine& m, const Plan& plan, const Work& work, 
 template <class Shape, class Machine>
 FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work, int group, float scale) {
   const FastattnForward& f = plan.f;
-  m.quad_sum();
+  m.quad_sum(&Machine::Registers::sum);
   m.sync(kStaging + group, kGroupThreads);  // all warps of the group have multiplied with its queries
   const Extent& extent = work.extent;
   const int batch = packed(f) ? 0 : work.entry;
@@ -228,8 +233,11 @@ FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work,
               m.pack(t.o[4 * i + 2 * r] * inverse, t.o[4 * i + 2 * r + 1] * inverse));
       }
       if (t.index % 4 == 0 && inside < plan.rows && row < extent.q_len) {
-        const int64_t line = int64_t(batch) * f.q_heads + head;
-        f.lse[line * f.q_len + extent.q_start + row] = (top + m.log2(total)) * 0.6931471805599453f;
+        const int64_t at = (int64_t(batch) * f.q_heads + head) * f.q_len + extent.q_start + row;
+        const float log_total = m.log2(total);
+        f.lse[at] = (top + log_total) * 0.6931471805599453f;
+        f.statistics[at] = base;
+        f.statistics[statistics_plane(f) + at] = total == 0.0f ? 0.0f : log_total;
       }
     }
   });
@@ -239,7 +247,7 @@ FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work,
     const uint32_t own = m.shared() + Shape::queries() + group * panel_bytes(kGroupRows);
     const Place place = place_of(plan, kOut, work, extent, work.first + group * plan.rows);
     for (int panel = 0; panel < Shape::kPanels; ++panel) {
-      m.store(own + panel * panel_bytes(Shape::kRows), panel * 64, place);
+      m.store(kOut, own + panel * panel_bytes(Shape::kRows), panel * 64, place);
     }
     m.stored();
     m.arrive(Shape::kFreeQueries);
@@ -248,21 +256,20 @@ FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work,
 
 template <class Shape, class Machine>
 FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
-  constexpr std::integral_constant<int, 0> none;
-  constexpr std::integral_constant<int, 1> one;
+  using Own = typename Machine::Registers;
   const Scaling scales = scaling(plan.f);
   const auto scores = [&](int n) {
-    m.begin_scores();
+    m.begin(&Own::s);
     FASTATTN_UNROLL for (int k = 0; k < Shape::kDim / 16; ++k) {
-      m.scores(row_descriptor(m.shared() + Shape::queries(), Shape::kRows, group * kGroupRows, k),
+      m.scores(&Own::s, row_descriptor(m.shared() + Shape::queries(), Shape::kRows, group * kGroupRows, k),
                row_descriptor(m.shared() + Shape::keys(stage<Shape>(n)), Shape::kKeys, 0, k), k > 0);
     }
     m.commit();
   };
   const auto values = [&](int n) {
-    m.begin_values();
+    m.begin(&Own::o, &Own::p);
     FASTATTN_UNROLL for (int k = 0; k < Shape::kKeys / 16; ++k) {
-      m.values(k, value_descriptor(m.shared() + Shape::values(stage<Shape>(n)), Shape::kKeys, k));
+      m.values(&Own::o, &Own::p, k, value_descriptor(m.shared() + Shape::values(stage<Shape>(n)), Shape::kKeys, k));
     }
     m.commit();
   };
@@ -278,7 +285,7 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
     if (work.tiles > 0) {
       m.wait(Shape::full_keys(stage<Shape>(n)), full_parity<Shape>(n));
       scores(n);
-      m.finish(none);
+      m.finish(kNone, &Own::s, &Own::o, &Own::p);
       m.release(Shape::free_keys(stage<Shape>(n)));
       weigh<Shape>(m, work.first_key, common, scales);
       hand_over<Shape>(m);
@@ -289,16 +296,16 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
         m.wait(Shape::full_values(stage<Shape>(n)), full_parity<Shape>(n));
         values(n);
         m.signal(kTurn + (group + 1) % Shape::kConsumers, 2 * kGroupThreads);
-        m.finish(one);
+        m.finish(kOne, &Own::s);
         m.release(Shape::free_keys(stage<Shape>(n + 1)));
         weigh<Shape>(m, work.first_key + tile * Shape::kKeys, common, scales);
-        m.finish(none);
+        m.finish(kNone, &Own::s, &Own::o, &Own::p);
         m.release(Shape::free_values(stage<Shape>(n)));
         hand_over<Shape>(m);
       }
       m.wait(Shape::full_values(stage<Shape>(n)), full_parity<Shape>(n));
       values(n);
-      m.finish(none);
+      m.finish(kNone, &Own::s, &Own::o, &Own::p);
       m.release(Shape::free_values(stage<Shape>(n)));
       ++n;
     }

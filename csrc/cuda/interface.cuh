@@ -1,24 +1,17 @@
 // The C interface: no PyTorch, no Python, nothing but pointers and numbers. Its other side is
 // `fastattn/backends/cuda.py`.
 //
-// Included by one source per library, which defines `fastattn::launch`.
+// `library.cuh` defines its functions; a library defines what they launch.
 #pragma once
 
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
-#include <initializer_list>
-
-#include "layout.cuh"
-
-#ifndef FASTATTN_DIGEST
-#define FASTATTN_DIGEST ""  // of the sources; the build passes it
-#endif
 
 extern "C" {
 
 // Counts changes of what is declared here.
-#define FASTATTN_ABI 4
+#define FASTATTN_ABI 5
 
 enum FastattnDtype { FASTATTN_FLOAT16 = 0, FASTATTN_BFLOAT16 = 1 };
 
@@ -40,6 +33,8 @@ struct FastattnForward {
   const void *q, *k, *v;  // (B, Hq, Lq, D), (B, Hk, Lk, D), (B, Hk, Lk, D)
   void* out;              // (B, Hq, Lq, D)
   float* lse;             // (B, Hq, Lq), contiguous
+  float* statistics;      // (2, B, Hq, Lq), contiguous: the maximum of each row's scores, sink included, and the logarithm
+                          // of its sum of exponentials relative to that, in base 2; 0 and 0 for a row that sees nothing
   const float* sinks;     // (Hq,), contiguous, or null: one more logit in each row's softmax, with no value
   const int32_t *q_starts, *k_starts, *k_used;  // (batch + 1,), (batch + 1,), (batch,), contiguous, or null
   const int64_t* q_offsets;                     // (batch,), contiguous, in place of q_offset, or null
@@ -52,24 +47,32 @@ struct FastattnForward {
   float softcap;  // scores become softcap tanh(score / softcap); 0 is none
 };
 
+// The gradients of a call of the forward pass, which filled its `out` and `statistics`; `lse` is not used. dk and dv are
+// summed over the query heads that share a key head. Rows of no sequence are left as they are.
+struct FastattnBackward {
+  FastattnForward f;
+  const void* dout;   // (B, Hq, Lq, D)
+  const float* dlse;  // (B, Hq, Lq), contiguous, or null
+  void *dq, *dk, *dv; // like q, k, v, in any strides
+  float* rows;        // scratch of fastattn_backward_rows floats for each query head of each batch entry, at a multiple of
+                      // 16 bytes; filled with the lse of each row and its delta = sum dout out - dlse, in pairs, base 2
+  int64_t dout_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];
+};
+
 int fastattn_abi();
 const char* fastattn_source_digest();
 const char* fastattn_last_error();  // of this thread's last call that failed
 int fastattn_supported(int dtype, int head_dim);
 int fastattn_attention_forward(const FastattnForward* arguments);
+int64_t fastattn_backward_rows(const FastattnForward* arguments);
+int fastattn_attention_backward(const FastattnBackward* arguments);
 }
 
 namespace fastattn {
 
-int launch(const FastattnForward& f);
+inline thread_local char error_text[256] = "";
 
-// of schedule.cuh
-inline int heads_of_tile(const FastattnForward& f);
-inline int64_t count_works(const FastattnForward& f, int heads);
-
-static thread_local char error_text[256] = "";
-
-static int fail(int status, const char* format, ...) {
+inline int fail(int status, const char* format, ...) {
   va_list values;
   va_start(values, format);
   std::vsnprintf(error_text, sizeof error_text, format, values);
@@ -77,69 +80,4 @@ static int fail(int status, const char* format, ...) {
   return status;
 }
 
-// What TMA takes (CUDA driver API, cuTensorMapEncodeTiled): addresses and strides at multiples of 16 bytes, strides
-// below 2^40 bytes, and none of 0; heads and batch entries of stride 0 are one place (schedule.cuh), rows cannot be.
-static bool fits(const void* pointer, const int64_t* stride, int32_t rows) {
-  bool fits = reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && (stride[2] != 0 || rows <= 1);
-  for (int i = 0; i < 3; ++i) fits = fits && stride[i] % 8 == 0 && stride[i] >= 0 && stride[i] < int64_t(1) << 39;
-  return fits;
-}
-
 }  // namespace fastattn
-
-int fastattn_abi() { return FASTATTN_ABI; }
-
-const char* fastattn_source_digest() { return FASTATTN_DIGEST; }
-
-const char* fastattn_last_error() { return fastattn::error_text; }
-
-int fastattn_supported(int dtype, int head_dim) {
-  const bool half = dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16;
-  return half && (head_dim == 64 || head_dim == 128 || head_dim == 256);
-}
-
-int fastattn_attention_forward(const FastattnForward* arguments) {
-  using fastattn::fail;
-  if (arguments == nullptr) return fail(FASTATTN_BAD_ARGUMENT, "arguments: expected a pointer, got null");
-  const FastattnForward& f = *arguments;
-  constexpr int64_t longest = 1 << 30;  // positions and their sums are 32-bit
-  if (!fastattn_supported(f.dtype, f.head_dim)) {
-    return fail(FASTATTN_BAD_ARGUMENT, "dtype, head_dim: expected 0 or 1, and 64, 128 or 256, got %d, %d", f.dtype,
-                f.head_dim);
-  }
-  if (f.batch < 0 || f.q_len < 0 || f.kv_len < 0 || f.q_len > longest || f.kv_len > longest) {
-    return fail(FASTATTN_BAD_ARGUMENT, "batch, q_len, kv_len: expected 0 to 2^30, got %d, %d, %d", f.batch, f.q_len,
-                f.kv_len);
-  }
-  if (f.q_heads < 1 || f.kv_heads < 1 || f.q_heads % f.kv_heads != 0) {
-    return fail(FASTATTN_BAD_ARGUMENT, "q_heads: expected a multiple of kv_heads == %d, got %d", f.kv_heads, f.q_heads);
-  }
-  if (!(f.scale > 0.0f)) return fail(FASTATTN_BAD_ARGUMENT, "scale: expected more than 0, got %g", f.scale);
-  if (!(f.softcap >= 0.0f && f.softcap <= 3e38f)) {
-    return fail(FASTATTN_BAD_ARGUMENT, "softcap: expected a finite number, 0 for none, got %g", f.softcap);
-  }
-  if ((f.q_starts == nullptr) != (f.k_starts == nullptr) || (f.k_used != nullptr && f.k_starts == nullptr)) {
-    return fail(FASTATTN_BAD_ARGUMENT, "q_starts, k_starts, k_used: expected the first two or none, or all three");
-  }
-  const bool ends = f.q_starts != nullptr && f.q_offset == FASTATTN_ENDS;
-  if (!ends && (f.q_offset < -longest || f.q_offset > longest)) {
-    return fail(FASTATTN_BAD_ARGUMENT, "q_offset: expected at most 2^30 in size, got %lld", (long long)f.q_offset);
-  }
-  for (const int64_t side : {f.left, f.right}) {
-    if (side != FASTATTN_OPEN && (side < -longest || side > longest)) {
-      return fail(FASTATTN_BAD_ARGUMENT, "left, right: expected at most 2^30 in size, or 2^40, got %lld, %lld",
-                  (long long)f.left, (long long)f.right);
-    }
-  }
-  const int64_t works = fastattn::count_works(f, fastattn::heads_of_tile(f));
-  if (works == 0) return FASTATTN_OK;
-  if (works > INT32_MAX) {
-    return fail(FASTATTN_BAD_ARGUMENT, "expected at most 2^31 - 1 works of a block, got %lld", (long long)works);
-  }
-  if (!fastattn::fits(f.q, f.q_stride, f.q_len) || !fastattn::fits(f.k, f.k_stride, f.kv_len) ||
-      !fastattn::fits(f.v, f.v_stride, f.kv_len) || !fastattn::fits(f.out, f.out_stride, f.q_len)) {
-    return fail(FASTATTN_BAD_ARGUMENT,
-                "q, k, v, out: expected rows apart from one another at multiples of 16 bytes, below 2^40 bytes");
-  }
-  return fastattn::launch(f);
-}

@@ -61,7 +61,8 @@ struct Shape {
   static FASTATTN_HD constexpr int full_values(int stage) { return 2 + 2 * kStages + stage; }
   static FASTATTN_HD constexpr int free_values(int stage) { return 2 + 3 * kStages + stage; }
 
-  static constexpr uint32_t kSharedBytes = 1024 + kTiles + 8 * kBarriers;  // 1024: to reach a multiple of it
+  static constexpr uint32_t kBarrierPlace = kTiles;
+  static constexpr uint32_t kSharedBytes = 1024 + kBarrierPlace + 8 * kBarriers;  // 1024: to reach a multiple of it
 };
 
 // Byte in a tile of `rows` rows of the 8 elements `chunk` of `row`.

@@ -77,6 +77,12 @@ __device__ __forceinline__ void tma_store(uint32_t from, const void* map, int co
 __device__ __forceinline__ void tma_stored() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+// "cp.async.bulk": adjacent bytes, addresses and count multiples of 16.
+__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
 __device__ __forceinline__ void tma_prefetch(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -85,18 +91,25 @@ __device__ __forceinline__ void store_shared(uint32_t to, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void load_shared(uint32_t from, float (&x)[4]) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(from));
+}
+
 // "Asynchronous Warpgroup Level Matrix Instructions: wgmma". Lists of registers by number of them.
 // clang-format off
 #define F4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 #define U4(x, i) "+r"(x[i]), "+r"(x[i + 1]), "+r"(x[i + 2]), "+r"(x[i + 3])
 #define F8(x, i) F4(x, i), F4(x, i + 4)
 #define F32(x, i) F8(x, i), F8(x, i + 8), F8(x, i + 16), F8(x, i + 24)
+#define FLOATS16(x) F8(x, 0), F8(x, 8)
 #define FLOATS32(x) F32(x, 0)
 #define FLOATS64(x) F32(x, 0), F32(x, 32)
 #define FLOATS128(x) F32(x, 0), F32(x, 32), F32(x, 64), F32(x, 96)
+#define WORDS8(x) U4(x, 0), U4(x, 4)
 #define WORDS16(x) U4(x, 0), U4(x, 4), U4(x, 8), U4(x, 12)
 #define WORDS32(x) WORDS16(x), U4(x, 16), U4(x, 20), U4(x, 24), U4(x, 28)
 #define TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define R16 TEN() "%10, %11, %12, %13, %14, %15"
 #define R32 TEN() TEN(1) TEN(2) "%30, %31"
 #define R64 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63"
 #define R128 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) \
@@ -107,10 +120,11 @@ __device__ __forceinline__ void store_shared(uint32_t to, uint32_t value) {
 // The compiler does not know that it runs beside the program: naming them here keeps their other uses where they are.
 #define HOLD(count, type, list) \
   __device__ __forceinline__ void hold(type (&x)[count]) { asm volatile("" : list(x)::"memory"); }
+HOLD(16, float, FLOATS16)
 HOLD(32, float, FLOATS32)
-
 HOLD(64, float, FLOATS64)
 HOLD(128, float, FLOATS128)
+HOLD(8, uint32_t, WORDS8)
 HOLD(16, uint32_t, WORDS16)
 HOLD(32, uint32_t, WORDS32)
 
@@ -131,6 +145,7 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
     if constexpr (std::is_same_v<Element, Half>) SCORES_OF("f16.f16", n, regs, a_, b_, add_, list(s));                 \
     else SCORES_OF("bf16.bf16", n, regs, a_, b_, add_, list(s));                                                       \
   }
+SCORES(16, 32, R16, 16, 17, 18, FLOATS16)
 SCORES(32, 64, R32, 32, 33, 34, FLOATS32)
 SCORES(64, 128, R64, 64, 65, 66, FLOATS64)
 

@@ -6,9 +6,12 @@
 
 namespace fastattn {
 
-enum Operand { kQueries, kKeys, kValues, kOut, kOperands };
+enum Operand { kQueries, kKeys, kValues, kOut, kOutGradient, kQueryGradient, kKeyGradient, kValueGradient, kOperands };
+constexpr int kForwardOperands = kOut + 1;
 
-FASTATTN_HD constexpr bool of_query(Operand operand) { return operand == kQueries || operand == kOut; }
+FASTATTN_HD constexpr bool of_query(Operand operand) {
+  return operand == kQueries || operand == kOut || operand == kOutGradient || operand == kQueryGradient;
+}
 
 // A call and what the host derived from it. A work is a block's rows of one tile of heads of one batch entry.
 //
@@ -21,7 +24,7 @@ struct Plan {
   int32_t row_tiles;                 // works of a pair: with packed sequences of all that it has
   int32_t works;
   int32_t section;  // tiles of heads, of all batch entries, whose keys and values stay in the L2 cache together
-  int32_t apart[kOperands][2];  // 0 where all heads, or all batch entries, of an operand are one (stride 0), else 1
+  int32_t apart[kForwardOperands][2];  // 0 where all heads, or all batch entries, of an operand are one (stride 0), else 1
 };
 
 // Keys from `begin`, before `end`; none where end <= begin.
@@ -56,6 +59,14 @@ FASTATTN_HD constexpr Range visible_keys(const FastattnForward& f, const Extent&
   return {clamp(row + e.q_offset - f.left, e.kv_len), clamp(row + e.q_offset + f.right + 1, e.kv_len)};
 }
 
+// Entries that have heads of their own.
+FASTATTN_HD constexpr int entries(const FastattnForward& f) { return packed(f) ? 1 : f.batch; }
+
+// Between the two statistics of a row.
+FASTATTN_HD constexpr int64_t statistics_plane(const FastattnForward& f) {
+  return int64_t(entries(f)) * f.q_heads * f.q_len;
+}
+
 FASTATTN_HD constexpr int divide_up(int length, int size) { return (length + size - 1) / size; }
 
 // Tiles of keys that one of `rows` query rows from `first` sees.
@@ -75,21 +86,34 @@ struct Work {
   FASTATTN_HD bool empty() const { return first >= extent.q_len; }
 };
 
+// Rows that packed sequences divide, and where each begins.
+struct Starts {
+  const int32_t* at;
+  int length, sequences;
+};
+FASTATTN_HD constexpr Starts query_starts(const FastattnForward& f) { return {f.q_starts, f.q_len, f.batch}; }
+FASTATTN_HD constexpr Starts key_starts(const FastattnForward& f) { return {f.k_starts, f.kv_len, f.batch}; }
+
 // The tile of rows from which packed sequence s may have its own: as many tiles as its rows can need follow before that
 // of the next one, so that no sum over the sequences is needed.
-FASTATTN_HD constexpr int first_tile(const FastattnForward& f, int sequence, int rows) {
-  return clamp(f.q_starts[sequence], f.q_len) / rows + sequence;
+FASTATTN_HD constexpr int first_tile(const Starts& starts, int sequence, int rows) {
+  return clamp(starts.at[sequence], starts.length) / rows + sequence;
 }
 
 // The sequence that has a tile of rows: the last one that begins no later.
-FASTATTN_HD constexpr int sequence_of(const FastattnForward& f, int tile, int rows) {
-  int sequence = 0, after = f.batch;
+FASTATTN_HD constexpr int sequence_of(const Starts& starts, int tile, int rows) {
+  int sequence = 0, after = starts.sequences;
   while (after - sequence > 1) {
     const int middle = sequence + (after - sequence) / 2;
-    if (first_tile(f, middle, rows) <= tile) sequence = middle;
+    if (first_tile(starts, middle, rows) <= tile) sequence = middle;
     else after = middle;
   }
   return sequence;
+}
+
+// Tiles of `rows` rows of an entry, or of all packed sequences.
+FASTATTN_HD constexpr int64_t count_tiles(const FastattnForward& f, int length, int rows) {
+  return packed(f) ? length / rows + int64_t(f.batch) : (int64_t(length) + rows - 1) / rows;
 }
 
 // Works in the order in which blocks take them: block b has b, b + blocks, b + 2 blocks, ...
@@ -109,8 +133,8 @@ FASTATTN_HD Work work_at(const Plan& plan, int index) {
   work.head = pair % plan.head_tiles * plan.heads;
   work.kv_head = work.head / plan.group;
   if (packed(f)) {
-    work.entry = sequence_of(f, tile, rows);
-    tile -= first_tile(f, work.entry, rows);
+    work.entry = sequence_of(query_starts(f), tile, rows);
+    tile -= first_tile(query_starts(f), work.entry, rows);
   }
   work.extent = extent_of(f, work.entry);
   work.first = tile * rows;
@@ -124,20 +148,24 @@ FASTATTN_HD Work work_at(const Plan& plan, int index) {
 struct Place {
   int row, head, batch;
 };
-FASTATTN_HD Place place_of(const Plan& plan, Operand operand, const Work& work, const Extent& e, int row) {
-  const FastattnForward& f = plan.f;
-  const bool query = of_query(operand);
-  const int head = (query ? work.head / plan.heads : work.kv_head) * plan.apart[operand][0];
-  if (!packed(f)) return {row, head, work.entry * plan.apart[operand][1]};
+// `apart`: of the operand, as in Plan.
+FASTATTN_HD Place place_of(const FastattnForward& f, bool query, const int32_t (&apart)[2], int entry, int head,
+                           const Extent& e, int row) {
+  if (!packed(f)) return {row, head * apart[0], entry * apart[1]};
   const int length = query ? e.q_len : e.kv_len;
-  return {(query ? f.q_len : f.kv_len) - length + row, head, (query ? e.q_start : e.k_start) + length};
+  return {(query ? f.q_len : f.kv_len) - length + row, head * apart[0], (query ? e.q_start : e.k_start) + length};
+}
+FASTATTN_HD Place place_of(const Plan& plan, Operand operand, const Work& work, const Extent& e, int row) {
+  const bool query = of_query(operand);
+  const int head = query ? work.head / plan.heads : work.kv_head;
+  return place_of(plan.f, query, plan.apart[operand], work.entry, head, e, row);
 }
 
 // The query heads whose keys and values fit into most of an H100's L2 cache of 50 MB; whole groups of heads.
 inline int section_heads(const FastattnForward& f) {
   constexpr int64_t cache = 32 << 20;
   const int64_t bytes = 4 * int64_t(f.kv_len > 0 ? f.kv_len : 1) * f.head_dim;
-  const int64_t group = f.q_heads / f.kv_heads, pairs = int64_t(packed(f) ? 1 : f.batch) * f.q_heads;
+  const int64_t group = f.q_heads / f.kv_heads, pairs = int64_t(entries(f)) * f.q_heads;
   const int64_t heads = (cache / bytes > 0 ? cache / bytes : 1) * group;
   return int(heads < pairs ? heads : pairs);
 }
@@ -156,23 +184,16 @@ struct OperandMap {
   int box_heads, box_rows;
 };
 
-template <class Shape>
-OperandMap operand_map(const Plan& plan, Operand operand) {
-  const FastattnForward& f = plan.f;
-  const bool query = of_query(operand);
-  const void* const bases[] = {f.q, f.k, f.v, f.out};
-  const int64_t* const strides[] = {f.q_stride, f.k_stride, f.v_stride, f.out_stride};
-  const int64_t* stride = strides[operand];
-  const int heads = query ? plan.heads : 1;
+inline OperandMap operand_map(const FastattnForward& f, const void* base, const int64_t* stride, bool query, int heads,
+                              int box_rows) {
   const int64_t rows = query ? f.q_len : f.kv_len, tiles = (query ? f.q_heads : f.kv_heads) / heads;
-  OperandMap map = {bases[operand], {Shape::kDim, heads, rows, tiles, f.batch}, {}, heads, 0};
-  map.box_rows = query ? plan.rows : Shape::kKeys;
+  OperandMap map = {base, {f.head_dim, heads, rows, tiles, f.batch}, {}, heads, box_rows};
   for (int i = 0; i < 2; ++i) {
-    if (plan.apart[operand][i] == 0) map.size[3 + i] = 1;
+    if (stride[1 - i] == 0) map.size[3 + i] = 1;
   }
   const int64_t all[] = {stride[1], stride[2], stride[1] * heads, stride[0]};
   for (int i = 0; i < 4; ++i) {  // a stride says nothing where there is one place only, and TMA takes none of 0
-    map.stride[i] = map.size[i + 1] <= 1 ? 2 * Shape::kDim : 2 * all[i];
+    map.stride[i] = map.size[i + 1] <= 1 ? 2 * f.head_dim : 2 * all[i];
   }
   if (packed(f)) {
     map.size[4] = rows + 1;
@@ -182,12 +203,21 @@ OperandMap operand_map(const Plan& plan, Operand operand) {
   return map;
 }
 
+template <class Shape>
+OperandMap operand_map(const Plan& plan, Operand operand) {
+  const FastattnForward& f = plan.f;
+  const void* const bases[] = {f.q, f.k, f.v, f.out};
+  const int64_t* const strides[] = {f.q_stride, f.k_stride, f.v_stride, f.out_stride};
+  const bool query = of_query(operand);
+  return operand_map(f, bases[operand], strides[operand], query, query ? plan.heads : 1,
+                     query ? plan.rows : Shape::kKeys);
+}
+
 // Works, if a tile has so many heads; 0 where there is no query.
 inline int64_t count_works(const FastattnForward& f, int heads) {
   if (f.q_len == 0 || f.batch == 0) return 0;
   const int64_t rows = block_rows(f.head_dim) / kGroupRows * (kGroupRows / heads);
-  const int64_t tiles = packed(f) ? f.q_len / rows + f.batch : (f.q_len + rows - 1) / rows * f.batch;
-  return tiles * (f.q_heads / heads);
+  return count_tiles(f, f.q_len, rows) * entries(f) * (f.q_heads / heads);
 }
 
 // All heads that share a key head where that makes fewer works, as it does for short or packed sequences, else 1. A box
@@ -205,12 +235,12 @@ inline Plan make_plan(const FastattnForward& f) {
   plan.rows = kGroupRows / plan.heads;
   plan.group = f.q_heads / f.kv_heads;
   plan.head_tiles = f.q_heads / plan.heads;
-  plan.pairs = (packed(f) ? 1 : f.batch) * plan.head_tiles;
+  plan.pairs = entries(f) * plan.head_tiles;
   plan.works = int32_t(count_works(f, plan.heads));
   plan.row_tiles = plan.works / plan.pairs;
   plan.section = section_heads(f) / plan.heads;
   const int64_t* const strides[] = {f.q_stride, f.k_stride, f.v_stride, f.out_stride};
-  for (int operand = 0; operand < kOperands; ++operand) {
+  for (int operand = 0; operand < kForwardOperands; ++operand) {
     for (int i = 0; i < 2; ++i) plan.apart[operand][i] = strides[operand][1 - i] != 0;
   }
   return plan;

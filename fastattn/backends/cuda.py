@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from fastattn.spec import AttentionSpec, CacheSpec, Operands, Options
+    from fastattn.spec import AttentionSpec, CacheSpec, Gradients, Operands, Options
 
-ABI = 4
+ABI = 5
 HEAD_DIMS = (64, 128, 256)
 PROVEN: dict[tuple[str, int, bool], str] = {}
 """(dtype, head dim, causal) -> digest of the sources whose kernel has passed parity on a GPU there, recorded in
@@ -42,7 +42,7 @@ class Forward(ctypes.Structure):
     """`FastattnForward` of csrc/cuda/interface.cuh."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "statistics", "sinks")),
         *((name, ctypes.c_void_p) for name in (*_PACKED, "q_offsets", "stream")),
         *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out")),
         *((name, ctypes.c_int64) for name in ("q_offset", "left", "right")),
@@ -50,6 +50,16 @@ class Forward(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("dtype", "device")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
     ]  # fmt: skip
+
+
+class Backward(ctypes.Structure):
+    """`FastattnBackward` of csrc/cuda/interface.cuh."""
+
+    _fields_ = [
+        ("f", Forward),
+        *((name, ctypes.c_void_p) for name in ("dout", "dlse", "dq", "dk", "dv", "rows")),
+        *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("dout", "dq", "dk", "dv")),
+    ]
 
 
 def source_digest(folder: Path) -> str:
@@ -77,6 +87,9 @@ def load(path: Path) -> ctypes.CDLL:
             getattr(library, name).restype = ctypes.c_char_p
         library.fastattn_supported.argtypes = [ctypes.c_int, ctypes.c_int]
         library.fastattn_attention_forward.argtypes = [ctypes.POINTER(Forward)]
+        library.fastattn_backward_rows.argtypes = [ctypes.POINTER(Forward)]
+        library.fastattn_backward_rows.restype = ctypes.c_int64
+        library.fastattn_attention_backward.argtypes = [ctypes.POINTER(Backward)]
     except AttributeError as error:
         raise ValueError(f"{path.name}: expected the functions of csrc/cuda/interface.cuh: {error}") from None
     if (_SOURCES / "interface.cuh").is_file():
@@ -101,10 +114,18 @@ def unasked(spec: AttentionSpec) -> bool:
     """Whether this backend may serve ``spec`` without being asked for: its parity on a GPU is on record."""
     extras = (spec.left, spec.softcap, spec.sinks, spec.cu_seqlens_q, spec.q_offset_tensor)
     plain = spec.right in (None, 0) and all(x is None for x in extras)
-    if not PROVEN or not plain:
+    if not PROVEN or not plain or _differentiated(spec):
         return False
     digest = PROVEN.get((str(spec.q.dtype).removeprefix("torch."), spec.q.shape[3], spec.causal))
     return digest is not None and problem() is None and load(_LIBRARY).fastattn_source_digest().decode() == digest
+
+
+def _differentiated(spec: AttentionSpec) -> bool:
+    import torch
+    from torch.autograd import forward_ad
+
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (spec.q, spec.k, spec.v))
+    return wanted or forward_ad._current_level >= 0
 
 
 UNPROVEN = "no GPU run of this kernel is on record"
@@ -116,7 +137,6 @@ def reasons(spec: AttentionSpec) -> list[str]:
     On another device nothing else is said: no other argument would change it.
     """
     import torch
-    from torch.autograd import forward_ad
 
     from fastattn.spec import target
 
@@ -145,11 +165,9 @@ def reasons(spec: AttentionSpec) -> list[str]:
     reasons += [f"it has no {name}" for name, wanted in absent.items() if wanted]
     if not spec.scale > 0.0:
         reasons.append(f"expects scale > 0, got {spec.scale:g}")
-    if (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))) or forward_ad._current_level >= 0:
-        reasons.append("it has no gradient")
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         reasons.append("it has no torch.func transforms")
-    return reasons + _layout_reasons(q, k, v)
+    return reasons + _layout_reasons(q=q, k=k, v=v)
 
 
 def cache_reasons(spec: CacheSpec) -> list[str]:
@@ -161,52 +179,108 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(s if n > 1 else 0 for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True))
 
 
-def _layout_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+def _layout_reasons(**tensors: Tensor) -> list[str]:
     """What TMA asks of the strides. Heads and batch entries may be expanded (stride 0), rows may not."""
     return [
         f"{name}: expected adjacent elements and rows of their own at multiples of 8 elements, got strides "
         f"{tuple(tensor.stride())}"
-        for name, tensor in (("q", q), ("k", k), ("v", v))
+        for name, tensor in tensors.items()
         if tensor.stride(3) != 1
         or any(stride % 8 for stride in _strides(tensor))
         or (tensor.shape[2] > 1 and tensor.stride(2) == 0)
     ]
 
 
+def statistics_unit(operands: Operands) -> float:
+    """The unit of the maximum in `statistics`, in natural logarithms."""
+    return 1.4426950408889634
+
+
 def forward(
     out: Tensor, lse: Tensor, statistics: Tensor, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options
 ) -> None:
-    """Fill ``out`` (B, Hq, Lq, D) and ``lse`` (B, Hq, Lq, float32) for q (B, Hq, Lq, D) and k, v (B, Hk, Lk, D).
+    """Fill ``out`` (B, Hq, Lq, D), ``lse`` (B, Hq, Lq, float32) and ``statistics`` (2, B, Hq, Lq, float32).
 
-    ``statistics`` is left as it is, since there is no backward pass; `reasons` lets no call through that has
-    ``operands`` but sinks, offsets and packed sequences, or dropout. Rows of no sequence are left as they are.
+    ``q`` is (B, Hq, Lq, D), ``k`` and ``v`` are (B, Hk, Lk, D). `reasons` lets no call through that has ``operands``
+    but sinks, offsets and packed sequences, or dropout. Rows of no sequence are left as they are.
 
     Raises:
         ValueError: a tensor does not start at a multiple of 16 bytes, or the library refuses an argument.
         RuntimeError: CUDA reports an error.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.data_ptr() % 16:
-            raise ValueError(f"{name}: expected to start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
-    given = (operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k)
-    # Held until the kernel is queued.
-    small = {name: None if x is None else x.int() for name, x in zip(_PACKED, given, strict=True)}
-    small["q_offsets"] = None if operands.q_offset_tensor is None else operands.q_offset_tensor.long()
-    small["sinks"] = None if operands.sinks is None else operands.sinks.float().contiguous()
-    sequences = q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1
-    arguments = Forward(
-        **{name: t.data_ptr() for name, t in (("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse))},
-        **{f"{name}_stride": _strides(t) for name, t in (("q", q), ("k", k), ("v", v), ("out", out))},
-        **{name: None if x is None else x.data_ptr() for name, x in small.items()},
-        q_offset=_ENDS if options.q_offset is None else options.q_offset,
-        left=_OPEN if options.left is None else options.left, right=_OPEN if options.right is None else options.right,
-        batch=sequences, q_heads=q.shape[1], kv_heads=k.shape[1],
-        q_len=q.shape[2], kv_len=k.shape[2], head_dim=q.shape[3], dtype=_DTYPES[str(q.dtype).removeprefix("torch.")],
-        device=q.device.index or 0, scale=options.scale, softcap=options.softcap or 0.0,
-    )  # fmt: skip
+    call = _Call(q, k, v, out, statistics, operands, options)
+    call.arguments.lse = lse.data_ptr()
     library = load(_LIBRARY)
-    with _current(q.device) as arguments.stream:
-        status = library.fastattn_attention_forward(ctypes.byref(arguments))
+    with _current(q.device) as call.arguments.stream:
+        _check(library, library.fastattn_attention_forward(ctypes.byref(call.arguments)))
+
+
+def backward(
+    gradients: Gradients, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    statistics: Tensor, operands: Operands, options: Options,
+) -> None:  # fmt: skip
+    """Fill ``gradients`` of a call of `forward`, given those of its results; repeats are bit-equal.
+
+    ``dout`` may have any strides: what TMA does not take is copied. Rows of no sequence are left as they are.
+
+    Raises:
+        ValueError, RuntimeError: as `forward`.
+    """
+    import torch
+
+    if dout.data_ptr() % 16 or _layout_reasons(dout=dout):
+        dout = dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    call = _Call(q, k, v, out, statistics, operands, options)
+    library = load(_LIBRARY)
+    sequences = q.shape[0] if operands.cu_seqlens_q is None else 1
+    floats = library.fastattn_backward_rows(ctypes.byref(call.arguments))
+    rows = torch.empty((sequences, q.shape[1], floats // 2, 2), dtype=torch.float32, device=q.device)
+    dq, dk, dv = gradients.dq, gradients.dk, gradients.dv
+    tensors = (("dout", dout), ("dq", dq), ("dk", dk), ("dv", dv))
+    arguments = Backward(
+        f=call.arguments, rows=rows.data_ptr(), dlse=None if dlse is None else dlse.data_ptr(),
+        **{name: t.data_ptr() for name, t in tensors}, **{f"{name}_stride": _strides(t) for name, t in tensors},
+    )  # fmt: skip
+    with _current(q.device) as arguments.f.stream:
+        _check(library, library.fastattn_attention_backward(ctypes.byref(arguments)))
+        if gradients.dsinks is not None and operands.sinks is not None:  # a score whose value vector is 0
+            log, delta = rows.unbind(-1)
+            weights = torch.exp2(operands.sinks.float()[:, None] * statistics_unit(operands) - log)
+            gradients.dsinks.copy_(-(weights * delta).sum((0, 2)))
+
+
+class _Call:
+    """The arguments of a call, and what must live until its kernel is queued."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, operands: Operands, options: Options
+    ) -> None:
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if tensor.data_ptr() % 16:
+                address = f"{tensor.data_ptr():#x}"
+                raise ValueError(f"{name}: expected to start at a multiple of 16 bytes, got address {address}")
+        given = (operands.cu_seqlens_q, operands.cu_seqlens_k, operands.seqused_k)
+        small = {name: None if x is None else x.int() for name, x in zip(_PACKED, given, strict=True)}
+        small["q_offsets"] = None if operands.q_offset_tensor is None else operands.q_offset_tensor.long()
+        small["sinks"] = None if operands.sinks is None else operands.sinks.float().contiguous()
+        self._held = small
+        sequences = q.shape[0] if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[0] - 1
+        tensors = (("q", q), ("k", k), ("v", v), ("out", out))
+        self.arguments = Forward(
+            **{name: t.data_ptr() for name, t in (*tensors, ("statistics", statistics))},
+            **{f"{name}_stride": _strides(t) for name, t in tensors},
+            **{name: None if x is None else x.data_ptr() for name, x in small.items()},
+            q_offset=_ENDS if options.q_offset is None else options.q_offset,
+            left=_OPEN if options.left is None else options.left,
+            right=_OPEN if options.right is None else options.right,
+            batch=sequences, q_heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], kv_len=k.shape[2],
+            head_dim=q.shape[3], dtype=_DTYPES[str(q.dtype).removeprefix("torch.")], device=q.device.index or 0,
+            scale=options.scale, softcap=options.softcap or 0.0,
+        )  # fmt: skip
+
+
+def _check(library: ctypes.CDLL, status: int) -> None:
     if status:
         error = ValueError if status == _BAD_ARGUMENT else RuntimeError
         raise error(f"fastattn: {library.fastattn_last_error().decode()}")

@@ -20,11 +20,11 @@ from fastattn import backends
 from fastattn.backends import cuda
 from fastattn.spec import make_spec
 from tests.support.attention_cases import BFLOAT, DTYPE_NAMES, HALF, make_qkv
-from tests.support.cuda_calls import CASES, DTYPES, KEYS, check_forward, make_inputs
+from tests.support.cuda_calls import CASES, DTYPES, KEYS, check_backward, check_forward, make_inputs
 from tests.support.cuda_model import SOURCES, compile_cpp
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU_SECONDS = 90  # for all cases, starting PyTorch and CUDA included
+GPU_SECONDS = 120  # for all cases, starting PyTorch and CUDA included
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler is installed"
@@ -39,6 +39,8 @@ INTERFACE = {
     "fastattn_last_error": 'const char* fastattn_last_error() { return ""; }',
     "fastattn_supported": "int fastattn_supported(int, int) { return 0; }",
     "fastattn_attention_forward": "int fastattn_attention_forward(const void*) { return 0; }",
+    "fastattn_backward_rows": "long long fastattn_backward_rows(const void*) { return 0; }",
+    "fastattn_attention_backward": "int fastattn_attention_backward(const void*) { return 0; }",
 }
 
 
@@ -122,7 +124,7 @@ REASONS = {  # options of gpu_spec, and the one reason against them
     "dropout": ({"dropout_p": 0.1}, "it has no dropout"),
     "served, offsets": ({"causal": True, "q_offset": on_gpu(1, dtype=torch.int32)}, None),
     "scale": ({"scale": -1.0}, "expects scale > 0, got -1"),
-    "gradient": ({"requires_grad": True}, "it has no gradient"),
+    "served, gradients": ({"requires_grad": True, "sinks": on_gpu(2)}, None),
     "columns first": (
         {"strides": (1024, 512, 1, 8)},
         "q: expected adjacent elements and rows of their own at multiples of 8",
@@ -166,7 +168,7 @@ def test_the_default_where_proven(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda, "PROVEN", {("float16", 64, True): digest, ("float16", 128, True): "another"})
     explanation = backends.explain(gpu_spec((9, 0), monkeypatch, causal=True))
     assert explanation.backend == "cuda" and "on record" not in str(explanation)
-    others = ({"softcap": 1.0}, {"window": (3, None)}, {"sinks": on_gpu(2)})
+    others = ({"softcap": 1.0}, {"window": (3, None)}, {"sinks": on_gpu(2)}, {"requires_grad": True})
     for options in ({"causal": False}, {"dtype": BFLOAT}, {"dims": (128, 128)}, *others):
         spec = gpu_spec((9, 0), monkeypatch, **{"causal": True, **options})
         assert backends.choose(spec) == "triton"
@@ -212,7 +214,16 @@ def compiled():
     return cuda_report.compile_source()
 
 
-KERNELS = [(name, dim, capped) for name in ("BFloat", "Half") for dim in cuda.HEAD_DIMS for capped in (False, True)]
+PASSES = {64: ("dkdv", "dq"), 128: ("dk", "dq", "dv"), 256: ("dk", "dq", "dv")}
+KERNELS = [
+    (name, dim, capped, what)
+    for name in ("BFloat", "Half")
+    for dim in cuda.HEAD_DIMS
+    for capped in (False, True)
+    for what in (*PASSES[dim], "forward")
+]
+SPILLED = {(256, True, "dq"): 32}
+"""head dim, softcap, pass -> bytes; the others spill nothing"""
 
 
 def test_compiled_without_spills_and_in_parallel(compiled):
@@ -221,16 +232,20 @@ def test_compiled_without_spills_and_in_parallel(compiled):
 
     assert not re.search(r"warning|serialized|\(C\d+\)", compiled[0], re.IGNORECASE)
     kernels = cuda_report.kernels(*compiled)
-    assert sorted((kernel.dtype, kernel.dim, kernel.capped) for kernel in kernels) == KERNELS
+    assert sorted((kernel.dtype, kernel.dim, kernel.capped, kernel.what) for kernel in kernels) == KERNELS
     for kernel in kernels:
-        assert kernel.registers == (128 if kernel.dim == 64 else 168)  # 512 or 384 threads share 65536
-        assert kernel.spilled == 0
+        four_groups = kernel.dim == 64 and kernel.what == "forward"
+        assert kernel.registers == (128 if four_groups else 168)  # 512 or 384 threads share 65536
+        spilled = SPILLED.get((kernel.dim, kernel.capped, kernel.what), 0)  # stores and loads
+        assert kernel.spilled <= 2 * spilled and (kernel.spilled > 0) == (spilled > 0)
+        if kernel.what != "forward":
+            continue
         row = cuda_report.row(kernel)
         assert row["keys"] == str(KEYS[kernel.dim])
         assert float(row["in turns"]) > float(row["in step"])
 
 
-def test_machine_code(compiled):
+def test_machine_code_of_the_forward_kernel(compiled):
     """D / 16 and keys / 16 products, in the loop and beside it, started four times and awaited four times: never one
     for another. Registers move once for each role; tiles come and go by TMA; nothing is in local memory.
     """
@@ -238,7 +253,9 @@ def test_machine_code(compiled):
 
     sections = cuda_report.sections(compiled[1])
     assert sorted(sections) == KERNELS
-    for (_, dim, _), section in sections.items():
+    for (_, dim, _, what), section in sections.items():
+        if what != "forward":
+            continue
 
         def count(name, section=section):
             return len(re.findall(name, section))
@@ -252,6 +269,25 @@ def test_machine_code(compiled):
         assert not re.search(r"\b(LDL|STL|LDGSTS)\b", section)
 
 
+def test_machine_code_of_the_backward_passes(compiled):
+    """The products of a tile stand in the code twice, beside the loop and in it, and never wait for one another."""
+    from benchmarks.tools import cuda_report
+
+    for (_, dim, capped, what), section in cuda_report.sections(compiled[1]).items():
+        if what == "forward":
+            continue
+
+        def count(name, section=section):
+            return len(re.findall(name, section))
+
+        passing = 32 if dim == 256 else 64
+        scores, sums = 1 if what == "dv" else 2, 2 if what == "dkdv" else 1
+        assert count(r"HGMMA\.64x") == 2 * (scores * dim // 16 + sums * passing // 16)
+        assert count(r"\.tnspB") == 2 * sums * passing // 16
+        assert count("USETMAXREG") == 2 and count("UTMASTG") == sums * (64 // passing) * dim // 64
+        assert (count(r"\b(LDL|STL)\b") > 0) == ((dim, capped, what) in SPILLED)
+
+
 # On a GPU
 
 
@@ -263,6 +299,7 @@ def gpu_outcomes():
             torch.manual_seed(0)
             qkv, bounds = make_inputs("cuda", lengths, dim=dim, dtype=dtype, **shapes)
             check_forward(*qkv, **bounds, **options)
+            check_backward(*qkv, **bounds, **options)
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
         print(json.dumps([f"{name}, {DTYPE_NAMES[dtype]}, {dim}", error]), flush=True)

@@ -15,7 +15,7 @@ from fastattn.backends import cuda
 from fastattn.spec import make_spec
 from tests.support import cuda_model
 from tests.support.attention_cases import DTYPE_NAMES, make_qkv, relayout
-from tests.support.cuda_calls import CASES, DTYPES, KEYS, check_forward, make_inputs
+from tests.support.cuda_calls import CASES, DTYPES, KEYS, check_backward, check_forward, make_inputs
 
 pytestmark = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler is installed"
@@ -274,6 +274,79 @@ def test_a_key_that_rows_do_not_see_may_be_nan(model):
     assert torch.equal(out[:, :, :100], clean[:, :, :100]) and out[:, :, 100:].isnan().all()
 
 
+# Gradients
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(model, name):
+    """dq, dk, dv and those of sinks, of gradients that flow in through out and lse."""
+    lengths, shapes, options = CASES[name]
+    number = list(CASES).index(name)
+    model.settings(seed=number)
+    qkv, bounds = make_inputs("cpu", lengths, dim=64, dtype=DTYPES[number % 2], **shapes)
+    check_backward(*qkv, **bounds, **options)
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("name", ["tails", "causal", "grouped heads, seven", "packed, offsets", "softcap"])
+def test_gradients_at_other_head_dims(model, name, dim):
+    lengths, shapes, options = CASES[name]
+    qkv, bounds = make_inputs("cpu", lengths, dim=dim, dtype=DTYPES[dim // 128 - 1], **shapes)
+    check_backward(*qkv, **bounds, **options)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 100])
+def test_gradients_do_not_depend_on_the_order(model, blocks):
+    """Of blocks, of heads that share a key head, of roles inside a block: bit for bit."""
+    q, k, v = make_qkv("cpu", (130, 150), dims=(64, 64), heads=(2, 1))
+    dout, results = torch.randn_like(q), []
+    for seed in range(3):
+        model.settings(seed, blocks)
+        results.append(check_backward(q, k, v, dout=dout, lse_gradient=False, causal=True))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("layout_name", ["heads_last", "packed"])
+def test_gradients_of_other_strides(model, layout_name):
+    q, k, v = make_qkv("cpu", (70, 100), dims=(64, 64), heads=(2, 2), batch=2)
+    dout = relayout(torch.randn_like(q), layout_name)
+    check_backward(*(relayout(t, layout_name) for t in (q, k, v)), dout=dout, causal=True)
+
+
+def test_gradients_of_expanded_tensors(model):
+    """A gradient that flows in from a sum has one element in memory."""
+    q, k, v = make_qkv("cpu", (9, 100), dims=(64, 64), heads=(2, 1))
+    k, v = (t.expand(-1, 2, -1, -1) for t in (k, v))
+    check_backward(q, k, v, dout=torch.ones((), dtype=q.dtype).expand(q.shape), lse_gradient=False)
+
+
+def test_gradients_without_queries(model):
+    for lengths in ((0, 70), (70, 0)):
+        results = check_backward(*make_qkv("cpu", lengths, dims=(64, 64)))
+        assert all((x == 0).all() for x in results)
+
+
+def test_no_gradient_from_beside_a_sequence(model):
+    """NaN in all of one sequence reaches no gradient of another."""
+    qkv, bounds = make_inputs("cpu", ([70, 40, 20], [50, 90, 33]), dim=64, heads=(2, 1))
+    dout = torch.randn(1, 2, qkv[0].shape[2], 64).to(qkv[0].dtype)
+    clean = check_backward(*qkv, **bounds, causal=True, dout=dout, lse_gradient=False)
+    others = ([*range(70), *range(110, 130)], *2 * [[*range(50), *range(140, 173)]])
+    for x, rows in zip((*qkv, dout), (slice(70, 110), *2 * [slice(50, 140)], slice(70, 110)), strict=True):
+        x[:, :, rows] = torch.nan
+    own = [t.detach().requires_grad_() for t in qkv]
+    out, _ = ops.attention(make_spec(*own, **bounds, causal=True), "cuda")
+    for x, y, rows in zip(torch.autograd.grad(out, own, dout), clean, others, strict=True):
+        assert torch.equal(x[:, :, rows], y[:, :, rows])
+
+
+def test_extreme_gradients(model):
+    """Weights of one key only, and scores whose powers overflow without the lse."""
+    q, k, v = make_qkv("cpu", (64, 100), dims=(64, 64))
+    check_backward(20 * q, 20 * k, v)
+
+
 FLAWED = ("packed, not all keys", "packed", "grouped heads", "grouped heads, seven")
 """by number of the mistake in what TMA is told: a case that it spoils"""
 
@@ -356,6 +429,29 @@ def test_errors_of_the_library_are_raised(model, monkeypatch):
         ops.attention(make_spec(q, k, v), "cuda")
 
 
+def backward_arguments(**changes):
+    """A call that the library accepts: no query and no key, so that nothing runs."""
+    return cuda.Backward(f=forward_arguments(kv_len=0), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"f": forward_arguments(scale=-0.5)}, "scale: expected more than 0, got -0.5"),
+        ({"f": forward_arguments()}, "q, k, v, out, dout, dq, dk, dv, rows: expected rows apart from one another at"),
+        ({"f": forward_arguments(kv_len=1), "rows": 8}, "at multiples of 16 bytes"),
+        ({"f": forward_arguments(q_len=1 << 30, batch=1 << 10)}, "at most 2^31 - 1 works of a block"),
+    ],
+    ids=["scale", "strides", "rows", "works"],
+)
+def test_the_library_refuses_a_backward_call(model, changes, text):
+    assert model.library.fastattn_attention_backward(ctypes.byref(backward_arguments())) == 0
+    arguments = cuda.Backward(**changes)
+    assert model.library.fastattn_attention_backward(ctypes.byref(arguments)) == 1
+    assert text in model.library.fastattn_last_error().decode()
+    assert model.library.fastattn_attention_backward(None) == 1
+
+
 # The order of events
 
 
@@ -374,6 +470,15 @@ def test_many_orders(model, dim):
         assert outcome.report == "", (outcome.text, outcome.schedule)
 
 
+@pytest.mark.parametrize("dim", cuda.HEAD_DIMS)
+def test_many_orders_of_the_backward_passes(model, dim):
+    model.settings(blocks=1)
+    check_backward(*make_qkv("cpu", (260, 300), dims=(dim, dim), heads=(1, 1)), causal=True)
+    for kernel, seed in itertools.product(range(model.kernels()), range(30)):
+        outcome = model.wander(seed, kernel)
+        assert outcome.report == "", (outcome.text, outcome.schedule)
+
+
 def test_mistakes(model):
     """The model finds each, and reports what it is."""
     cuda_model.call_mutated(model)
@@ -383,6 +488,15 @@ def test_mistakes(model):
         outcome = model.search(number)
         assert (mistake, outcome.report) == (mistake, report)
         assert outcome.text and (outcome.schedule or not outcome.states)
+
+
+def test_mistakes_in_a_backward_pass(model):
+    cuda_model.call_mutated_pass(model)
+    mutations = model.mutations()
+    assert len(mutations) >= 25 and len({mistake for mistake, _ in mutations}) == len(mutations)
+    for number, (mistake, report) in enumerate(mutations):
+        outcome = model.search(number)
+        assert (mistake, outcome.report) == (mistake, report)
 
 
 @pytest.mark.parametrize("dim", [64, 256])

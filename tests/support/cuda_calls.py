@@ -16,7 +16,10 @@ KEYS = {64: 128, 128: 128, 256: 64}
 
 def specification(spec, dtype):
     q, k, v = (t.detach().to(dtype) for t in (spec.q, spec.k, spec.v))
-    sinks = None if spec.sinks is None else spec.sinks.to(dtype)
+    return reference_call(spec, q, k, v, None if spec.sinks is None else spec.sinks.to(dtype))
+
+
+def reference_call(spec, q, k, v, sinks):
     packed = {"cu_seqlens_q": spec.cu_seqlens_q, "cu_seqlens_k": spec.cu_seqlens_k, "seqused_k": spec.seqused_k}
     offsets = spec.q_offset_tensor
     return reference.attention(
@@ -61,6 +64,36 @@ def check_forward(q, k, v, sinks=None, **options):
     assert_parity(out, expected_out, specification(spec, q.dtype)[0], "out")
     assert_parity(lse, expected_lse, specification(spec, torch.float32)[1], "lse")
     return out
+
+
+def check_backward(q, k, v, sinks=None, dout=None, lse_gradient=True, **options):
+    """(dq, dk, dv, dsinks) of the backend "cuda", held to the rule; ``dsinks`` is None where there is no sink.
+
+    ``dout`` (B, Hq, Lq, D), or one at random; with ``lse_gradient`` another one flows in through lse.
+    """
+    if isinstance(options.get("q_offset"), tuple):
+        options["q_offset"] = torch.tensor(options["q_offset"], device=q.device)
+    own = [t.detach().requires_grad_() for t in (q, k, v)]
+    if sinks is not None:
+        own.append(torch.tensor(sinks, device=q.device, dtype=torch.float32).requires_grad_())
+    spec = make_spec(*own[:3], return_lse=True, sinks=own[3] if len(own) > 3 else None, **options)
+    out, lse = ops.attention(spec, "cuda")
+    seen = lse.detach() != -torch.inf
+    dout = torch.randn_like(out) if dout is None else dout
+    dlse = torch.randn_like(lse) if lse_gradient else torch.zeros_like(lse)
+
+    def gradients(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in own]
+        results = reference_call(spec, *leaves[:3], leaves[3] if len(leaves) > 3 else None)
+        given = (dout.to(dtype), (dlse * seen).to(dtype))
+        return torch.autograd.grad(results, leaves, given)
+
+    given = (dout, dlse * seen) if lse_gradient else (dout,)
+    actual = torch.autograd.grad((out, lse) if lse_gradient else (out,), own, given)
+    expected, eager = gradients(torch.float64), gradients(q.dtype)
+    for name, x, y, z in zip(("dq", "dk", "dv", "dsinks"), actual, expected, eager, strict=False):
+        assert_parity(x, y, z, name)
+    return actual
 
 
 # Name -> lengths, others of make_inputs, arguments of the function. Tails, several tiles, rows that see nothing.

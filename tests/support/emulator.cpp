@@ -1,64 +1,122 @@
-// The forward kernel without a GPU: csrc/cuda/forward.cuh on a model of the hardware (hopper/), behind the C interface of
-// the library. What breaks a rule of the machine is an error of the call, which names it.
+// The kernels without a GPU: csrc/cuda/forward.cuh and backward.cuh on a model of the hardware (hopper/), behind the C
+// interface of the library. What breaks a rule of the machine is an error of the call, which names it.
 #include <cstdlib>
 #include <cstring>
 
 #include "hopper/machine.h"
-#include "hopper/mutations.h"
+#include "hopper/pass_mutations.h"
+#include "library.cuh"
 
 namespace fastattn {
 
 static uint64_t seed = 0;
 static int most_blocks = 2;
-static hopper::Program recorded;  // of the last call's first block
+static std::vector<hopper::Program> recorded;  // of the last call's kernels, their first blocks
 static int query_cells, tile_cells;
+static bool backward;  // of the last call
+
+static std::vector<hopper::Mutation> mutations() {
+  return backward ? hopper::pass_mutations() : hopper::mutations(query_cells, tile_cells);
+}
+
+static void name_stage(hopper::Program& program, int barrier, const char* what, int stage) {
+  program.barriers[barrier] = what + std::string("[") + std::to_string(stage) + "]";
+}
+
+// Every block of a kernel, one after the other; `body(machine, role)` is what a role does.
+template <class S, class Own, class Call, class Body>
+static void run(const Call& plan, Body body) {
+  const int blocks = std::min(plan.works, most_blocks);
+  for (int number = 0; number < blocks; ++number) {
+    const bool half = plan.f.dtype == FASTATTN_FLOAT16;
+    hopper::Block block(half, number, blocks, 1 + S::kConsumers, S::kBarrierPlace, seed + number);
+    std::vector<hopper::Machine<S, Own, Call>> machines;
+    machines.reserve(block.groups);
+    std::vector<std::function<void()>> bodies;
+    for (int role = 0; role < block.groups; ++role) {
+      machines.emplace_back(block, plan, role);
+      bodies.push_back([&body, role, &machine = machines.back()] { body(machine, role); });
+    }
+    block.run(bodies);
+    if (number > 0) continue;
+    hopper::Program program;
+    program.groups = block.groups;
+    program.traces = block.traces;
+    for (int role = 0; role < block.groups; ++role) program.needed[role] = block.state.roles[role].needed;
+    program.barriers.resize(S::kBarriers);
+    recorded.push_back(program);
+  }
+}
 
 template <class S>
 static void run(const FastattnForward& f) {
   const Plan plan = make_plan(f);
-  const int blocks = std::min(plan.works, most_blocks);
-  for (int number = 0; number < blocks; ++number) {
-    hopper::Block block(plan, number, blocks, 1 + S::kConsumers, S::kTiles, seed + number);
-    std::vector<hopper::Machine<S>> machines;
-    machines.reserve(block.groups);
-    std::vector<std::function<void()>> bodies;
-    for (int role = 0; role < block.groups; ++role) {
-      machines.emplace_back(block, role);
-      bodies.push_back([&plan, role, &machine = machines.back()] { attend<S>(machine, plan, role); });
-    }
-    block.run(bodies);
-    if (number > 0) continue;
-    recorded = {};
-    recorded.groups = block.groups;
-    recorded.traces = block.traces;
-    for (int role = 0; role < block.groups; ++role) recorded.needed[role] = block.state.roles[role].needed;
-    recorded.barriers.resize(S::kBarriers);
-    const auto name = [](int barrier, std::string text) { recorded.barriers[barrier] = std::move(text); };
-    name(S::kFullQueries, "full q");
-    name(S::kFreeQueries, "free q");
-    for (int s = 0; s < S::kStages; ++s) {
-      const std::string stage = "[" + std::to_string(s) + "]";
-      name(S::full_keys(s), "full k" + stage);
-      name(S::free_keys(s), "free k" + stage);
-      name(S::full_values(s), "full v" + stage);
-      name(S::free_values(s), "free v" + stage);
-    }
-    query_cells = S::kQueryBytes / 1024;
-    tile_cells = S::kTileBytes / 1024;
+  run<S, Registers<S, hopper::Tracked>>(plan, [&](auto& machine, int role) { attend<S>(machine, plan, role); });
+  hopper::Program& program = recorded.back();
+  program.barriers[S::kFullQueries] = "full q";
+  program.barriers[S::kFreeQueries] = "free q";
+  for (int s = 0; s < S::kStages; ++s) {
+    name_stage(program, S::full_keys(s), "full k", s);
+    name_stage(program, S::free_keys(s), "free k", s);
+    name_stage(program, S::full_values(s), "full v", s);
+    name_stage(program, S::free_values(s), "free v", s);
+  }
+  query_cells = S::kQueryBytes / 1024;
+  tile_cells = S::kTileBytes / 1024;
+}
+
+template <int D, Pass kPass>
+static void run(const FastattnBackward& b) {
+  using S = PassShape<D, kPass>;
+  const PassPlan plan = make_plan<S>(b);
+  if (plan.works == 0) return;
+  run<S, PassRegisters<S, hopper::Tracked>>(plan, [&](auto& machine, int role) { run_pass<S>(machine, plan, role); });
+  hopper::Program& program = recorded.back();
+  program.barriers[S::kFullOwn] = "full own";
+  program.barriers[S::kFreeOwn] = "free own";
+  for (int s = 0; s < S::kStages; ++s) {
+    name_stage(program, S::full(s), "full", s);
+    name_stage(program, S::free(s), "free", s);
   }
 }
 
-int launch(const FastattnForward& f) {
+template <int D>
+static void run(const FastattnBackward& b) {
+  using S = PassShape<D, kQueriesAlone>;
+  const PassPlan plan = make_plan<S>(b);
+  for (int64_t index = 0; index < count_row_works(b.f); ++index) {
+    hopper::Block block(b.f.dtype == FASTATTN_FLOAT16, 0, 1, 2, 0, 0);
+    hopper::Machine<S, RowRegisters, PassPlan> machine(block, plan, 1);
+    prepare_rows(machine, b, int(index));
+  }
+  if constexpr (D > 64) {
+    run<D, kKeysAlone>(b);
+    run<D, kValuesAlone>(b);
+  } else {
+    run<D, kKeysAndValues>(b);
+  }
+  run<D, kQueriesAlone>(b);
+}
+
+template <class Call>
+static int emulate(const Call& call, const FastattnForward& f) {
   if (f.device < 0) return fail(FASTATTN_CUDA_ERROR, "CUDA: %s", "invalid device ordinal");
   try {
-    f.head_dim == 64    ? run<Shape<64>>(f)
-    : f.head_dim == 128 ? run<Shape<128>>(f)
-                        : run<Shape<256>>(f);
+    recorded.clear();
+    backward = std::is_same_v<Call, FastattnBackward>;
+    if constexpr (std::is_same_v<Call, FastattnForward>) {
+      f.head_dim == 64 ? run<Shape<64>>(f) : f.head_dim == 128 ? run<Shape<128>>(f) : run<Shape<256>>(f);
+    } else {
+      f.head_dim == 64 ? run<64>(call) : f.head_dim == 128 ? run<128>(call) : run<256>(call);
+    }
   } catch (const hopper::Report& report) {
     return fail(FASTATTN_CUDA_ERROR, "model: %s: %s", report.kind.c_str(), report.text.c_str());
   }
   return FASTATTN_OK;
 }
+
+int launch(const FastattnForward& f) { return emulate(f, f); }
+int launch(const FastattnBackward& b) { return emulate(b, b.f); }
 
 }  // namespace fastattn
 
@@ -72,18 +130,21 @@ int emulator_flaw(int flaw) {
   return hopper::kFlaws;
 }
 
-// Explore the first block of the last call: with mutation `mutation` or, below 0, as it is; up to `limit` states by
-// search, or for a seed of 0 and more one order at random. The kind of report, the states, whether these are all, the
-// report and the schedule that led to it, separated by tabs.
-const char* emulator_explore(int mutation, long limit, long seed) {
+// Explore the first block of kernel `kernel` of the last call: with mutation `mutation` or, below 0, as it is; up to
+// `limit` states by search, or for a seed of 0 and more one order at random. The kind of report, the states, whether these
+// are all, the report and the schedule that led to it, separated by tabs.
+const char* emulator_explore(int kernel, int mutation, long limit, long seed) {
   static std::string text;
-  hopper::Program program = fastattn::recorded;
+  hopper::Program program = fastattn::recorded.at(kernel);
   hopper::Outcome outcome;
   try {
-    if (mutation >= 0) hopper::mutations(fastattn::query_cells, fastattn::tile_cells).at(mutation).make(program);
+    if (mutation >= 0) fastattn::mutations().at(mutation).make(program);
     program.complete();
-    hopper::Explorer explorer(program);
-    outcome = seed < 0 ? explorer.search(limit) : explorer.wander(uint64_t(seed));
+    const auto explore = [&](auto explorer) {
+      return seed < 0 ? explorer.search(limit) : explorer.wander(uint64_t(seed));
+    };
+    outcome = program.weights.size() <= 24 ? explore(hopper::Explorer<24>(program))
+                                           : explore(hopper::Explorer<64>(program));
   } catch (const hopper::Report& report) {
     outcome.found = true;
     outcome.report = report;
@@ -92,11 +153,12 @@ const char* emulator_explore(int mutation, long limit, long seed) {
          outcome.report.text + "\t" + outcome.schedule;
   return text.c_str();
 }
+int emulator_kernels() { return int(fastattn::recorded.size()); }
 
-// Its mistake and the report it must give, separated by a tab; empty past the last one.
+// Its mistake, for the last call's pass, and the report it must give, separated by a tab; empty past the last one.
 const char* emulator_mutation(int number) {
   static std::string text;
-  const auto all = hopper::mutations(fastattn::query_cells, fastattn::tile_cells);
+  const auto all = fastattn::mutations();
   text = number < int(all.size()) ? std::string(all[number].mistake) + "\t" + all[number].report : "";
   return text.c_str();
 }

@@ -14,8 +14,6 @@
 
 namespace hopper {
 
-constexpr int kClasses = 24;  // cells of shared memory that the operations distinguish
-
 struct Program {
   int groups = 0;  // warp groups of the block
   std::array<Trace, kRoles> traces;
@@ -42,7 +40,6 @@ struct Program {
       weights.resize(classes.size());
       ++weights[found->second];
     }
-    if (classes.size() > kClasses) throw Report{"model", "more than " + std::to_string(kClasses) + " kinds of cells"};
     for (Trace& trace : traces) {
       for (Op& op : trace) {
         std::vector<uint8_t> merged;
@@ -63,9 +60,13 @@ struct Outcome {
   std::string schedule;
 };
 
+// `kClasses`: cells of shared memory that the operations distinguish, at most.
+template <int kClasses>
 class Explorer {
  public:
-  explicit Explorer(Program& program) : program_(program) {}
+  explicit Explorer(Program& program) : program_(program) {
+    if (program.weights.size() > kClasses) throw Report{"model", "too many kinds of cells"};
+  }
 
   // Depth first, up to `limit` states.
   Outcome search(long limit) {

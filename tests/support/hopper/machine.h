@@ -1,4 +1,4 @@
-// A Machine of csrc/cuda/forward.cuh: numbers and addresses as the hardware has them, one fiber for each warp group.
+// A Machine of csrc/cuda/forward.cuh and backward.cuh: numbers and addresses as the hardware has them, one fiber for each warp group.
 //
 // What the instructions do is written here a second time, from the PTX ISA and independently of csrc/cuda/layout.cuh:
 // how a descriptor addresses shared memory, where TMA puts a box, where the elements of a fragment are. Shared memory
@@ -15,8 +15,8 @@
 #include <set>
 
 #include "box.h"
+#include "backward.cuh"
 #include "explore.h"
-#include "forward.cuh"
 #include "numbers.h"
 
 namespace hopper {
@@ -25,6 +25,7 @@ inline int touched = 0;  // arrays of registers that were used since the last lo
 
 template <class T, int N, int kBit>
 struct Tracked {
+  static constexpr int kBits = kBit, kSize = N;
   T at[N];
   T& operator[](int i) {
     touched |= kBit;
@@ -35,7 +36,6 @@ struct Tracked {
 // One block while it runs. Roles are fibers; whenever another could notice what one does, chance says who goes on.
 class Block {
  public:
-  const fastattn::Plan& plan;
   const bool half;
   const int number, count, groups;  // of blocks; of warp groups
   std::vector<uint8_t> memory;
@@ -43,8 +43,8 @@ class Block {
   std::array<Trace, kRoles> traces;
   std::array<std::vector<std::pair<int, std::function<void()>>>, kMbarriers> loads;  // bytes, and what TMA does
 
-  Block(const fastattn::Plan& plan, int number, int count, int groups, size_t bytes, uint64_t seed)
-      : plan(plan), half(plan.f.dtype == FASTATTN_FLOAT16), number(number), count(count), groups(groups),
+  Block(bool half, int number, int count, int groups, size_t bytes, uint64_t seed)
+      : half(half), number(number), count(count), groups(groups),
         memory(kBase + bytes, 0xFF), state(groups), random_(seed) {}
 
   void run(const std::vector<std::function<void()>>& bodies) {
@@ -129,12 +129,12 @@ class Block {
 };
 
 // One role of the block: a warp group.
-template <class Shape>
+template <class Shape, class Own, class Plan>
 class Machine {
  public:
-  using Registers = fastattn::Registers<Shape, Tracked>;
+  using Registers = Own;
 
-  Machine(Block& block, int role) : block_(block), role_(role), threads_(role == 0 ? 0 : kRoleThreads) {
+  Machine(Block& block, const Plan& plan, int role) : block_(block), plan_(plan), role_(role), threads_(role == 0 ? 0 : kRoleThreads) {
     if (role > 0) std::memset(static_cast<void*>(threads_.data()), 0xFF, threads_.size() * sizeof(Registers));
     for (size_t i = 0; i < threads_.size(); ++i) threads_[i].index = int(i);
     // Registers that hold no values of the loop are not counted.
@@ -144,13 +144,15 @@ class Machine {
   uint32_t shared() const { return kBase; }
   int block() const { return block_.number; }
   int blocks() const { return block_.count; }
-  bool capped() const { return block_.plan.f.softcap > 0.0f; }
+  bool capped() const { return plan_.f.softcap > 0.0f; }
 
   template <class F>
   void each(F f) {
     touched = 0;
     written_.clear();
+    got_.clear();
     for (auto& thread : threads_) f(thread);
+    if (!got_.empty()) perform({Kind::kGet, 0, 0, 0, {got_.begin(), got_.end()}});
     if (touched) perform({Kind::kTouch, 0, 0, touched});
     if (!written_.empty()) perform({Kind::kPut, 0, 0, 0, {written_.begin(), written_.end()}, 1});
   }
@@ -175,8 +177,16 @@ class Machine {
     block_.loads[barrier].emplace_back(bytes, [this, box] { box.copy(block_.memory, true); });
     perform({Kind::kLoad, barrier, bytes, 0, box.cells(), box.content()});
   }
-  void store(uint32_t from, int column, const fastattn::Place& place) {
-    const Box box = box_of(fastattn::kOut, from, column, place);
+  void copy(uint32_t to, const void* from, uint32_t bytes, int barrier) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) throw Report{"bad address", "a bulk copy by 16 bytes"};
+    check(to, 16);
+    check(to + bytes - 4, 4);
+    block_.loads[barrier].emplace_back(
+        int(bytes), [this, to, from, bytes] { std::memcpy(&block_.memory[to], from, bytes); });
+    perform({Kind::kLoad, barrier, int(bytes), 0, {cell(to)}, uint64_t(reinterpret_cast<uintptr_t>(from))});
+  }
+  void store(fastattn::Operand operand, uint32_t from, int column, const fastattn::Place& place) {
+    const Box box = box_of(operand, from, column, place);
     stores_.push_back(box);
     perform({Kind::kStore, 0, 0, 0, box.cells()});
   }
@@ -190,21 +200,28 @@ class Machine {
     std::memcpy(&block_.memory[to], &value, 4);
     written_.insert(cell(to));
   }
-
-  void begin_scores() { perform({Kind::kFence}); }
-  void begin_values() { perform({Kind::kFence}); }
-  void scores(uint64_t a, uint64_t b, bool add) {
-    read_k_major(a, 64);
-    read_k_major(b, Shape::kKeys);
-    registers_ |= fastattn::kScores;
-    products_.push_back({committed_ + 1, [=] { multiply_scores(a, b, add); }});
+  void get(uint32_t from, float (&values)[4]) {
+    check(from, 16);
+    std::memcpy(values, &block_.memory[from], 16);
+    got_.insert(cell(from));
   }
-  void values(int k, uint64_t b) {
-    for (int row = 0; row < Shape::kDim; row += 64) {
+
+  template <class... Arrays>
+  void begin(Arrays Own::*...) { perform({Kind::kFence}); }
+  template <class To>
+  void scores(To Own::*to, uint64_t a, uint64_t b, bool add) {
+    read_k_major(a, 64);
+    read_k_major(b, 2 * To::kSize);
+    registers_ |= To::kBits;
+    products_.push_back({committed_ + 1, [=] { multiply_scores(to, a, b, add); }});
+  }
+  template <class To, class From>
+  void values(To Own::*to, From Own::*from, int k, uint64_t b) {
+    for (int row = 0; row < 2 * To::kSize; row += 64) {
       for (int column = 0; column < 16; column += 8) reads_.insert(cell(mn_major(b, row, column)));
     }
-    registers_ |= fastattn::kWeights | fastattn::kOutput;
-    products_.push_back({committed_ + 1, [=] { multiply_values(k, b); }});
+    registers_ |= To::kBits | From::kBits;
+    products_.push_back({committed_ + 1, [=] { multiply_values(to, from, k, b); }});
   }
   void commit() {
     perform({Kind::kProduct, 0, 0, registers_, {reads_.begin(), reads_.end()}});
@@ -213,8 +230,8 @@ class Machine {
     ++committed_;
     perform({Kind::kCommit});
   }
-  template <int N>
-  void finish(std::integral_constant<int, N>) {
+  template <int N, class... Arrays>
+  void finish(std::integral_constant<int, N>, Arrays Own::*...) {
     size_t done = 0;
     for (; done < products_.size() && products_[done].group <= committed_ - N; ++done) products_[done].carry_out();
     products_.erase(products_.begin(), products_.begin() + done);
@@ -222,11 +239,17 @@ class Machine {
   }
 
   int again(int x) { return x; }
-  void quad_max() {
-    quads([](auto& t) { return t.peak; }, [](float a, float b) { return fmaxf(a, b); });
+  template <class Array>
+  void quad_max(Array Own::*array) {
+    quads(array, [](float a, float b) { return fmaxf(a, b); });
   }
-  void quad_sum() {
-    quads([](auto& t) { return t.sum; }, [](float a, float b) { return a + b; });
+  template <class Array>
+  void quad_sum(Array Own::*array) {
+    quads(array, [](float a, float b) { return a + b; });
+  }
+  void elements(const uint16_t* from, float (&x)[8]) const {
+    if (reinterpret_cast<uintptr_t>(from) % 16) throw Report{"bad address", "16 bytes of global memory"};
+    for (int i = 0; i < 8; ++i) x[i] = widen(from[i], block_.half);
   }
   float exp2(float x) { return exp2f(x); }
   float log2(float x) { return log2f(x); }
@@ -240,9 +263,10 @@ class Machine {
   };
 
   Block& block_;
+  const Plan& plan_;
   int role_;
   std::vector<Registers> threads_;
-  std::set<uint8_t> reads_, written_;
+  std::set<uint8_t> reads_, written_, got_;
   std::vector<Product> products_;
   std::vector<Box> stores_;
   int registers_ = 0, committed_ = 0;
@@ -256,11 +280,15 @@ class Machine {
   }
   uint8_t cell(uint32_t address) const {
     check(address, 1);
-    return uint8_t((address - kBase) / 1024);
+    const uint32_t at = address - kBase;
+    if constexpr (Shape::kBarrierPlace > Shape::kTiles) {  // columns: a cell for each stage
+      if (at >= Shape::kTiles) return uint8_t(Shape::kTiles / 1024 + (at - Shape::kTiles) / Shape::kColumnBytes);
+    }
+    return uint8_t(at / 1024);
   }
 
   Box box_of(fastattn::Operand operand, uint32_t at, int column, const fastattn::Place& place) {
-    Box box = {operand, fastattn::operand_map<Shape>(block_.plan, operand), at, {}};
+    Box box = {operand, fastattn::operand_map<Shape>(plan_, operand), at, {}};
     const int64_t start[] = {column, 0, place.row, place.head, place.batch};
     std::copy(start, start + 5, box.start);
     check(at, 1024);
@@ -294,31 +322,33 @@ class Machine {
     return widen(bits, block_.half);
   }
 
-  void multiply_scores(uint64_t a, uint64_t b, bool add) {
-    static float left[64][16], right[16][Shape::kKeys];
+  template <class To>
+  void multiply_scores(To Own::*to, uint64_t a, uint64_t b, bool add) {
+    static float left[64][16], right[16][2 * To::kSize];
     for (int i = 0; i < 16; ++i) {
       for (int row = 0; row < 64; ++row) left[row][i] = element(k_major(a, row, i));
-      for (int row = 0; row < Shape::kKeys; ++row) right[i][row] = element(k_major(b, row, i));
+      for (int row = 0; row < 2 * To::kSize; ++row) right[i][row] = element(k_major(b, row, i));
     }
-    multiply(left, right, [](auto& t) { return t.s.at; }, add);
+    multiply(left, right, to, add);
   }
-  void multiply_values(int k, uint64_t b) {
-    static float left[64][16], right[16][Shape::kDim];
+  template <class To, class From>
+  void multiply_values(To Own::*to, From Own::*from, int k, uint64_t b) {
+    static float left[64][16], right[16][2 * To::kSize];
     for (int lane = 0; lane < kRoleThreads; ++lane) {
       const int row = lane / 32 * 16 + lane % 32 / 4, column = lane % 4 * 2;
       for (int j = 0; j < 8; ++j) {  // a0 to a7: two per register; rows alternate every two, columns every four
-        const uint32_t both = threads_[lane].p.at[4 * k + j / 2];
+        const uint32_t both = (threads_[lane].*from).at[4 * k + j / 2];
         left[row + (j / 2 % 2 ? 8 : 0)][column + (j >= 4 ? 8 : 0) + j % 2] =
             widen(uint16_t(both >> (j % 2 * 16)), block_.half);
       }
     }
     for (int i = 0; i < 16; ++i) {
-      for (int row = 0; row < Shape::kDim; ++row) right[i][row] = element(mn_major(b, row, i));
+      for (int row = 0; row < 2 * To::kSize; ++row) right[i][row] = element(mn_major(b, row, i));
     }
-    multiply(left, right, [](auto& t) { return t.o.at; }, true);
+    multiply(left, right, to, true);
   }
-  template <int kColumns, class F>
-  void multiply(const float (&left)[64][16], const float (&right)[16][kColumns], F accumulator, bool add) {
+  template <int kColumns, class To>
+  void multiply(const float (&left)[64][16], const float (&right)[16][kColumns], To Own::*to, bool add) {
     static float sums[64][kColumns];
     for (int row = 0; row < 64; ++row) {
       for (int column = 0; column < kColumns; ++column) sums[row][column] = 0.0f;
@@ -328,7 +358,7 @@ class Machine {
       }
     }
     for (int lane = 0; lane < kRoleThreads; ++lane) {
-      float* d = accumulator(threads_[lane]);
+      float* d = (threads_[lane].*to).at;
       for (int i = 0; i < kColumns / 2; ++i) {
         const int row = lane / 32 * 16 + lane % 32 / 4 + (i % 4 >= 2 ? 8 : 0);
         const float sum = sums[row][i / 4 * 8 + lane % 4 * 2 + i % 2];
@@ -338,12 +368,12 @@ class Machine {
   }
 
   template <class Array, class Combine>
-  void quads(Array array, Combine combine) {
+  void quads(Array Own::*array, Combine combine) {
     for (size_t first = 0; first < threads_.size(); first += 4) {
       for (int r = 0; r < 2; ++r) {
-        float result = array(threads_[first])[r];
-        for (int i = 1; i < 4; ++i) result = combine(result, array(threads_[first + i])[r]);
-        for (int i = 0; i < 4; ++i) array(threads_[first + i])[r] = result;
+        float result = (threads_[first].*array)[r];
+        for (int i = 1; i < 4; ++i) result = combine(result, (threads_[first + i].*array)[r]);
+        for (int i = 0; i < 4; ++i) (threads_[first + i].*array)[r] = result;
       }
     }
   }

@@ -19,6 +19,7 @@ enum class Kind : uint8_t {
   kStore,      // TMA, from `cells`
   kStored,     // what the stores read has been read
   kPut,        // ordinary stores of all threads to `cells`
+  kGet,        // ordinary loads of all threads from `cells`
   kProxy,      // fence.proxy.async by the threads that wrote
   kSync,       // named barrier, value: threads
   kSignal,     // the same without waiting
@@ -59,6 +60,7 @@ inline std::string text(const Op& op, const std::vector<std::string>& barriers) 
     case Kind::kStore: return "store";
     case Kind::kStored: return "wait for stores";
     case Kind::kPut: return "write shared memory";
+    case Kind::kGet: return "read shared memory";
     case Kind::kProxy: return "proxy fence";
     case Kind::kSync: return "bar.sync " + id + ", " + value;
     case Kind::kSignal: return "bar.arrive " + id + ", " + value;

@@ -57,7 +57,7 @@ struct Cell {
   uint32_t weight = 1;  // how many of 1024 bytes it stands for
   uint16_t writer = 0;  // component
   uint16_t written = 0, fence = 0;
-  std::array<uint16_t, 2 * kRoles> read{};  // by products and stores of each role
+  std::array<uint16_t, 3 * kRoles> read{};  // by products and stores of each role, and by its ordinary loads
   std::array<uint16_t, 3> unused{};
 };
 
@@ -130,6 +130,7 @@ struct State {
           cells[c].content = op.content;
         }
         break;
+      case Kind::kGet: get(r, op, record); break;
       case Kind::kProxy: ++role.fenced; break;
       case Kind::kSync: return sync(r, op);
       case Kind::kSignal: join(r, op); break;
@@ -240,7 +241,8 @@ struct State {
     for (int i = 0; i < kRoles; ++i) {
       // An ordinary write of one warp, beside those of the same group that may still multiply.
       const int ended = i == r && !asynchronous ? roles[r].together : clock.at[kProducts + i];
-      if (ended < cell.read[i] || clock.at[kStores + i] < cell.read[kRoles + i]) {
+      if (ended < cell.read[i] || clock.at[kStores + i] < cell.read[kRoles + i] ||
+          (i != r && clock.at[i] < cell.read[2 * kRoles + i])) {
         throw Report{"overwrite before release", "a reader is not known to have ended"};
       }
     }
@@ -271,6 +273,20 @@ struct State {
       cell.read[component - kProducts] = uint16_t(number);
       content += cell.content * cell.weight;
     }
+    compare(op, content, record);
+  }
+
+  void get(int r, Op& op, bool record) {
+    uint64_t content = 0;
+    for (uint8_t c : op.cells) {
+      after_write(r, cells[c], false, "read before arrival");
+      cells[c].read[2 * kRoles + r] = roles[r].clock.at[r];
+      content += cells[c].content * cells[c].weight;
+    }
+    compare(op, content, record);
+  }
+
+  static void compare(Op& op, uint64_t content, bool record) {
     if (record) op.content = content;
     else if (content != op.content) throw Report{"wrong tile", "reads what was meant for another product or store"};
   }
