@@ -16,14 +16,13 @@ from .dropout import dropout_row_keys
 from .gradients import delta_kernel, probabilities, tile_ds
 from .ranges import (
     first_key,
-    key_range,
     keys_of,
     locate,
     query_offset,
     query_range,
     row_count,
     rows_of,
-    skip_before,
+    seen_tiles,
     sparse_line,
     sparse_pool_tile,
     sparse_position,
@@ -104,9 +103,9 @@ def dkdv_kernel(
                 s, cap_gradient = finish_scores(
                     products, queries, cols, q_rows, kv_len, offset, terms, slope, batch, head, edge
                 )
-                s = hide_unseen(s, queries, cols, kv_len, offset, left, right, pool_tile, edge)
-                if STARTS and (EDGE or CHECK_FULL_TILES):
-                    s = tl.where(cols >= first_seen, s, float("-inf"))
+                s = hide_unseen(
+                    s, queries, cols, kv_len, offset, left, right, first_seen if STARTS else None, pool_tile, edge
+                )
                 dout_tile = load_tile(dout_ptr, row, dout_stride, q_rows, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV)
                 # What the first product does not need is read after it: it would hold registers meanwhile.
                 row_max, log_sum, delta = load_statistics(statistics_ptr + first_row, plane, rows, q_rows, EDGE == 1)
@@ -173,14 +172,9 @@ def dq_kernel(
     if dropout.seed is not None:
         k0, k1 = dropout_row_keys(dropout, batch, head, rows)
     offset = query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len)
-    start, edges_left, right_start, edges, inner_start, inners = key_range(
-        row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
+    first_seen, start, edges_left, right_start, edges, inner_start, inners = seen_tiles(
+        row, offset, left, right, q_len, kv_len, kv_start_ptr, batch, READS_SCORES, BLOCK_M, BLOCK_N
     )
-    if STARTS:
-        first_seen = first_key(kv_start_ptr, batch, kv_len)
-        start, edges_left, right_start, edges, inner_start, inners = skip_before(
-            first_seen, start, edges_left, right_start, edges, inner_start, inners, BLOCK_N
-        )
     if SPARSE:
         start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, row), BLOCK_N)
     q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)

@@ -176,9 +176,8 @@ def decode_kernel(
             s, _ = finish_scores(
                 s, queries, cols, q_rows, kv_len, offset, terms, slope, batch, heads[:, None], EDGE == 1, mask_start
             )
-            s = hide_unseen(s, queries, cols, kv_len, offset, left, right, None, EDGE == 1)
-            if kv_start_ptr is not None and EDGE:
-                s = tl.where(cols >= first_seen, s, float("-inf"))
+            first = None if kv_start_ptr is None else first_seen
+            s = hide_unseen(s, queries, cols, kv_len, offset, left, right, first, None, EDGE == 1)
             v_tile = load_keys(v, kv_head, page, slot, col, start, end, EDGE == 1, V_DIM, UNIT, BLOCK_N, BLOCK_DV)
             if v.scale is not None:  # before it: weights times a small scale would leave the range of float16
                 scales = load_scales(v, kv_head, page, slot, col, start, end, EDGE == 1, BLOCK_N)

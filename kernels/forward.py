@@ -8,15 +8,14 @@ from fastattn.spec.operands import Operands, Options
 
 from . import launch, replay
 from .dropout import dropout_keep, dropout_row_keys
+from .operands import Results
 from .ranges import (
-    first_key,
-    key_range,
     keys_of,
     locate,
     query_offset,
     row_count,
     rows_of,
-    skip_before,
+    seen_tiles,
     sparse_line,
     sparse_pool_tile,
     sparse_position,
@@ -45,7 +44,7 @@ RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    q, k, v, out, lse_ptr, statistics_ptr, terms, dropout, packed, sparse, q_offset_ptr, kv_start_ptr,
+    q, k, v, results, terms, dropout, packed, sparse, q_offset_ptr, kv_start_ptr,
     sequences, q_heads, group, q_len, kv_len, q_offset, left, right,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIPELINED: tl.constexpr,
@@ -59,9 +58,8 @@ def forward_kernel(
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
     SPARSE: tl.constexpr = sparse.lines is not None
-    STARTS: tl.constexpr = kv_start_ptr is not None
     # Causal, window and the first key also cut tiles that a block mask calls full.
-    CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None or STARTS)
+    CHECK_FULL_TILES: tl.constexpr = SPARSE and (left is not None or right is not None or kv_start_ptr is not None)
     tl.static_assert(not (PIPELINED and SPARSE), "expected no PIPELINED where a block mask says which tile is next")
     tile, tiles, batch, head = locate(tl.program_id(0), packed.q, sequences, q_heads, q_len, BLOCK_M)
     if right is not None and packed.q is None:
@@ -75,7 +73,7 @@ def forward_kernel(
     q_ptr, q_stride = head_rows(q, entry, head, q_first, UNIT)
     k_ptr, k_stride = head_rows(k, k_entry, head // group, k_first, UNIT)
     v_ptr, v_stride = head_rows(v, k_entry, head // group, k_first, UNIT)
-    out_ptr, out_stride = head_rows(out, entry, head, q_first, UNIT)
+    out_ptr, out_stride = head_rows(results.out, entry, head, q_first, UNIT)
     plane = row_count(packed, sequences, q_heads, q_len)
     first_row = (entry * q_heads + head) * q_len + q_first
     q_len = q_rows
@@ -88,20 +86,14 @@ def forward_kernel(
     if dropout.seed is not None:
         k0, k1 = dropout_row_keys(dropout, batch, head, rows)
     offset = query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len)
-    start, edges_left, right_start, edges, inner_start, inners = key_range(
-        row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
+    first_seen, start, edges_left, right_start, edges, inner_start, inners = seen_tiles(
+        row, offset, left, right, q_len, kv_len, kv_start_ptr, batch, READS_SCORES, BLOCK_M, BLOCK_N
     )
-    if STARTS:
-        first_seen = first_key(kv_start_ptr, batch, kv_len)
-        start, edges_left, right_start, edges, inner_start, inners = skip_before(
-            first_seen, start, edges_left, right_start, edges, inner_start, inners, BLOCK_N
-        )
     if SPARSE:
         start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, row), BLOCK_N)
     q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     acc, row_max, row_sum = empty_softmax(BLOCK_M, BLOCK_DV)
-    # Inner tiles; edge tiles; again, with care, if the result is not finite.
-    for PASS in tl.static_range(3):
+    for PASS in tl.static_range(3):  # inner tiles; edge tiles; again, with care, if the result is not finite
         count = inners if PASS == 0 else edges
         if PASS == 2:
             count, acc, row_max, row_sum = start_again(acc, row_max, row_sum, inners + edges)
@@ -126,14 +118,11 @@ def forward_kernel(
             edge: tl.constexpr = PASS > 0 or CHECK_FULL_TILES
             queries = rows[:, None]
             s, _ = finish_scores(products, queries, cols, q_len, kv_len, offset, terms, slope, batch, head, edge)
-            s = hide_unseen(s, queries, cols, kv_len, offset, left, right, pool_tile, edge)
-            if STARTS and (PASS > 0 or CHECK_FULL_TILES):
-                s = tl.where(cols >= first_seen, s, float("-inf"))
+            shown = None if kv_start_ptr is None else first_seen
+            s = hide_unseen(s, queries, cols, kv_len, offset, left, right, shown, pool_tile, edge)
             if PASS == 2:
                 s = lose_rows(s, load_tile(v_ptr, col, v_stride, kv_len, True, V_DIM, BLOCK_N, BLOCK_DV))
-            p, acc, row_max, row_sum = online_softmax(
-                s, acc, row_max, row_sum, terms, PASS > 0 or CHECK_FULL_TILES or READS_SCORES
-            )
+            p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, terms, edge or READS_SCORES)
             if dropout.seed is not None:
                 p = tl.where(dropout_keep(k0[:, None], k1[:, None], cols, dropout), p, 0.0)
             v_tile = load_tile(v_ptr, col, v_stride, kv_len, PASS > 0, V_DIM, BLOCK_N, BLOCK_DV)
@@ -151,8 +140,8 @@ def forward_kernel(
     acc = acc * ((1.0 if dropout.seed is None else dropout.keep_scale) / row_sum)[:, None]
     store_tile(out_ptr, acc, row, out_stride, q_len, V_DIM, BLOCK_M, BLOCK_DV)
     lse = natural(row_max, terms) + tl.log(row_sum) - shift
-    tl.store(lse_ptr + first_row + rows, tl.where(empty, float("-inf"), lse), mask=rows < q_len)
-    store_statistics(statistics_ptr + first_row, plane, rows, row_max, row_sum, rows < q_len)
+    tl.store(results.lse + first_row + rows, tl.where(empty, float("-inf"), lse), mask=rows < q_len)
+    store_statistics(results.statistics + first_row, plane, rows, row_max, row_sum, rows < q_len)
 
 
 @replay.replayed
@@ -174,9 +163,8 @@ def attention_forward(
         return
     with replay.on_device(q):
         arguments = (
-            *(launch.rows(x, unit) for x in (call.q, call.k, call.v, out)), lse, statistics, call.terms, call.dropout,
-            call.packed, launch.sparse(operands.block_mask), operands.q_offset_tensor,
-            operands.kv_start, *call.sizes,
-            unit, *call.constants, cfg.block_m, cfg.block_n, cfg.pipelined,
+            *(launch.rows(x, unit) for x in (call.q, call.k, call.v)), Results(launch.rows(out, unit), lse, statistics),
+            call.terms, call.dropout, call.packed, launch.sparse(operands.block_mask), operands.q_offset_tensor,
+            operands.kv_start, *call.sizes, unit, *call.constants, cfg.block_m, cfg.block_n, cfg.pipelined,
         )  # fmt: skip
         replay.start(forward_kernel, programs, arguments, cfg)

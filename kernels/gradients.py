@@ -65,7 +65,7 @@ def tile_ds(
     products = dot(q_tile, tl.trans(k_tile), None, PRECISION)
     queries = rows[:, None]
     s, cap_gradient = finish_scores(products, queries, cols, q_len, kv_len, offset, terms, slope, batch, head, CHECK)
-    s = hide_unseen(s, queries, cols, kv_len, offset, left, right, pool_tile, CHECK)
+    s = hide_unseen(s, queries, cols, kv_len, offset, left, right, None, pool_tile, CHECK)
     v_tile = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
     if CAREFUL:  # what they stand for is infinite in the rows that see them, by the probabilities of `delta_kernel`
         k_tile, v_tile = finite(k_tile), finite(v_tile)

@@ -17,6 +17,17 @@ class Rows(NamedTuple):
     """(batch, head, row) from `launch.encode_strides`"""
 
 
+class Results(NamedTuple):
+    """What the forward kernel fills."""
+
+    out: Any
+    """`Rows`"""
+    lse: Any
+    """float32 (batch, q_heads, rows), contiguous"""
+    statistics: Any
+    """float32 (2, batch, q_heads, rows), contiguous: see `scores.store_statistics`"""
+
+
 class Cache(NamedTuple):
     """The rows of a KV cache, of every page, slot and head."""
 

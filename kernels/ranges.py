@@ -137,6 +137,24 @@ def skip_before(first, start, edges_left, right_start, edges, inner_start, inner
 
 
 @triton.jit
+def seen_tiles(
+    row, offset, left, right, q_len, kv_len, kv_start_ptr, batch, READS_SCORES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(first key that takes part, 0 without ``kv_start_ptr``; and `key_range` from there on)."""
+    start, edges_left, right_start, edges, inner_start, inners = key_range(
+        row, offset, left, right, q_len, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
+    )
+    first = 0
+    if kv_start_ptr is not None:
+        first = first_key(kv_start_ptr, batch, kv_len)
+        start, edges_left, right_start, edges, inner_start, inners = skip_before(
+            first, start, edges_left, right_start, edges, inner_start, inners, BLOCK_N
+        )
+    return first, start, edges_left, right_start, edges, inner_start, inners
+
+
+@triton.jit
 def unseen_before(first, col, right_start, edges, inner_start, inners, BLOCK: tl.constexpr):
     """(right_start, edges, inners) of `query_range` for the key tile ``col``: none before ``first``, edges at it."""
     apart = col < first

@@ -104,10 +104,11 @@ def finish_scores(
 
 
 @triton.jit
-def hide_unseen(s, rows, cols, kv_len, offset, left, right, pool_tile, EDGE: tl.constexpr):
+def hide_unseen(s, rows, cols, kv_len, offset, left, right, first_seen, pool_tile, EDGE: tl.constexpr):
     """The scores of one tile, -inf where the block mask, causal, the window or the end of the keys forbids.
 
     ``EDGE`` tiles cross the border of what is visible or the end of a sequence; only they pay for comparing indices.
+    Keys before ``first_seen``, if that is not None, are hidden too.
     ``pool_tile`` points to the tile of a block mask in which these indices lie, or is None.
     """
     if pool_tile is not None:
@@ -119,6 +120,8 @@ def hide_unseen(s, rows, cols, kv_len, offset, left, right, pool_tile, EDGE: tl.
             s = tl.where(cols <= rows + offset + right, s, float("-inf"))
         if left is not None:
             s = tl.where(cols >= rows + offset - left, s, float("-inf"))
+        if first_seen is not None:
+            s = tl.where(cols >= first_seen, s, float("-inf"))
     return s
 
 

@@ -64,8 +64,12 @@ def prepare_bytes(results: int, scratch: int):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_that_a_process_grows_by():
-    peak = resident.peak(prepare_bytes, 20 << 20, 30 << 20)
-    assert 49 < peak < 58  # MiB; an interpreter has some free, and takes some of its own
+    """An interpreter has some free, and takes some of its own: so nearer to the sum than if a part were missed, or
+    counted twice.
+    """
+    results, scratch = 20, 30  # MiB
+    peak = resident.peak(prepare_bytes, results << 20, scratch << 20)
+    assert abs(peak - (results + scratch)) < min(results, scratch) / 2
 
 
 def test_blocks_of_short_calls_are_divided():

@@ -328,7 +328,9 @@ FAR_APART = """
     import mmap
     import torch
     from fastattn.testing import check_attention
+    from tests.support import quick_interpreter
 
+    quick_interpreter.install()
     FAR = (1 << 31) + 8
     memory = []
 

@@ -205,15 +205,10 @@ def test_inductor():
         assert_parity(*three, name, intermediate=three[1].abs().max().item())
 
 
-# Layers by name: how to make one, and its arguments at two lengths.
+# Layers by name: how to make one, and its arguments at two lengths. A Transformer contains both stacks and layers.
 LAYERS = {
     "MultiheadAttention": (lambda n: n.MultiheadAttention(32, 2), lambda x, y: (x, y, y)),
     "TransformerEncoderLayer": (lambda n: n.TransformerEncoderLayer(32, 2, 64), lambda x, y: (x,)),
-    "TransformerEncoder": (lambda n: n.TransformerEncoder(n.TransformerEncoderLayer(32, 2, 64), 2), lambda x, y: (x,)),
-    "TransformerDecoderLayer": (lambda n: n.TransformerDecoderLayer(32, 2, 64), lambda x, y: (x, y)),
-    "TransformerDecoder": (
-        lambda n: n.TransformerDecoder(n.TransformerDecoderLayer(32, 2, 64), 2), lambda x, y: (x, y)
-    ),
     "Transformer": (lambda n: n.Transformer(32, 2, 1, 1, 64), lambda x, y: (x, y)),
 }  # fmt: skip
 

@@ -79,10 +79,13 @@ def inside(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_second_derivatives_and_directions(case):
-    """gradgradcheck, directions against differences, and directions of gradients; all through lse also."""
+    """gradgradcheck, directions against differences, and directions of gradients; all through lse also.
+
+    One random direction for each input shows a wrong derivative; all of them, for some cases, also show where.
+    """
     function, learned = function_of_leaves(case)
     inputs = (*inside(case), *learned)
-    fast = len(learned) > 1
+    fast = case not in ("plain", "dropout", "bias")
     assert gradcheck(function, inputs, check_forward_ad=True, fast_mode=fast)
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True, fast_mode=fast)
 

@@ -261,3 +261,25 @@ def test_rooms_of_the_benchmarks(room):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks."):
                 assert node.module.split(".")[1] in ROOMS_OF_BENCHMARKS[room], f"{path} imports {node.module}"
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+LIMITS = {"forward_kernel": 25, "dkdv_kernel": 28, "dq_kernel": 28, "dbias_kernel": 28, "finish_scores": 14}
+"""The most arguments that these functions of kernels/ may take."""
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[0] != "examples"], ids=str)
+def test_no_file_has_more_than_400_lines(path):
+    assert len((ROOT / path).read_text().splitlines()) <= 400
+
+
+def test_kernels_are_short_and_take_named_groups():
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "kernels").glob("*.py")]
+    functions = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+    kernels = [node for name, node in functions.items() if name.endswith("_kernel")]
+    assert len(kernels) >= 5
+    for node in kernels:
+        assert (node.end_lineno or 0) - node.lineno < 100, node.name
+    for name, most in LIMITS.items():
+        assert len(functions[name].args.args) <= most, name
