@@ -53,7 +53,7 @@ class Data:
         text += " with uncommitted changes" if last["dirty"] == "yes" else ""
         text += f", {last['date'][:10]}."
         notes = {part for row in rows for part in row["note"].split("; ") if part}
-        notes = {part for part in notes if not part.startswith(("cannot", "backend"))}
+        notes = {part for part in notes if not part.startswith(("cannot", "backend", summary.RATIO))}
         text += "".join(f" {part[0].upper()}{part[1:]}." for part in sorted(notes))
         if last["gpu"] != "none" and any(row["digest"] != self.current for row in rows):
             text += " **Some rows are of older kernels than those of this checkout.**"
