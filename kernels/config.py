@@ -100,8 +100,8 @@ _CROWDED = {
     ),
 }  # fmt: skip
 
-AHEAD = {"sm_90": 2, "interpreter": 4}
-"""Where tiles of a mask or bias are loaded ahead: bytes of the largest numbers that shared memory has room for."""
+LARGEST_AHEAD = {"sm_90": 2, "interpreter": 4}
+"""Where tiles of a mask or bias are loaded ahead: bytes of the largest numbers for which shared memory has room."""
 
 # Where shared memory has no room for them beside the tiles of three stages.
 _AHEAD = {"sm_90": _table(dk={256: (32, 128, 8, 2)}, dq={256: (128, 16, 8, 3)})}

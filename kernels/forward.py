@@ -118,8 +118,8 @@ def forward_kernel(
             edge: tl.constexpr = PASS > 0 or CHECK_FULL_TILES
             queries = rows[:, None]
             s, _ = finish_scores(products, queries, cols, q_len, kv_len, offset, terms, slope, batch, head, edge)
-            shown = None if kv_start_ptr is None else first_seen
-            s = hide_unseen(s, queries, cols, kv_len, offset, left, right, shown, pool_tile, edge)
+            first = None if kv_start_ptr is None else first_seen
+            s = hide_unseen(s, queries, cols, kv_len, offset, left, right, first, pool_tile, edge)
             if PASS == 2:
                 s = lose_rows(s, load_tile(v_ptr, col, v_stride, kv_len, True, V_DIM, BLOCK_N, BLOCK_DV))
             p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, terms, edge or READS_SCORES)

@@ -101,9 +101,9 @@ def ahead(q: Tensor, operands: Operands) -> int | None:
     """`SCORES_UNIT` where the tiles of a mask or bias with a row per query are loaded ahead, as those of keys are.
 
     Its rows have to begin at multiples of as many elements. Shared memory has room for one of the two, of numbers as
-    small as `config.AHEAD` says, and beside a block mask, which takes more stages, for none.
+    small as `config.LARGEST_AHEAD` says, and beside a block mask, which takes more stages, for none.
     """
-    largest = config.AHEAD.get(architecture(q.device), 0)
+    largest = config.LARGEST_AHEAD.get(architecture(q.device), 0)
     if q.element_size() > largest or operands.block_mask:
         return None
     matrices = [x for x in (operands.mask, operands.bias) if x is not None and x.shape[2] != 1]
