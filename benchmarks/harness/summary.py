@@ -105,10 +105,10 @@ def figure(cell: Cell, column: str) -> str:
     return value if ratio is None else f"{value} ({ratio:.2f}x)"
 
 
-def table(rows: Sequence[Row], column: str = "p50_ms") -> list[list[str]]:
-    """Header and one line per problem, a column per length."""
+def table(rows: Sequence[Row], column: str = "p50_ms", lengths: Iterable[int] = ()) -> list[list[str]]:
+    """Header and one line per problem, a column per length: those given, else all that occur."""
     found = cells(rows)
-    lengths = sorted({cell.length for cell in found})
+    lengths = list(lengths) or sorted({cell.length for cell in found})
     lines: dict[str, dict[int, str]] = {}
     for cell in found:
         if entry := figure(cell, column):

@@ -20,6 +20,8 @@ from benchmarks.harness import results, summary
 from benchmarks.harness.provenance import ROOT, digest
 from benchmarks.harness.results import Row
 
+from .cpu_ratios import ratios
+
 COMMAND = "python -m benchmarks.tools.readme"
 MARKER = re.compile(r"(<!-- numbers:([a-z][a-z0-9-]*) -->)(.*?)(<!-- end -->)", re.DOTALL)
 NOTHING = "not measured yet"
@@ -91,6 +93,45 @@ def decode_cpu_block(data: Data) -> str:
     return block(summary.decode_table(rows), data.conditions(rows)) if rows else f"\n{NOTHING}\n"
 
 
+GAINS = {
+    "full, 1 thread": ("128", ("forward", "backward")),
+    "causal, 1 thread": ("128", ("forward", "backward")),
+    "window 256, 1 thread": ("64", ("backward",)),
+    "dropout 0.1, 1 thread": ("64", ("forward", "backward")),
+    "bias with gradient, 1 thread": ("64", ("backward",)),
+}
+"""Cases of the suite cpu that show what a user gains, in float32: the head dim and the passes of each."""
+GAIN_LENGTHS = ("128", "512", "1024")
+
+
+def cpu_gains_block(data: Data) -> str:
+    """A few lines of the suite cpu, in the order of GAINS."""
+    rows = [row for row in data.suite("cpu", gpu=False) if row["q_len"] in GAIN_LENGTHS and row["dtype"] == "fp32"]
+    tables, chosen = [], []
+    for case, (head_dim, modes) in GAINS.items():
+        for mode in modes:
+            found = [row for row in rows if (row["case"], row["head_dim"], row["mode"]) == (case, head_dim, mode)]
+            chosen += found
+            tables += summary.table(found, summary.column_of("cpu"), map(int, GAIN_LENGTHS))[1:]
+    if not chosen:
+        return f"\n{NOTHING}\n"
+    header = ["", *(f"L={length}" for length in GAIN_LENGTHS)]
+    return block([header, *tables], data.conditions(chosen))
+
+
+def cpu_ratios_block(data: Data) -> str:
+    rows = data.suite("cpu", gpu=False)
+    lines = ["```", *ratios(rows), "```", "", data.conditions(rows)] if rows else [NOTHING]
+    return "\n".join(["", "", *lines, ""])
+
+
+def generation_range(data: Data) -> str:
+    """The least and the greatest speed of a small Llama beside transformers' best cache, for a sentence."""
+    rows = [row for row in data.suite("generation", gpu=False) if row["case"].startswith("Llama")]
+    found = [ratio for cell in summary.cells(rows) if (ratio := cell.ratio(column="min_ms"))]
+    return f"{min(found):.1f} to {max(found):.1f} times" if found else NOTHING
+
+
 def overhead_block(data: Data) -> str:
     rows = data.suite("overhead", gpu=False)
     if not rows:
@@ -152,9 +193,12 @@ BLOCKS: dict[str, Callable[[Data], str]] = {
     "memory": suite_block("memory", gpu=True),
     "memory-cpu": suite_block("memory", gpu=False),
     "cpu": suite_block("cpu", gpu=False),
+    "cpu-gains": cpu_gains_block,
+    "cpu-ratios": cpu_ratios_block,
     "decode-cpu": decode_cpu_block,
     "generation": suite_block("generation", gpu=True),
     "generation-cpu": suite_block("generation", gpu=False),
+    "generation-range": generation_range,
     "huggingface": suite_block("huggingface", gpu=True),
     "huggingface-cpu": suite_block("huggingface", gpu=False),
     "overhead": overhead_block,
@@ -187,7 +231,7 @@ def render(text: str, data: Data) -> str:
 
 def pages(root: Path = ROOT) -> list[Path]:
     """Every text that may hold markers."""
-    patterns = ("*.md", "docs/**/*.md", "benchmarks/*.md", "examples/**/*.md")
+    patterns = ("*.md", "docs/**/*.md", "benchmarks/*.md", "csrc/**/*.md", "examples/**/*.md")
     found = [path for pattern in patterns for path in root.glob(pattern)]
     return sorted(path for path in found if MARKER.search(path.read_text(encoding="utf-8")))
 
