@@ -7,9 +7,13 @@ _OURS = {
     "alibi": "alibi_slopes",
     "attn_bias": "bias",
     "attn_mask": "mask (bool, True takes part) or bias (float, added)",
+    "block_table": "block_table of fastattn.attention_with_kvcache",
     "cache_seqlens": "cache_lens",
     "cu_seqlens": "cu_seqlens_q of fastattn.attention_varlen",
+    "cu_seqlens_q": "cu_seqlens_q of fastattn.attention_varlen",
+    "deterministic": "no argument, since the fused kernels always add up in one order",
     "dropout": "dropout_p",
+    "enable_gqa": "no argument, since shapes say how many query heads share a key head",
     "is_causal": "causal, with q_offset=0 for PyTorch's top-left order",
     "key_padding_mask": "mask, as valid[:, None, None, :] with True where a key takes part",
     "logits_soft_cap": "softcap",
@@ -24,6 +28,11 @@ _OURS = {
     "window_size": "window=(left, right), where None leaves a side open",
 }
 _PYTORCHS = {
+    **{
+        name: f"{name} of fastattn.attention"
+        for name in ("alibi_slopes", "backend", "block_mask", "q_offset", "return_lse", "sinks", "softcap", "window")
+    },
+    "attn_bias": "attn_mask",
     "bias": "attn_mask",
     "causal": "is_causal",
     "dropout": "dropout_p",
@@ -31,6 +40,7 @@ _PYTORCHS = {
     "mask": "attn_mask",
     "sm_scale": "scale",
     "softmax_scale": "scale",
+    "window_size": "window=(left, right) of fastattn.attention",
 }
 
 

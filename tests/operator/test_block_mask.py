@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastattn import BlockMask, attention, explain
-from fastattn.block_mask import BLOCK, dense_rows
+from fastattn.block_mask import BLOCK, BlockTensors, dense_rows
 from fastattn.kernels import config
 from fastattn.testing import check_attention
 from tests.support.attention_cases import BFLOAT, HALF, SINGLE
@@ -148,6 +148,17 @@ def test_repeats_are_bit_equal(device, backend):
         return [out, *torch.autograd.grad(out.sum(), leaves)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("field", BlockTensors._fields)
+def test_changed_in_place_before_the_backward_pass(device, backend, field):
+    """PyTorch's own error for saved tensors: gradients of another mask would be wrong in silence."""
+    block_mask = BlockMask.from_mask(random_mask(1, 1)).to(device)
+    leaves = [x.requires_grad_() for x in qkv(device)]
+    out = attention(*leaves, block_mask=block_mask, backend=backend)
+    getattr(block_mask.tensors, field).add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore")

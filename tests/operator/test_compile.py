@@ -168,6 +168,21 @@ def test_a_new_float_is_compiled_as_often_as_with_torch(name):
     assert ours == compilations(lambda x: F.scaled_dot_product_attention(q, k, v, scale=x))
 
 
+def test_a_new_scale_that_multiplies_q_does_not_compile_again():
+    """What the documentation advises for a scale that changes with every step: once fixed, once as a variable."""
+    q, k, v = make_qkv("cpu", (9, 9), dtype=SINGLE)
+
+    def call(scale):
+        return attention(q * scale, k, v, scale=1.0, causal=True)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(call, fullgraph=True, backend=counter)
+    for scale in (0.1, 0.2, 0.3, 0.4):
+        assert torch.equal(function(scale), call(scale))
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_a_scale_below_the_smallest_normal_number_is_refused(dynamic):
     """By the operators: a trace asks no symbolic number. PyTorch's own kernels take such a scale."""

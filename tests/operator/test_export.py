@@ -1,9 +1,11 @@
-"""torch.export of every public function and layer: one program for all batch sizes and lengths."""
+"""torch.export of every public function and layer: one program for all batch sizes and lengths. Also traces of calls."""
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
 from fastattn import attention, attention_varlen, attention_with_kvcache, scaled_dot_product_attention
@@ -119,6 +121,55 @@ def test_kv_cache(paged):
     cache = {0: ANY} if paged else {0: ANY, 1: ANY}
     dynamic = ({0: ANY, 2: ANY}, cache, cache, {0: ANY, 2: ANY}, {0: ANY, 2: ANY}, {0: ANY})
     check(Call(step), make, ((*dynamic, {0: ANY, 1: ANY}) if paged else dynamic,))
+
+
+# Fake tensors, whose values cannot be looked at although they say that they are on the CPU
+
+
+def packed_call(x, starts):
+    return attention_varlen(x, x, x, starts, causal=True)
+
+
+def cache_call(q, k_cache, v_cache, lens):
+    return attention_with_kvcache(q, k_cache, v_cache, q, q, cache_lens=lens), k_cache, v_cache
+
+
+def paged_call(q, k_cache, v_cache, lens, table):
+    return attention_with_kvcache(q, k_cache, v_cache, q, q, cache_lens=lens, block_table=table), k_cache, v_cache
+
+
+STARTS, LENS = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([3, 5])
+TABLE = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32)
+TRACED = {
+    "packed": (packed_call, lambda: (torch.randn(8, 2, 16), STARTS)),
+    "contiguous cache": (cache_call, lambda: (torch.randn(2, 2, 1, 16), *torch.randn(2, 2, 16, 2, 16), LENS)),
+    "paged cache": (paged_call, lambda: (torch.randn(2, 2, 1, 16), *torch.randn(2, 6, 8, 2, 16), LENS, TABLE)),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_fake_tensors(name):
+    function, make = TRACED[name]
+    args = make()
+    with FakeTensorMode() as mode:
+        fake = function(*map(mode.from_tensor, args))
+    for ours, expected in zip(*map(torch.utils._pytree.tree_leaves, (fake, function(*args))), strict=True):
+        assert (ours.shape, ours.stride(), ours.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("name", TRACED)
+def test_make_fx(name, mode):
+    """The graph computes what the call does, in the cache too."""
+    function, make = TRACED[name]
+    args = make()
+
+    def copies():
+        return [x.clone() for x in args]
+
+    graph = make_fx(function, tracing_mode=mode)(*copies())
+    for ours, expected in zip(*(torch.utils._pytree.tree_leaves(f(*copies())) for f in (graph, function)), strict=True):
+        assert torch.equal(ours, expected)
 
 
 # Layers

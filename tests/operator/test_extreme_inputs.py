@@ -101,9 +101,14 @@ def test_probabilities_sum_to_one(backend, case):
 def test_a_row_of_the_lowest_bias_weighs_its_keys_alike(backend):
     only_where_it_runs(backend)
     q, k, v = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
-    out = attention(q, k, v, bias=torch.full((4, 9), LOWEST), backend=backend)
+    bias = torch.full((4, 9), LOWEST)
+    out = attention(q, k, v, bias=bias, backend=backend)
     exact, eager = (x.mean(2, keepdim=True).expand_as(out) for x in (v.double(), v))
     assert_parity(out, exact, eager)
+    if backend != "torch":  # which has no lse
+        _, lse = attention(q, k, v, bias=bias, return_lse=True, backend=backend)
+        lowest = -2.3586574e38 if backend == "cpu" else LOWEST  # scores in base 2 end there, as documented
+        assert torch.equal(lse, torch.full_like(lse, lowest))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
