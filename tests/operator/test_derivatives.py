@@ -15,6 +15,8 @@ from fastattn.backends.reference.blockwise import BLOCK_ELEMENTS
 from fastattn.ops import torch_kernel
 from fastattn.spec import make_spec
 from fastattn.testing import assert_parity
+from fastattn.testing.calls import orders_of
+from fastattn.testing.rounding import effects
 from tests.support.attention_cases import DOUBLE, INF, SINGLE
 
 Q_LEN, KV_LEN, HEADS = 4, 5, 2
@@ -221,30 +223,49 @@ def defined_scalar(q, k, v):
     return reference.attention(q, k, v, right=0, q_offset=1, scale=3**-0.5)[0].square().sum()
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_torch_func(backend):
-    q, k, v = (x.detach() for x in leaves())
+# What torch.func computes -> (batch, call). A batch of many is judged as one result, so that luck evens out.
+TRANSFORMS = {
+    "grad of grad": (16, lambda f, q, t: torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum())(q)),
+    "jvp of grad": (16, lambda f, q, t: torch.func.jvp(torch.func.grad(f), (q,), (t,))[1]),
+    "grad of jvp": (16, lambda f, q, t: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (t,))[1])(q)),
+    "jvp": (16, lambda f, q, t: torch.func.jvp(f, (q,), (t,))[1]),
+    "hessian": (1, lambda f, q, t: torch.func.hessian(f)(q)),
+    "jacobian of a jacobian": (1, lambda f, q, t: torch.func.jacrev(torch.func.jacrev(f))(q)),
+}
+
+
+def results_of_transform(call, q, k, v, backend):
+    """Ours, the exact one, and those of eager PyTorch."""
     direction = torch.randn_like(q)
 
     def ours(q):
         return scalar(q, k.to(q.dtype), v.to(q.dtype), backend=backend)
 
-    def definition(q):
-        return defined_scalar(q, k.to(q.dtype), v.to(q.dtype))
+    def definition(order):
+        return lambda q: defined_scalar(q[..., order], k.to(q.dtype)[..., order], v.to(q.dtype))
 
-    calls = {
-        "grad": lambda f, q, t: torch.func.grad(f)(q),
-        "grad of grad": lambda f, q, t: torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum())(q),
-        "jvp": lambda f, q, t: torch.func.jvp(f, (q,), (t,))[1],
-        "jvp of grad": lambda f, q, t: torch.func.jvp(torch.func.grad(f), (q,), (t,))[1],
-        "grad of jvp": lambda f, q, t: torch.func.grad(lambda x: torch.func.jvp(f, (x,), (t,))[1])(q),
-        "hessian": lambda f, q, t: torch.func.hessian(f)(q),
-        "jacobian of a jacobian": lambda f, q, t: torch.func.jacrev(torch.func.jacrev(f))(q),
-    }
-    for name, call in calls.items():
-        actual, eager = (call(f, q.float(), direction.float()) for f in (ours, definition))
-        exact = call(definition, q, direction)
-        assert_parity(actual, exact, eager, name, intermediate=exact)
+    exact = call(definition(slice(None)), q, direction)
+    eager = [call(definition(order), q.float(), direction.float()) for order in orders_of(q.shape[-1], q.device)]
+    return call(ours, q.float(), direction.float()), exact, eager
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_torch_func(backend, name):
+    batch, call = TRANSFORMS[name]
+    actual, exact, eager = results_of_transform(call, *(x.detach() for x in leaves(batch=batch)), backend)
+    assert_parity(actual, exact, eager, name, intermediate=exact)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_torch_func_grad(backend):
+    """With what the rule grants a backward pass, which reads an output that was rounded."""
+    q, k, v = (x.detach() for x in leaves(batch=16))
+    results = results_of_transform(lambda f, q, t: torch.func.grad(f)(q), q, k, v, backend)
+    out, lse = attention(q, k, v, causal=True, return_lse=True, backend="reference")
+    stored = attention(q.float(), k.float(), v.float(), causal=True, backend=backend)
+    effect = effects({"q": q, "k": k, "v": v, "dout": 2.0 * out}, {"causal": True}, 0, out, lse, stored)["dq"]
+    assert_parity(*results, "grad", intermediate=effect.summed, stored=effect.stored)
 
 
 def test_vmap():

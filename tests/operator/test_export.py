@@ -1,4 +1,4 @@
-"""torch.export of every public function and layer: one program for all batch sizes and lengths. Also traces of calls."""
+"""torch.export of every public function and layer, one program for all batch sizes and lengths; and traces of calls."""
 
 import pytest
 import torch
