@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fastattn.nn as fnn
+from fastattn.integrations.vision import Converted
 from fastattn.nn.attention import adopt
 from fastattn.nn.hooks import unblock_fast_path
 
@@ -23,6 +25,22 @@ _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.TransformerEncoder: fnn.TransformerEncoder,
     nn.TransformerDecoder: fnn.TransformerDecoder,
     nn.Transformer: fnn.Transformer,
+}
+
+# Classes of other libraries, and where ours is. Its module is imported when a model holds one, so the library is there.
+_IN_LIBRARIES = {
+    "timm.layers.attention.Attention": ("timm", "Attention"),
+    "timm.models.vision_transformer.Attention": ("timm", "Attention"),  # before timm 1.0.17
+    "timm.models.swin_transformer.WindowAttention": ("timm", "WindowAttention"),
+    "timm.models.swin_transformer_v2.WindowAttention": ("timm", "WindowAttentionV2"),
+    "timm.models.maxxvit.AttentionCl": ("timm", "AttentionCl"),
+    "timm.models.maxxvit.Attention2d": ("timm", "Attention2d"),
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": ("torchvision", "ShiftedWindowAttention"),
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": ("torchvision", "ShiftedWindowAttentionV2"),
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": (
+        "torchvision",
+        "RelativePositionalMultiHeadAttention",
+    ),
 }
 
 
@@ -60,12 +78,16 @@ class ConversionReport:
 
 
 def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> ConversionReport:
-    """Replace torch.nn's MultiheadAttention and Transformer modules in `model` by fastattn's, in place.
+    """Replace the attention modules in `model` by fastattn's, in place.
+
+    That is torch.nn's MultiheadAttention and Transformer modules, and the attention of timm's ViT, Swin, Swin V2,
+    MaxViT and CoAtNet and of torchvision's Swin, Swin V2 and MaxViT.
 
     A module keeps its identity and all it holds: parameters, buffers, hooks, mode. Only its class changes, so an
     optimizer made before still trains it, modules used twice stay shared, and `model` itself may be one of them.
-    Subclasses of torch.nn's classes are skipped, since their code may not survive the change; modules inside them are
-    converted. Run it before wrappers that change classes themselves (FSDP2's `fully_shard`, parametrizations).
+    Subclasses of those classes are skipped, since their code may not survive the change; modules inside them are
+    converted. A class of timm or torchvision is skipped too where the installed version's code reads what ours does not
+    know. Run it before wrappers that change classes themselves (FSDP2's `fully_shard`, parametrizations).
     `torch.fx.symbolic_trace` records a converted layer as one call, as it does torch.nn's. `torch.jit.script` refuses
     them: script the model after `revert`, or use `torch.export`.
 
@@ -84,7 +106,7 @@ def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
         raise TypeError(f"convert: expected filter_fn to be callable or None, got {type(filter_fn).__name__}")
     converted, skipped, untouched = [], [], 0
     for name, module in model.named_modules():
-        if not isinstance(module, tuple(_PAIRS)):
+        if _known_base(type(module)) is None:
             if _calls_sdpa(type(module)):
                 skipped.append(ModuleRecord(name, _qualified_name(type(module)), _SDPA))
             else:
@@ -99,13 +121,13 @@ def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
         if isinstance(module, nn.MultiheadAttention):
             adopt(module)
         else:
-            module.__class__ = _PAIRS[type(module)]
+            module.__class__ = _ours(type(module))
         converted.append(ModuleRecord(name, kind, _qualified_name(type(module))))
     return ConversionReport(tuple(converted), tuple(skipped), untouched)
 
 
 def revert(model: nn.Module) -> ConversionReport:
-    """Undo `convert`: every fastattn MultiheadAttention or Transformer module in `model` gets torch.nn's class again.
+    """Undo `convert`: every module in `model` of fastattn's classes gets the class again that it stands for.
 
     That includes modules built from `fastattn.nn` directly. Subclasses of fastattn's classes are skipped.
 
@@ -116,37 +138,62 @@ def revert(model: nn.Module) -> ConversionReport:
     originals = {ours: theirs for theirs, ours in _PAIRS.items()}
     converted, skipped, untouched = [], [], 0
     for name, module in model.named_modules():
-        if not isinstance(module, tuple(_PAIRS)):
+        cls = type(module)
+        if _known_base(cls) is None:
             untouched += 1
             continue
-        cls = type(module)
-        if cls not in originals:
-            reason = "not a fastattn class" if cls in _PAIRS else "a subclass"
+        original = vars(cls).get("replaces") or originals.get(cls)
+        if original is None:
+            reason = "not a fastattn class" if _is_known(cls) else "a subclass"
             skipped.append(ModuleRecord(name, _qualified_name(cls), reason))
             continue
         if isinstance(module, nn.MultiheadAttention):
             unblock_fast_path(module)
-        module.__class__ = originals[cls]  # pyright: ignore[reportAttributeAccessIssue]
-        converted.append(ModuleRecord(name, _qualified_name(cls), _qualified_name(originals[cls])))
+        module.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]
+        converted.append(ModuleRecord(name, _qualified_name(cls), _qualified_name(original)))
     return ConversionReport(tuple(converted), tuple(skipped), untouched)
 
 
 def _why_not(module: nn.Module) -> str | None:
     """Why `convert` must leave this module alone, or None."""
     cls = type(module)
-    if parametrize.is_parametrized(module) and cls.__mro__[1] in _PAIRS:
+    if parametrize.is_parametrized(module) and _is_known(cls.__mro__[1]):
         return (
             "it is parametrised, which made a class of its own: convert the model first, then parametrise it; or call "
             "torch.nn.utils.parametrize.remove_parametrizations before"
         )
-    if isinstance(module, tuple(_PAIRS.values())):
+    if isinstance(module, (Converted, *_PAIRS.values())):
         return "already fastattn's"
-    if cls not in _PAIRS:
-        base = next(c for c in cls.__mro__ if c in _PAIRS)
+    base = _known_base(cls)
+    assert base is not None
+    if cls is not base:
         return f"a subclass of {_qualified_name(base)}: it may rely on what it overrides"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
+    ours = _ours(cls)
+    if issubclass(ours, Converted) and (unknown := ours.unknown()):
+        return f"the forward of this version reads {', '.join(unknown)}, of which fastattn's knows nothing"
     return None
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_known(cls: type) -> bool:
+    return cls in _PAIRS or _full_name(cls) in _IN_LIBRARIES
+
+
+def _known_base(cls: type) -> type | None:
+    """The class itself or its nearest base that `convert` replaces."""
+    return next((base for base in cls.__mro__ if _is_known(base)), None)
+
+
+def _ours(known: type) -> type[nn.Module]:
+    if known in _PAIRS:
+        return _PAIRS[known]
+    module, name = _IN_LIBRARIES[_full_name(known)]
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
 
 
 _SDPA = (
@@ -181,4 +228,4 @@ def _qualified_name(cls: type) -> str:
     package = cls.__module__.replace("torch.nn.modules.", "torch.nn.").rsplit(".", 1)[0]
     if cls in _PAIRS or cls in _PAIRS.values():
         return f"{package}.{cls.__name__}"
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return _full_name(cls)

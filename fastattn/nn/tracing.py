@@ -46,6 +46,6 @@ def _path(tracer: Any, module: nn.Module) -> str:
 def refuse_torchscript(module: nn.Module) -> NoReturn:
     """Raise what `torch.jit.script` of a layer means."""
     raise RuntimeError(
-        f"fastattn.nn.{type(module).__name__} cannot be compiled by torch.jit.script: "
+        f"fastattn's {type(module).__name__} cannot be compiled by torch.jit.script: "
         "use torch.export or torch.compile, or fastattn.revert(model) first"
     )
