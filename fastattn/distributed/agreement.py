@@ -1,5 +1,6 @@
 """What the ranks of a call must agree on: each checks its own arguments, then all of them against each other's."""
 
+import itertools
 import zlib
 from typing import Any
 
@@ -11,12 +12,11 @@ from fastattn.block_mask import BlockMask, check_block_mask
 from fastattn.distributed.blocks import seen_tiles
 from fastattn.distributed.comm import Header, Ranks
 from fastattn.distributed.cost import STRATEGIES
-from fastattn.distributed.layout import Balance, Starts, check_balance, length_of, pieces
+from fastattn.distributed.layout import Balance, Documents, check_balance, length_of, pieces
 from fastattn.spec import AttentionSpec, make_spec
 from fastattn.spec.checks import FLOAT_DTYPES, MAX_POSITION, autocast, check_kv_start
 
 BY_HEADS = "the second dimension of the mesh divides heads"
-STRIPED_ALIBI = "distances in stripes are no multiples of one slope: take 'ulysses', or zigzag shards"
 
 
 def check_how(strategy: str | None, balance: str) -> None:
@@ -29,20 +29,19 @@ def check_how(strategy: str | None, balance: str) -> None:
 def check_own(
     q: Tensor, k: Tensor, v: Tensor, peers: Ranks, strategy: str | None, balance: str, backend: str | None,
     given: dict[str, Any],
-) -> tuple[AttentionSpec, tuple[Starts, Starts] | None]:  # fmt: skip
-    """(this rank's call, where documents begin), or the error that its arguments deserve; without a message."""
+) -> tuple[AttentionSpec, Documents | None]:  # fmt: skip
+    """(this rank's call, where documents lie), or the error that its arguments deserve; without a message."""
     check_how(strategy, balance)
     options = dict(given)
-    if isinstance(options["q_offset"], Tensor):
-        raise TypeError("q_offset: expected an int or None where the sequence is divided, got a Tensor")
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
-    offset = {"q_offset": options["q_offset"] or 0}
+    offset = {"q_offset": 0 if options["q_offset"] is None else options["q_offset"]}
     documents, kv_start = None, options.pop("kv_start")
     if options["cu_seqlens_q"] is not None:
         spec, documents = _check_documents(q, k, v, options)
     else:
-        if options["cu_seqlens_k"] is not None:
-            raise ValueError("cu_seqlens_k: expected None without cu_seqlens_q, got a Tensor")
+        for name in ("cu_seqlens_k", "seqused_k"):
+            if options[name] is not None:
+                raise ValueError(f"{name}: expected None without cu_seqlens_q, got a {type(options[name]).__name__}")
         if balance == "documents":
             raise ValueError(
                 "balance: expected 'contiguous', 'zigzag' or 'striped' without cu_seqlens_q, got 'documents'"
@@ -57,13 +56,10 @@ def check_own(
             q_len, kv_len = block_mask.shape[2:] if isinstance(block_mask, BlockMask) else (0, 0)
             check_block_mask(block_mask, (q.shape[0], q.shape[1], q_len, kv_len), q.device)
     if kv_start is not None:  # keys of the whole, whose number is not known yet
-        entries = q.shape[0] if documents is None else len(documents[0]) - 1
+        entries = q.shape[0] if documents is None else len(documents.queries) - 1
         spec = spec._replace(kv_start=check_kv_start(kv_start, entries, q, MAX_POSITION))
     if strategy == "ulysses" and peers.inner is not None:
         raise ValueError(f"strategy: expected 'ring', 'all_gather' or None, got 'ulysses'; {BY_HEADS}")
-    routed = strategy in ("ring", "all_gather") or peers.inner is not None
-    if balance == "striped" and spec.alibi_slopes is not None and peers.size > 1 and routed:
-        raise ValueError(f"alibi_slopes: expected None with striped shards and strategy {strategy!r}; {STRIPED_ALIBI}")
     if strategy != "ulysses":
         backends.choose(spec._replace(return_lse=True), backend)
     return spec, documents
@@ -76,7 +72,7 @@ def _of_length(x: Tensor, length: int) -> Tensor:
 
 def _check_documents(
     q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-) -> tuple[AttentionSpec, tuple[Starts, Starts]]:
+) -> tuple[AttentionSpec, Documents]:  # fmt: skip
     if options["cu_seqlens_k"] is None:
         options = {**options, "cu_seqlens_k": options["cu_seqlens_q"]}
     make_spec(q, k, v, scale=options["scale"])
@@ -88,8 +84,12 @@ def _check_documents(
     given = [options[name] for name in ("cu_seqlens_q", "cu_seqlens_k")]
     ends = [int(x[-1]) if isinstance(x, Tensor) and x.ndim == 1 and x.numel() else 0 for x in given]
     spec = make_spec(*(_of_length(x, end) for x, end in zip((q, k, v), (*ends, ends[1]), strict=True)), **options)
-    starts = (tuple(x.tolist()) for x in given)
-    return spec._replace(q=q, k=k, v=v), (next(starts), next(starts))
+    documents = Documents(*(tuple(x.tolist()) for x in given))
+    if spec.seqused_k is not None:  # on a GPU it has not been checked, and is cut as the kernels do
+        room = (end - start for start, end in itertools.pairwise(documents.keys))
+        used = zip(spec.seqused_k.tolist(), room, strict=True)
+        documents = documents._replace(used=tuple(min(max(count, 0), most) for count, most in used))
+    return spec._replace(q=q, k=k, v=v), documents
 
 
 def _width(options: dict[str, Any]) -> int:
@@ -107,25 +107,30 @@ def numbers_of(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, options: di
     return [*q.shape, k.shape[1], k.shape[2], v.shape[3], dtype, _width(options)]
 
 
-def describe(spec: AttentionSpec, documents: Any, strategy: str | None, balance: str, options: dict[str, Any]) -> str:
+def describe(
+    spec: AttentionSpec, documents: Documents | None, strategy: str | None, balance: str, options: dict[str, Any]
+) -> str:
     """What must be the same on every rank, beside shapes."""
-    names = ("causal", "window", "q_offset", "softcap", "scale", "dropout_p", "return_lse")
+    names = ("causal", "window", "softcap", "scale", "dropout_p", "return_lse")
     parts = [f"strategy={strategy!r}", f"balance={balance!r}", *(f"{name}={options[name]!r}" for name in names)]
     tensors = {"mask": spec.mask, "bias": spec.bias, "alibi_slopes": spec.alibi_slopes, "sinks": spec.sinks}
     parts += [name for name, x in tensors.items() if x is not None]
     if spec.block_mask is not None:
         parts.append(str(seen_tiles(spec.block_mask)))
-    if spec.kv_start is not None:
-        parts.append(f"kv_start {zlib.crc32(repr(spec.kv_start.tolist()).encode()):08x}")
+    values = {"q_offset": spec.q_offset_tensor, "kv_start": spec.kv_start}
+    of_all: dict[str, Any] = {name: x.tolist() for name, x in values.items() if x is not None}
     if documents is not None:
-        parts.append(f"documents {zlib.crc32(repr(documents).encode()):08x}")
+        of_all["documents"] = tuple(documents)
+    if spec.q_offset_tensor is None:
+        parts.append(f"q_offset={options['q_offset']!r}")
+    parts += [f"{name} {zlib.crc32(repr(x).encode()):08x}" for name, x in of_all.items()]
     if torch.is_grad_enabled():
         tensors |= {"q": spec.q, "k": spec.k, "v": spec.v}
         parts += [f"{name}.requires_grad" for name, x in tensors.items() if x is not None and x.requires_grad]
     return ", ".join(parts)
 
 
-def check_together(headers: list[Header], balance: Balance, documents: tuple[Starts, Starts] | None) -> tuple[int, int]:
+def check_together(headers: list[Header], balance: Balance, documents: Documents | None) -> tuple[int, int]:
     """(all queries, all keys); raises the same on every rank."""
     first, words = headers[0]
     shape = [0, 1, 2, 4, 5, 7, 8]  # all but lengths
@@ -140,7 +145,7 @@ def check_together(headers: list[Header], balance: Balance, documents: tuple[Sta
                 f"expected the same options on every rank, got {words} on rank 0 and {said} on rank {rank}"
             )
     totals = []
-    for name, column, starts in zip("qk", (3, 6), documents or (None, None), strict=True):
+    for name, column, starts in zip("qk", (3, 6), (documents or (None, None))[:2], strict=True):
         lengths = [their[column] for their, _ in headers]
         if starts is not None and starts[-1] > sum(lengths):
             raise ValueError(

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fastattn import backends, ops
 from fastattn.block_mask import BlockMask, check_block_mask
 from fastattn.distributed import ring, ulysses
-from fastattn.distributed.agreement import BY_HEADS, STRIPED_ALIBI, check_own, check_together, describe, numbers_of
+from fastattn.distributed.agreement import BY_HEADS, check_own, check_together, describe, numbers_of
 from fastattn.distributed.blocks import seen_tiles
 from fastattn.distributed.comm import Ranks
 from fastattn.distributed.cost import STRATEGIES, Choice, Link, Sizes, Strategy, costs, routes_of, rows_of
@@ -30,8 +30,9 @@ def context_parallel_attention(
     balance: Balance = "contiguous",
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     causal: bool = False,
-    q_offset: int | None = None,
+    q_offset: int | Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     kv_start: Tensor | None = None,
     mask: Tensor | None = None,
@@ -70,16 +71,21 @@ def context_parallel_attention(
             ``alibi_slopes`` may be (documents, Hq), and there is no ``mask``, ``block_mask`` or ``bias``. Shards may
             cut documents.
         cu_seqlens_k: likewise for the keys; None means ``cu_seqlens_q``.
+        seqused_k: int32 or int64 (documents,): how many of its keys each document uses, the first ones, as in
+            `attention_varlen`; the same on every rank. None is all.
         causal, window, softcap, scale, return_lse: as in `fastattn.attention`.
-        q_offset: position of query 0 of the whole; None is the whole's Lk - Lq.
+        q_offset: position of query 0 of the whole, None is the whole's Lk - Lq; or an integer tensor (B,), or
+            (documents,), the same on every rank.
         kv_start: int32 or int64 (B,), or (documents,): the first key that takes part, among those of the whole or of
-            the document; the same on every rank. Keys before it are not visited, but are sent like others.
+            the document; the same on every rank. Keys before it are not visited, and a piece that has no others is
+            not sent.
         mask: bool, broadcastable to (B, Hq, Lq, whole Lk): this rank's rows, all keys in the order of the whole.
         block_mask: `fastattn.BlockMask` of the whole, (B or 1, Hq or 1, whole Lq, whole Lk), the same on every rank, in
             the order of the whole whatever the shards. Make it once: what a rank needs of it is kept with it. Keys go
             only to ranks whose rows have a tile with them that is not empty.
         bias: float, as ``mask``.
-        alibi_slopes: float (Hq,) or (B, Hq); with ``"striped"`` shards only by ``"ulysses"``.
+        alibi_slopes: float (Hq,) or (B, Hq). With ``"striped"`` shards, ``"ring"`` and ``"all_gather"`` call the
+            kernel twice where a piece of keys lies on both sides of its rows.
         sinks: float (Hq,).
         dropout_p: as there. The seed is the one that the first rank draws, and a weight's bits are those of its place
             in the whole: the same on any number of ranks. Every rank draws, so generators that were alike stay so.
@@ -99,9 +105,10 @@ def context_parallel_attention(
         keywords.refuse(context_parallel_attention, unknown)
     return attention_of_heads(
         0, q, k, v, mesh=mesh, strategy=strategy, balance=balance, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, kv_start=kv_start, mask=mask,
-        block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
-        dropout_p=dropout_p, return_lse=return_lse, backend=backend, link=link, timeout=timeout,
+        cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, causal=causal, q_offset=q_offset, window=window,
+        kv_start=kv_start, mask=mask, block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap,
+        sinks=sinks, scale=scale, dropout_p=dropout_p, return_lse=return_lse, backend=backend, link=link,
+        timeout=timeout,
     )  # fmt: skip
 
 
@@ -130,8 +137,9 @@ def explain(
     balance: Balance = "contiguous",
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     causal: bool = False,
-    q_offset: int | None = None,
+    q_offset: int | Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
     kv_start: Tensor | None = None,
     mask: Tensor | None = None,
@@ -156,9 +164,9 @@ def explain(
         keywords.refuse(explain, unknown)
     return _agree(
         q, k, v, mesh, strategy, balance, link, timeout, backend, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, causal=causal, q_offset=q_offset, window=window, kv_start=kv_start, mask=mask,
-        block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, scale=scale,
-        dropout_p=dropout_p, return_lse=return_lse,
+        cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, causal=causal, q_offset=q_offset, window=window,
+        kv_start=kv_start, mask=mask, block_mask=block_mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap,
+        sinks=sinks, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
     ).choice  # fmt: skip
 
 
@@ -174,7 +182,7 @@ def _run(call: "_Call", backend: str | None, first_head: int) -> tuple[Tensor, T
         plan = ring.Plan(
             peers.outer, call.choice.strategy, rows_of(call.sizes), routes_of(call.sizes), call.sizes.view,
             spec.options, backends.choose(spec, backend), call.seed, spec.q.device,
-            first_head + head, spec.block_mask, spec.kv_start,
+            first_head + head, spec.block_mask,
         )  # fmt: skip
         return ring.run(plan, spec)
 
@@ -223,19 +231,25 @@ def _agree(
     assert spec is not None
     q_total, kv_total = check_together(headers, balance, documents)
     if spec.kv_start is not None:
-        longest = kv_total if documents is None else max(b - a for a, b in itertools.pairwise(documents[1]))
+        longest = kv_total if documents is None else max(b - a for a, b in itertools.pairwise(documents.keys))
         check_kv_start(spec.kv_start, len(spec.kv_start), q, longest)
     tiles = None if spec.block_mask is None else seen_tiles(spec.block_mask)
-    view = View(options["q_offset"], *check_window(options["window"], options["causal"]), documents, tiles)
+    offsets, starts = (None if x is None else tuple(x.tolist()) for x in (spec.q_offset_tensor, spec.kv_start))
+    window, slopes = check_window(options["window"], options["causal"]), spec.alibi_slopes is not None
+    offset = options["q_offset"] if offsets is None else offsets or (0,)
+    view = View(offset, *window, documents, tiles, starts or None, slopes)
     if documents is None:
         if spec.block_mask is not None:
             check_block_mask(spec.block_mask, (q.shape[0], q.shape[1], q_total, kv_total), q.device)
         offset = kv_total - q_total if view.q_offset is None else view.q_offset
         view = view._replace(q_offset=offset)
-        pair = relation(Piece(0, q_total), Piece(0, kv_total), offset, view.left, view.right)
+        pair = None
+        if isinstance(offset, int):
+            pair = relation(Piece(0, q_total), Piece(0, kv_total), offset, view.left, view.right)
         if pair is not None:  # a side that forbids nothing is open
             view = view._replace(left=pair.left, right=pair.right)
-    spec = spec._replace(left=view.left, right=view.right, q_offset=view.q_offset)
+    offset = 0 if isinstance(view.q_offset, tuple) else view.q_offset
+    spec = spec._replace(left=view.left, right=view.right, q_offset=offset)
     of_all = torch.tensor([seed], device=q.device) if spec.dropout_p else None
     scores = sum(x.element_size() for x in (spec.bias, spec.mask) if x is not None)
     batch, q_heads, _, head_dim = q.shape
@@ -243,7 +257,7 @@ def _agree(
         peers.size, balance, batch, q_heads, k.shape[1], q_total, kv_total, head_dim, v.shape[3],
         spec.q.element_size(), view, scores * batch * q_heads * q_total * kv_total, peers.width,
     )  # fmt: skip
-    of_both = documents or (None, None)
+    of_both = (documents or (None, None))[:2]
     rows, keys = (
         pieces(balance, total, peers.size, own) for total, own in zip((q_total, kv_total), of_both, strict=True)
     )  # fmt: skip
@@ -252,8 +266,6 @@ def _agree(
 
 def _choose(sizes: Sizes, link: Link, strategy: str | None, spec: AttentionSpec) -> Choice:
     refused: dict[str, str] = {}
-    if sizes.balance == "striped" and spec.alibi_slopes is not None and sizes.ranks > 1:
-        refused.update((name, STRIPED_ALIBI) for name in ("ring", "all_gather"))
     if sizes.width > 1:
         refused["ulysses"] = BY_HEADS
     found = costs(sizes, link)
@@ -266,9 +278,9 @@ def _choose(sizes: Sizes, link: Link, strategy: str | None, spec: AttentionSpec)
     view = sizes.view
     if view.left is not None or view.right is not None:
         parts.append("causal" if spec.causal else f"window ({view.left}, {view.right})")
-        parts.append(f"q_offset={view.q_offset}")
+        parts.append(f"q_offset={'of each entry' if isinstance(view.q_offset, tuple) else view.q_offset}")
     if view.documents is not None:
-        parts.append(f"{len(view.documents[0]) - 1} documents")
+        parts.append(f"{len(view.documents.queries) - 1} documents")
     if spec.block_mask is not None:
         parts.append(f"block mask, {spec.block_mask.sparsity:.1%} of its tiles empty")
     return Choice(chosen, found, refused, ", ".join(parts), link, strategy is not None)

@@ -44,6 +44,16 @@ class Pair(NamedTuple):
     q_offset: int
     left: int | None
     right: int | None
+    far: int = 0
+    """tokens from row to key that are not among the steps which the call counts"""
+
+    def sees(self, rows: int, keys: int, kv_start: int = 0) -> bool:
+        """Whether one of so many rows sees one of so many keys, from ``kv_start`` on."""
+        offset, left, right = self[:3]
+        if rows == 0 or kv_start >= keys or (left is not None and right is not None and left + right < 0):
+            return False
+        after = right is not None and rows - 1 + offset + right < kv_start
+        return not after and (left is None or offset - left < keys)
 
 
 class Tiles(Protocol):
@@ -54,17 +64,45 @@ class Tiles(Protocol):
         ...
 
 
+class Documents(NamedTuple):
+    """Where packed documents lie in the whole."""
+
+    queries: Starts
+    keys: Starts
+    used: tuple[int, ...] | None = None
+    """how many of its keys each document uses, its first ones; None is all"""
+
+
 class View(NamedTuple):
     """What the rows of the whole see of its keys; with documents, of the keys of their own, where positions begin."""
 
-    q_offset: int | None
-    """None, with documents only: the last query of each stands at its last key"""
+    q_offset: int | tuple[int, ...] | None
+    """or of each entry: of the batch, or document. None, with documents only: the last query of each stands at its last
+    key"""
     left: int | None
     right: int | None
-    documents: tuple[Starts, Starts] | None = None
-    """of queries and of keys"""
+    documents: Documents | None = None
     tiles: Tiles | None = None
     """of a block mask; without documents only"""
+    kv_starts: tuple[int, ...] | None = None
+    """of each entry: the first key that takes part"""
+    distances: bool = False
+    """whether it counts how far a key is from its row, as ALiBi does"""
+
+    def offset_of(self, entry: int, default: int = 0) -> int:
+        """The position of an entry's first query."""
+        offset = self.q_offset[entry] if isinstance(self.q_offset, tuple) else self.q_offset
+        return default if offset is None else offset
+
+    def start_of(self, entry: int) -> int:
+        """The first key of an entry that takes part."""
+        return 0 if self.kv_starts is None else self.kv_starts[entry]
+
+    @property
+    def entries(self) -> int:
+        """How many batch entries it tells apart, at least 1; without documents only."""
+        offsets = self.q_offset if isinstance(self.q_offset, tuple) else ()
+        return max(1, len(offsets), len(self.kv_starts or ()))
 
 
 class Part(NamedTuple):
@@ -74,7 +112,7 @@ class Part(NamedTuple):
     keys: slice
     """within the pieces"""
     q_offsets: tuple[int, ...]
-    """of each document, or one"""
+    """of each entry"""
     left: int | None
     right: int | None
     first_row: int
@@ -84,8 +122,16 @@ class Part(NamedTuple):
     """the first"""
     starts: tuple[Starts, Starts] | None = None
     """of several documents, counted from the first row and key"""
+    used: tuple[int, ...] | None = None
+    """of them: how many of its keys each uses; None is all"""
+    kv_starts: tuple[int, ...] | None = None
+    """of each entry: from which of these keys on they take part; None is all"""
     share: float = 1.0
     """of these pairs, which a block mask lets through"""
+    step: int = 1
+    """tokens from each key to the next"""
+    far: tuple[int, ...] = (0,)
+    """`Pair.far` of each entry"""
 
 
 def pieces(balance: Balance, total: int, ranks: int, documents: Starts | None = None) -> list[list[Piece]]:
@@ -168,28 +214,80 @@ def relation(rows: Piece, keys: Piece, q_offset: int, left: int | None, right: i
 
     Row i of the whole stands at ``i + q_offset`` and sees the keys from ``left`` before to ``right`` after it.
     """
-    if rows.length == 0 or keys.length == 0:
-        return None
-    offset, stride = rows.start + q_offset - keys.start, keys.stride
-    if stride > 1:  # in steps of the stride: j <= i + floor((offset + right) / stride), and likewise on the left
-        right = None if right is None else (offset + right) // stride
-        left = None if left is None else (left - offset) // stride
-        offset = 0
-        if right is not None:
-            offset, left, right = right, None if left is None else left + right, 0
-        elif left is not None:
-            offset, left = -left, 0
-        if left is not None and left < 0:
-            return None
-    if right is not None and rows.length - 1 + offset + right < 0:
-        return None
-    if left is not None and offset - left > keys.length - 1:
-        return None
-    if right is not None and offset + right >= keys.length - 1:
+    (pair,) = _pairs(rows, keys, q_offset, View(q_offset, left, right))
+    return _opened(pair, rows.length, keys.length) if pair.sees(rows.length, keys.length) else None
+
+
+def _opened(pair: Pair, rows: int, keys: int) -> Pair:
+    """A side that forbids nothing is open."""
+    offset, left, right, _ = pair
+    if right is not None and offset + right >= keys - 1:
         right = None
-    if left is not None and rows.length - 1 + offset - left <= 0:
+    if left is not None and rows - 1 + offset - left <= 0:
         left = None
-    return Pair(offset, left, right)
+    return pair._replace(left=left, right=right)
+
+
+def _pairs(rows: Piece, keys: Piece, q_offset: int, view: View) -> list[Pair]:
+    """What the rows see of the keys, if anything, in as many calls.
+
+    Where keys lie ``step`` apart, their distances are ``|step * d + rest|`` for the ``d`` that a call counts. That is
+    ``step * |d|``, and ``rest`` more for each key up to the row, less for each behind: a constant for a call that sees
+    one side. So there are two calls if distances count and both sides may be seen.
+    """
+    offset, step = rows.start + q_offset - keys.start, keys.stride
+    left, right = view.left, view.right
+    if step == 1:
+        return [Pair(offset, left, right)]
+    steps, rest = divmod(offset, step)
+    left = None if left is None else (left - rest) // step  # -right <= d <= left
+    right = None if right is None else (right + rest) // step
+    if not view.distances:
+        if right is not None:
+            return [Pair(steps + right, None if left is None else left + right, 0)]
+        return [Pair(steps if left is None else steps - left, None if left is None else 0, None)]
+    if rest == 0 and (left is None or left >= 0) and (right is None or right >= 0):
+        return [Pair(steps, left, right)]
+    found = []
+    nearest = 0 if right is None else max(0, -right)
+    if left is None or left >= nearest:
+        found.append(Pair(steps - nearest, None if left is None else left - nearest, 0, rest + step * nearest))
+    nearest = 1 if left is None else max(1, -left)
+    if right is None or right >= nearest:
+        found.append(Pair(steps + nearest, 0, None if right is None else right - nearest, step * nearest - rest))
+    return found
+
+
+def _calls(rows: Piece, keys: Piece, view: View, offsets: list[int], kv_starts: list[int]) -> list[Part]:
+    """The calls by which the rows see what they see of the keys, for entries with these offsets and first keys.
+
+    One call has one window. Where keys lie ``step`` apart, entries may see one more of them or one less than others: to
+    a call of another window than its own an entry stands where it sees nothing.
+    """
+    n, m = rows.length, keys.length
+    starts = [min(max(-((keys.start - start) // keys.stride), 0), m) for start in kv_starts]
+    of_windows: dict[tuple[int | None, int | None], list[Pair | None]] = {}
+    for entry, offset in enumerate(offsets):
+        for pair in _pairs(rows, keys, offset, view):
+            of_windows.setdefault((pair.left, pair.right), [None] * len(offsets))[entry] = pair
+    found = []
+    for (left, right), given in of_windows.items():
+        if not any(pair is not None and pair.sees(n, m, start) for pair, start in zip(given, starts, strict=True)):
+            continue
+        hidden = Pair(-n - right if right is not None else m + (left or 0), left, right)
+        pairs = [hidden if pair is None else pair for pair in given]
+        opened = [_opened(pair, n, m) for pair in pairs]
+        for side in ("left", "right"):
+            if all(getattr(pair, side) is None for pair in opened):
+                pairs = [pair._replace(**{side: None}) for pair in pairs]
+        found.append(
+            Part(
+                slice(0, n), slice(0, m), tuple(pair.q_offset for pair in pairs), pairs[0].left, pairs[0].right,
+                rows.start, keys.start, kv_starts=tuple(starts) if any(starts) else None, step=keys.stride,
+                far=tuple(pair.far for pair in pairs),
+            )
+        )  # fmt: skip
+    return found
 
 
 def parts(rows: Piece, keys: Piece, view: View) -> list[Part]:
@@ -198,45 +296,61 @@ def parts(rows: Piece, keys: Piece, view: View) -> list[Part]:
     Documents that begin within both pieces go into one call, packed; one that is cut into one of its own.
     """
     if view.documents is None:
-        pair = relation(rows, keys, view.q_offset or 0, view.left, view.right)
-        share = 1.0 if pair is None or view.tiles is None else view.tiles.share(rows, keys)
-        if pair is None or share == 0.0:
-            return []
-        whole, at = (slice(0, rows.length), slice(0, keys.length)), (rows.start, keys.start)
-        return [Part(*whole, (pair.q_offset,), pair.left, pair.right, *at, share=share)]
+        entries = range(view.entries)
+        found = _calls(rows, keys, view, [view.offset_of(i) for i in entries], [view.start_of(i) for i in entries])
+        share = 1.0 if not found or view.tiles is None else view.tiles.share(rows, keys)
+        return [part._replace(share=share) for part in found if share > 0.0]
+    return _parts_of_documents(rows, keys, view, view.documents)
+
+
+class _Document(NamedTuple):
+    """What a piece of queries and a piece of keys have of a document, and of its keys that take part."""
+
+    number: int
+    rows: Piece
+    keys: Piece
+    q_offset: int
+    kv_start: int
+    room: int
+    """keys, also those that are not used"""
+
+
+def _parts_of_documents(rows: Piece, keys: Piece, view: View, documents: Documents) -> list[Part]:
     found: list[Part] = []
-    packed: list[tuple[int, Piece, Piece, int]] = []  # document, its rows and keys, q_offset
+    packed: list[_Document] = []
+
+    def calls(own: _Document) -> list[Part]:
+        return _calls(own.rows, own.keys, view, [own.q_offset], [own.kv_start])
 
     def pack() -> None:
-        while packed and (relation(*packed[-1][1:], view.left, view.right)) is None:
+        while packed and not calls(packed[-1]):
             packed.pop()  # a document that sees nothing counts only between others
         if len(packed) == 1:
-            single(*packed[0])
+            single(packed[0])
         elif packed:
-            found.append(_packed(packed, rows, keys, view))
+            found.append(_packed(packed, rows, keys, view, documents))
         packed.clear()
 
-    def single(document: int, own: Piece, own_keys: Piece, offset: int) -> None:
-        pair = relation(own, own_keys, offset, view.left, view.right)
-        if pair is not None:
-            sizes = (_part_of(rows, own, starts[document]), _part_of(keys, own_keys, key_starts[document]))
-            at = (own.start, own_keys.start, document)
-            found.append(Part(*sizes, (pair.q_offset,), pair.left, pair.right, *at))
+    def single(own: _Document) -> None:
+        at = _part_of(rows, own.rows, starts[own.number]), _part_of(keys, own.keys, key_starts[own.number])
+        found.extend(part._replace(rows=at[0], keys=at[1], document=own.number) for part in calls(own))
 
-    starts, key_starts = view.documents
+    starts, key_starts, used = documents
     first = max(bisect.bisect_right(x, piece.start) - 1 for x, piece in ((starts, rows), (key_starts, keys)))
-    for document in range(max(first, 0), len(starts) - 1):
-        (start, end), (key_start, key_end) = (x[document : document + 2] for x in (starts, key_starts))
+    for number in range(max(first, 0), len(starts) - 1):
+        (start, end), (key_start, key_end) = (x[number : number + 2] for x in (starts, key_starts))
         if start >= rows.positions.stop or key_start >= keys.positions.stop:
             break
-        own, own_keys = _within(rows, start, end), _within(keys, key_start, key_end)
-        offset = (key_end - key_start) - (end - start) if view.q_offset is None else view.q_offset
-        if rows.stride == keys.stride == 1 and own.start == own_keys.start == 0:
-            if packed or relation(own, own_keys, offset, view.left, view.right) is not None:
-                packed.append((document, own, own_keys, offset))
+        behind = key_end if used is None else key_start + used[number]
+        offset = view.offset_of(number, default=(behind - key_start) - (end - start))
+        of_keys, room = _within(keys, key_start, behind), _within(keys, key_start, key_end).length
+        own = _Document(number, _within(rows, start, end), of_keys, offset, view.start_of(number), room)
+        if rows.stride == keys.stride == 1 and start >= rows.start and key_start >= keys.start:
+            if packed or calls(own):
+                packed.append(own)
         else:
             pack()
-            single(document, own, own_keys, offset)
+            single(own)
     pack()
     return found
 
@@ -252,25 +366,30 @@ def _part_of(piece: Piece, own: Piece, start: int) -> slice:
     return slice(first, first + own.length)
 
 
-def _packed(documents: list[tuple[int, Piece, Piece, int]], rows: Piece, keys: Piece, view: View) -> Part:
+def _packed(own: list[_Document], rows: Piece, keys: Piece, view: View, documents: Documents) -> Part:
     """Consecutive documents that begin within both pieces."""
-    assert view.documents is not None
-    number = documents[0][0]
-    of_rows = tuple(itertools.accumulate((own.length for _, own, _, _ in documents), initial=0))
-    of_keys = tuple(itertools.accumulate((own.length for _, _, own, _ in documents), initial=0))
-    begin, key_begin = (x[number] - piece.start for x, piece in zip(view.documents, (rows, keys), strict=True))
+    number = own[0].number
+    of_rows = tuple(itertools.accumulate((x.rows.length for x in own), initial=0))
+    of_keys = tuple(itertools.accumulate((x.room for x in own), initial=0))
+    begin, key_begin = documents.queries[number] - rows.start, documents.keys[number] - keys.start
+    kv_starts = tuple(min(x.kv_start, x.keys.length) for x in own)
     return Part(
-        slice(begin, begin + of_rows[-1]), slice(key_begin, key_begin + of_keys[-1]), tuple(x[3] for x in documents),
+        slice(begin, begin + of_rows[-1]), slice(key_begin, key_begin + of_keys[-1]), tuple(x.q_offset for x in own),
         view.left, view.right, 0, 0, number, (of_rows, of_keys),
+        used=tuple(x.keys.length for x in own) if any(x.keys.length < x.room for x in own) else None,
+        kv_starts=kv_starts if any(kv_starts) else None,
     )  # fmt: skip
 
 
 def pairs_of(part: Part) -> int:
-    """How many (query, key) it allows; all of a tile that a block mask has not empty."""
-    if part.starts is None:
-        sizes = (part.rows.stop - part.rows.start, part.keys.stop - part.keys.start)
-        pairs = allowed_pairs(*sizes, part.left, part.right, part.q_offsets[0])
-        return pairs if part.share == 1.0 else math.ceil(pairs * part.share)
-    lengths = ([b - a for a, b in itertools.pairwise(x)] for x in part.starts)
-    each = zip(*lengths, part.q_offsets, strict=True)
-    return sum(allowed_pairs(n, m, part.left, part.right, offset) for n, m, offset in each)
+    """How many (query, key) it allows, in the mean over batch entries; all of a tile that is not empty."""
+    sizes = [(part.rows.stop - part.rows.start, part.keys.stop - part.keys.start)] * len(part.q_offsets)
+    if part.starts is not None:
+        lengths, rooms = ([b - a for a, b in itertools.pairwise(x)] for x in part.starts)
+        sizes = [*zip(lengths, part.used or rooms, strict=True)]
+    starts = part.kv_starts or [0] * len(sizes)
+    each = (
+        allowed_pairs(n, m - start, part.left, part.right, offset - start)
+        for (n, m), offset, start in zip(sizes, part.q_offsets, starts, strict=True)
+    )
+    return math.ceil(sum(each) * part.share / (len(sizes) if part.starts is None else 1))

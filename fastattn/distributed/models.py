@@ -112,8 +112,6 @@ class _Division:
 
     @_not_compiled
     def attention_varlen(self, q: Tensor, k: Tensor, v: Tensor, *, first_head: int = 0, **options: Any) -> Any:
-        if options.pop("seqused_k") is not None:
-            divided.refuse("seqused_k", "a Tensor")
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         found = attention_of_heads(first_head, q, k, v, **options, **self._how)
         if isinstance(found, tuple):

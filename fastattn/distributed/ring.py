@@ -46,8 +46,6 @@ class Plan(NamedTuple):
     """the first of the query heads, among those of the whole"""
     block_mask: BlockMask | None = None
     """of the whole, for these heads"""
-    kv_start: Tensor | None = None
-    """among the keys of the whole, or of each document"""
 
     @property
     def own_rows(self) -> list[tuple[slice, Piece]]:
@@ -59,8 +57,11 @@ class Plan(NamedTuple):
         found = sinks.to(lse.dtype)[:, None].expand_as(lse)
         if self.view.documents is None:
             return found
-        places = [x.start + x.stride * torch.arange(x.length, device=lse.device) for _, x in self.own_rows]
-        return found.masked_fill(torch.cat(places) >= self.view.documents[0][-1], -torch.inf)
+        return found.masked_fill(self.tokens(lse.device) >= self.view.documents.queries[-1], -torch.inf)
+
+    def tokens(self, device: torch.device) -> Tensor:
+        """Where each of this rank's rows stands in the whole, int64 (rows,)."""
+        return torch.cat([x.start + x.stride * torch.arange(x.length, device=device) for _, x in self.own_rows])
 
     def calls(self, route: Route) -> Iterator[tuple[tuple[int, int, int], "_Call"]]:
         """What this rank computes with a piece of keys; each with a name."""
@@ -145,38 +146,33 @@ def _operator_call(plan: Plan, of_all: Operands, call: _Call) -> tuple[Operands,
     if plan.seed is not None:
         at = {"rows": (part.first_row, rows.stride), "keys": (part.first_key, keys.stride)}
         own = own._replace(seed=ops.seed_of_part(plan.seed, batch=part.document, head=plan.head, **at))
-    if plan.kv_start is not None:
-        own = own._replace(kv_start=_start(plan, part, keys.stride))
-    if plan.view.documents is not None and of_all.alibi_slopes is not None:
-        own = own._replace(alibi_slopes=of_all.alibi_slopes[_documents(part, of_all.alibi_slopes)])
+    if of_all.alibi_slopes is not None:
+        own = own._replace(alibi_slopes=_slopes(plan, part, of_all.alibi_slopes) * part.step)
     offset: int | None = part.q_offsets[0]
-    if part.starts is not None:
-        starts = (torch.tensor(x, dtype=torch.int32, device=plan.device) for x in part.starts)
-        own = own._replace(**dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts, strict=True)))
-        if len({*part.q_offsets}) > 1:
-            own = own._replace(
-                q_offset_tensor=torch.tensor(part.q_offsets, dtype=torch.int32, device=plan.device)
-            )  # fmt: skip
-            offset = 0
-    return own, plan.options._replace(q_offset=offset, left=part.left, right=part.right)
+    starts = part.starts or (None, None)
+    numbers = {
+        "cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "seqused_k": part.used, "kv_start": part.kv_starts
+    }  # fmt: skip
+    if len({*part.q_offsets}) > 1:
+        numbers["q_offset_tensor"], offset = part.q_offsets, 0
+    given = {name: torch.tensor(x, dtype=torch.int32, device=plan.device) for name, x in numbers.items() if x}
+    return own._replace(**given), plan.options._replace(q_offset=offset, left=part.left, right=part.right)
+
+
+def _slopes(plan: Plan, part: Part, slopes: Tensor) -> Tensor:
+    """Those of a call's entries, (1 or entries, Hq)."""
+    return slopes if plan.view.documents is None else slopes[_documents(part, slopes)]
+
+
+def _far(plan: Plan, part: Part) -> Tensor:
+    """(1 or B, 1): how much farther the keys of a call are than the kernel counts, in tokens."""
+    return torch.tensor(part.far, device=plan.device)[:, None]
 
 
 def _documents(part: Part, slopes: Tensor) -> slice:
     """Whose slopes a call has, where documents have their own."""
     count = 1 if part.starts is None else len(part.starts[0]) - 1
     return slice(part.document, part.document + count) if slopes.shape[0] > 1 else slice(0, 1)
-
-
-def _start(plan: Plan, part: Part, stride: int) -> Tensor:
-    """Where the keys that take part begin among those of a call, up to all of them."""
-    assert plan.kv_start is not None
-    start, length = plan.kv_start, torch.tensor(part.keys.stop - part.keys.start, device=plan.device)
-    if plan.view.documents is not None:
-        start = start[_documents(part, start)]
-        if part.starts is not None:
-            length = torch.tensor(part.starts[1], device=plan.device).diff()
-    first = (start - part.first_key + stride - 1).div(stride, rounding_mode="floor")
-    return first.clamp(min=0).minimum(length).to(start.dtype)
 
 
 def _cut(x: Tensor | None, rows: slice, keys: Piece) -> Any:
@@ -194,7 +190,11 @@ class _ContextParallel(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         of_all = Operands(mask, bias, slopes)  # sinks belong to a row once, not to each pair
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        total = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=dtype)
+        width = v.shape[3]
+        learn_far = plan.view.distances and ctx.needs_input_grad[6] and any(x.piece.stride > 1 for x in plan.routes)
+        # Beside out, for the gradient of slopes: the sum of weights and values, each times what `_far` says, and of
+        # these weights.
+        total = q.new_zeros((*q.shape[:3], 2 * width + 1 if learn_far else width), dtype=dtype)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
         calls: dict[tuple[int, int, int], tuple[slice, Tensor, Tensor]] = {}
         for _, arrived in _arrivals(plan, k, v):
@@ -205,26 +205,33 @@ class _ContextParallel(torch.autograd.Function):
                     own_keys = own_k[:, :, call.keys], own_v[:, :, call.keys]
                     forward = ops.Forward(q[:, :, where], *own_keys, operands, options, plan.backend)
                     part, part_lse, statistics = _FORWARD(*ops.flatten(forward))
+                    if slopes is not None and any(call.part.far):
+                        more = _far(plan, call.part)
+                        part_lse = part_lse - (_slopes(plan, call.part, slopes) * more).to(part_lse.dtype)[..., None]
+                    if learn_far:
+                        more = _far(plan, call.part)[..., None, None].to(dtype).expand(*part_lse.shape, 1)
+                        part = torch.cat([part, part * more, more], -1)
                     calls[name] = where, statistics, part_lse
                     own = total[:, :, where], lse[:, :, where]
                     total[:, :, where], lse[:, :, where] = merge(*own, part, part_lse)
         if sinks is not None:  # a part without values
             total, lse = merge(total, lse, torch.zeros_like(total), plan.of_rows(sinks, lse))
-        out = total.to(q.dtype)
+        out = total[..., :width].to(q.dtype)
         # For the probabilities of the whole, the softmax of each pair is told what the others added.
         statistics = []
         for where, of_part, part_lse in calls.values():
             more = (lse[:, :, where] - part_lse).masked_fill(part_lse == -torch.inf, 0.0)
             statistics.append(backends.statistics_within(of_part, more, plan.backend))
         ctx.plan, ctx.calls = plan, {at: i for i, at in enumerate(calls)}
-        ctx.save_for_backward(q, k, v, mask, bias, slopes, sinks, out, lse, *statistics)
+        far = total[..., width:] if learn_far else None
+        ctx.save_for_backward(q, k, v, mask, bias, slopes, sinks, out, lse, far, *statistics)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, mask, bias, slopes, sinks, out, lse, *statistics = ctx.saved_tensors
+        q, k, v, mask, bias, slopes, sinks, out, lse, far, *statistics = ctx.saved_tensors
         plan: Plan = ctx.plan
         of_all = Operands(mask, bias, slopes)
         dout = torch.zeros_like(out) if dout is None else dout
@@ -244,10 +251,13 @@ class _ContextParallel(torch.autograd.Function):
                     sums.add(call, into, _BACKWARD(*ops.flatten(backward)))
             sums.send_on(step, [route for route, _, _ in arrived])
         dk, dv = sums.finish()
-        dsinks = None
-        if sinks is not None and ctx.needs_input_grad[7]:
+        dsinks, delta = None, out.new_empty(0)
+        if far is not None or (sinks is not None and ctx.needs_input_grad[7]):
             delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
             delta = delta if dlse is None else delta - dlse
+        if far is not None:
+            sums.add_far((dout * far[..., :-1]).sum(-1) - delta * far[..., -1])
+        if sinks is not None and ctx.needs_input_grad[7]:
             weights = torch.exp(plan.of_rows(sinks, lse) - lse).masked_fill(lse == -torch.inf, 0.0)
             dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
         learned = (
@@ -290,8 +300,19 @@ class _Sums:
         if self.dbias is not None:
             _cut(self.dbias, call.rows, call.of_keys).add_(dbias)
         if self.dslopes is not None:
-            documents = self._plan.view.documents is not None
-            self.dslopes[_documents(call.part, self.dslopes) if documents else slice(None)] += dslopes
+            _slopes(self._plan, call.part, self.dslopes).add_(dslopes, alpha=call.part.step)
+
+    def add_far(self, of_rows: Tensor) -> None:
+        """Take in what the slopes add by `_far`: of each row (B, Hq, rows), gradients of scores times tokens."""
+        assert self.dslopes is not None
+        documents, several = self._plan.view.documents, self.dslopes.shape[0] > 1
+        if documents is None or not several:
+            self.dslopes -= of_rows.sum(2).sum_to_size(self.dslopes.shape)
+            return
+        ends = torch.tensor(documents.queries[1:], device=of_rows.device)
+        number = torch.searchsorted(ends, self._plan.tokens(of_rows.device), right=True)
+        inside = number < len(ends)  # rows after the last document see nothing
+        self.dslopes.index_add_(0, number[inside], of_rows[0, :, inside].mT, alpha=-1)
 
     def send_on(self, step: int, computed: list[Route]) -> None:
         """After the pieces of a step: join what came with them, and send it on its way."""

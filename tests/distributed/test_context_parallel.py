@@ -40,6 +40,15 @@ CASES = {
         "options": {"window": (19, 4), "dropout_p": 0.5, "kv_start": torch.tensor([37, 14])}, "bias": (0, 1, 1, 1),
         "mask": True, "sinks": True, "kv_len": 37, "kv_heads": 2,
     },
+    "offsets": {"options": {"window": (6, 3), "q_offset": torch.tensor([-3, 6])}, "kv_len": 41},
+    "offsets_out_of_sight": {"options": {"causal": True, "q_offset": torch.tensor([-60, 50])}, "alibi": True},
+    "offsets_with_the_rest": {
+        "options": {
+            "causal": True, "window": (17, None), "q_offset": torch.tensor([7, -2]), "kv_start": torch.tensor([0, 14]),
+            "dropout_p": 0.2,
+        }, "bias": (1, 1, 1, 1), "mask": True, "sinks": True, "alibi": True, "kv_heads": 2,
+    },
+    "alibi_to_one_side": {"options": {"window": (15, -3)}, "alibi": True, "kv_heads": 1},
     "more_keys": {"q_len": 11, "kv_len": 30, "options": CAUSAL},
     "more_queries": {"q_len": 23, "kv_len": 9, "options": CAUSAL},
     "offset": {"options": {"causal": True, "q_offset": -7}},
@@ -51,19 +60,11 @@ CASES = {
 SIZES = dict(zip(CASES, itertools.cycle((2, 3, 4)), strict=False))
 
 
-def refused(case, strategy, balance):
-    return case.get("alibi") and balance == "striped" and strategy != "ulysses"
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("balance", BALANCES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_whole(ranks, strategy, balance, name):
     case = {**CASES[name], "strategy": strategy, "balance": balance}
-    if refused(case, strategy, balance):
-        for good, text in ranks.answers(work.attend, case):
-            assert not good and "ValueError: alibi_slopes: expected None with striped shards" in text
-        return
     work.check(case, ranks.run(work.attend, case, ranks=SIZES[name]))
 
 
@@ -116,6 +117,11 @@ def test_what_no_row_sees_is_not_sent(ranks, strategy):
     # Zigzag: the front run of every other rank, and the back run of those before which one's own back run lies.
     even = ranks.run(work.traffic, {"strategy": strategy, "causal": True, "balance": "zigzag"})
     assert even == [((3 + 3 - i) * piece // 2, 3 + 3 - i) for i in range(4)]
+    late = {"strategy": strategy, "causal": True, "kv_start": torch.tensor([31])}  # the first rank's keys are before it
+    assert [n for _, n in ranks.run(work.traffic, late)] == [0, 0, 1, 2]
+    # A key stands where rows of the second rank begin to see it; those before it see no key at all.
+    ahead = {"strategy": strategy, "causal": True, "q_offset": torch.tensor([-16])}
+    assert [n for _, n in ranks.run(work.traffic, ahead)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("balance", BALANCES)
@@ -176,7 +182,8 @@ def test_a_rank_that_raises_does_not_hang_the_others(ranks, when):
         ({"dropout_p": 1.1}, "dropout_p: expected"),
         ({"strategy": "star"}, "strategy: expected one of 'ring', 'all_gather', 'ulysses' or None, got 'star'"),
         ({"balance": "even"}, "balance: expected one of 'contiguous', 'zigzag', 'striped', 'documents', got 'even'"),
-        ({"q_offset": torch.zeros(1, dtype=torch.int64)}, "q_offset: expected an int or None"),
+        ({"q_offset": torch.zeros(2, dtype=torch.int64)}, "q_offset.shape: expected (B,) == (1,), got (2,)"),
+        ({"seqused_k": torch.ones(1, dtype=torch.int64)}, "seqused_k: expected None without cu_seqlens_q"),
         ({"is_causal": True}, "unexpected keyword argument 'is_causal'; here it is causal"),
         ({"backend": "torch", "strategy": "ring"}, "backend 'torch' cannot serve this call: it does not return lse"),
     ],

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastattn.distributed.layout import BALANCES, View, pairs_of, parts, pieces
+from fastattn.distributed.layout import BALANCES, Documents, View, pairs_of, parts, pieces
 from fastattn.flops import allowed_pairs
 from tests.support import ranks_work as work
 
@@ -26,6 +26,25 @@ CASES = {
         "options": {"causal": True, "window": (7, None), "q_offset": 1, "dropout_p": 0.2},
         "key_documents": KEYS,
     },
+    "offsets": {
+        "options": {"window": (7, 3), "q_offset": torch.tensor([2, 0, -1, 9, -4, 1]), "dropout_p": 0.2},
+        "slopes_of_documents": True,
+    },
+    "used": {
+        "options": {"causal": True, "seqused_k": torch.tensor([2, 6, 0, 7, 8, 1])},
+        "key_documents": KEYS,
+        "kv_len": 33,
+        "alibi": True,
+        "kv_heads": 2,
+    },
+    "used_from": {
+        "options": {
+            "seqused_k": torch.tensor([3, 0, 1, 9, 11, 3]),
+            "kv_start": torch.tensor([1, 0, 0, 12, 2, 0]),
+            "q_offset": torch.tensor([2, 0, 1, 9, -4, 1]),
+            "window": (9, 2),
+        },
+    },
     "one": {"options": CAUSAL, "documents": (0, 37)},
     "many": {"options": CAUSAL, "documents": tuple(range(38)), "slopes_of_documents": True},
 }
@@ -39,9 +58,6 @@ def test_the_whole(ranks, strategy, name):
     for balance in (BALANCES[turn % 4], BALANCES[(turn + 1) % 4])[: 1 if name == "many" else 2]:
         case = {"documents": DOCUMENTS, **CASES[name], "strategy": strategy, "balance": balance}
         size = SIZES[name] if strategy != "ulysses" or SIZES[name] != "2x2" else 4
-        striped_slopes = balance == "striped" and (case.get("alibi") or case.get("slopes_of_documents"))
-        if striped_slopes and strategy != "ulysses":
-            continue  # refused, as without documents
         work.check(case, ranks.run(work.attend, case, ranks=size))
 
 
@@ -59,6 +75,12 @@ def test_ranks_of_other_documents_get_no_message(ranks):
         assert ranks.run(work.traffic, options) == [(0, 0), (0, 0), (piece, 1), (piece, 1)]
 
 
+def test_varlen_inside_of_a_division(ranks):
+    assert all(ranks.run(work.packed_inside, [5, 6], ranks=3))
+    for good, text in ranks.answers(work.packed_inside, [6, 6], ranks=2):
+        assert not good and "seqused_k: expected 0 to the 5 keys of sequence 0, got 6" in text
+
+
 def lengths_of(starts):
     return [b - a for a, b in itertools.pairwise(starts)]
 
@@ -68,7 +90,7 @@ def test_work_is_even(ranks_and_length):
     count, length = ranks_and_length
     g = torch.Generator().manual_seed(0)
     starts = (0, *sorted(torch.randint(1, length, (9,), generator=g).tolist()), length)
-    view = View(None, None, 0, (starts, starts))
+    view = View(None, None, 0, Documents(starts, starts))
     whole = sum(allowed_pairs(n, n, None, 0) for n in lengths_of(starts))
     loads = {}
     for balance in BALANCES:
@@ -92,6 +114,10 @@ def test_work_is_even(ranks_and_length):
         ({"cu_seqlens_q": [0, 12]}, "cu_seqlens_q: expected a Tensor, got list"),
         ({"cu_seqlens_k": torch.tensor([0, 12])}, "cu_seqlens_k: expected None without cu_seqlens_q, got a Tensor"),
         ({"cu_seqlens_q": torch.tensor([0, 12]), "bias": torch.zeros(6, 12)}, "bias: expected None with cu_seqlens_q"),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 12]), "seqused_k": torch.tensor([13])},
+            "seqused_k: expected 0 to the 12 keys of sequence 0, got 13",
+        ),
         ({"balance": "documents"}, "'striped' without cu_seqlens_q, got 'documents'"),
     ],
 )

@@ -31,8 +31,7 @@ def draw(seed):
         options["softcap"] = 2.5
     if rng.random() < 0.3:
         options["dropout_p"] = 0.3
-    slopes = "alibi" if case["balance"] != "striped" or case["strategy"] == "ulysses" else "sinks"
-    case[slopes] = case.get(slopes, False) or rng.random() < 0.3
+    case["alibi"] = rng.random() < 0.3
     kind = rng.randrange(4)
     if kind == 0:
         case |= {"bias": tuple(rng.randrange(2) for _ in range(4)), "mask": rng.random() < 0.5}
@@ -41,14 +40,16 @@ def draw(seed):
     if kind == 2:  # documents of some lengths, 0 among them, and tokens of none
         cuts = sorted(rng.randrange(case["q_len"] + 1) for _ in range(rng.randrange(1, 6)))
         case |= {"documents": (0, *cuts), "kv_len": case["q_len"], "balance": rng.choice(BALANCES)}
-        if case["balance"] == "striped" and case["strategy"] != "ulysses":
-            case["alibi"] = False
     entries = len(case["documents"]) - 1 if "documents" in case else case.get("batch", 2)
     if rng.random() < 0.3:
         options["kv_start"] = torch.tensor([rng.randrange(8) for _ in range(entries)]).clamp(max=case["kv_len"])
         if "documents" in case:
             longest = max(b - a for a, b in itertools.pairwise(case["documents"]))
             options["kv_start"].clamp_(max=longest)
+        options["q_offset"] = torch.tensor([rng.randrange(-5, 20) for _ in range(entries)])
+    if "documents" in case and rng.random() < 0.3:
+        lengths = [b - a for a, b in itertools.pairwise(case["documents"])]
+        options["seqused_k"] = torch.tensor([rng.randrange(n + 1) for n in lengths])
     return case | {"options": options}, ranks
 
 

@@ -20,17 +20,13 @@ def test_the_whole(ranks, strategy, name):
     # Each case and strategy with one of the shards, which the cases take in turn.
     balance = BALANCES[([*CASES, *MORE].index(name) + STRATEGIES.index(strategy)) % 3]
     case = {**CASES, **MORE}[name] | {"strategy": strategy, "balance": balance}
-    if case.get("alibi") and balance == "striped":
-        for good, text in ranks.answers(work.attend, case, ranks="2x2"):
-            assert not good and "ValueError: alibi_slopes: expected None with striped shards" in text
-        return
     work.check(case, ranks.run(work.attend, case, ranks="2x2"))
 
 
 @pytest.mark.parametrize("balance", BALANCES)
 def test_everything_by_the_choice(ranks, balance):
     for name in ("everything", "dropout_with_the_rest", "tiny"):
-        case = {**CASES[name], "strategy": None, "balance": balance, "alibi": False}
+        case = {**CASES[name], "strategy": None, "balance": balance}
         work.check(case, ranks.run(work.attend, case, ranks="2x2"))
 
 

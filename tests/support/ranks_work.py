@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import fastattn.distributed as fd
-from fastattn import BlockMask, attention, testing
+from fastattn import BlockMask, attention, attention_varlen, testing
 from fastattn.block_mask import BLOCK
 from fastattn.distributed import comm
 from fastattn.distributed.layout import length_of, pieces, placed
@@ -183,6 +183,20 @@ def out_alone(mesh, strategy):
     out = fd.context_parallel_attention(*own, mesh=mesh, strategy=strategy, causal=True)
     exact, expected = (attention(*x, causal=True) for x in ([x.double() for x in whole], whole))
     testing.assert_parity(out, *(fd.shard(x, mesh=mesh, dim=2) for x in (exact, expected)))
+    return True
+
+
+def packed_inside(mesh, seqused_k):
+    """`attention_varlen` as a model calls it, whose documents use some of their keys."""
+    whole = [torch.randn(14, 4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    ends = torch.tensor([0, 5, 14])
+    how = {"seqused_k": torch.tensor(seqused_k), "causal": True, "return_lse": True}
+    with fd.context_parallel(mesh, balance="zigzag"):
+        found = attention_varlen(*(fd.shard(x, mesh=mesh, dim=0, balance="zigzag") for x in whole), ends, **how)
+    exact, expected = (attention_varlen(*x, ends, **how) for x in ([x.double() for x in whole], whole))
+    for dim, *results in zip((0, 1), found, exact, expected, strict=True):
+        ours, *theirs = results
+        testing.assert_parity(ours, *(fd.shard(x, mesh=mesh, dim=dim, balance="zigzag") for x in theirs))
     return True
 
 
