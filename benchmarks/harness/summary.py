@@ -231,16 +231,23 @@ def length(row: Row) -> str:
     return f"{tokens >> 20}M" if tokens >= 1 << 20 else f"{tokens >> 10}k"
 
 
+def quickest(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """Case -> tokens, rising -> the row of the quickest way that was played."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in sorted((row for row in rows if row["mode"] == PLAYED), key=lambda row: float(row["p50_ms"])):
+        found.setdefault(row["case"], {}).setdefault(int(row["q_len"]), row)
+    cases = dict.fromkeys(row["case"] for row in rows if row["case"] in found)
+    return {case: dict(sorted(found[case].items())) for case in cases}
+
+
 def scaling_table(rows: Sequence[Row]) -> list[list[str]]:
     """The quickest way for each number of GPUs and length: its step, how much of it is work, and the memory."""
-    played = [row for row in rows if row["mode"] == PLAYED]
-    lengths = {int(row["q_len"]): length(row) for row in played}
+    lengths = {int(row["q_len"]): length(row) for row in rows if row["mode"] == PLAYED}
     lines = [["GPUs, network", *(lengths[n] for n in sorted(lengths))]]
-    for case in dict.fromkeys(row["case"] for row in played):
+    for case, ways in quickest(rows).items():
         line = [case]
         for tokens in sorted(lengths):
-            found = [row for row in played if row["case"] == case and int(row["q_len"]) == tokens]
-            best = min(found, key=lambda row: float(row["p50_ms"]), default=None)
+            best = ways.get(tokens)
             line.append("")
             if best is not None:
                 time, memory = float(best["p50_ms"]), float(best["peak_mib"]) / 1024
@@ -253,17 +260,11 @@ def scaling_table(rows: Sequence[Row]) -> list[list[str]]:
 def breakeven_table(rows: Sequence[Row]) -> list[list[str]]:
     """From which of the played lengths on which way is the quickest, and from which on it works 90 % of the step."""
     lines = [["GPUs, network", "quickest", "90 % at work"]]
-    played = [row for row in rows if row["mode"] == PLAYED]
-    for case in dict.fromkeys(row["case"] for row in played):
-        best: dict[int, Row] = {}
-        for row in sorted((row for row in played if row["case"] == case), key=lambda row: float(row["p50_ms"])):
-            best.setdefault(int(row["q_len"]), row)
-        quickest = [best[tokens] for tokens in sorted(best)]
-        changes = [row for before, row in zip([None, *quickest], quickest, strict=False)
+    for case, ways in quickest(rows).items():
+        best = list(ways.values())
+        changes = [row for before, row in zip([None, *best], best, strict=False)
                    if before is None or before["provider"] != row["provider"]]  # fmt: skip
-        busy = next(
-            (f"from {length(row)}" for row in quickest if working_share(row) >= 0.9), "at none of these lengths"
-        )
+        busy = next((f"from {length(row)}" for row in best if working_share(row) >= 0.9), "at none of these lengths")
         lines.append([case, "; ".join(f"{row['provider']} from {length(row)}" for row in changes), busy])
     return lines
 

@@ -122,44 +122,50 @@ def ratio_cells(cells: Sequence[Cell], against: str) -> list[Cell]:
     return found
 
 
-WAYS = {
-    "ring": "#1f77b4", "all_gather": "#ff7f0e", "ulysses": "#2ca02c", "ring, heads by 8": "#d62728",
-    "all_gather, heads by 8": "#9467bd",
-}  # fmt: skip
+WAYS = {"ring": "o", "all_gather": "s", "ulysses": "^", "ring, heads by 8": "D", "all_gather, heads by 8": "v"}
+GROUPS = ("#1f77b4", "#2ca02c", "#ff7f0e", "#d62728")
 
 
 def scaling(rows: Sequence[Row], path: Path) -> None:
-    """Of every number of GPUs and network: by length, the part of a played step in which a rank works."""
+    """By network, number of GPUs and length: the part of a played step in which a rank works, the quickest way.
+
+    Narrow and in large type, to be read on half a page.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "scaling", "svg.fonttype": "none"}  # the same small file from the same rows
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    columns = len({case.partition(", ")[0] for case in cases})
-    fig, grid = pyplot.subplots(-(-len(cases) // columns), columns, figsize=(3.2 * columns, 5.4), squeeze=False)
-    for axes, case in zip(grid.flat, cases, strict=False):
-        for name, colour in WAYS.items():
-            own = [row for row in rows if row["case"] == case and row["provider"] == name]
-            points = [(int(row["q_len"]), 100.0 * summary.working_share(row)) for row in own]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, color=colour)
+    quickest = summary.quickest(rows)
+    networks = list(dict.fromkeys(case.partition(", ")[2] for case in quickest))
+    fig, grid = pyplot.subplots(len(networks), 1, figsize=(5.2, 3.0 * len(networks) + 1.1), sharex=True, squeeze=False)
+    used: set[str] = set()
+    for axes, network in zip(grid[:, 0], networks, strict=True):
+        cases = [case for case in quickest if case.partition(", ")[2] == network]
+        for case, colour in zip(cases, GROUPS, strict=False):
+            points = [(tokens, 100.0 * summary.working_share(row)) for tokens, row in quickest[case].items()]
+            axes.plot(*zip(*points, strict=True), color=colour, label=case.partition(", ")[0])
+            for (tokens, share), row in zip(points, quickest[case].values(), strict=True):
+                axes.plot(tokens, share, WAYS[row["provider"]], markersize=7, color=colour)
+                used.add(row["provider"])
+        axes.set_title(network, fontsize=13)
         axes.set_xscale("log", base=2)
-        axes.set_xlim(2**14.5, 2**24)
-        axes.set_xticks([2**n for n in (15, 17, 19, 21, 23)], ["32k", "128k", "512k", "2M", "8M"])
         axes.set_ylim(0, 105)
-        axes.set_title(case, fontsize=10)
+        axes.set_ylabel("% of the step at work", fontsize=13)
+        axes.tick_params(labelsize=12)
         axes.grid(alpha=0.3)
-    for row in grid:
-        row[0].set_ylabel("% of the step at work")
-    for axes in grid[-1]:
-        axes.set_xlabel("tokens")
-    handles = {
-        name: handle for axes in grid.flat for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    lengths = {tokens: summary.length(row) for found in quickest.values() for tokens, row in found.items()}
+    axes = grid[-1, 0]
+    axes.set_xticks(sorted(lengths), [lengths[tokens] for tokens in sorted(lengths)])
+    axes.set_xlabel("tokens", fontsize=13)
+    lines, _ = axes.get_legend_handles_labels()
+    ways = [
+        Line2D([], [], color="#444444", linestyle="", marker=WAYS[name], label=name) for name in WAYS if name in used
+    ]
     fig.set_layout_engine("constrained")
-    fig.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    fig.legend(handles=[*lines, *ways], loc="outside lower center", ncols=2, frameon=False, fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, metadata={"Date": None})
     pyplot.close(fig)
