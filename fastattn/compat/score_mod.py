@@ -154,11 +154,10 @@ def _softcap(
     own = [x[n : n + 1] for x, n in zip((b, h, i, j), (*index, index[-1]) if line else index, strict=True)]
     sizes = 2.0 ** torch.linspace(-8, 60, 205, dtype=torch.float64, device=term.device)
     scores = torch.cat([sizes, -sizes])
-    i, j = (x.expand(len(scores)) for x in own[2:])
+    b, h, *pair = own
+    i, j = (x.expand(len(scores)) for x in pair)
     ask = _mapped(score_mod, line=True)
-    nothing, found = (
-        ask(x[None, None], own[0], own[1], i, j)[0, 0].detach() for x in (torch.zeros_like(scores), scores)
-    )
+    nothing, found = (ask(x[None, None], b, h, i, j)[0, 0].detach() for x in (torch.zeros_like(scores), scores))
     change = found - nothing
     if not found.isfinite().any():  # -inf everywhere
         return None
@@ -167,7 +166,7 @@ def _softcap(
     if not (cap > 0 and _close(change, _capped(scores, softcap), scores.clamp(-cap, cap)).all()):
         raise NotImplementedError(
             f"score_mod: expected {_CURE}; got, at b, h, q_idx, kv_idx == {[int(x[0]) for x in own]}, "
-            f"{float(ask(torch.ones_like(scores)[None, None], own[0], own[1], i, j)[0, 0, 0])} for a score of 1 and "
+            f"{float(ask(torch.ones_like(scores)[None, None], b, h, i, j)[0, 0, 0])} for a score of 1 and "
             f"{float(nothing[0])} for 0"
         )
     return softcap

@@ -145,7 +145,8 @@ def check_together(headers: list[Header], balance: Balance, documents: Documents
                 f"expected the same options on every rank, got {words} on rank 0 and {said} on rank {rank}"
             )
     totals = []
-    for name, column, starts in zip("qk", (3, 6), (documents or (None, None))[:2], strict=True):
+    of_both = (None, None) if documents is None else (documents.queries, documents.keys)
+    for name, column, starts in zip("qk", (3, 6), of_both, strict=True):
         lengths = [their[column] for their, _ in headers]
         if starts is not None and starts[-1] > sum(lengths):
             raise ValueError(

@@ -257,7 +257,7 @@ def _agree(
         peers.size, balance, batch, q_heads, k.shape[1], q_total, kv_total, head_dim, v.shape[3],
         spec.q.element_size(), view, scores * batch * q_heads * q_total * kv_total, peers.width,
     )  # fmt: skip
-    of_both = (documents or (None, None))[:2]
+    of_both = (None, None) if documents is None else (documents.queries, documents.keys)
     rows, keys = (
         pieces(balance, total, peers.size, own) for total, own in zip((q_total, kv_total), of_both, strict=True)
     )  # fmt: skip

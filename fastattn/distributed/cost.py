@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import heapq
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -154,8 +155,8 @@ def cost(sizes: Sizes, link: Link, strategy: Strategy, backward: bool = False) -
     ranks, width = len(rows_of(sizes)), sizes.width
     swap = _swap(sizes, width, *(max(map(length_of, own)) for own in (rows_of(sizes), keys_of(sizes))))
     steps = _route_steps(sizes, link, strategy, swap, backward)
-    held = sorted((max(x) for x in received([step._replace(leave=()) for step in steps], ranks)), reverse=True)
-    found = _cost_of(steps, ranks, link, swap.memory + sum(held[:2]), lambda rank: rank * width)
+    held = heapq.nlargest(2, (max(x) for x in received([step._replace(leave=()) for step in steps], ranks)))
+    found = _cost_of(steps, ranks, link, swap.memory + sum(held), lambda rank: rank * width)
     row = _cost_of(_swap_steps(swap, width, 0.0, backward), width, link, 0)
     return found._replace(
         bytes=found.bytes + row.bytes, hops=found.hops + row.hops, exposed=found.exposed + row.exposed

@@ -49,7 +49,7 @@ class Pair(NamedTuple):
 
     def sees(self, rows: int, keys: int, kv_start: int = 0) -> bool:
         """Whether one of so many rows sees one of so many keys, from ``kv_start`` on."""
-        offset, left, right = self[:3]
+        offset, left, right, _far = self
         if rows == 0 or kv_start >= keys or (left is not None and right is not None and left + right < 0):
             return False
         after = right is not None and rows - 1 + offset + right < kv_start

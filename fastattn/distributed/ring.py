@@ -21,7 +21,7 @@ from fastattn.distributed.comm import Message, Peers, Pending
 from fastattn.distributed.layout import Part, Piece, View, parts, placed
 from fastattn.distributed.routes import Hop, Route, placed_of, returns_of, steps_of
 from fastattn.functional import merge
-from fastattn.spec import AttentionSpec, Operands, Options
+from fastattn.spec import AttentionSpec, Learned, Operands, Options
 
 _FORWARD = torch.ops.fastattn.attention_forward.default
 _BACKWARD = torch.ops.fastattn.attention_backward.default
@@ -182,6 +182,12 @@ def _cut(x: Tensor | None, rows: slice, keys: Piece) -> Any:
     return x if x.shape[3] == 1 else x[..., keys.positions]
 
 
+def _needed(ctx: Any) -> Learned:
+    """Whether the gradients of operands are needed."""
+    _plan, _q, _k, _v, _mask, bias, slopes, sinks = ctx.needs_input_grad
+    return Learned(bias, slopes, sinks)
+
+
 class _ContextParallel(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -191,7 +197,7 @@ class _ContextParallel(torch.autograd.Function):
         of_all = Operands(mask, bias, slopes)  # sinks belong to a row once, not to each pair
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         width = v.shape[3]
-        learn_far = plan.view.distances and ctx.needs_input_grad[6] and any(x.piece.stride > 1 for x in plan.routes)
+        learn_far = plan.view.distances and _needed(ctx).alibi_slopes and any(x.piece.stride > 1 for x in plan.routes)
         # Beside out, for the gradient of slopes: the sum of weights and values, each times what `_far` says, and of
         # these weights.
         total = q.new_zeros((*q.shape[:3], 2 * width + 1 if learn_far else width), dtype=dtype)
@@ -235,8 +241,9 @@ class _ContextParallel(torch.autograd.Function):
         plan: Plan = ctx.plan
         of_all = Operands(mask, bias, slopes)
         dout = torch.zeros_like(out) if dout is None else dout
-        wanted = [bool(x) for x in ctx.needs_input_grad[5:7]]
-        sums = _Sums(plan, q, k, v, bias if wanted[0] else None, slopes if wanted[1] else None)
+        needed = _needed(ctx)
+        wanted = [needed.bias, needed.alibi_slopes, False]  # sinks have theirs below, once for the whole
+        sums = _Sums(plan, q, k, v, bias if needed.bias else None, slopes if needed.alibi_slopes else None)
         for step, arrived in _arrivals(plan, k, v):
             for route, own_k, own_v in arrived:
                 into = sums.keys_of(route)
@@ -246,25 +253,25 @@ class _ContextParallel(torch.autograd.Function):
                     backward = ops.Backward(
                         dout[:, :, where], None if dlse is None else dlse[:, :, where], q[:, :, where],
                         own_k[:, :, call.keys], own_v[:, :, call.keys], out[:, :, where], statistics[ctx.calls[name]],
-                        operands, options, plan.backend, [*wanted, False],
+                        operands, options, plan.backend, wanted,
                     )  # fmt: skip
                     sums.add(call, into, _BACKWARD(*ops.flatten(backward)))
             sums.send_on(step, [route for route, _, _ in arrived])
         dk, dv = sums.finish()
         dsinks, delta = None, out.new_empty(0)
-        if far is not None or (sinks is not None and ctx.needs_input_grad[7]):
+        if far is not None or (sinks is not None and needed.sinks):
             delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
             delta = delta if dlse is None else delta - dlse
         if far is not None:
             sums.add_far((dout * far[..., :-1]).sum(-1) - delta * far[..., -1])
-        if sinks is not None and ctx.needs_input_grad[7]:
+        if sinks is not None and needed.sinks:
             weights = torch.exp(plan.of_rows(sinks, lse) - lse).masked_fill(lse == -torch.inf, 0.0)
             dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
-        learned = (
+        dbias, dslopes = (
             None if total is None else total.to(x.dtype)
             for total, x in ((sums.dbias, bias), (sums.dslopes, slopes))
         )  # fmt: skip
-        return None, sums.dq.to(q.dtype), dk, dv, None, *learned, dsinks
+        return None, sums.dq.to(q.dtype), dk, dv, None, dbias, dslopes, dsinks
 
 
 class _Sums:

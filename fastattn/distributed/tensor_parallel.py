@@ -297,9 +297,10 @@ class _OnShards(_Style):
                     return _gathered(x, device_mesh).redistribute(device_mesh, [Shard(dim % x.ndim)])
 
                 if args:
-                    return (divided(args[0]), *args[1:]), options
-                first = next(iter(options))
-                return args, {**options, first: divided(options[first])}
+                    first, *others = args
+                    return (divided(first), *others), options
+                name = next(iter(options))
+                return args, {**options, name: divided(options[name])}
 
             module.register_forward_pre_hook(enter, with_kwargs=True)
         if self._leaves:

@@ -55,9 +55,7 @@ def run(
             wide = scores.expand(-1, q_heads, spec.q.shape[2], -1)
             tensors.append(wide if wide.dtype != torch.bool else wide.to(torch.uint8))
             swaps.append(Swap(own, rows))
-    swapped = list(_Swap.apply(peers, swaps, *tensors))  # pyright: ignore[reportArgumentType]
-    q, k, v = swapped[:3]
-    rest = swapped[3:]
+    q, k, v, *rest = _Swap.apply(peers, swaps, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
     bias = rest.pop(0) if spec.bias is not None else None
     mask = rest.pop(0).bool() if spec.mask is not None else None
     mine = own[peers.rank]
@@ -144,7 +142,8 @@ class _Swap(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
+        _peers, _swaps, *needed = ctx.needs_input_grad
+        wanted = [i for i, need in enumerate(needed) if need]
         found = _to_tokens(
             ctx.peers, [ctx.swaps[i] for i in wanted], [ctx.heads[i] for i in wanted], [gradients[i] for i in wanted]
         )

@@ -36,11 +36,12 @@ def to_4d(
                 f"{name}: expected at least 2 dimensions (length, head_dim), got shape {tuple(tensor.shape)}"
             )
         leads.append(tuple(tensor.shape[:-2]))
-    for name, lead in zip(NAMES[1:], leads[1:], strict=False):
-        if not _broadcastable(leads[0][:-1], lead[:-1]) or not (enable_gqa or _broadcastable(leads[0], lead)):
-            hint = "" if enable_gqa or leads[0][:-1] != lead[:-1] else " unless enable_gqa=True"
+    of_query, of_key, of_value = leads
+    for name, lead in (("key", of_key), ("value", of_value)):
+        if not _broadcastable(of_query[:-1], lead[:-1]) or not (enable_gqa or _broadcastable(of_query, lead)):
+            hint = "" if enable_gqa or of_query[:-1] != lead[:-1] else " unless enable_gqa=True"
             raise ValueError(
-                f"{name}.shape[:-2]: expected broadcastable with query.shape[:-2] == {leads[0]}{hint}, got {lead}"
+                f"{name}.shape[:-2]: expected broadcastable with query.shape[:-2] == {of_query}{hint}, got {lead}"
             )
     if enable_gqa:
         batch = torch.broadcast_shapes(*(lead[:-1] for lead in leads))

@@ -33,8 +33,8 @@ def attention(spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor 
         seed = _first_ranks(ops.draw_seed(own.q.device), layout.mesh)
         seed = ops.seed_of_part(seed, batch=layout.batch.start, head=layout.heads.start)
     out, lse = ops.attention(own, backends.choose(own, backend), seed)
-    shape = (*spec.q.shape[:3], spec.v.shape[3])
-    return layout.whole(out, shape), None if lse is None else layout.whole(lse, shape[:3])
+    rows = spec.q.shape[:3]
+    return layout.whole(out, (*rows, spec.v.shape[3])), None if lse is None else layout.whole(lse, rows)
 
 
 def explain(spec: AttentionSpec, backend: str | None) -> Explanation:

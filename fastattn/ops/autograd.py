@@ -56,7 +56,7 @@ def seed_of_part(
 
 def attend(call: Forward) -> tuple[Tensor, Tensor]:
     """(out, lse) of ``call``, on any backend but torch's; by the shortest way."""
-    if call.backend in DIRECT and (direct := way((*call[:3], *call.operands))) is not Way.DISPATCHER:
+    if call.backend in DIRECT and (direct := way((call.q, call.k, call.v, *call.operands))) is not Way.DISPATCHER:
         if direct is Way.AUTOGRAD:
             learned = (call.operands.bias, call.operands.alibi_slopes, call.operands.sinks)
             return _record(_AttentionAtOnce, call, call.q, call.k, call.v, *learned)
@@ -93,7 +93,8 @@ def call_backward(call: Backward, at_once: bool = False) -> tuple[Tensor, ...]:
     """
     if _differentiating():
         return _AttentionBackward.apply(*flatten(call))  # pyright: ignore[reportReturnType]
-    if way(call[:2] if at_once else (*call[:7], *call.operands)) is Way.AT_ONCE:
+    asked = (call.dout, call.dlse) if at_once else (*call.tensors, *call.operands)
+    if way(asked) is Way.AT_ONCE:
         return implementations.differentiate(call)  # pyright: ignore[reportReturnType]  (None where nobody looks)
     return _run_backward(*flatten(call))
 
@@ -121,15 +122,15 @@ def _save(ctx: Any, operands: Operands, options: Options, *tensors: Tensor | Non
     ctx.save_for_backward(*tensors, *single, *block_mask)
     if _forward_mode():
         ctx.save_for_forward(*tensors, *single, *block_mask)
-    ctx.options = options
+    ctx.options, ctx.count = options, len(tensors)
     ctx.set_materialize_grads(False)  # a gradient through lse costs nothing where there is none
 
 
-def _saved(ctx: Any, count: int) -> tuple[Any, ...]:
-    """(*tensors, operands): what `_save` was given, ``count`` tensors."""
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """(*tensors, operands): what `_save` was given."""
     saved = ctx.saved_tensors
-    rest = count + len(Operands._fields) - 1  # the last one is block_mask
-    return *saved[:count], Operands._make([*saved[count:rest], list(saved[rest:])])
+    rest = ctx.count + len(Operands._fields) - 1  # the last one is block_mask
+    return *saved[: ctx.count], Operands._make([*saved[ctx.count : rest], list(saved[rest:])])
 
 
 _NO_OPERANDS = Operands(block_mask=None)  # pyright: ignore[reportArgumentType]  (gradients of operands: None for each)
@@ -165,7 +166,7 @@ def _gradients(
     """
     if dout is None and dlse is None:
         return (None,) * 6
-    q, k, v, out, statistics, operands = _saved(ctx, 5)
+    q, k, v, out, statistics, operands = _saved(ctx)
     if dout is None:
         dout = torch.zeros_like(out)
     if _differentiating():  # out and statistics count as constants
@@ -202,7 +203,7 @@ class _Attention(batching.Batched):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, _, _, operands = _saved(ctx, 5)
+        q, k, v, _, _, operands = _saved(ctx)
         t = unflatten(Forward, tangents)
         direction = Inputs(t.q, t.k, t.v, *_learned(t.operands))
         tout, tlse, *_ = _call_double_backward(
@@ -228,7 +229,8 @@ class _AttentionAtOnce(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dout: Tensor | None, dlse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return None, *_gradients(ctx, dout, dlse, ctx.needs_input_grad[4:], ctx.kept_as_is)
+        _call, _q, _k, _v, *wanted = ctx.needs_input_grad
+        return None, *_gradients(ctx, dout, dlse, wanted, ctx.kept_as_is)
 
 
 class _AttentionBackward(batching.Batched):
@@ -243,8 +245,7 @@ class _AttentionBackward(batching.Batched):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call = unflatten(Backward, inputs)
-        tensors = (call.dout, call.dlse, call.q, call.k, call.v, call.out, call.statistics)
-        _save(ctx, call.operands, call.options, *tensors)
+        _save(ctx, call.operands, call.options, *call.tensors)
         ctx.backend, ctx.wanted = call.backend, call.wanted
 
     @staticmethod
@@ -254,7 +255,7 @@ class _AttentionBackward(batching.Batched):
         needed = unflatten(Backward, ctx.needs_input_grad)
         if all(x is None for x in direction):
             return (None,) * len(ctx.needs_input_grad)
-        dout, dlse, q, k, v, _, _, operands = _saved(ctx, 7)
+        dout, dlse, q, k, v, _, _, operands = _saved(ctx)
         tq, tk, tv, *learned = direction
         # Not asked for: the gradient is an empty tensor, and what comes in for it is nothing.
         given = Inputs(tq, tk, tv, *(x if w else None for x, w in zip(learned, ctx.wanted, strict=True)))
@@ -273,7 +274,7 @@ class _AttentionBackward(batching.Batched):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The symmetric Hessian times the direction, plus the gradients that the tangents of dout and dlse give."""
-        dout, dlse, q, k, v, out, statistics, operands = _saved(ctx, 7)
+        dout, dlse, q, k, v, out, statistics, operands = _saved(ctx)
         t = unflatten(Backward, tangents)
         direction = Inputs(t.q, t.k, t.v, *_learned(t.operands))
         wanted = [True, True, True, *ctx.wanted]
@@ -309,7 +310,7 @@ class _AttentionDoubleBackward(batching.Batched):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, tout: Tensor | None, tlse: Tensor | None, *others: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *direction, dout, q, k, v, operands = _saved(ctx, len(Inputs._fields) + 4)
+        *direction, dout, q, k, v, operands = _saved(ctx)
         needed = unflatten(DoubleBackward, ctx.needs_input_grad)
         if dout is not None:
             raise RuntimeError(_THRICE)

@@ -52,7 +52,7 @@ def _folds(dims: Any, call: Any) -> bool:
         operands.seed is None
         and operands.cu_seqlens_q is None
         and dims.operands.sinks is None
-        and all(x.shape[0] == 1 for x in operands.block_mask[:1])
+        and (not operands.block_mask or operands.block_mask[0].shape[0] == 1)
         and not (isinstance(call, Backward) and any(call.wanted))
     )
 

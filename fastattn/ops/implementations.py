@@ -56,7 +56,7 @@ def differentiate(call: Backward) -> Gradients:
         rows, keys = unwritten(starts_q, call.backend), unwritten(starts_k, call.backend)
         if call.operands.seqused_k is not None:  # between the sequences too
             keys = slice(None)
-        for gradient, own in zip(gradients[:3], (rows, keys, keys), strict=True):
+        for gradient, own in ((gradients.dq, rows), (gradients.dk, keys), (gradients.dv, keys)):
             gradient[:, :, own].zero_()
     statistics = call.statistics.contiguous()  # vmap expands what no entry has of its own
     with without_autocast(call.q.device):

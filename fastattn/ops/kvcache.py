@@ -116,12 +116,13 @@ def _append(
     append(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q, k_scale, v_scale)
 
 
-def _append_in_place(keys: torch.DispatchKeySet, k_cache: Tensor, v_cache: Tensor, *args: Any) -> None:
+def _append_in_place(keys: torch.DispatchKeySet, k_cache: Tensor, v_cache: Tensor, *others: Any) -> None:
     """Let autograd know that the caches, and scales, have changed, for whoever saved them."""
-    scales = [x for x in args[5:7] if x is not None]
+    *_, k_scale, v_scale, _backend = others
+    scales = [x for x in (k_scale, v_scale) if x is not None]
     torch.autograd.graph.increment_version((k_cache, v_cache, *scales))
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        APPEND.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, k_cache, v_cache, *args)
+        APPEND.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, k_cache, v_cache, *others)
 
 
 def _kvcache(*args: Any) -> tuple[Tensor, Tensor]:

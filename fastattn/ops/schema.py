@@ -43,6 +43,11 @@ class Backward(NamedTuple):
     wanted: list[bool]
     """of the fields of `fastattn.spec.Learned`"""
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those that are no operands."""
+        return self.dout, self.dlse, self.q, self.k, self.v, self.out, self.statistics
+
 
 class DoubleBackward(NamedTuple):
     """The arguments of ``fastattn::attention_double_backward``.

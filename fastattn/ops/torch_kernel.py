@@ -75,5 +75,7 @@ def _differentiable(gradients: tuple[Tensor | None, ...], given: tuple[Tensor | 
     options = Options(None, 0 if causal else None, 0, scale, None)
     out, statistics = autograd.constants(Forward(q, k, v, operands, options, "reference"))
     backward = Backward(given[0], None, q, k, v, out, statistics, operands, options, "reference", [False] * 3)
-    found = autograd.call_backward(backward)[:3]
-    return *(None if old is None else new for old, new in zip(gradients, found, strict=False)), *gradients[3:]
+    of_q, of_k, of_v, *others = gradients
+    dq, dk, dv, *_ = autograd.call_backward(backward)
+    found = zip((of_q, of_k, of_v), (dq, dk, dv), strict=True)
+    return *(None if old is None else new for old, new in found), *others

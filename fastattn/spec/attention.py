@@ -124,7 +124,8 @@ def make_spec(
             what came. ``names`` are what the caller calls q, k, v, mask, bias and causal.
     """
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]  (as many as went in)
-    check_qkv(q, k, v, names[:3])
+    q_name, k_name, v_name, mask_name, bias_name, causal_name = names
+    check_qkv(q, k, v, (q_name, k_name, v_name))
     batch, q_heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
@@ -138,15 +139,15 @@ def make_spec(
         batch = cu_seqlens_q.shape[0] - 1
         if seqused_k is not None:
             seqused_k = check_seqused_k(seqused_k, cu_seqlens_k, k)
-    check_flag(names[5], causal)
-    for name, operand in ((names[3], mask), (names[4], bias)):
+    check_flag(causal_name, causal)
+    for name, operand in ((mask_name, mask), (bias_name, bias)):
         if (offset := causal_bias_offset(name, operand, q_len, kv_len)) is not None:
             mask, bias = (None if x is operand else x for x in (mask, bias))
-            causal, q_offset = _with_causal_bias(name, offset, causal, q_offset, kv_len - q_len, names[5])
+            causal, q_offset = _with_causal_bias(name, offset, causal, q_offset, kv_len - q_len, causal_name)
     if mask is not None:
-        mask = check_scores(names[3], mask, q, kv_len, (torch.bool,))
+        mask = check_scores(mask_name, mask, q, kv_len, (torch.bool,))
     if bias is not None:
-        bias = check_scores(names[4], bias, q, kv_len, FLOAT_DTYPES)
+        bias = check_scores(bias_name, bias, q, kv_len, FLOAT_DTYPES)
     if block_mask is not None:
         block_mask = check_block_mask(block_mask, (batch, q_heads, q_len, kv_len), q.device)
     alibi_slopes = check_alibi_slopes(alibi_slopes, q, batch)

@@ -100,10 +100,11 @@ def check_attention(
     out, lse = results if lse_gradient else (results, q.new_empty(0))
     if packed:
         out, lse = out.transpose(0, 1)[None], lse[None]
-    actual = [out, lse, *_gradients(out, lse, leaves, inputs)]
+    gradients = _gradients(out, lse, leaves, inputs)
+    actual = [out, lse, *gradients]
     hold_to_the_rule(actual, inputs, options, seed, lse_gradient, lse_alone=chosen == "torch", sums=sums)
     names = ["dq", "dk", "dv", *(f"d{name}" for name in learned)]
-    for name, leaf, gradient in zip(names, leaves, actual[2:], strict=True):
+    for name, leaf, gradient in zip(names, leaves, gradients, strict=True):
         assert gradient.shape == leaf.shape and gradient.dtype == leaf.dtype, f"{name}: shape or dtype of its input"
 
 

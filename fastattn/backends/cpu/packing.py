@@ -60,9 +60,10 @@ def pack_operands(
 
     ``cache``: the last five fields of the struct.
     """
-    mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, seqused_k, kv_start, blocks = operands
-    if not blocks and all(x is None for x in operands[:-1]):
+    *single, blocks = operands
+    if not blocks and all(x is None for x in single):
         return None, []
+    mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, seqused_k, kv_start = single
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     slopes = None if slopes is None else in_compute_dtype(slopes, compute)
     sinks = None if sinks is None else in_compute_dtype(sinks, compute)
