@@ -56,4 +56,5 @@ def draw(seed):
 @pytest.mark.parametrize("seed", range(24))
 def test_a_call(ranks, seed):
     case, size = draw(seed)
+    case["dtype"] = torch.float64 if seed % 4 == 3 else torch.float32
     work.check(case, ranks.run(work.attend, case, ranks=size))

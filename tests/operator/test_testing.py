@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fastattn import reference, testing
-from fastattn.testing import FACTOR, assert_parity, check_attention, rounding_floor
+from fastattn.testing import FACTOR, assert_parity, calls, check_attention, rounding_floor
 from fastattn.testing import cache as cache_checks
+from fastattn.testing.orders import OtherOrders
 from tests.support.attention_cases import BFLOAT, DOUBLE, DTYPE_NAMES, HALF, SINGLE, make_bias, make_mask, make_qkv
 
 DTYPES = [HALF, BFLOAT, SINGLE]
@@ -168,18 +169,24 @@ MISTAKES = {
     "heads exchanged": lambda x: x.copy_(x.flip(1)),
     "sign": lambda x: x.neg_(),
     "zeroed tail": lambda x: x[:, :, -1].zero_(),
+    "a row in float32": lambda x: x[:, :, 5].copy_(x[:, :, 5].float()),
 }
 
 
 @pytest.mark.parametrize(
     ("mistake", "dtype"),
-    [*((mistake, HALF) for mistake in MISTAKES), ("five percent", BFLOAT), ("a row twice", SINGLE)],
+    [
+        *((mistake, HALF) for mistake in [*MISTAKES][:-1]),
+        ("five percent", BFLOAT),
+        ("a row twice", SINGLE),
+        ("a row in float32", DOUBLE),
+    ],
     ids=lambda value: DTYPE_NAMES.get(value, value),
 )
 @pytest.mark.parametrize("name", ["out", "lse", "dq", "dk", "dv", "dbias"])
 def test_every_mistake_in_every_result_is_found(monkeypatch, name, mistake, dtype):
     q, k, v = make_qkv("cpu", (17, 40), batch=2, dtype=dtype)
-    bias = make_bias("cpu", (2, 2, 17, 40), requires_grad=True)
+    bias = make_bias("cpu", (2, 2, 17, 40), DOUBLE if dtype == DOUBLE else SINGLE, requires_grad=True)
     break_results(monkeypatch, name, MISTAKES[mistake])
     with pytest.raises(AssertionError, match=rf"^{name}: "):
         check_attention(q, k, v, backend="reference", causal=True, bias=bias)
@@ -194,6 +201,21 @@ def test_weights_that_do_not_sum_to_one_are_found(monkeypatch, name):
     break_results(monkeypatch, name, lambda x: x.mul_(1.001))
     with pytest.raises(AssertionError, match=rf"^{name}: "):
         check_attention(torch.zeros_like(q), k, v, backend="reference", bias=bias)
+
+
+def test_float64_may_add_up_in_any_order():
+    """The specification has an order of sums, and an error of its own with it: 158 rows per key, as it adds them up."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = make_qkv("cpu", (158, 37), batch=1, dtype=DOUBLE)
+    inputs = {"q": q, "k": k, "v": v, "dout": torch.randn(q.shape, generator=generator, dtype=DOUBLE)}
+    found = []
+    for _ in range(4):
+        found.append(calls.run_specification(inputs, {}, 0, DOUBLE, sums=OtherOrders(generator)))
+        calls.hold_to_the_rule(found[-1], inputs, {}, 0, lse_gradient=False)
+    dv = [x[4] for x in found]
+    assert not torch.equal(dv[0], dv[1])
+    with pytest.raises(AssertionError, match=r"^dv: largest error"):  # far less than float32 would lose
+        calls.hold_to_the_rule([*found[0][:4], dv[0] * (1.0 + 1e-13)], inputs, {}, 0, lse_gradient=False)
 
 
 def use_other_arguments(monkeypatch, **changes):
@@ -213,7 +235,7 @@ def use_other_arguments(monkeypatch, **changes):
     [{"right": None}, {"right": 1}, {"q_offset": 36}, {"scale": 0.251}, {"dropout_p": 0.19}, {"dropout_p": 0.0}],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("dtype", [*DTYPES, DOUBLE], ids=DTYPE_NAMES.get)
 def test_another_call_is_found(monkeypatch, changes, dtype):
     """Also where forward and backward are consistently wrong: one key too many, a scale off by 0.4 percent."""
     q, k, v = make_qkv("cpu", (33, 70), dtype=dtype)
