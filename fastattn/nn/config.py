@@ -1,4 +1,4 @@
-"""What a Transformer is made of, as data: one frozen description that every layer reads."""
+"""The frozen configuration that describes a Transformer; every layer reads it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Data:
         """The description that `to_dict` wrote.
 
         Raises:
-            TypeError, ValueError: naming what is of another class, unknown or out of range.
+            TypeError, ValueError: a setting is unknown, out of range or of another class; the text names it.
         """
         value = _from_data(data, cls.__name__)
         if type(value) is not cls:
@@ -52,11 +52,11 @@ class TransformerConfig(_Data):
         d_model: size of an element.
         num_layers: number of blocks.
         num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of num_heads: fewer than it is grouped-query attention (Ainslie et
-            al. 2023, arXiv:2305.13245), 1 multi-query. None: num_heads.
+        num_kv_heads: key and value heads, a divisor of num_heads. Fewer than num_heads make grouped-query attention
+            (Ainslie et al. 2023, arXiv:2305.13245); 1 makes multi-query attention. None: num_heads.
         head_dim: None: d_model / num_heads.
-        dim_feedforward: width of the feed-forward network. None: 4 d_model, or with a gate 8/3 d_model rounded up to a
-            multiple of 8, so that it has about as many parameters.
+        dim_feedforward: width of the feed-forward network. None: 4 d_model. With a gate: 8/3 d_model, rounded up to a
+            multiple of 8, which keeps the number of parameters about the same.
         activation: "relu", "gelu", "gelu_tanh", "silu"; or with a gate "swiglu", "geglu" (Shazeer 2020,
             arXiv:2002.05202).
         norm: "rms" (`torch.nn.RMSNorm`) or "layer" (`torch.nn.LayerNorm`).
@@ -69,12 +69,12 @@ class TransformerConfig(_Data):
         qk_norm: RMSNorm of each head's query and key before RoPE (Henry et al. 2020, arXiv:2010.04245).
         window: (left, right) as in `fastattn.attention`, for self-attention.
         softcap: as in `fastattn.attention`.
-        sinks: one learned logit per query head, which takes part in the softmax and has no value (Xiao et al. 2023,
+        sinks: one learned logit per query head. It takes part in the softmax but has no value (Xiao et al. 2023,
             arXiv:2309.17453). They start at 0.
         dropout: of attention weights, of each part's output before the residual sum, and of embeddings.
-        init_std: weights start as N(0, init_std), biases at 0, norms at 1; the projections that end in one of the R
-            residual sums of the stack at N(0, init_std / sqrt(R)), so that the sum does not grow with depth (Radford
-            et al. 2019, GPT-2).
+        init_std: weights start as N(0, init_std), biases at 0, norms at 1. A projection that ends in one of the stack's
+            R residual sums starts as N(0, init_std / sqrt(R)), so that the sum does not grow with depth (Radford et al.
+            2019, GPT-2).
         checkpoint: in training, keep only the input of each block and compute it again for the backward.
     """
 
@@ -153,7 +153,7 @@ class TransformerConfig(_Data):
 @keywords.of_config
 @dataclass(frozen=True, kw_only=True)
 class CausalLMConfig(TransformerConfig):
-    """A decoder-only language model: `TransformerConfig`, and
+    """A decoder-only language model: the fields of `TransformerConfig`, and these.
 
     Args:
         vocab_size: number of tokens.
@@ -175,7 +175,7 @@ class CausalLMConfig(TransformerConfig):
 @keywords.of_config
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(_Data):
-    """A sequence-to-sequence model: two stacks of one d_model, and
+    """A sequence-to-sequence model: two stacks with the same d_model, and a vocabulary each.
 
     Args:
         encoder, decoder: the two stacks.
@@ -207,7 +207,7 @@ class EncoderDecoderConfig(_Data):
 
 
 def check_window(window: object) -> None:
-    """(left, right), integers or None each; or None."""
+    """Check that window is None or (left, right), each an integer or None."""
     if window is None:
         return
     if not isinstance(window, tuple) or len(window) != 2:

@@ -1,4 +1,4 @@
-"""Keywords that other packages use for what is called otherwise here: errors of layers and configs name ours."""
+"""Keywords of other packages. When a caller passes one, the error of the layer or config names ours."""
 
 from typing import TypeVar
 

@@ -1,4 +1,4 @@
-"""The masks of torch.nn's layers, as the operator takes them, and attention that returns its weights."""
+"""Convert the masks of torch.nn's layers for the operator; attention that returns its weights."""
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ def merge_masks(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The two masks of the layer (True = ignore, or float) as the operator's `mask` (True = take part) and `bias`.
 
-    Two masks become one tensor only where both are float. Else each stays as small as it came and the operator
-    broadcasts it, so nothing of N*H*L*S elements is made that the caller did not make. ``own``: of the H heads.
+    Two masks become one tensor only if both are float. Otherwise each keeps its size and the operator broadcasts it: no
+    tensor of N*H*L*S elements arises unless the caller made it. ``own`` selects heads among the H.
     """
     N, _, L, _ = q.shape
     S = k.shape[2]
@@ -63,14 +63,14 @@ def merge_masks(
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (True = take part) as the float mask that is added to the scores."""
+    """Convert a boolean mask (True = take part) to the float mask that the layer adds to the scores."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def attention_with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout_p: float, H: int, own: slice
 ) -> tuple[Tensor, Tensor]:
-    """Attention that returns its weights (N, H, L, S), hence unfused. Dropout draws what torch.nn's layer draws."""
+    """Unfused attention, which returns its weights (N, H, L, S). Dropout draws the same numbers as torch.nn's layer."""
     divided.refuse("need_weights", "True")
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, H, L, S)
     if mask is not None:
@@ -79,13 +79,13 @@ def attention_with_weights(
     if bias is None:
         weights = scores.softmax(dim=-1)
     else:
-        # In float32 at least: a half has no room for the smallest float32, which many masks hold in place of -inf.
+        # At least float32: many masks hold the lowest float32 in place of -inf, and float16 cannot represent it.
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores = scores + bias.to(scores.dtype)
-        # A row with nothing allowed would be NaN, and its gradient too: give it finite scores, then zero weights.
+        # A row with nothing allowed would be NaN, as would its gradient: give it finite scores, then zero weights.
         nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)
         weights = scores.masked_fill(nothing, 0.0).softmax(dim=-1).masked_fill(nothing, 0.0).to(v.dtype)
-    if dropout_p and own != slice(0, H):  # what all heads draw, and of this what these do
+    if dropout_p and own != slice(0, H):  # draw for all heads, then keep the part of these
         weights = weights * F.dropout(weights.new_ones(weights.shape[0], H, *weights.shape[2:]), dropout_p)[:, own]
     else:
         weights = F.dropout(weights, dropout_p)

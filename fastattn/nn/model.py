@@ -1,4 +1,4 @@
-"""Whole models from one config each: `CausalLM` and `EncoderDecoder`, from tokens to logits.
+"""Whole models, from tokens to logits, each built from one config: `CausalLM` and `EncoderDecoder`.
 
 Dimensions in comments: N batch, L length, S source length, E d_model, V vocabulary.
 """
@@ -26,9 +26,10 @@ __all__ = ["CausalLM", "EncoderDecoder"]
 
 
 class CausalLM(Pretrained):
-    """A decoder-only language model, in the manner of GPT and Llama.
+    """A decoder-only language model like GPT and Llama.
 
-    `model(tokens, labels=tokens)` is its training loss, and `fastattn.generate(model, prompt, max_new_tokens)` its use.
+    `model(tokens, labels=tokens)` returns the training loss. `fastattn.generate(model, prompt, max_new_tokens)`
+    generates text.
     """
 
     config_class = CausalLMConfig
@@ -55,12 +56,12 @@ class CausalLM(Pretrained):
         cache: KVCache | None = None,
         last: bool = False,
     ) -> Tensor:
-        """Logits of what comes after each token, or with `labels` the loss.
+        """Logits of the token that follows each token, or with `labels` the loss.
 
         Args:
             tokens: (N, L) integer; packed (total,) with `cu_seqlens`.
-            labels: integer of the shape of `tokens`, and in step with them, so that `tokens` themselves will do; -100
-                leaves an element out, padding for example.
+            labels: integer, of the shape of `tokens` and aligned with them, so that `tokens` themselves will do. -100
+                leaves an element out, for example padding.
             lengths, cu_seqlens, cache: as in `Decoder.forward`.
             last: logits after the last element of each row alone, before padding; not with packed input.
 
@@ -81,12 +82,12 @@ class CausalLM(Pretrained):
         """What `head` makes logits of: (N, L) -> (N, L, E). The arguments are those of `forward`."""
         return self._hidden(tokens, **inputs)
 
-    def _hidden(self, tokens: Tensor, **inputs: Any) -> Tensor:  # `forward` calls no method that FSDP may wrap
+    def _hidden(self, tokens: Tensor, **inputs: Any) -> Tensor:  # FSDP may wrap public methods, so `forward` calls none
         x = _embed("tokens", self.embedding, tokens, self.config.scale_embeddings)
         return self.decoder(x, **inputs)
 
     def prefill(self, tokens: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
-        """Put a prompt into the cache, in as many steps as the cache needs; the logits after its last token.
+        """Put a prompt into the cache, in as many steps as the cache needs; return the logits after its last token.
 
         Args:
             tokens: (N, L) integer, padded at the end.
@@ -106,8 +107,8 @@ class CausalLM(Pretrained):
 class EncoderDecoder(Pretrained):
     """A sequence-to-sequence model (Vaswani et al. 2017, figure 1): source tokens in, target tokens out.
 
-    Trained by teacher forcing: `F.cross_entropy(model(source, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten())`.
-    `fastattn.generate(model, source, max_new_tokens, start=bos)` is its use.
+    Train it by teacher forcing: `model(source, target[:, :-1])` gives the logits of `target[:, 1:]`. Decode with
+    `fastattn.generate(model, source, max_new_tokens, start=bos)`.
     """
 
     config_class = EncoderDecoderConfig
@@ -143,15 +144,15 @@ class EncoderDecoder(Pretrained):
         cache: KVCache | None = None,
         last: bool = False,
     ) -> Tensor:
-        """Logits of what comes after each target token.
+        """Logits of the token that follows each target token.
 
         Args:
             source: (N, S) integer; or packed (total_source,) with `cu_seqlens_source`; None with a `cache`.
             target: (N, L) integer, padded at the end if at all; or packed (total,) with `cu_seqlens`.
             source_lengths: integer (N,): source tokens from there on are padding.
-            source_mask: boolean (N, S), True takes part, where padding stands elsewhere.
+            source_mask: boolean (N, S), True takes part: for padding that is not at the end.
             cu_seqlens, cu_seqlens_source: int32 (sequences + 1,), where each packed sequence starts.
-            lengths, cache: as in `Decoder.forward`; the cache has what the encoder made.
+            lengths, cache: as in `Decoder.forward`; the cache holds the encoder's output.
             last: logits after the last element of each row alone, before padding; not with packed input.
 
         Returns:
@@ -160,7 +161,7 @@ class EncoderDecoder(Pretrained):
         if last and cu_seqlens is not None:
             raise ValueError("last: expected False with cu_seqlens, got True")
         if (source is None) != (cache is not None):
-            got = "None without a cache" if source is None else "a Tensor with a cache, which has what it needs of it"
+            got = "None without a cache" if source is None else "a Tensor and a cache, which holds the encoder's output"
             raise ValueError(f"source: expected a Tensor or a cache, got {got}")
         if source is None:
             h = self._hidden(target, lengths=lengths, cache=cache)
@@ -183,7 +184,8 @@ class EncoderDecoder(Pretrained):
         return self.encoder(_embed("source", self.source_embedding, source, self.config.scale_embeddings), **inputs)
 
     def decode(self, target: Tensor, memory: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Logits (N, L, V) of what comes after each target token. The arguments are those of `Decoder.forward`."""
+        """Logits (N, L, V) of the token that follows each target token. The arguments are those of
+        `Decoder.forward`."""
         return self.head(self._hidden(target, memory=memory, **inputs))
 
     def hidden(self, target: Tensor, **inputs: Any) -> Tensor:
@@ -194,16 +196,18 @@ class EncoderDecoder(Pretrained):
         return self.decoder(_embed("target", self.target_embedding, target, self.config.scale_embeddings), **inputs)
 
     def prefill(self, target: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
-        """As `CausalLM.prefill`, for target tokens and a cache that has the memory."""
+        """Like `CausalLM.prefill`, for target tokens and a cache that holds the memory."""
         return prefill(functools.partial(self, None), target, cache, lengths)
 
     def make_cache(self, batch: int, capacity: int, kind: Callable[..., KVCache] = KVCache, **options: Any) -> KVCache:
-        """An empty cache with keys and values of a `memory`; the arguments are those of `Decoder.make_cache`."""
+        """A cache without target tokens, with the keys and values of a `memory`; the arguments are those of
+        `Decoder.make_cache`."""
         return self.decoder.make_cache(batch, capacity, kind, **options)
 
 
 def prefill(model: Callable[..., Tensor], tokens: Tensor, cache: KVCache, lengths: Tensor | None) -> Tensor:
-    """Pass a prompt (N, L) through `model` by chunks of what the cache takes: logits after the last token, (N, V)."""
+    """Pass a prompt (N, L) through `model` in chunks that the cache accepts; return the logits after the last token,
+    (N, V)."""
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(
             f"tokens.shape: expected (batch, length) with a length of 1 or more, got {tuple(tokens.shape)}"
@@ -230,12 +234,12 @@ def last_elements(h: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Mean cross-entropy of labels (N, L), or packed (total,), by the logits one element before."""
+    """Mean cross-entropy of labels (N, L), or packed (total,), each against the logits one element earlier."""
     check.tokens("labels", labels)
     if labels.shape != tokens.shape:
         raise ValueError(f"labels.shape: expected tokens.shape == {tuple(tokens.shape)}, got {tuple(labels.shape)}")
     division = divided.current()
-    if cu_seqlens is not None and division is None:  # nothing says what a sequence begins with
+    if cu_seqlens is not None and division is None:  # nothing precedes the first element of a sequence
         labels = labels.index_fill(0, cu_seqlens[:-1].long().clamp(max=labels.shape[0] - 1), -100)
     if division is None:
         logits, labels = logits[..., :-1, :], labels[..., 1:]
@@ -261,7 +265,7 @@ def _embed(name: str, embedding: nn.Embedding, tokens: Tensor, scale: bool) -> T
     else:
         try:
             x = embedding(tokens)
-        except IndexError as error:  # on the CPU; elsewhere nothing is known before the device has computed
+        except IndexError as error:  # only the CPU raises this; a GPU reports nothing until it has computed
             size, found = embedding.num_embeddings, sorted(tokens.unique().tolist())
             wrong = next(token for token in found if not 0 <= token < size)
             raise ValueError(f"{name}: expected tokens from 0 to {size - 1}, got {wrong}") from error

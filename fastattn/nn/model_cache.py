@@ -1,4 +1,4 @@
-"""What a model does with a cache: make one of its own shape, and refuse one of another."""
+"""A model allocates a cache of its own shape and refuses one of another shape."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def allocate(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> KVCache:
-    """A cache of this kind, which may be a class or `functools.partial` of one.
+    """A cache of `kind`, which is a class or a `functools.partial` of one.
 
     Args:
         sizes: num_layers, batch, capacity, num_kv_heads, head_dim.
-        like: a parameter: its dtype and device hold until the first keys are there, unless someone chose them.
-        model_window: the left side of the model's window, for a `SlidingWindowCache` that has none of its own.
-        dtype, options: arguments of `kind`, before those of a partial.
+        like: a parameter. Unless the caller chooses them, its dtype and device apply until the first keys arrive.
+        model_window: the left side of the model's window, for a `SlidingWindowCache` without a window of its own.
+        dtype, options: arguments of `kind`; they override those of a partial.
     """
     given: dict[str, Any] = {}
     cls: Any = kind
@@ -59,7 +59,7 @@ def allocate(
 
 
 def check_cache(cache: KVCache, num_layers: int, x: Tensor) -> None:
-    """Refuse a cache that is not for a stack of this many layers and for x (N, L, E)."""
+    """Refuse a cache that does not fit a stack of this many layers and x (N, L, E)."""
     check.instance("cache", cache, KVCache)
     if len(cache.k) != num_layers:
         raise ValueError(f"cache: expected one of {num_layers} layers, as the model has, got {len(cache.k)}")

@@ -1,4 +1,4 @@
-"""KV caches in pages: one that forgets what has left every window, and one whose entries share a pool."""
+"""KV caches in pages: one forgets tokens that have left every window, the other shares a pool among its entries."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ __all__ = ["PagedCache", "SlidingWindowCache"]
 
 
 class SlidingWindowCache(KVCache):
-    """A cache that keeps only what a window still sees: memory for `window + chunk` tokens, however long the text.
+    """A cache that keeps only the tokens that a window still sees: memory for `window + chunk` tokens, however long the
+    text.
 
-    The pages of an entry are used in turn: a new token takes the place of one that has left every window. Tokens keep
-    their true positions, so that RoPE, ALiBi and several tokens per step work as elsewhere.
+    Each entry uses its pages in turn: a new token replaces one that has left every window. Tokens keep their true
+    positions, so RoPE, ALiBi and several tokens per step work as in other caches.
 
     Args:
         num_layers, batch, num_kv_heads, head_dim, device, dtype: as in `KVCache`.
         capacity: tokens of the longest text; they cost 4 bytes per page.
         window: the left side of the attention window.
-        chunk: most tokens per step. A longer prompt goes in by chunks.
+        chunk: most tokens per step. `prefill` splits a longer prompt.
         page_size: at least 1.
     """
 
@@ -52,7 +53,7 @@ class SlidingWindowCache(KVCache):
             self.block_table = self._table(self.batch)
 
     def _table(self, batch: int) -> Tensor:
-        """Which page of the cache each page of a text has, for every entry: int32 (batch, pages of a text)."""
+        """The page of the cache for each page of a text, for every entry: int32 (batch, pages of a text)."""
         options: dict[str, Any] = {"dtype": torch.int32, "device": self.lens.device}
         table = torch.arange(-(-self.capacity // self.page_size), **options) % self._pages
         return torch.arange(batch, **options)[:, None] * self._pages + table
@@ -72,7 +73,7 @@ class SlidingWindowCache(KVCache):
         return super().attend(layer, q, k, v, **options)
 
     def crop(self, length: int) -> None:
-        raise ValueError("cache: a sliding window has forgotten what it would need to go back")
+        raise ValueError("cache: a sliding window cannot go back, because it has forgotten the earlier tokens")
 
     @torch.inference_mode(False)
     def select(self, index: Tensor) -> None:
@@ -87,13 +88,14 @@ class SlidingWindowCache(KVCache):
 class PagedCache(KVCache):
     """Entries take pages from a common pool as they grow and give them back (Kwon et al. 2023, arXiv:2309.06180).
 
-    `reserve` assigns pages. It reads `lens` only when a page may be full: on a GPU a synchronisation every `page_size`
-    steps. Under `torch.compile` and CUDA graphs call it before each step yourself.
+    `reserve` assigns pages. It reads `lens` only when a page may be full, which on a GPU synchronises every `page_size`
+    steps. Under `torch.compile` and CUDA graphs, call it before each step yourself.
 
     Args:
         num_layers, batch, num_kv_heads, head_dim, device, dtype: as in `KVCache`.
         capacity: tokens of the longest entry; they cost 4 bytes per page.
-        num_pages: pages in the pool. None: enough for every entry at full capacity, also once `select` has made more.
+        num_pages: pages in the pool. None: enough for every entry at full capacity, even after `select` has added
+            entries.
         page_size: at least 1.
     """
 
@@ -123,7 +125,7 @@ class PagedCache(KVCache):
             )
         self._owned: list[list[int]] = [[] for _ in range(self.batch)]
         self._free = list(range(self.k[0].shape[0]))[::-1]
-        self._room = 0  # tokens for which every entry has a place already, at least
+        self._room = 0  # every entry has places for at least this many more tokens
 
     def _rows(self, batch: int) -> tuple[int, int]:
         pages = self._num_pages if self._num_pages is not None else batch * -(-self.capacity // self.page_size)
@@ -140,7 +142,7 @@ class PagedCache(KVCache):
             return
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "cache.reserve: expected to be called before the compiled step, which cannot assign pages"
+                "cache.reserve: expected a call before the compiled step, which cannot assign pages"
             )
         lens = self.lens.tolist()
         self.length = max(lens)
@@ -148,7 +150,7 @@ class PagedCache(KVCache):
         self._assign([length + new for length in lens], lens)
 
     def _assign(self, wanted: list[int], lens: list[int]) -> None:
-        """Pages for `wanted[b]` tokens of each entry."""
+        """Give each entry b pages for `wanted[b]` tokens."""
         missing = [-(-n // self.page_size) - len(own) for n, own in zip(wanted, self._owned, strict=True)]
         needed = sum(max(n, 0) for n in missing)
         if needed > len(self._free):
@@ -170,7 +172,7 @@ class PagedCache(KVCache):
         self._room -= new
 
     def release(self, entry: int) -> None:
-        """Empty one entry and give its pages back, so that another sequence can take its place."""
+        """Empty one entry and return its pages to the pool, so that another sequence can take its place."""
         check.integer("entry", entry, least=0)
         if entry >= self.batch:
             raise ValueError(f"entry: expected 0 to {self.batch - 1}, got {entry}")
@@ -197,7 +199,7 @@ class PagedCache(KVCache):
         if len(kept) > pool:
             raise ValueError(f"cache: expected a pool of {len(kept)} pages for this selection, got {pool}")
         pages = torch.tensor(kept, dtype=torch.int64, device=self.lens.device)
-        # Every entry gets pages of its own, filled with copies: pages are written to, hence never shared.
+        # Every entry gets its own copies of pages: entries write to their pages, so they never share one.
         self._free = list(range(pool))[::-1]
         self._owned = [[self._free.pop() for _ in range(n)] for n in used]
         target = torch.tensor([p for own in self._owned for p in own], dtype=torch.int64, device=self.lens.device)

@@ -1,4 +1,4 @@
-"""The blocks of torch.nn's Transformer layers, with less memory traffic and faster dropout than theirs on a CPU."""
+"""The blocks of torch.nn's Transformer layers, with less memory traffic and faster dropout on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["DecoderBlocks", "EncoderBlocks", "drop"]
 
 
 class EncoderBlocks(nn.TransformerEncoderLayer):
-    """`torch.nn.TransformerEncoderLayer`'s methods that its subclasses may override."""
+    """The methods of `torch.nn.TransformerEncoderLayer` that its subclasses may override."""
 
     def _sa_block(
         self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False
@@ -25,7 +25,7 @@ class EncoderBlocks(nn.TransformerEncoderLayer):
 
 
 class DecoderBlocks(nn.TransformerDecoderLayer):
-    """`torch.nn.TransformerDecoderLayer`'s methods that its subclasses may override."""
+    """The methods of `torch.nn.TransformerDecoderLayer` that its subclasses may override."""
 
     def _sa_block(
         self, x: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool = False
@@ -47,7 +47,7 @@ class DecoderBlocks(nn.TransformerDecoderLayer):
 
 
 def drop(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, of a dropout layer."""
+    """`module(x)` for a dropout layer."""
     if type(module) is not nn.Dropout or module.inplace or not module.training or is_hooked(module):
         return module(x)
     return dropout(x, module.p)
@@ -66,7 +66,7 @@ def _attend(
 
 def _feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
     hidden = layer.linear1(x)
-    own = type(layer.linear1) is nn.Linear and not is_hooked(layer.linear1)  # nobody else has what it returned
+    own = type(layer.linear1) is nn.Linear and not is_hooked(layer.linear1)  # nobody else holds its output
     if layer.activation is F.relu and own and not torch.compiler.is_compiling():
         hidden = hidden.relu_()
     else:

@@ -1,4 +1,4 @@
-"""A whole model in a folder: its description as JSON, its weights in safetensors. Nothing in it is executed."""
+"""Save a model to a folder and load it: its config as JSON, its weights in safetensors. Loading executes no code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class Pretrained(nn.Module):
-    """A model made from one `config` that can be saved, and whose `head` may be tied to an embedding."""
+    """A model that is made from one `config` and can be saved. Its `head` may share the weight of an embedding."""
 
     config: Any
     config_class: type[Any]
@@ -28,10 +28,10 @@ class Pretrained(nn.Module):
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, which is made where it does not exist.
+        """Write `config.json` and `model.safetensors` into `folder`; create the folder if it does not exist.
 
         Raises:
-            ImportError: without the package safetensors.
+            ImportError: the package safetensors is missing.
         """
         save_file = _safetensors().save_file
         folder = Path(folder)
@@ -73,7 +73,7 @@ class Pretrained(nn.Module):
         model.load_state_dict(tensors, strict=False, assign=True)
         return model.to(device=device, dtype=dtype).eval()
 
-    # A tied head stays tied where torch makes new parameters one by one.
+    # torch may replace parameters one by one: keep a tied head tied.
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         tied = self.head.weight is self._output_embedding().weight
@@ -91,7 +91,7 @@ class Pretrained(nn.Module):
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds, by name; a parameter with two names has its first."""
+    """The tensors of a checkpoint by name. A parameter with two names appears under its first."""
     persistent = model.state_dict(keep_vars=True)
     seen: set[int] = set()
     return {name: t for name, t in persistent.items() if id(t) not in seen and not seen.add(id(t))}

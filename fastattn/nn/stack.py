@@ -85,7 +85,7 @@ class _Stack(nn.Module):
 
 
 class Encoder(_Stack):
-    """A stack of blocks in which every element sees every other one. Args: config: what it is made of."""
+    """A stack of blocks in which every element sees every other one. Args: config: the settings of the stack."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
@@ -99,24 +99,24 @@ class Encoder(_Stack):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Encode x; returns a tensor of its shape. What stands at padding has no meaning.
+        """Encode x; returns a tensor of its shape. Its values at padding have no meaning.
 
         Args:
             x: (N, L, E); or packed (total, E) with `cu_seqlens`.
             lengths: integer (N,): elements from there on are padding.
-            mask: boolean (N, L), True takes part, where padding stands elsewhere.
-            cu_seqlens: int32 (sequences + 1,), where each packed sequence starts: no padding is computed.
+            mask: boolean (N, L), True takes part: for padding that is not at the end.
+            cu_seqlens: int32 (sequences + 1,), where each packed sequence starts. Padding then costs nothing.
         """
         keep = padding_mask(x, lengths, mask, cu_seqlens)
         return self._run(x, None, cu_seqlens=cu_seqlens, mask=_for_keys(keep))
 
 
 class Decoder(_Stack):
-    """A stack of blocks in which an element sees itself and earlier ones; with `cross` also what an encoder made.
+    """A stack of blocks in which an element sees itself and earlier ones; with `cross` also an encoder's output.
 
     Args:
-        config: what it is made of.
-        cross: with cross-attention to a `memory`.
+        config: the settings of the stack.
+        cross: whether the blocks have cross-attention to a `memory`.
     """
 
     def __init__(self, config: TransformerConfig, cross: bool = False) -> None:
@@ -136,18 +136,19 @@ class Decoder(_Stack):
         cu_seqlens_k: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Decode x; returns a tensor of its shape. What stands at padding has no meaning.
+        """Decode x; returns a tensor of its shape. Its values at padding have no meaning.
 
         Args:
-            x: (N, L, E), padded at the end if at all, which causal order hides; or packed (total, E) with `cu_seqlens`.
-            memory: (N, S, E), or packed (total_k, E), if the decoder has cross-attention; None with a cache that
-                `make_cache` filled from it.
-            lengths: integer (N,), with a cache: elements of x from there on are padding, and not kept.
+            x: (N, L, E); or packed (total, E) with `cu_seqlens`. Padding may stand at the end only, where causal order
+                hides it.
+            memory: (N, S, E), or packed (total_k, E), if the decoder has cross-attention. None if `make_cache` has
+                filled the cache from it.
+            lengths: integer (N,), with a cache: elements of x from there on are padding, which the cache does not keep.
             memory_lengths: integer (N,): elements of `memory` from there on are padding.
-            memory_mask: boolean (N, S), True takes part, where padding stands elsewhere.
+            memory_mask: boolean (N, S), True takes part: for padding that is not at the end.
             cu_seqlens: int32 (sequences + 1,), where each packed sequence starts.
-            cu_seqlens_k: likewise for a packed `memory`.
-            cache: from `make_cache`. x continues what is in it, and is kept in it. No gradient.
+            cu_seqlens_k: the same for a packed `memory`.
+            cache: from `make_cache`. x continues the sequences in the cache, which then keeps x too. No gradient.
         """
         if cache is not None:
             check_cache(cache, len(self.blocks), x)
@@ -198,11 +199,12 @@ class Decoder(_Stack):
             batch: batch entries.
             capacity: tokens per entry.
             kind, options: `KVCache`, `DynamicCache`, `SlidingWindowCache` or `PagedCache`, a subclass, or
-                `functools.partial` of one, and its own arguments. The `window` of a `SlidingWindowCache` is the model's
-                unless given.
-            memory, memory_lengths, memory_mask: as in `forward`; keys and values of `memory` are computed here, once.
-            dtype: of keys and values. None: that of the first keys, which is what the layers compute in, also under
-                autocast and with quantised or wrapped layers. The first keys decide about the device too.
+                `functools.partial` of one, and its own arguments. A `SlidingWindowCache` takes the model's `window` by
+                default.
+            memory, memory_lengths, memory_mask: as in `forward`. This method computes the keys and values of `memory`,
+                once.
+            dtype: of keys and values. None: the dtype of the first keys, in which the layers compute, also under
+                autocast and with quantised or wrapped layers. The first keys also set the device.
         """
         config = self.config
         cache = allocate(
@@ -220,7 +222,7 @@ class Decoder(_Stack):
         return cache
 
     def _kv_heads(self) -> int:
-        """Those of this rank, where a plan divides them."""
+        """The number of key and value heads; of this rank's if a plan divides them."""
         block = self.blocks[0]
         assert isinstance(block, Block)
         return block.self_attn.num_kv_heads
@@ -229,7 +231,7 @@ class Decoder(_Stack):
 def padding_mask(
     x: Tensor | None, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, prefix: str = ""
 ) -> Tensor | None:
-    """What takes part of x (N, S, E), boolean (N, S), or None for everything; from one of three descriptions."""
+    """The elements of x (N, S, E) that take part, boolean (N, S), or None for all; from one of three descriptions."""
     given = [f"{prefix}lengths"] * (lengths is not None) + [f"{prefix}mask"] * (mask is not None)
     given += [f"{prefix}cu_seqlens"] * (cu_seqlens is not None)
     if len(given) > 1:
@@ -249,13 +251,13 @@ def padding_mask(
 
 
 def whole_length(x: Tensor) -> int:
-    """The length of x (N, L, ...), of which context parallelism may leave a part here."""
+    """The whole length of x (N, L, ...); under context parallelism this process holds a part of it."""
     division = divided.current()
     return x.shape[1] if division is None else division.whole(x.shape[1])
 
 
 def _for_keys(keep: Tensor | None) -> Tensor | None:
-    """(N, S) as the mask (N, 1, 1, S) of every head and query."""
+    """Expand (N, S) to the mask (N, 1, 1, S) for every head and query."""
     return None if keep is None else keep[:, None, None, :]
 
 

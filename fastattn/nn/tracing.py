@@ -1,4 +1,4 @@
-"""What torch.fx and TorchScript see of the layers that stand in for torch.nn's."""
+"""How torch.fx and TorchScript treat the layers that replace torch.nn's."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Forward = TypeVar("Forward", bound=Callable[..., Any])
 def fx_leaf(forward: Forward) -> Forward:
     """A `forward` that `torch.fx.symbolic_trace` records as one call of the module.
 
-    torch.fx does so for every module of torch.nn, by the name of its package, and traces into all others; the checks of
-    a layer cannot be traced.
+    torch.fx does so for every module in the package torch.nn and traces into all others, but it cannot trace the checks
+    of a layer.
     """
 
     @functools.wraps(forward)
@@ -44,7 +44,7 @@ def _path(tracer: Any, module: nn.Module) -> str:
 
 
 def refuse_torchscript(module: nn.Module) -> NoReturn:
-    """Raise what `torch.jit.script` of a layer means."""
+    """Raise the error for `torch.jit.script` of a layer."""
     raise RuntimeError(
         f"fastattn's {type(module).__name__} cannot be compiled by torch.jit.script: "
         "use torch.export or torch.compile, or fastattn.revert(model) first"

@@ -1,10 +1,6 @@
 """The Transformer (Vaswani et al. 2017) with torch.nn's interface, on fastattn's multi-head attention.
 
-The classes extend torch.nn's of the same names, so constructors, parameter names, initialisation and `isinstance`
-checks are torch.nn's own. What changes: attention is `fastattn.nn.MultiheadAttention`, and the same code runs in
-training and evaluation. torch.nn's layers have a second implementation for evaluation, which skips overridden methods.
-
-What torch.nn has not: `make_cache` and `step`, which decode a sequence element by element at the cost of the new ones.
+The classes extend the classes of the same names in torch.nn, so constructors, parameter names, initialisation and `isinstance` checks are torch.nn's own. Two things change: attention is `fastattn.nn.MultiheadAttention`, and the same code runs in training and evaluation. torch.nn's layers have a second implementation for evaluation, which skips overridden methods. `make_cache` and `step` are new: they decode a sequence step by step and compute only the new elements.
 """
 
 from __future__ import annotations

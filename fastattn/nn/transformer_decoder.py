@@ -21,7 +21,7 @@ from fastattn.nn.transformer_stack import empty_cache, is_batch_first, is_causal
 class TransformerDecoderLayer(DecoderBlocks):
     """Drop-in replacement for `torch.nn.TransformerDecoderLayer`: self-attention, cross-attention, feed-forward.
 
-    Shapes and masks as in `TransformerDecoder`. Subclasses may override `_sa_block`, `_mha_block` and `_ff_block`.
+    `TransformerDecoder` describes shapes and masks. Subclasses may override `_sa_block`, `_mha_block` and `_ff_block`.
     """
 
     self_attn: MultiheadAttention
@@ -97,11 +97,11 @@ class TransformerDecoder(nn.TransformerDecoder):
             tgt: (N, T, E) with `batch_first`, else (T, N, E); or (T, E) unbatched.
             memory: the encoder's output: (N, S, E), (S, N, E) or (S, E).
             tgt_mask: (T, T) or (N*H, T, T), boolean (True = may not attend) or float (added to the scores).
-            memory_mask: (T, S) or (N*H, T, S), likewise.
+            memory_mask: (T, S) or (N*H, T, S), boolean or float in the same sense.
             tgt_key_padding_mask: (N, T), or (T) unbatched, boolean (True = padding) or float.
-            memory_key_padding_mask: (N, S) or (S), likewise.
+            memory_key_padding_mask: (N, S) or (S), in the same sense.
             tgt_is_causal: whether `tgt_mask` is the causal mask; None as in `TransformerEncoder.forward`.
-            memory_is_causal: the promise that `memory_mask` is the causal mask.
+            memory_is_causal: promises that `memory_mask` is the causal mask.
         """
         causal = is_causal_mask(tgt_mask, tgt_is_causal, tgt, self.layers)
         x = tgt
@@ -131,7 +131,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         memory_key_padding_mask: Tensor | None = None,
         **options: Any,
     ) -> KVCache:
-        """An empty cache for `step`, with the keys and values of `memory`, computed once.
+        """A cache for `step`: no target elements yet, and the keys and values of `memory`, computed once.
 
         Args:
             memory: the encoder's output: (N, S, E) with `batch_first`, else (S, N, E).
@@ -156,12 +156,12 @@ class TransformerDecoder(nn.TransformerDecoder):
         return cache
 
     def step(self, tgt: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
-        """What `forward` with a causal mask gives for the elements that follow those in `cache`, and keep them there.
+        """Append `tgt` to the elements in `cache`; return what `forward` with a causal mask gives for them.
 
         Args:
             tgt: (N, T, E) with `batch_first`, else (T, N, E).
             cache: from `make_cache`.
-            lengths: integer (N,): elements of `tgt` from there on are padding, and not kept.
+            lengths: integer (N,): elements of `tgt` from there on are padding, which the cache does not keep.
 
         Returns:
             A tensor of tgt's shape, without gradient.

@@ -23,8 +23,8 @@ from fastattn.nn.transformer_stack import empty_cache, is_batch_first, is_causal
 class TransformerEncoderLayer(EncoderBlocks):
     """Drop-in replacement for `torch.nn.TransformerEncoderLayer`: self-attention, then a feed-forward network.
 
-    Post-norm as in Vaswani et al. 2017, section 3.1, or with `norm_first` pre-norm (Xiong et al. 2020, figure 1).
-    Subclasses may override `_sa_block` and `_ff_block`; they are called in evaluation too.
+    Post-norm as in Vaswani et al. 2017, section 3.1, or pre-norm with `norm_first` (Xiong et al. 2020, figure 1).
+    Subclasses may override `_sa_block` and `_ff_block`; evaluation calls them too.
     """
 
     self_attn: MultiheadAttention
@@ -65,7 +65,7 @@ class TransformerEncoderLayer(EncoderBlocks):
             src: (N, S, E) with `batch_first`, else (S, N, E); or (S, E) unbatched.
             src_mask: (S, S) or (N*H, S, S), boolean (True = may not attend) or float (added to the scores).
             src_key_padding_mask: (N, S), or (S) unbatched, boolean (True = padding) or float.
-            is_causal: the promise that `src_mask` is the causal mask; see `fastattn.nn.MultiheadAttention.forward`.
+            is_causal: promises that `src_mask` is the causal mask; see `fastattn.nn.MultiheadAttention.forward`.
         """
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(src_mask, "src_mask")
@@ -86,18 +86,18 @@ class TransformerEncoderLayer(EncoderBlocks):
         return self._run(src, lambda x: self.dropout1(self.self_attn.step(x, cache, layer)))
 
     def packed(self, src: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """`forward` of sequences without padding: src (total, E), of which each starts at its entry of `cu_seqlens`."""
+        """`forward` of sequences without padding: src (total, E). Sequence i starts at `cu_seqlens[i]`."""
         return self._run(src, lambda x: self.dropout1(self.self_attn.packed(x, cu_seqlens)))
 
 
 class TransformerEncoder(nn.TransformerEncoder):
     """Drop-in replacement for `torch.nn.TransformerEncoder`: a stack of copies of `encoder_layer`.
 
-    In evaluation and without gradients padding is not encoded: with a boolean `src_key_padding_mask` and no `mask`, the
-    layers give 0 there, of which the final norm makes its bias. `enable_nested_tensor=False` encodes padding like all
-    else, which training always does, and a sequence that is divided among processes. On a CPU the layers then compute
-    the other elements alone, in whatever place the padding stands, unless one of them has hooks, another class or
-    another `self_attn`. `mask_check` is accepted and ignored.
+    In evaluation without gradients, a boolean `src_key_padding_mask` and no `mask` leave padding out: the layers give 0
+    there, which the final norm turns into its bias. On a CPU the layers then compute the other elements alone, wherever
+    the padding stands, unless a layer has hooks, another class or another `self_attn`. `enable_nested_tensor=False`
+    encodes padding like all other elements. So does training, and so does a sequence that is divided among processes.
+    `mask_check` has no effect.
     """
 
     @keywords.stack
@@ -109,7 +109,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         enable_nested_tensor: bool = True,
         mask_check: bool = True,
     ) -> None:
-        # False: no advice on what nested tensors would need.
+        # False: torch.nn would give advice on what nested tensors need.
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
         self.enable_nested_tensor = enable_nested_tensor
 
@@ -126,9 +126,9 @@ class TransformerEncoder(nn.TransformerEncoder):
 
         Args:
             src, mask, src_key_padding_mask: as `TransformerEncoderLayer.forward`.
-            is_causal: whether `mask` is the causal mask. None compares it with one, as torch.nn does; on a GPU that
-                waits for the device. Under `torch.compile` it cannot be compared, and None counts as False: the
-                result is the same, but slower than with True.
+            is_causal: whether `mask` is the causal mask. None compares the two, as torch.nn does; on a GPU this waits
+                for the device. `torch.compile` cannot compare them, so None counts as False there: the result is the
+                same, but slower than with True.
         """
         check_mask_dtype(src_key_padding_mask, "src_key_padding_mask")
         check_mask_dtype(mask, "mask")
@@ -146,7 +146,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         return x
 
     def _leaves_out(self, padding: Tensor, src: Tensor) -> bool:
-        """Whether the output at `padding` is 0."""
+        """Whether the output at padding is 0 in this call."""
         if self.training or torch.is_grad_enabled() or not self.enable_nested_tensor or padding.dtype != torch.bool:
             return False
         if src.dim() != 3 or not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
@@ -155,7 +155,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         return padding.shape == sizes
 
     def _encode_kept(self, src: Tensor, padding: Tensor) -> Tensor:
-        """`_encode` with 0 at `padding`."""
+        """`_encode` of the elements outside `padding`, with 0 at padding."""
         batch_first = is_batch_first(self.layers)
         rows = None
         if not torch.compiler.is_compiling() and all(map(_takes_packed, self.layers)):
@@ -174,18 +174,18 @@ class TransformerEncoder(nn.TransformerEncoder):
     def make_cache(self, batch: int, capacity: int, kind: Callable[..., KVCache] = KVCache, **options: Any) -> KVCache:
         """An empty cache for `step`: `capacity` elements of `batch` sequences.
 
-        kind: `KVCache`, `DynamicCache` or `PagedCache`, a subclass, or `functools.partial` of one; `options` are its
-            own arguments and `dtype`. None: the dtype of the first keys.
+        kind: `KVCache`, `DynamicCache` or `PagedCache`, a subclass, or `functools.partial` of one. `options` are its
+        own arguments and `dtype`. Without a dtype, the cache takes that of the first keys.
         """
         return empty_cache(self.layers, TransformerEncoderLayer, batch, capacity, kind, options)
 
     def step(self, src: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
-        """What `forward` with a causal mask gives for the elements that follow those in `cache`, and keep them there.
+        """Append `src` to the elements in `cache`; return what `forward` with a causal mask gives for them.
 
         Args:
             src: (N, L, E) with `batch_first`, else (L, N, E).
             cache: from `make_cache`.
-            lengths: integer (N,): elements of `src` from there on are padding, and not kept.
+            lengths: integer (N,): elements of `src` from there on are padding, which the cache does not keep.
 
         Returns:
             A tensor of src's shape, without gradient.
@@ -194,7 +194,7 @@ class TransformerEncoder(nn.TransformerEncoder):
 
 
 def _takes_packed(layer: nn.Module) -> bool:
-    """Whether `packed` does what calling the layer does, and nobody is to see what comes and goes inside."""
+    """Whether `packed` does the same as calling the layer, and no hook watches its inputs and outputs."""
     return (
         type(layer) is TransformerEncoderLayer
         and type(layer.self_attn) is MultiheadAttention

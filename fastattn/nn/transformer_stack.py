@@ -1,4 +1,4 @@
-"""What `TransformerEncoder` and `TransformerDecoder` share: the causal hint, and decoding step by step with a cache."""
+"""Code that `TransformerEncoder` and `TransformerDecoder` share: the causal hint, and decoding steps with a cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +34,7 @@ def empty_cache(
     layers: nn.ModuleList, kind_of_layer: type[nn.Module], batch: int, capacity: int, kind: Callable[..., KVCache],
     options: dict[str, Any],
 ) -> KVCache:  # fmt: skip
-    """A cache for `next_step`, where every layer is a ``kind_of_layer`` with that class's own methods."""
+    """A cache for `next_step`. Every layer must be a ``kind_of_layer`` with that class's own methods."""
     for i, layer in enumerate(layers):
         changed = [
             name

@@ -212,7 +212,7 @@ def test_dtypes_that_no_cache_has_are_refused(dtype):
 def test_pages_are_not_assigned_inside_a_compiled_step():
     cache = make("paged", 1)
     step = torch.compile(cache.reserve, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"cache\.reserve: expected to be called before the compiled step"):
+    with pytest.raises(Exception, match=r"cache\.reserve: expected a call before the compiled step"):
         step(1)
 
 
