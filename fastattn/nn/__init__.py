@@ -1,7 +1,8 @@
 """Layers on the fused attention operator: drop-in replacements for torch.nn's, and today's Transformers.
 
-`MultiheadAttention` and the `Transformer...` classes are torch.nn's with another engine. `Attention`, `FeedForward`,
-`Block`, `Encoder`, `Decoder`, `CausalLM` and `EncoderDecoder` are made from a `TransformerConfig`.
+`MultiheadAttention` and the `Transformer...` classes have torch.nn's interface and another engine. A
+`TransformerConfig` describes `Attention`, `FeedForward`, `Block`, `Encoder`, `Decoder`, `CausalLM` and
+`EncoderDecoder`.
 """
 
 from fastattn.nn.attention import MultiheadAttention

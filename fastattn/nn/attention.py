@@ -27,12 +27,12 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Source: Vaswani et al., Attention Is All You Need, 2017 (arXiv:1706.03762), section 3.2.2.
 
-    Constructor, parameter names, initialisation, state dict and error texts are torch.nn's: the class inherits them,
-    and adds no state but one inert hook. It differs on purpose in this:
+    Constructor, parameter names, initialisation, state dict and error texts are torch.nn's: the class inherits them and
+    adds only one inert hook. It differs on purpose in three points:
 
-    - A query with nothing to attend to (all keys padded, say) gives 0 before `out_proj`, and finite gradients, with
-      and without `need_weights`. torch.nn gives NaN.
-    - `attn_mask` and `key_padding_mask` are not expanded to a (N*H, L, S) tensor, and may differ in type.
+    - A query with nothing to attend to (for example, all keys padded) gives 0 before `out_proj` and finite gradients,
+      with and without `need_weights`. torch.nn gives NaN.
+    - The layer does not expand `attn_mask` and `key_padding_mask` to an (N*H, L, S) tensor. They may differ in type.
     - The layer runs the same code in training and evaluation, and no layer of torch.nn that holds it can bypass it.
     """
 
@@ -84,19 +84,20 @@ class MultiheadAttention(nn.MultiheadAttention):
             need_weights: also return the attention weights. They cost O(L S) memory; False takes the fused operator.
             attn_mask: (L, S) or (N*H, L, S). Boolean: True = may not attend. Float: added to the scores.
             average_attn_weights: return the weights averaged over heads.
-            is_causal: the caller's promise that `attn_mask`, which must be given, is the causal mask (row i sees keys
-                0..i). With `need_weights=False` the mask is then not read: the operator makes its own, and skips what
-                lies above the diagonal. Two cases read the mask nevertheless: `need_weights=True`, and a layer with
+            is_causal: promises that `attn_mask` is the causal mask (row i sees keys 0..i); `attn_mask` is then
+                required. With `need_weights=False` the layer does not read the mask: the operator makes its own and
+                skips the part above the diagonal. Two cases still read it: `need_weights=True`, and a layer with
                 `add_bias_kv` or `add_zero_attn`, whose extra keys every query may see.
 
         Returns:
-            The output, of the shape of `query`, and the weights after dropout, (N, L, S), with
-            `average_attn_weights=False` (N, H, L, S), without N if unbatched, or None with `need_weights=False`.
+            The output, of the shape of `query`, and the weights after dropout: (N, L, S), or (N, H, L, S) with
+            `average_attn_weights=False`, without N if unbatched. None in place of the weights with
+            `need_weights=False`.
 
         Raises:
             AssertionError, RuntimeError: shapes or dtypes that do not fit, with torch.nn's texts.
-            TypeError: nested tensors, but for self-attention without weights or masks on the strided kind, which
-                torch.nn.TransformerEncoder makes.
+            TypeError: nested tensors. Strided ones, which torch.nn.TransformerEncoder makes, are allowed in
+                self-attention without weights and masks.
         """
         if query.is_nested or key.is_nested or value.is_nested:
             has_mask = key_padding_mask is not None or attn_mask is not None
@@ -161,12 +162,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         refuse_torchscript(self)
 
     def step(self, x: Tensor, cache: KVCache, layer: int = 0) -> Tensor:
-        """Causal self-attention of new elements, which `cache` keeps, to all that it holds; without gradient.
+        """Add new elements to `cache`, and attend from them to all its elements, causally and without gradient.
 
         Args:
             x: (N, L, E) with `batch_first`, else (L, N, E).
-            cache: with room for L more elements; the caller counts them (`KVCache.advance`).
-            layer: which layer of the cache is this one's.
+            cache: it has room for L more elements; the caller counts them (`KVCache.advance`).
+            layer: the index of this layer in the cache.
 
         Returns:
             A tensor of x's shape: what `forward` with a causal mask gives at these positions.
@@ -180,7 +181,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Args:
             x: (total, E), one sequence after the other.
-            cu_seqlens: int32 (sequences + 1,), where each starts.
+            cu_seqlens: int32 (sequences + 1,), where each sequence starts.
 
         Returns:
             (total, E).
@@ -200,14 +201,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         return self._split_heads(k), self._split_heads(v)
 
     def step_cross(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Cross-attention to what `keys_values` made. mask: boolean, broadcastable to (N, H, L, S), True takes part."""
+        """Cross-attention to the results of `keys_values`. mask: boolean, broadcastable to (N, H, L, S), True takes
+        part."""
         if self.own_heads is not None:
             (w, b), *_ = self._own_projections()
         else:
             E, b = self.embed_dim, self._in_proj_bias()
             w, b = self.in_proj_weight[:E], None if b is None else b[:E]
         q = F.linear(x, w, b)
-        k, v = k.to(q.dtype), v.to(q.dtype)  # they may have been made outside of autocast
+        k, v = k.to(q.dtype), v.to(q.dtype)  # the caller may have made them outside autocast
         return self._merge_heads(attention(self._split_heads(q), k, v, mask=mask))
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return self.out_proj((out if self.batch_first else out.transpose(0, 1)).flatten(-2))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The three input projections, in as few matrix products as the identity of the inputs allows."""
+        """The three input projections. Inputs that are the same tensor share one matrix product."""
         E = self.embed_dim
         w, b = self.in_proj_weight, self._in_proj_bias()
         if self.own_heads is not None:
@@ -247,7 +249,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return q, F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
 
     def _own_projections(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Weight and bias for the queries, keys and values of this rank's heads, where a plan divides them."""
+        """Weight and bias for the queries, keys and values of this rank's heads, if a plan divides them."""
         assert self.own_heads is not None
         b, D = self._in_proj_bias(), self.head_dim
         own = slice(self.own_heads.start * D, self.own_heads.stop * D)
@@ -256,12 +258,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         return [(own_part(w), b) for w, b in zip(weights, biases, strict=True)]
 
     def takes_packed(self) -> bool:
-        """Whether `packed` is what `forward` of a padded batch is at the elements that are no padding."""
+        """Whether `packed` gives the same as `forward` of a padded batch at the elements outside padding."""
         extra_keys = self.bias_k is not None or self.add_zero_attn
         return not (extra_keys or self.in_proj_weight is None or self.own_heads is not None or self.on_shards)
 
     def _check_plain(self, method: str) -> None:
-        """Refuse what a cache and packed sequences have no place for."""
+        """Refuse settings that caches and packed sequences do not support."""
         differ = (self.kdim, self.vdim) != (self.embed_dim, self.embed_dim)
         if self.bias_k is not None or self.add_zero_attn or differ:
             raise ValueError(f"MultiheadAttention.{method}: expected no add_bias_kv, add_zero_attn, kdim and vdim")
@@ -271,7 +273,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
 
     def _in_proj_bias(self) -> Tensor | None:
-        """The bias in the dtype of the weights: a checkpoint may hold it in another, which a matrix product refuses."""
+        """The bias in the dtype of the weights: a checkpoint may hold it in another, and a matrix product needs equal
+        dtypes."""
         b = self.in_proj_bias
         if b is None:
             return None
@@ -302,7 +305,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if x.layout != torch.strided or not self.batch_first:
             raise TypeError(_NO_NESTED)
         lengths = [row.shape[0] for row in x.unbind()]
-        if not any(lengths):  # nothing to attend: neither padding nor a projection has a meaning
+        if not any(lengths):  # every sequence is empty: there is nothing to pad or project
             return torch.nested.as_nested_tensor([self.out_proj(row) for row in x.unbind()])
         padded = x.to_padded_tensor(0.0)  # (N, L, E)
         position = torch.arange(padded.shape[1], device=x.device)
@@ -324,6 +327,6 @@ def adopt(module: nn.MultiheadAttention) -> None:
 
 
 def _as_key(x: Tensor, like: Tensor) -> Tensor:
-    """A learned key or value (1, 1, E) as (N, H, 1, D), to stand after those of `like` (N, H, S, D)."""
+    """A learned key or value (1, 1, E) as (N, H, 1, D), to append to `like` (N, H, S, D)."""
     N, H, _, D = like.shape
     return x.view(1, H, 1, D).expand(N, H, 1, D).to(like.dtype)

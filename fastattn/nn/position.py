@@ -1,8 +1,8 @@
-"""Token embedding, and the ways in which a Transformer knows positions.
+"""Token embedding and position encodings.
 
-`InputEmbedding` and `PositionalEncoding` are modules that stand before the first layer. `Sinusoidal`, `Learned`, `RoPE`
-and `ALiBi` are what `TransformerConfig.position` can be. For continuous input, such as a time series, use
-`torch.nn.Linear(features, d_model)` in place of `InputEmbedding`.
+`InputEmbedding` and `PositionalEncoding` are modules for use before the first layer. `TransformerConfig.position` takes
+`Sinusoidal`, `Learned`, `RoPE` or `ALiBi`. For continuous input, such as a time series, use `torch.nn.Linear(features,
+d_model)` in place of `InputEmbedding`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ __all__ = [
 class InputEmbedding(nn.Embedding):
     """Token embedding times sqrt(d_model) (Vaswani et al. 2017, section 3.4).
 
-    The weights start as N(0, 1 / d_model), not torch's N(0, 1): scaled, an embedding then has unit variance, the size
-    of the position encoding that is added to it, and `weight` can also serve as the output projection. The row of
+    The weights start as N(0, 1 / d_model), not torch's N(0, 1). After scaling, an embedding has unit variance, like the
+    position encoding that is added to it, and `weight` can also serve as the output projection. The row of
     `padding_idx` is zero and gets no gradient.
 
     Shapes: tokens (...) of int32 or int64 -> (..., d_model) of the weight's dtype.
@@ -67,9 +67,9 @@ class PositionalEncoding(nn.Module):
         max_len: number of positions; a longer input is an error.
         dropout: probability of zeroing an entry of the sum.
         kind: "sinusoidal": sin and cos at wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017, section 3.5);
-            fixed, computed and not stored: it is not in the state dict, a module made on the meta device needs no
-            other care, and values are exact in the dtype of the input, whatever `to()` was called with. "learned": a
-            parameter `table` (max_len, d_model), which starts as N(0, 0.02) (as in Devlin et al. 2018, BERT).
+            fixed and computed. The state dict does not hold it, a module made on the meta device needs no other care,
+            and values are exact in the dtype of the input, whatever the argument of `to()`. "learned": a parameter
+            `table` (max_len, d_model), which starts as N(0, 0.02) (as in Devlin et al. 2018, BERT).
         batch_first: sequence dimension of a 3-D input, as in the layers.
     """
 
@@ -109,7 +109,7 @@ class PositionalEncoding(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if self.kind == "learned":
             return super()._apply(fn, recurse)
-        # to(), cuda(), to_empty(), ... would move the table, and round or lose its values: it is computed anew.
+        # to(), cuda(), to_empty(), ... would move the table and round or lose its values, so this computes it anew.
         table = self._buffers.pop("table")
         super()._apply(fn, recurse)
         assert table is not None
@@ -118,7 +118,7 @@ class PositionalEncoding(nn.Module):
         return self
 
     def _exact_table(self, like: Tensor) -> Tensor:
-        """The table where `like` is, in a dtype that holds the values in like's exactly."""
+        """The table on the device of `like`, with values that are exact in the dtype of `like`."""
         table = self.table
         if self.kind == "learned":
             return table
@@ -199,7 +199,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class ALiBi:
-    """Scores fall linearly with distance, at a slope per head (Press et al. 2022, arXiv:2108.12409).
+    """Scores decrease linearly with distance, with a slope per head (Press et al. 2022, arXiv:2108.12409).
 
     Args:
         learned: the slopes are parameters that start at the paper's values.
@@ -220,7 +220,7 @@ class ALiBi:
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Position interpolation: positions are divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
+    """Position interpolation: divides positions by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
 
     factor: float
 
@@ -236,13 +236,13 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1).
+    """Stretches long wavelengths by `factor`, keeps short ones and blends those between (Llama 3.1).
 
     Args:
         factor: how many times longer the context is than it was in training.
         original_max_len: the context of training.
-        low, high: wavelengths longer than original_max_len / low are stretched fully, shorter than
-            original_max_len / high not at all.
+        low, high: wavelengths longer than original_max_len / low stretch fully, those shorter than original_max_len /
+            high not at all.
     """
 
     factor: float = 8.0
@@ -266,13 +266,13 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN: frequencies blended by how often they turn, and scores sharpened (Peng et al. 2023, arXiv:2309.00071).
+    """YaRN: blends frequencies by their number of turns and sharpens scores (Peng et al. 2023, arXiv:2309.00071).
 
     Args:
         factor: how many times longer the context is than it was in training.
         original_max_len: the context of training.
-        slow, fast: frequencies with at most `slow` turns over it are stretched fully, those with at least `fast` not
-            at all.
+        slow, fast: frequencies with at most `slow` turns over that context stretch fully, those with at least `fast`
+            turns not at all.
         attention_factor: magnitude of the rotated vectors; its square sharpens the scores. None: the paper's
             0.1 ln(factor) + 1.
     """
@@ -301,7 +301,7 @@ class YarnScaling:
     def scale(self, frequency: Tensor, theta: float) -> Tensor:
         half = frequency.shape[0]
 
-        def index(turns: float) -> float:  # of the frequency that turns so often
+        def index(turns: float) -> float:  # of the frequency with this many turns
             return half * math.log(self.original_max_len / (2 * math.pi * turns)) / math.log(theta)
 
         first, last = max(math.floor(index(self.fast)), 0), min(math.ceil(index(self.slow)), 2 * half - 1)
@@ -318,7 +318,7 @@ class RoPE:
 
     Args:
         theta: dimension pair i turns by theta^(-2 i / head_dim) radians per position.
-        scaling: how a longer context than that of training is served.
+        scaling: how to extend the context beyond that of training.
     """
 
     theta: float = 10000.0
@@ -331,7 +331,7 @@ class RoPE:
     def tables(self, positions: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """cos and sin for `rotate`: positions (...) integer -> two of (..., head_dim / 2).
 
-        They are float32, or float64 where `dtype`, that of what is rotated, is.
+        `dtype` is that of the tensor to rotate. The tables are float64 if it is, else float32.
         """
         if head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for RoPE, got {head_dim}")
@@ -347,14 +347,14 @@ class RoPE:
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn x (..., L, heads, D) by the angles of `RoPE.tables` (..., L, D / 2), in float32 at least.
+    """Rotate x (..., L, heads, D) by the angles of `RoPE.tables` (..., L, D / 2), in at least float32.
 
     Returns a tensor of x's shape and dtype.
     """
     if rotary.served(x, tables):
         return rotary.rotate(x, tables)
     cos, sin = (table.unsqueeze(-2) for table in tables)  # the same for all heads
-    first, second = x.chunk(2, dim=-1)  # times float32 tables: half precision is promoted
+    first, second = x.chunk(2, dim=-1)  # float32 tables promote half precision
     return torch.cat(rotary.turn_pair(first, second, cos, sin), dim=-1).to(x.dtype)
 
 

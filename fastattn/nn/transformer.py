@@ -1,6 +1,10 @@
 """The Transformer (Vaswani et al. 2017) with torch.nn's interface, on fastattn's multi-head attention.
 
-The classes extend the classes of the same names in torch.nn, so constructors, parameter names, initialisation and `isinstance` checks are torch.nn's own. Two things change: attention is `fastattn.nn.MultiheadAttention`, and the same code runs in training and evaluation. torch.nn's layers have a second implementation for evaluation, which skips overridden methods. `make_cache` and `step` are new: they decode a sequence step by step and compute only the new elements.
+The classes extend those of the same names in torch.nn, so constructors, parameter names, initialisation and
+`isinstance` checks are torch.nn's own. Two things change: attention is `fastattn.nn.MultiheadAttention`, and the same
+code runs in training and evaluation. torch.nn's layers have a second implementation for evaluation, which skips
+overridden methods. `make_cache` and `step` are new: they decode a sequence step by step and compute only the new
+elements.
 """
 
 from __future__ import annotations

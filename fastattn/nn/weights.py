@@ -1,4 +1,4 @@
-"""Weights of other libraries in our models and back, by tables of names that serve both directions; here torch.nn's."""
+"""Copy weights between other libraries and our models. One table of names serves both directions; here torch.nn's."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ _LEAVES = ("weight", "bias", "")
 
 
 class Link(NamedTuple):
-    """A tensor of another library and the one of ours that it is, or the ones, stacked along dimension 0.
+    """A tensor of another library, and the tensor of ours that equals it, or several that equal it when stacked along
+    dimension 0.
 
     A name that ends before "weight" or "bias" stands for both.
 
     Attributes:
-        transposed: theirs is (in, out) where ours is (out, in).
+        transposed: theirs is (in, out), ours is (out, in).
     """
 
     theirs: str
@@ -44,15 +45,16 @@ class Link(NamedTuple):
     transposed: bool = False
 
     def below(self, theirs: str, ours: str) -> Link:
-        """The same with a prefix on each side."""
+        """The same link with a prefix on each side."""
         return Link(theirs + self.theirs, tuple(ours + name for name in self.ours), self.transposed)
 
 
 def from_theirs(links: Iterable[Link], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Copies of `tensors` by our names, of their own dtypes and devices.
+    """Copies of `tensors` under our names, with their own dtypes and devices.
 
     Raises:
-        ValueError: naming every tensor that is missing, left over, without data, or not of the shape `model` needs.
+        ValueError: a tensor is missing, left over, without data, or of another shape than in `model`; the text names
+            all of them.
     """
     own = model.state_dict()
     found = _tensor_links(links, own)
@@ -80,7 +82,7 @@ def from_theirs(links: Iterable[Link], tensors: Mapping[str, Tensor], model: nn.
 
 
 def to_theirs(links: Iterable[Link], model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the tensors of `model` by their names, of our dtypes and devices."""
+    """Copies of the tensors of `model` under their names, with our dtypes and devices."""
     own = model.state_dict()
     copies = {}
     for theirs, ours, transposed in _tensor_links(links, own):
@@ -90,7 +92,7 @@ def to_theirs(links: Iterable[Link], model: nn.Module) -> dict[str, Tensor]:
 
 
 def build(make: Callable[[], Model], links: Callable[[Model], list[Link]], tensors: Mapping[str, Tensor]) -> Model:
-    """A model with copies of `tensors` as parameters, of their dtypes and devices; no weight is drawn at random."""
+    """A model whose parameters are copies of `tensors`, with their dtypes and devices; it draws no random weights."""
     with torch.device("meta"):
         model = make()
     model.load_state_dict(from_theirs(links(model), tensors, model), assign=True)
@@ -98,7 +100,7 @@ def build(make: Callable[[], Model], links: Callable[[Model], list[Link]], tenso
 
 
 def _tensor_links(links: Iterable[Link], own: Mapping[str, Tensor]) -> list[Link]:
-    """A link for each tensor; what this model lacks, such as biases, has none."""
+    """A link for each tensor of this model; tensors that it lacks, such as biases, have none."""
     links = [Link(t + leaf, tuple(o + leaf for o in ours), flip) for t, ours, flip in links for leaf in _LEAVES]
     return [link for link in links if link.ours[0] in own]
 
@@ -144,22 +146,22 @@ def from_torch(module: nn.TransformerDecoder) -> Decoder: ...
 @overload
 def from_torch(module: nn.Transformer) -> tuple[Encoder, Decoder]: ...
 def from_torch(module: nn.Module) -> Encoder | Decoder | tuple[Encoder, Decoder]:
-    """A stack with the configuration and copies of the weights of one of torch.nn's; a Transformer gives both stacks.
+    """A stack with the configuration of a torch.nn stack and copies of its weights; a Transformer gives both stacks.
 
-    The outputs are torch.nn's, with these differences of the interface: input is batch first, and a decoder is causal
-    without being told. In training, torch.nn drops out inside the feed-forward network, and ours from the input of the
-    first layer; the other places and the probability are the same.
+    The outputs equal torch.nn's. The interface differs: input is batch first, and a decoder is always causal. In
+    training, torch.nn applies dropout inside the feed-forward network, and fastattn to the input of the first layer.
+    The other places and the probability are the same.
 
     Args:
         module: `torch.nn.TransformerEncoder`, `TransformerDecoder` or `Transformer`, or the class of that name in
             `fastattn.nn`.
 
     Returns:
-        Of the dtype, device and mode of `module`.
+        The stack, with the dtype, device and mode of `module`.
 
     Raises:
-        TypeError: any other class, in `module` or inside it: a subclass may compute something else.
-        ValueError: what `TransformerConfig` cannot say, by its name in `module`.
+        TypeError: `module` or a module inside it has another class; even a subclass may compute something else.
+        ValueError: `TransformerConfig` cannot express a setting; the text gives its name in `module`.
     """
     _check_class(module, (nn.Transformer, Transformer, *_ENCODERS, *_DECODERS), "module")
     if isinstance(module, nn.Transformer):
@@ -173,27 +175,27 @@ def from_torch(module: nn.Module) -> Encoder | Decoder | tuple[Encoder, Decoder]
 
 
 def torch_state_dict(model: Encoder | Decoder | EncoderDecoder) -> dict[str, Tensor]:
-    """Copies of the weights by the names of torch.nn, for `load_state_dict` of a module of the same sizes.
+    """Copies of the weights under torch.nn's names, for `load_state_dict` of a module of the same sizes.
 
     Args:
-        model: `Encoder` for `torch.nn.TransformerEncoder`, as is a `Decoder` without cross-attention, `Decoder` with it
-            for `torch.nn.TransformerDecoder`, the stacks of an `EncoderDecoder` for `torch.nn.Transformer`. What stands
-            before and after stacks (embeddings, positions, head) has no place in torch.nn and is left out.
+        model: an `Encoder`, or a `Decoder` without cross-attention, for `torch.nn.TransformerEncoder`; a `Decoder` with
+            cross-attention for `torch.nn.TransformerDecoder`; an `EncoderDecoder` for `torch.nn.Transformer`. torch.nn
+            has no embeddings, positions and head, so the result leaves them out.
 
     Raises:
-        ValueError: naming what torch.nn's layers do not have.
+        ValueError: the model has something that torch.nn's layers lack; the text names it.
     """
     return to_theirs(_links(model), model)
 
 
 def load_torch_state_dict(model: Encoder | Decoder | EncoderDecoder, state_dict: Mapping[str, Tensor]) -> None:
-    """Copy the weights of one of torch.nn's modules into `model`: `torch_state_dict` the other way round.
+    """Copy the weights of a torch.nn module into `model`: the inverse of `torch_state_dict`.
 
-    `model` keeps its dtype and device. What torch.nn has no place for (embeddings, positions, head) is not touched.
+    `model` keeps its dtype and device. Embeddings, positions and head, which torch.nn lacks, stay as they are.
 
     Raises:
-        ValueError: naming every tensor that is missing, left over or of another shape, or what torch.nn's layers do
-            not have. `model` is then unchanged.
+        ValueError: a tensor is missing, left over or of another shape, or `model` has something that torch.nn's layers
+            lack. The text names all of them, and `model` is unchanged.
     """
     links = _links(model)
     model.load_state_dict(model.state_dict() | from_theirs(links, state_dict, model))
@@ -212,7 +214,7 @@ def _links(model: nn.Module) -> list[Link]:
 
 
 def _check_in_torch(config: TransformerConfig) -> None:
-    """Refuse what torch.nn's layers do not have, which their names and shapes would not always show."""
+    """Refuse settings that torch.nn's layers lack; names and shapes alone do not always show them."""
     if config.gated:
         raise ValueError(f"activation: expected one without a gate for torch.nn, got {config.activation!r}")
     if not isinstance(config.position, (Learned, Sinusoidal, type(None))):
@@ -234,7 +236,7 @@ def _check_in_torch(config: TransformerConfig) -> None:
 
 
 def _config(stack: Any) -> TransformerConfig:
-    """What a stack of torch.nn's is made of, whose layers must be alike."""
+    """The configuration of a torch.nn stack, whose layers must be alike."""
     if not len(stack.layers):
         raise ValueError("layers: expected at least one, got none")
     first, *others = (
@@ -254,7 +256,7 @@ def _config(stack: Any) -> TransformerConfig:
 
 
 def _read_layer(layer: Any, classes: tuple[type[nn.Module], ...], where: str) -> dict[str, Any]:
-    """The arguments of `TransformerConfig` that a layer decides; ValueError for what it has beyond them."""
+    """The arguments of `TransformerConfig` that a layer decides; ValueError if it has settings beyond them."""
     _check_class(layer, classes, where)
     parts = {name: part for name, part in layer.named_children() if name in _PARTS}
     for name, part in parts.items():
@@ -304,7 +306,7 @@ def _one_value(what: str, values: dict[str, Any]) -> Any:
 
 
 def _check_class(module: nn.Module, classes: tuple[type[nn.Module], ...], where: str) -> None:
-    """Only torch.nn's and fastattn's own code is known to compute what our models compute."""
+    """Accept torch.nn's and fastattn's own classes only: others may compute something else than our models."""
     if type(module) not in classes:
         names = " or ".join(dict.fromkeys(cls.__name__ for cls in classes))
         raise TypeError(f"{where}: expected {names}, not a subclass, got {type(module).__qualname__}")
