@@ -1,6 +1,6 @@
-"""The CUDA C++ library: found, loaded and called through ctypes. `csrc/cuda/interface.cuh` is its other side.
+"""Find, load and call the CUDA C++ library through ctypes. `csrc/cuda/interface.cuh` declares its functions.
 
-Only the standard library is imported here: `setup.py` takes `source_digest` from this file where PyTorch is missing.
+This module imports the standard library only: `setup.py` takes `source_digest` from it where PyTorch is missing.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 ABI = 5
 HEAD_DIMS = (64, 128, 256)
 PROVEN: dict[tuple[str, int, bool], str] = {}
-"""(dtype, head dim, causal) -> digest of the sources whose kernel has passed parity on a GPU there, recorded in
-benchmarks/results, and was faster than Triton's in the same run. The only calls that choose this backend unasked."""
+"""(dtype, head dim, causal) -> digest of the kernel sources that passed parity on a GPU, as benchmarks/results records,
+and were faster than Triton's kernel in the same run. Only these calls choose this backend unasked."""
 
 _LIBRARY = Path(__file__).parents[1] / "libfastattn_cuda.so"
-_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"  # in a checkout, whatever link leads here
+_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"  # in a checkout, through any link
 _DTYPES = {"float16": 0, "bfloat16": 1}
 _BAD_ARGUMENT = 1
 _OPEN = 1 << 40
 """a side of the window that forbids nothing"""
 _ENDS = 1 << 40
-"""an offset of packed sequences: the last query of each stands at its last key"""
+"""the offset of packed sequences that puts the last query of each at its last key"""
 
 
 _PACKED = ("q_starts", "k_starts", "k_used")
@@ -63,7 +63,7 @@ class Backward(ctypes.Structure):
 
 
 def source_digest(folder: Path) -> str:
-    """Of the CUDA sources in ``folder``, names and contents; compiled into the library."""
+    """The digest of the CUDA sources in ``folder``, names and contents. The library contains it too."""
     hasher = hashlib.sha256()
     for path in sorted(folder.glob("*.cu*")):
         hasher.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -75,8 +75,8 @@ def load(path: Path) -> ctypes.CDLL:
     """The library at ``path``, with the types of its functions.
 
     Raises:
-        OSError: it is not there or does not load.
-        ValueError: it is another version's, or compiled from other sources than those of this checkout.
+        OSError: the library is missing or does not load.
+        ValueError: it has another version, or other sources than this checkout.
     """
     library = ctypes.CDLL(str(path))
     try:
@@ -111,7 +111,7 @@ def problem() -> str | None:
 
 
 def unasked(spec: AttentionSpec) -> bool:
-    """Whether this backend may serve ``spec`` without being asked for: its parity on a GPU is on record."""
+    """Whether this backend may serve ``spec`` by default: its parity on a GPU is on record."""
     extras = (spec.left, spec.softcap, spec.sinks, spec.cu_seqlens_q, spec.q_offset_tensor)
     plain = spec.right in (None, 0) and all(x is None for x in extras)
     if not PROVEN or not plain or _differentiated(spec):
@@ -132,9 +132,9 @@ UNPROVEN = "no GPU run of this kernel is on record"
 
 
 def reasons(spec: AttentionSpec) -> list[str]:
-    """What keeps the CUDA C++ kernel from serving this spec; whether its parity is on record says `unasked`.
+    """The reasons why the CUDA C++ kernel cannot serve this spec; `unasked` tells whether its parity is on record.
 
-    On another device nothing else is said: no other argument would change it.
+    On another device that is the only reason, because no other argument would change it.
     """
     import torch
 
@@ -147,7 +147,7 @@ def reasons(spec: AttentionSpec) -> list[str]:
     if (capability := target.capability(device)) != (9, 0):
         return ["runs on Hopper GPUs (compute capability 9.0), this GPU has {}.{}".format(*capability)]
     reasons = []
-    # Tracing cannot look for files: there the call itself says what is missing.
+    # Tracing cannot look for files; there the call itself raises.
     if not torch.compiler.is_compiling() and (missing := problem()):
         reasons.append(missing)
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -175,14 +175,14 @@ def cache_reasons(spec: CacheSpec) -> list[str]:
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Batch, head and row stride; 0 where there is one only, whose stride means nothing."""
+    """Batch, head and row stride; 0 for a dimension of size 1, whose stride means nothing."""
     return tuple(s if n > 1 else 0 for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True))
 
 
 def _layout_reasons(**tensors: Tensor) -> list[str]:
-    """What TMA asks of the strides. Heads and batch entries may be expanded (stride 0), rows may not."""
+    """The strides that TMA cannot take. Heads and batch entries may be expanded (stride 0), rows may not."""
     return [
-        f"{name}: expected adjacent elements and rows of their own at multiples of 8 elements, got strides "
+        f"{name}: expected adjacent elements and distinct rows at multiples of 8 elements, got strides "
         f"{tuple(tensor.stride())}"
         for name, tensor in tensors.items()
         if tensor.stride(3) != 1
@@ -201,8 +201,8 @@ def forward(
 ) -> None:
     """Fill ``out`` (B, Hq, Lq, D), ``lse`` (B, Hq, Lq, float32) and ``statistics`` (2, B, Hq, Lq, float32).
 
-    ``q`` is (B, Hq, Lq, D), ``k`` and ``v`` are (B, Hk, Lk, D). `reasons` lets no call through that has ``operands``
-    but sinks, offsets and packed sequences, or dropout. Rows of no sequence are left as they are.
+    ``q`` is (B, Hq, Lq, D), ``k`` and ``v`` are (B, Hk, Lk, D). `reasons` refuses dropout and all ``operands`` but
+    sinks, offsets and packed sequences. Rows outside every sequence stay unwritten.
 
     Raises:
         ValueError: a tensor does not start at a multiple of 16 bytes, or the library refuses an argument.
@@ -219,9 +219,9 @@ def backward(
     gradients: Gradients, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
     statistics: Tensor, operands: Operands, options: Options,
 ) -> None:  # fmt: skip
-    """Fill ``gradients`` of a call of `forward`, given those of its results; repeats are bit-equal.
+    """Fill the ``gradients`` of a call of `forward` from those of its results; repeats are bit-equal.
 
-    ``dout`` may have any strides: what TMA does not take is copied. Rows of no sequence are left as they are.
+    ``dout`` may have any strides: a copy replaces one that TMA cannot take. Rows outside every sequence stay unwritten.
 
     Raises:
         ValueError, RuntimeError: as `forward`.
@@ -251,7 +251,7 @@ def backward(
 
 
 class _Call:
-    """The arguments of a call, and what must live until its kernel is queued."""
+    """The arguments of a call, and the tensors that must live until its kernel is queued."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, operands: Operands, options: Options
@@ -288,7 +288,7 @@ def _check(library: ctypes.CDLL, status: int) -> None:
 
 @contextlib.contextmanager
 def _current(device: torch.device) -> Iterator[int]:
-    """Make ``device`` current, for PyTorch too, since the library does; gives the handle of its current stream."""
+    """Make ``device`` current for the library, hence for PyTorch too; yield the handle of its current stream."""
     import torch
 
     with torch.cuda.device(device):

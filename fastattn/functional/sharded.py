@@ -104,7 +104,7 @@ def _layout(spec: AttentionSpec) -> _Layout:
                 raise ValueError(f"{name}.device_mesh: expected q.device_mesh == {mesh}, got {x.device_mesh}")
         elif x is not None and (name in "qkv" or (x.requires_grad and torch.is_grad_enabled())):
             raise TypeError(
-                f"{name}: expected a DTensor as the query is, got a plain Tensor; DTensor.from_local makes one"
+                f"{name}: expected a DTensor like the query, got a plain Tensor; DTensor.from_local makes one"
             )
     coordinate = mesh.get_coordinate()
     if coordinate is None:

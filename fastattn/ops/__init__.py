@@ -1,4 +1,4 @@
-"""The operators as PyTorch knows them. Only this room and integrations/activate.py know about dispatch keys."""
+"""The operators, registered with PyTorch. Only this package and integrations/activate.py use dispatch keys."""
 
 from fastattn.ops.attention import attention
 from fastattn.ops.autograd import attend, draw_seed, seed_of_part

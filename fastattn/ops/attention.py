@@ -1,4 +1,4 @@
-"""Attention on a backend that can serve it: PyTorch's function, or the operator."""
+"""Run attention on the chosen backend: through PyTorch's function, or through the operator."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from fastattn.spec import AttentionSpec
 def attention(spec: AttentionSpec, backend: str, seed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of ``spec``; lse is None from the torch backend.
 
-    Dropout's ``seed`` is that of `draw_seed`, unless one is given.
+    Without ``seed``, dropout draws one with `draw_seed`.
     """
     for_onnx = plain.wanted()
     if backend == "torch" and not (for_onnx and (spec.mask is not None or spec.bias is not None)):
@@ -31,7 +31,7 @@ def attention(spec: AttentionSpec, backend: str, seed: Tensor | None = None) -> 
 
 def _by_torch(spec: AttentionSpec) -> Tensor:
     run = backends.module("torch").attention
-    if spec.bias is None:  # all else has been cast: nothing is left for autocast to change
+    if spec.bias is None:  # the spec has cast all other tensors: autocast has nothing to change
         out = run(spec)
     else:
         with without_autocast(spec.q.device):

@@ -1,9 +1,9 @@
-"""Attention as an operator, with derivatives up to the second order; `implementations` has what it does.
+"""Attention as an operator with first and second derivatives; `implementations` has the code that it runs.
 
 ``fastattn::attention_forward`` and ``fastattn::attention_backward`` allocate the results and let a backend fill them.
-Autograd sits on the Autograd key of the forward operator; below it the operators are opaque to torch.compile.
-``fastattn::attention_double_backward`` serves second derivatives and derivatives along a direction (forward mode) for
-every backend: it is always the reference's.
+The Autograd key of the forward operator has the derivatives; torch.compile does not look below it.
+``fastattn::attention_double_backward`` computes second derivatives and derivatives along a direction (forward mode).
+Every backend uses the reference's implementation of it.
 """
 
 from collections.abc import Sequence
@@ -40,29 +40,31 @@ DOUBLE_BACKWARD = define(
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """One int64 from the device's default generator: no synchronisation, safe under CUDA graphs and checkpointing."""
+    """Draw one int64 from the device's default generator: no synchronisation, safe under CUDA graphs and
+    checkpointing."""
     return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=device)
 
 
 def seed_of_part(
     seed: Tensor, *, batch: int = 0, head: int = 0, rows: tuple[int, int] = (0, 1), keys: tuple[int, int] = (0, 1)
 ) -> Tensor:
-    """The seed for a part of a larger call with the one of `draw_seed`, so that dropout keeps there what it keeps here.
+    """The seed for a part of a larger call, made from `draw_seed`'s: dropout then keeps the same entries in both.
 
-    ``batch`` and ``head`` are the first of the part; ``rows`` and ``keys`` the first and the step to the next.
+    ``batch`` and ``head`` are the first of the part; ``rows`` and ``keys`` are the first and the step to the next.
     """
     return torch.cat([seed, seed.new_tensor([batch, head, *rows, *keys])])
 
 
 def attend(call: Forward) -> tuple[Tensor, Tensor]:
-    """(out, lse) of ``call``, on any backend but torch's; by the shortest way."""
+    """(out, lse) of ``call``, on any backend but torch's, with as little dispatching as possible."""
     if call.backend in DIRECT and (direct := way((call.q, call.k, call.v, *call.operands))) is not Way.DISPATCHER:
         if direct is Way.AUTOGRAD:
             learned = (call.operands.bias, call.operands.alibi_slopes, call.operands.sinks)
             return _record(_AttentionAtOnce, call, call.q, call.k, call.v, *learned)
         out, lse, _ = implementations.run(call)
         return out, lse
-    # torch.compile and the dispatcher's modes see the operator; torch.func sees a Function, which it can transform.
+    # torch.compile and dispatch modes must see the operator. torch.func must see an autograd Function, because it can
+        # transform that but not an operator.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     out, lse, _ = (_Attention.apply if transformed else FORWARD)(*flatten(call))  # pyright: ignore[reportGeneralTypeIssues]
     return out, lse
@@ -72,12 +74,12 @@ def attend(call: Forward) -> tuple[Tensor, Tensor]:
 
 
 def _forward_mode() -> bool:
-    """Whether a tensor may carry a derivative along a direction."""
+    """Whether a tensor may carry a tangent."""
     return forward_ad._current_level >= 0
 
 
 def _differentiating() -> bool:
-    """Whether something may be differentiated through what a derivative computes."""
+    """Whether autograd may differentiate through the result of a derivative."""
     return torch.is_grad_enabled() or _forward_mode() or torch._C._are_functorch_transforms_active()
 
 
@@ -87,9 +89,9 @@ def below_autograd(operator: Any, *args: Any) -> Any:
 
 
 def call_backward(call: Backward, at_once: bool = False) -> tuple[Tensor, ...]:
-    """`BACKWARD`, on the graph only where there may be one (create_graph=True).
+    """Call `BACKWARD`, and record it only if there may be a graph (create_graph=True).
 
-    ``at_once``: what the forward pass kept is known to need no dispatcher.
+    ``at_once``: the tensors that the forward pass saved need no dispatcher.
     """
     if _differentiating():
         return _AttentionBackward.apply(*flatten(call))  # pyright: ignore[reportReturnType]
@@ -100,7 +102,7 @@ def call_backward(call: Backward, at_once: bool = False) -> tuple[Tensor, ...]:
 
 
 def _call_double_backward(call: DoubleBackward) -> tuple[Tensor, ...]:
-    """`DOUBLE_BACKWARD`, on the graph only where there may be one."""
+    """Call `DOUBLE_BACKWARD`, and record it only if there may be a graph."""
     return (_AttentionDoubleBackward.apply if _differentiating() else _run_double_backward)(*flatten(call))
 
 
@@ -117,17 +119,18 @@ def _run_double_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, operands: Operands, options: Options, *tensors: Tensor | None) -> None:
-    """Keep what a derivative needs. Block masks too are saved tensors: hooks see them, and changes are noticed."""
+    """Save what a derivative needs. The tensors of a block mask are saved too, so that hooks see them and autograd
+    notices changes."""
     *single, block_mask = operands
     ctx.save_for_backward(*tensors, *single, *block_mask)
     if _forward_mode():
         ctx.save_for_forward(*tensors, *single, *block_mask)
     ctx.options, ctx.count = options, len(tensors)
-    ctx.set_materialize_grads(False)  # a gradient through lse costs nothing where there is none
+    ctx.set_materialize_grads(False)  # without a gradient of lse, none is computed
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
-    """(*tensors, operands): what `_save` was given."""
+    """(*tensors, operands), as `_save` stored them."""
     saved = ctx.saved_tensors
     rest = ctx.count + len(Operands._fields) - 1  # the last one is block_mask
     return *saved[: ctx.count], Operands._make([*saved[ctx.count : rest], list(saved[rest:])])
@@ -138,21 +141,21 @@ _NO_OPTIONS = Options._make(None for _ in Options._fields)
 
 
 def _operand_gradients(gradients: Any, wanted: Any) -> Operands:
-    """The gradients (bias, alibi_slopes, sinks) as those of all operands, None where not wanted."""
+    """Spread the gradients (bias, alibi_slopes, sinks) over all operands; None if not wanted."""
     bias, slopes, sinks = (x if want else None for x, want in zip(gradients, wanted, strict=True))
     return _NO_OPERANDS._replace(bias=bias, alibi_slopes=slopes, sinks=sinks)
 
 
 def _learned(operands: Operands) -> Learned:
-    """What belongs to the operands that have gradients."""
+    """The fields of the operands that have gradients."""
     return Learned(operands.bias, operands.alibi_slopes, operands.sinks)
 
 
-_LEARNED = _learned(unflatten(Forward, range(99)).operands)  # where these are among the arguments
+_LEARNED = _learned(unflatten(Forward, range(99)).operands)  # their places among the arguments
 
 
 def _keep(ctx: Any, call: Forward, out: Tensor, statistics: Tensor) -> None:
-    """What the derivatives of the forward operator need."""
+    """Save what the derivatives of the forward operator need."""
     _save(ctx, call.operands, call.options, call.q, call.k, call.v, out, statistics)
     ctx.backend = call.backend
 
@@ -160,7 +163,7 @@ def _keep(ctx: Any, call: Forward, out: Tensor, statistics: Tensor) -> None:
 def _gradients(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, wanted: Sequence[bool], at_once: bool
 ) -> tuple[Tensor | None, ...]:
-    """Of q, k, v, and of what is ``wanted`` of Learned, from a context that `_keep` filled.
+    """The gradients of q, k, v and of the ``wanted`` fields of Learned, from a context that `_keep` filled.
 
     ``at_once`` as in `call_backward`.
     """
@@ -213,9 +216,9 @@ class _Attention(batching.Batched):
 
 
 class _AttentionAtOnce(torch.autograd.Function):
-    """Where autograd records the call and nobody else: below it there is nothing to dispatch.
+    """The forward operator without the dispatcher, for calls that only autograd records.
 
-    The arguments are the call, and those of its tensors that may have gradients; the results are out and lse.
+    The arguments are the call and its tensors that may have gradients; the results are out and lse.
     """
 
     @staticmethod
@@ -236,7 +239,8 @@ class _AttentionAtOnce(torch.autograd.Function):
 class _AttentionBackward(batching.Batched):
     """The derivatives of the backward operator, outputs (dq, dk, dv, dbias, dalibi_slopes, dsinks).
 
-    out and statistics, which the forward pass stored, count as constants: the formulas know what they depend on.
+    out and statistics, which the forward pass stored, count as constants: the formulas include their dependence on the
+    inputs.
     """
 
     operator_call = Backward
@@ -257,7 +261,7 @@ class _AttentionBackward(batching.Batched):
             return (None,) * len(ctx.needs_input_grad)
         dout, dlse, q, k, v, _, _, operands = _saved(ctx)
         tq, tk, tv, *learned = direction
-        # Not asked for: the gradient is an empty tensor, and what comes in for it is nothing.
+        # A gradient that nobody asked for is an empty tensor; its own incoming gradient means nothing.
         given = Inputs(tq, tk, tv, *(x if w else None for x, w in zip(learned, ctx.wanted, strict=True)))
         wanted = Inputs(needed.q, needed.k, needed.v, *_learned(needed.operands))
         tout, tlse, *results = _call_double_backward(
@@ -273,7 +277,7 @@ class _AttentionBackward(batching.Batched):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The symmetric Hessian times the direction, plus the gradients that the tangents of dout and dlse give."""
+        """The symmetric Hessian times the direction, plus the gradients for the tangents of dout and dlse."""
         dout, dlse, q, k, v, out, statistics, operands = _saved(ctx)
         t = unflatten(Backward, tangents)
         direction = Inputs(t.q, t.k, t.v, *_learned(t.operands))
@@ -293,9 +297,9 @@ class _AttentionBackward(batching.Batched):
 
 
 class _AttentionDoubleBackward(batching.Batched):
-    """The derivative of a derivative along a direction, where it is one; beyond, an error.
+    """The derivative of a derivative along a direction; a third derivative is an error.
 
-    An error when asked, and not results off the graph: a further derivative would silently take them for constants.
+    It raises when asked. Results off the graph would be wrong: a further derivative would take them for constants.
     """
 
     operator_call = DoubleBackward
@@ -346,13 +350,13 @@ class _AttentionDoubleBackward(batching.Batched):
 
 _THRICE = "fastattn: attention can be differentiated twice, not three times; fastattn.reference.attention can"
 _FORWARD_TWICE = (
-    "fastattn: a derivative of attention along a direction has none along another; "
-    "fastattn.reference.attention has, or differentiate backward (torch.autograd.grad, torch.func.grad) instead"
+    "fastattn: forward mode cannot differentiate a forward-mode derivative of attention again; "
+    "use fastattn.reference.attention, or differentiate backward (torch.autograd.grad, torch.func.grad) instead"
 )
 
 
 def constants(call: Forward) -> tuple[Tensor, Tensor]:
-    """out and statistics, computed for a derivative and no part of its graph."""
+    """out and statistics for a derivative, computed outside its graph."""
     with torch.no_grad():
         out, _, statistics = _Attention.apply(*flatten(call))
     return out, statistics
@@ -365,7 +369,8 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _record(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply`` without its checks, which cost as much as a small call; `attention` ruled transforms out."""
+    """``function.apply`` without its checks, which cost as much as a small call. The caller has ruled out
+    torch.func."""
     return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 

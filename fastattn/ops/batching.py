@@ -1,7 +1,7 @@
-"""vmap over the attention operators: one call on a larger batch where no operand forbids it, else one after the other.
+"""vmap over the attention operators: one call on a larger batch unless an operand forbids it, else one call per entry.
 
-`torch.func.vmap` asks the Functions for their rule. `torch.autograd.grad(..., is_grads_batched=True)` has an older
-vmap, which asks the dispatcher; `legacy_rule` answers it.
+`torch.func.vmap` uses the rule of an autograd Function. `torch.autograd.grad(..., is_grads_batched=True)` uses an older
+vmap, which calls the dispatcher; `legacy_rule` serves it.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from torch import Tensor
 from fastattn.ops.schema import Backward, DoubleBackward, Forward, flatten, unflatten
 from fastattn.spec import Operands
 
-# PyTorch's own, without a public name.
+# PyTorch has no public names for these.
 _C: Any = torch._C
 _is_batched = _C._functorch.is_legacy_batchedtensor
 _add_batch_dim, _remove_batch_dim = _C._VariableFunctions._add_batch_dim, _C._VariableFunctions._remove_batch_dim
 
 _Run = Callable[..., tuple[Tensor, ...]]
-_STATISTICS = 1  # their batch dimension; that of all other tensors is 0
+_STATISTICS = 1  # the batch dimension of the statistics; all other tensors have 0
 
 
 def batched(kind: Any, run: _Run, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """(results, the dimension along which each is batched) of ``run``, where args have batch dimensions ``in_dims``."""
+    """(results of ``run``, the batch dimension of each); ``in_dims`` are the batch dimensions of the arguments."""
     if kind is not DoubleBackward:
         dims, call = unflatten(kind, in_dims), unflatten(kind, args)
         if _folds(dims, call):
@@ -44,8 +44,8 @@ def batched(kind: Any, run: _Run, size: int, in_dims: tuple[Any, ...], args: tup
 def _folds(dims: Any, call: Any) -> bool:
     """Whether the vmapped dimension can become part of the batch.
 
-    Not with sinks of their own, packed sequences, or dropout, whose bits depend on the batch entry; nor where a
-    backward pass adds gradients of operands up over the batch.
+    It cannot if every entry has its own sinks, nor with packed sequences, nor with dropout, whose bits depend on the
+    batch entry, nor if a backward pass sums gradients of operands over the batch.
     """
     operands = call.operands
     return (
@@ -61,7 +61,8 @@ def _fold(run: _Run, size: int, dims: Any, call: Any) -> tuple[Any, Any]:
     batch = call.q.shape[0 if dims.q is None or dims.q > 0 else 1]
 
     def merged(x: Tensor | None, dim: int | None, place: int = 0, full: int | None = None) -> Tensor | None:
-        """``x`` with the vmapped dimension merged into its batch dimension ``place``; repeated where it has none."""
+        """Merge the vmapped dimension of ``x`` into its batch dimension ``place``; repeat ``x`` if it has no vmapped
+        dimension."""
         if x is None or (dim is None and full is None):
             return x
         x = x.unsqueeze(place) if dim is None else x.movedim(dim, place)
@@ -71,7 +72,7 @@ def _fold(run: _Run, size: int, dims: Any, call: Any) -> tuple[Any, Any]:
         return x.expand(shape).flatten(place, place + 1)
 
     def operand(x: Tensor | None, dim: int | None) -> Tensor | None:
-        """A tensor for all entries, or for each of them."""
+        """Merge a tensor that is shared by all entries, or has one slice per entry."""
         if x is None or (dim is None and x.shape[0] == 1):
             return x
         return merged(x, dim, full=batch)
@@ -109,7 +110,7 @@ class Batched(torch.autograd.Function):
 
 
 def one_by_one(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``run`` of each tensor that the older vmap has batched in ``x``; of ``x`` itself where it has batched none."""
+    """Call ``run`` on each entry of ``x`` that the older vmap has batched; on ``x`` itself if there is none."""
     if not _is_batched(x):
         return run(x)
     level = _legacy_level()
@@ -123,7 +124,7 @@ def _legacy_level() -> int:
 
 
 def legacy_rule(kind: Any, operator: Any) -> _Run:
-    """The kernel of ``operator`` for tensors that the older vmap has batched."""
+    """The implementation of ``operator`` for tensors that the older vmap has batched."""
 
     def rule(*args: Any) -> tuple[Tensor, ...]:
         level = _legacy_level()

@@ -1,6 +1,6 @@
-"""What of the dispatcher a call of an operator needs; where nothing, its implementation is called at once.
+"""Decide whether a call of an operator needs the dispatcher; if not, call its implementation directly.
 
-On a small input PyTorch's way through the dispatcher and back into Python costs more than the kernel itself.
+On a small input, going through the dispatcher and back into Python costs more than the kernel itself.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ _dispatch_keys = torch._C._dispatch_keys
 
 
 DIRECT = ("triton", "cpu", "cuda")
-"""Backends whose kernels may take so little time that the way to them counts."""
+"""Backends whose kernels may be so quick that the dispatcher's time matters."""
 
 
 class Way(Enum):
-    """How a call gets to the implementation of its operator."""
+    """How a call reaches the implementation of its operator."""
 
     AT_ONCE = 0
-    """nobody records or transforms it"""
+    """directly: nobody records or transforms it"""
     AUTOGRAD = 1
-    """autograd records it, and nobody else"""
+    """through autograd only: nobody else records or transforms it"""
     DISPATCHER = 2
 
 
 _plain: set[int] = set()
-"""The dispatch keys of plain tensors, in inference mode too, on the devices that were asked about: whose kernels the
-dispatcher calls, for the device and for all that wraps or views a tensor in a special way."""
+"""The sets of dispatch keys that plain tensors have, also in inference mode, on every device seen so far. A tensor that
+something wraps or views in a special way has other keys."""
 _devices: set[str] = set()
 
 
@@ -57,7 +57,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def way(operands: Iterable[object]) -> Way:
-    """The way of a call with these operands, tensors among them or in lists there."""
+    """The way for a call with these operands; an operand may be a tensor, a list of tensors or anything else."""
     if (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
@@ -73,7 +73,7 @@ def way(operands: Iterable[object]) -> Way:
         if x is None:
             continue
         if isinstance(x, Tensor):
-            if _dispatch_keys(x).raw_repr() not in _plain and not _is_plain(x):  # the usual answer without a call
+            if _dispatch_keys(x).raw_repr() not in _plain and not _is_plain(x):  # usually decided without a call
                 return Way.DISPATCHER
             recorded = recorded or x.requires_grad
         elif x and isinstance(x, list) and not all(_is_plain(item) for item in x if isinstance(item, Tensor)):
@@ -82,8 +82,8 @@ def way(operands: Iterable[object]) -> Way:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """The spec has cast what autocast casts: what a backend computes in float32 must stay there."""
-    # Asked first of all devices, which takes a fraction of the time; of meta it may not be asked.
+    """Turn autocast off: the spec has cast the inputs already, and a backend's float32 results must stay float32."""
+    # The first test covers all devices in a fraction of the time. PyTorch refuses the second one for meta tensors.
     if _is_any_autocast_enabled() and device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _NOTHING

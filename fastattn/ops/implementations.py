@@ -1,4 +1,4 @@
-"""What the attention operators do: allocate the results and let a backend fill them."""
+"""The implementations of the attention operators: they allocate the results and let a backend fill them."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def unwritten(starts: Tensor, backend: str) -> slice:
-    """The packed rows that a backend may leave as they are: those after the last sequence, or any."""
+    """The packed rows that a backend may leave unwritten: those after the last sequence, or between sequences too."""
     return slice(int(starts[-1]) if backend == "cpu" else 0, None)
 
 
@@ -54,11 +54,11 @@ def differentiate(call: Backward) -> Gradients:
     starts_q, starts_k = call.operands.cu_seqlens_q, call.operands.cu_seqlens_k
     if starts_q is not None and starts_k is not None:
         rows, keys = unwritten(starts_q, call.backend), unwritten(starts_k, call.backend)
-        if call.operands.seqused_k is not None:  # between the sequences too
+        if call.operands.seqused_k is not None:  # rows between sequences too
             keys = slice(None)
         for gradient, own in ((gradients.dq, rows), (gradients.dk, keys), (gradients.dv, keys)):
             gradient[:, :, own].zero_()
-    statistics = call.statistics.contiguous()  # vmap expands what no entry has of its own
+    statistics = call.statistics.contiguous()  # vmap expands tensors that all entries share
     with without_autocast(call.q.device):
         backends.module(call.backend).backward(
             gradients, call.dout, call.dlse, call.q, call.k, call.v, call.out, statistics, call.operands, call.options

@@ -1,7 +1,7 @@
-"""The KV cache as operators: one that appends in place, and one that attends and raises where a gradient is asked for.
+"""The KV cache as operators: one appends in place, the other attends. Asking for a gradient raises.
 
-The new entries k and v take part in `attention_kvcache` only so that asking for their gradient raises too; they are in
-the cache already.
+`attention_kvcache` takes the new entries k and v, which the cache holds already, only so that asking for their
+gradient raises too.
 """
 
 from typing import Any
@@ -28,10 +28,10 @@ KVCACHE_BACKWARD = define("attention_kvcache_backward(Tensor gradient, SymInt[] 
 
 
 def attention_kvcache(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor | None]:
-    """Append what is new, then attend: (out, lse) on a backend that can serve it; lse is None from the torch backend.
+    """Append the new entries, then attend: (out, lse) on the chosen backend; lse is None from the torch backend.
 
-    In eager mode PyTorch's own functions are called as they are: on a CPU an operator of ours would cost a decode step
-    as much again as the attention in it.
+    Eager mode calls PyTorch's own functions directly. On a CPU, an operator of ours would double the time of a decode
+    step.
     """
     if plain.wanted():
         plain.refuse_cache(spec)
@@ -54,9 +54,9 @@ def attention_kvcache(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor | N
 
 
 def _is_prompt(spec: CacheSpec) -> bool:
-    """Whether the cache was empty: attention among the new entries, for kernels with taller tiles.
+    """Whether the cache was empty: the call is then attention among the new entries, whose kernels have taller tiles.
 
-    Not where the cache holds them rounded, nor where a mask begins at another key than the first or ends too soon.
+    False if the cache is quantised, or if a mask starts after the first key or ends before the last.
     """
     if not (known(spec.length == spec.added) and known(spec.added == spec.q.shape[2])):
         return False
@@ -75,7 +75,7 @@ def _prompt(spec: CacheSpec, k: Tensor, v: Tensor) -> AttentionSpec:
 
 
 def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str, direct: bool) -> None:
-    """Write new entries into the caches, in place; the torch backend has the reference's way of doing so."""
+    """Write new entries into the caches in place; the torch backend uses the reference's implementation."""
     arguments = (
         spec.k_cache, spec.v_cache, k.detach(), v.detach(), spec.lens, spec.block_table, spec.cu_seqlens_q,
         spec.k_scale, spec.v_scale,
@@ -89,7 +89,7 @@ def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str, direct: boo
 
 
 def _append_and_attend(spec: CacheSpec) -> tuple[Tensor, Tensor]:
-    """A decode step of the Triton backend, its kernels launched together."""
+    """A decode step of the Triton backend, which launches its kernels together."""
     out, lse = _results(spec, "triton")
     backends.triton.append_and_attend(out, lse, spec)
     _count_change(spec)
@@ -97,9 +97,9 @@ def _append_and_attend(spec: CacheSpec) -> tuple[Tensor, Tensor]:
 
 
 def _count_change(spec: CacheSpec) -> None:
-    """Let autograd know that tensors have changed, for whoever saved them; inference tensors nobody can save.
+    """Tell autograd that the tensors have changed, in case it saved them; it cannot save inference tensors.
 
-    Scales change where each token has its own.
+    Scales change if each token has its own.
     """
     changed = [spec.k_cache, spec.v_cache]
     if spec.k_scale is not None:
@@ -117,7 +117,7 @@ def _append(
 
 
 def _append_in_place(keys: torch.DispatchKeySet, k_cache: Tensor, v_cache: Tensor, *others: Any) -> None:
-    """Let autograd know that the caches, and scales, have changed, for whoever saved them."""
+    """Append, then tell autograd that the caches and scales have changed."""
     *_, k_scale, v_scale, _backend = others
     scales = [x for x in (k_scale, v_scale) if x is not None]
     torch.autograd.graph.increment_version((k_cache, v_cache, *scales))
@@ -132,7 +132,8 @@ def _kvcache(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _results(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor]:
-    """What a backend fills; packed rows that it leaves as they are hold the result of a row that sees nothing."""
+    """The results for a backend to fill. Packed rows that it leaves unwritten hold the result of a row that sees
+    nothing."""
     out, lse = cache_results(spec, backend)
     if spec.cu_seqlens_q is not None:
         rows = unwritten(spec.cu_seqlens_q, backend)
@@ -161,7 +162,7 @@ def _kvcache_backward(gradient: Tensor, shape: list[int]) -> Tensor:
 class _KVCacheAttention(torch.autograd.Function):
     """Results on a graph that raises when something is differentiated through them.
 
-    Through an operator, so that a compiled step raises when its backward runs and not when it is traced.
+    The backward pass calls an operator, so that a compiled step raises when its backward runs, not when it is traced.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The forward operator in PyTorch's own operators, for what runs programs and knows no others, such as ONNX."""
+"""The forward operator in PyTorch's own operators, for runtimes that know no others, such as ONNX."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from fastattn.spec import CacheSpec
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What fastattn's operators are in PyTorch's: a table for ``ExportedProgram.run_decompositions``.
+    """fastattn's operators in terms of PyTorch's: a table for ``ExportedProgram.run_decompositions``.
 
-    For a program that leaves PyTorch and was exported with fastattn's operators in it. ``torch.onnx.export`` of a
-    model needs no table. All scores of a call are in memory at once then, O(Lq x Lk).
+    Use it for an exported program that contains fastattn's operators and is to run outside PyTorch.
+    ``torch.onnx.export`` of a model needs no table. The decomposed program holds all scores of a call in memory,
+    O(Lq x Lk).
 
     Returns:
-        {operator: function}. The functions raise ValueError for what has no such form: ``dropout_p`` and packed
-        sequences.
+        {operator: function}. The functions raise ValueError for ``dropout_p`` and packed sequences, which PyTorch's
+        operators cannot express.
     """
     return {torch.ops.fastattn.attention_forward.default: forward}
 
@@ -32,7 +33,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, statistics), computed in float32 at least, as every backend does.
+    """(out, lse, statistics), computed in at least float32, as in every backend.
 
     Raises:
         ValueError: dropout or packed sequences.
@@ -54,7 +55,7 @@ def run(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def wanted() -> bool:
-    """Whether a model is on its way to ONNX."""
+    """Whether torch.onnx is exporting a model."""
     return torch.compiler.is_exporting() and _in_onnx_export()
 
 
@@ -62,13 +63,13 @@ def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-# What torch.compiler.assume_constant_result sets; calling that here would import torch._dynamo. Dynamo itself takes
-# PyTorch's function for False.
+# torch.compiler.assume_constant_result sets this, but calling it here would import torch._dynamo. Dynamo on its own
+# takes PyTorch's function to return False.
 _in_onnx_export._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def refuse_cache(spec: CacheSpec) -> None:
-    """Raise for a call over a KV cache on its way to ONNX.
+    """Raise the error for exporting a call over a KV cache to ONNX.
 
     Raises:
         ValueError: always.

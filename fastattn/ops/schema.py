@@ -1,7 +1,7 @@
-"""The operators as PyTorch's dispatcher knows them: flat argument lists, results, and what tracing sees of them.
+"""The operators for PyTorch's dispatcher: flat argument lists, results, and the shapes that tracing needs.
 
-A schema has no structures, so the named groups of a call are flattened. Only `flatten` and `unflatten` know the order,
-which is that of the fields of the NamedTuples below; the schema strings are made from the same fields.
+A schema has no structures, so a call's named groups are flattened. Only `flatten` and `unflatten` know the order: it is
+the order of the fields of the NamedTuples below, from which `arguments` also makes the schema strings.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Backward(NamedTuple):
     options: Options
     backend: str
     wanted: list[bool]
-    """of the fields of `fastattn.spec.Learned`"""
+    """one flag for each field of `fastattn.spec.Learned`"""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -52,8 +52,8 @@ class Backward(NamedTuple):
 class DoubleBackward(NamedTuple):
     """The arguments of ``fastattn::attention_double_backward``.
 
-    Its results are the derivatives of out and lse along ``direction``, and gradients for the fields of
-    `fastattn.spec.Inputs`, where ``dout`` is given and they are ``wanted``.
+    Its results are the derivatives of out and lse along ``direction``, and, if ``dout`` is given, the ``wanted``
+    gradients for the fields of `fastattn.spec.Inputs`.
     """
 
     direction: Inputs
@@ -94,7 +94,7 @@ _FIELDS: dict[Any, dict[str, Any]] = {
 
 
 def _places(kind: type) -> list[tuple[Any, Any]]:
-    """Of each field of a call: what makes its group, or None, and its place among the arguments of the operator."""
+    """For each field of a call: the class of its group, or None, and its place among the arguments of the operator."""
     places, start = [], 0
     for hint in _FIELDS[kind].values():
         size = len(_FIELDS[hint]) if hint in _GROUPS else 1
@@ -119,7 +119,7 @@ def flatten(call: Forward | Backward | DoubleBackward | CacheCall) -> tuple[Any,
 
 
 def unflatten(kind: type[_Call], flat: Sequence[Any]) -> _Call:
-    """The call that has these arguments; also of something else for each argument, such as whether it is needed."""
+    """The call that has these arguments. It also takes other data per argument, such as whether it needs a gradient."""
     return kind(*[flat[place] if make is None else make(flat[place]) for make, place in _PLACES[kind]])
 
 
@@ -128,7 +128,7 @@ def arguments(kind: type) -> str:
     parts = []
     for name, hint in _FIELDS[kind].items():
         if hint in _GROUPS:
-            prefix = "t" if hint is Inputs else ""  # the direction's part of q beside q itself
+            prefix = "t" if hint is Inputs else ""  # tq is the direction for q
             parts += [f"{_TYPES[of]} {prefix}{field}" for field, of in _FIELDS[hint].items()]
         else:
             parts.append(f"{_TYPES[hint]} {name}")
@@ -136,7 +136,7 @@ def arguments(kind: type) -> str:
 
 
 def define(schema: str) -> Any:
-    """Add an operator to the library; returns it."""
+    """Add an operator to the library and return it."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     return getattr(torch.ops.fastattn, schema.partition("(")[0]).default
 
@@ -145,9 +145,9 @@ def define(schema: str) -> Any:
 
 
 def empty_heads(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised (B, H, L, D), stored as (B, L, H, D) where ``like`` is, so that merging heads stays a view."""
+    """An uninitialised (B, H, L, D), stored as (B, L, H, D) if ``like`` is, so that merging heads stays a view."""
     if shape == like.shape and like.is_contiguous():
-        return torch.empty_like(like)  # which costs half of the others
+        return torch.empty_like(like)  # half the cost of the calls below
     if heads_last(like):
         return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
     return like.new_empty(shape)
@@ -170,7 +170,7 @@ def out_and_lse(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def forward_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse and statistics (2, B, Hq, Lq): what the backward pass of the same backend needs of the softmax."""
+    """out, lse and statistics (2, B, Hq, Lq) of the softmax, which the backward pass of the same backend needs."""
     out, lse = out_and_lse(q, v.shape[3])
     return out, lse, lse.new_empty((2, *lse.shape))
 
@@ -186,12 +186,12 @@ def call_gradients(call: Backward) -> Gradients:
 
 
 def backward_results(call: Backward) -> tuple[Tensor, ...]:
-    """The gradients: an operator cannot return None, so empty where not wanted."""
+    """The gradients; an unwanted one is empty, because an operator cannot return None."""
     return tuple(call.q.new_empty(0) if x is None else x for x in call_gradients(call))
 
 
 def double_backward_results(call: DoubleBackward) -> tuple[Tensor, ...]:
-    """tout, tlse, and gradients: empty where not wanted."""
+    """tout, tlse and gradients; unwanted ones are empty."""
     inputs = Inputs(
         call.q, call.k, call.v, call.operands.bias, call.operands.alibi_slopes, call.operands.sinks
     )  # fmt: skip
@@ -204,6 +204,6 @@ def double_backward_results(call: DoubleBackward) -> tuple[Tensor, ...]:
 
 
 def cache_results(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor]:
-    """out and lse, which is empty for the torch backend: it has none."""
+    """out and lse; lse is empty for the torch backend, which has none."""
     out, lse = out_and_lse(spec.q, spec.v_cache.shape[3])
     return out, lse.new_empty(0) if backend == "torch" else lse

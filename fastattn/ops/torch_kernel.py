@@ -1,4 +1,4 @@
-"""What PyTorch's CPU kernel lacks: second derivatives."""
+"""Add second derivatives to PyTorch's CPU kernel, which lacks them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from fastattn.ops.schema import Backward, Forward
 from fastattn.spec import Operands, Options
 
 _NODE = "ScaledDotProductFlashAttentionForCpuBackward0"
-_NODES = "ScaledDotProduct"  # how the names of all fused kernels begin
+_NODES = "ScaledDotProduct"  # the names of all fused kernels begin with it
 
 
 def add_second_derivative(out: Tensor) -> None:
-    """Make the gradients of ``out``, the kernel's or a slice of it, differentiable under ``create_graph=True``.
+    """Make the gradients of ``out`` differentiable under ``create_graph=True``.
 
-    Where that cannot be, a second derivative is an error that says what to do.
+    ``out`` is the kernel's result or a slice of it.
+
+    Where that is impossible, a second derivative raises an error that says what to do.
     """
     node: Any = out.grad_fn
     if node is not None and node.name() == "SliceBackward0":
@@ -35,7 +37,7 @@ def add_second_derivative(out: Tensor) -> None:
 
 
 class _Once(torch.autograd.Function):
-    """Gradients that have none themselves, and why."""
+    """Gradients that cannot be differentiated, and the reason."""
 
     @staticmethod
     def forward(ctx: Any, why: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -50,24 +52,24 @@ class _Once(torch.autograd.Function):
 
 
 def _once(gradients: tuple[Tensor | None, ...], _: Any, why: str) -> Any:
-    """In place of gradients that PyTorch cannot differentiate; None keeps them."""
+    """A hook: replace gradients by ones whose derivative raises. None keeps them."""
     return _Once.apply(why, *gradients) if torch.is_grad_enabled() else None
 
 
 def _differentiable(gradients: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> Any:
-    """In place of the kernel's gradients, of which PyTorch has no derivative, the reference's; None keeps them."""
+    """A hook: replace the kernel's gradients, which have no derivative, by the reference's. None keeps them."""
     if not torch.is_grad_enabled() or given[0] is None:
         return None
-    try:  # PyTorch's own names, which a version may change
+    try:  # private names of PyTorch, which a version may change
         node: Any = torch._C._current_autograd_node()
         q, k, v, mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
         scale, causal = node._saved_scale, node._saved_is_causal
-    except CheckpointError:  # computes them again once for each backward pass, and the kernel had them
-        return _once(gradients, given, "inside of torch.utils.checkpoint")
+    except CheckpointError:  # a checkpoint recomputes them once per backward pass, and the kernel took them
+        return _once(gradients, given, "inside torch.utils.checkpoint")
     except AttributeError as error:
         return _once(gradients, given, f"with PyTorch {torch.__version__} ({error})")
     operands = Operands(block_mask=[])
-    if mask is not None:  # the kernel's, in numbers
+    if mask is not None:  # the kernel's float mask
         mask = mask[(None,) * (4 - mask.ndim)]
         allowed = mask != -torch.inf
         operands = Operands(allowed, mask.masked_fill(~allowed, 0.0), block_mask=[])

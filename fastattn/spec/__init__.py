@@ -1,4 +1,4 @@
-"""What a call asks for, validated and normalised once; every backend reads only this."""
+"""The description of a call, validated and normalised once. Backends read nothing else."""
 
 from fastattn.spec.attention import AttentionSpec, make_spec
 from fastattn.spec.cache import UNDIVIDED, CacheSpec, make_cache_spec

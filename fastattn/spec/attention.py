@@ -1,4 +1,4 @@
-"""What one attention call asks for, validated and normalised once; every backend reads only this."""
+"""The description of one attention call, validated and normalised once. Backends read nothing else."""
 
 from typing import NamedTuple
 
@@ -30,10 +30,11 @@ from fastattn.spec.operands import Operands, Options
 
 
 class AttentionSpec(NamedTuple):
-    """One call. Sizes: batch B, query heads Hq, key heads Hk, lengths Lq and Lk, head dims D and Dv."""
+    """One call. Sizes: batch B, query heads Hq, key heads Hk, lengths Lq and Lk, head dims D and Dv. Packed sequences,
+    one after the other, are one batch entry."""
 
     q: Tensor
-    """(B, Hq, Lq, D); packed sequences, one after the other, are one batch entry: (1, Hq, total, D)"""
+    """(B, Hq, Lq, D); packed (1, Hq, total, D)"""
     k: Tensor
     """(B, Hk, Lk, D), Hq a multiple of Hk"""
     v: Tensor
@@ -51,36 +52,36 @@ class AttentionSpec(NamedTuple):
     left: int | None
     """Key j is visible to query i only if i + q_offset - left <= j <= i + q_offset + right; None is open."""
     right: int | None
-    """0 is causal. None also where this side forbids nothing."""
+    """0 is causal. None if this side forbids nothing."""
     q_offset: int | None
-    """None, for packed sequences only: the last query of each stands at its last key"""
+    """position of the first query; None, for packed sequences only: the last query of each is at its last key"""
     scale: float
     softcap: float | None
     dropout_p: float
     return_lse: bool
     cu_seqlens_q: Tensor | None = None
-    """int32 (sequences + 1,): where each packed sequence begins in q, and the total; per batch entry then means per
-    sequence"""
+    """int32 (sequences + 1,): where each packed sequence begins in q, and the total. "Per batch entry" then means per
+    sequence."""
     cu_seqlens_k: Tensor | None = None
     block_mask: BlockMask | None = None
     """(B or 1, Hq or 1, Lq, Lk)"""
     seqused_k: Tensor | None = None
-    """int (sequences,): how many keys of each packed sequence, its first ones, take part; None is all"""
+    """int (sequences,): how many of the first keys of each packed sequence take part; None is all"""
     kv_start: Tensor | None = None
-    """int (B,): the key of each batch entry from which on they take part; None is all"""
+    """int (B,): the first key of each batch entry that takes part; None is key 0"""
 
     @property
     def causal(self) -> bool:
-        """Whether what is visible is the plain causal triangle."""
+        """Whether the visible pairs are the plain causal triangle."""
         return self.right == 0 and self.left is None
 
     @property
     def options(self) -> Options:
-        """Its numbers, as backends take them."""
+        """The numbers of the call, for backends."""
         return Options(self.left, self.right, self.q_offset, self.scale, self.softcap, self.dropout_p)
 
     def operands(self, seed: Tensor | None) -> Operands:
-        """Its tensors beside q, k and v, as backends take them; ``seed`` where there is dropout."""
+        """The tensors beside q, k and v, for backends; ``seed`` if there is dropout."""
         blocks = [] if self.block_mask is None else list(self.block_mask.tensors)
         return Operands(
             self.mask, self.bias, self.alibi_slopes, self.sinks, self.q_offset_tensor, seed, self.cu_seqlens_q,
@@ -116,12 +117,13 @@ def make_spec(
     block_mask: BlockMask | None = None,
     names: tuple[str, str, str, str, str, str] = ("q", "k", "v", "mask", "bias", "causal"),
 ) -> AttentionSpec:
-    """Validate the arguments of `fastattn.attention`; with ``cu_seqlens_q`` and ``cu_seqlens_k`` packed sequences.
+    """Validate the arguments of `fastattn.attention`, or of `attention_varlen` with ``cu_seqlens_q`` and
+    ``cu_seqlens_k``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or range that does not fit; the text names the argument, what was expected and
-            what came. ``names`` are what the caller calls q, k, v, mask, bias and causal.
+        ValueError: a shape, device or range that does not fit. The text names the argument, the expected and the given
+            value. ``names`` are the caller's names for q, k, v, mask, bias and causal.
     """
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]  (as many as went in)
     q_name, k_name, v_name, mask_name, bias_name, causal_name = names
@@ -167,7 +169,7 @@ def make_spec(
         q_offset = 0  # replaces a symbolic 0 by the constant, so that a trace can take the top-left path
     check_flag("return_lse", return_lse)
     left, right = check_window(window, causal)
-    if offset_tensor is None and q_offset is not None:  # a side that forbids nothing is open
+    if offset_tensor is None and q_offset is not None:  # open a side that forbids nothing
         if right is not None and known(q_offset + right >= kv_len - 1):
             right = None
         if left is not None and known(q_len - 1 + q_offset - left <= 0):
@@ -184,9 +186,9 @@ def make_spec(
 def _with_causal_bias(
     name: str, offset: int, causal: bool, q_offset: int | Tensor | None, default: int, causal_name: str
 ) -> tuple[bool, int]:
-    """(causal, q_offset) of a call whose mask or bias is a CausalBias: causal order from ``offset`` on."""
+    """(causal, q_offset) of a call whose mask or bias is a CausalBias, which means causal order with ``offset``."""
     given = default if q_offset is None else q_offset
-    if causal_name == "is_causal":  # PyTorch's function has top-left order alone, and no argument for another
+    if causal_name == "is_causal":  # PyTorch's function has top-left order only
         given = 0 if causal else offset
     elif not causal and q_offset is None:
         given = offset

@@ -1,4 +1,4 @@
-"""What one call over a KV cache asks for, validated and normalised once."""
+"""The description of one call over a KV cache, validated and normalised once."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,19 +28,19 @@ from fastattn.spec.checks import (
 
 MAX_SPLITS = 1024
 UNDIVIDED = 0
-"""As `num_splits`: keys are not divided, and each row is computed as those of a prompt are."""
+"""A value of `num_splits`: the kernel does not divide keys, and computes each row like the rows of a prompt."""
 
 
 class CacheSpec(NamedTuple):
-    """One call, new entries appended or about to be. The order is that of the operator's arguments."""
+    """One call, before or after it appends new entries. The fields have the order of the operator's arguments."""
 
     q: Tensor
-    """(B, Hq, Lq, D); its last row stands at the last key. Packed queries are one batch entry: (1, Hq, total, D)"""
+    """(B, Hq, Lq, D); its last row is at the last key. Packed queries are one batch entry: (1, Hq, total, D)"""
     k_cache: Tensor
-    """(B, Lmax, Hk, D), or with a block table (pages, page_size, Hk, D); with `k_scale` int8 or float8_e4m3fn"""
+    """(B, Lmax, Hk, D), or (pages, page_size, Hk, D) with a block table; int8 or float8_e4m3fn with `k_scale`"""
     v_cache: Tensor
     k: Tensor | None
-    """(B, Hk, Lnew, D) new keys, packed as the queries are"""
+    """(B, Hk, Lnew, D) new keys; packed if the queries are"""
     v: Tensor | None
     alibi_slopes: Tensor | None
     """float (1 or B, Hq)"""
@@ -51,9 +51,9 @@ class CacheSpec(NamedTuple):
     block_table: Tensor | None
     """int32 (B, max_pages)"""
     added: int | None
-    """Lnew, or 0; None where each entry adds as many as it has packed queries"""
+    """Lnew, or 0; None if each entry adds as many keys as it has packed queries"""
     length: int | None
-    """``lens + added`` where it is one number for all batch entries and known on the host"""
+    """``lens + added`` if the host knows it and it is the same for all batch entries"""
     left: int | None
     right: int | None
     scale: float
@@ -61,22 +61,22 @@ class CacheSpec(NamedTuple):
     num_splits: int | None
     return_lse: bool
     cu_seqlens_q: Tensor | None = None
-    """int (B + 1,): where the queries of each batch entry begin, where they are packed"""
+    """int (B + 1,): where the packed queries of each batch entry begin"""
     mask: Tensor | None = None
     """bool, 4-D, broadcastable to (B, Hq, Lq, columns); True takes part"""
     bias: Tensor | None = None
-    """float, 4-D, likewise with columns of its own"""
+    """float, 4-D, broadcastable to (B, Hq, Lq, columns) with its own number of columns"""
     mask_start: Tensor | None = None
-    """int (B,): the key that the first column of mask and bias is about; None is key 0"""
+    """int (B,): the key of the first column of mask and bias; None is key 0"""
     k_scale: Tensor | None = None
-    """float32 (), (Hk,) or (pages, slots, Hk): what its numbers are multiplied by; None: not quantised"""
+    """float32 (), (Hk,) or (pages, slots, Hk): the factor of the cached numbers; None: not quantised"""
     v_scale: Tensor | None = None
     kv_start: Tensor | None = None
-    """int (B,): the key of each entry from which on they take part; None is all"""
+    """int (B,): the first key of each entry that takes part; None is key 0"""
 
     @property
     def quantised(self) -> bool:
-        """Whether the caches hold numbers to be multiplied by scales."""
+        """Whether the caches hold numbers that need scales."""
         return self.k_scale is not None
 
     @property
@@ -86,12 +86,12 @@ class CacheSpec(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Positions that each batch entry has."""
+        """Positions per batch entry."""
         return cache_capacity(self.k_cache, self.block_table)
 
 
 def cache_capacity(cache: Tensor, block_table: Tensor | None) -> int:
-    """Positions that each batch entry has in a cache (B, Lmax, H, D) or, with a block table, (pages, page, H, D)."""
+    """Positions per batch entry in a cache (B, Lmax, H, D), or (pages, page, H, D) with a block table."""
     return cache.shape[1] if block_table is None else block_table.shape[1] * cache.shape[1]
 
 
@@ -123,7 +123,7 @@ def make_cache_spec(
     """Validate the arguments of `fastattn.attention_with_kvcache`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: the text names the argument, the expected and the given value.
     """
     q, k, v = autocast(q, k, v)  # pyright: ignore[reportAssignmentType]  (as many as went in)
     if cu_seqlens_q is not None:
@@ -156,7 +156,7 @@ def make_cache_spec(
         if not 1 <= num_splits <= MAX_SPLITS:
             raise ValueError(f"num_splits: expected 1 to {MAX_SPLITS} or None, got {num_splits}")
     left, right = check_window(window, causal)
-    if right is not None and known(right >= q_len - 1):  # a side that forbids nothing, whatever the length, is open
+    if right is not None and known(right >= q_len - 1):  # open a side that forbids nothing at any length
         right = None
     if left is not None and known(left >= capacity - 1):
         left = None
@@ -172,7 +172,7 @@ def make_cache_spec(
 
 
 def _as_one_entry(name: str, x: Tensor) -> Tensor:
-    """Packed rows (total, heads, head_dim) as (1, heads, total, head_dim)."""
+    """View packed rows (total, heads, head_dim) as (1, heads, total, head_dim)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.ndim != 3:
@@ -183,7 +183,7 @@ def _as_one_entry(name: str, x: Tensor) -> Tensor:
 
 
 def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str, cache: bool = False) -> None:
-    """A dense 4-D tensor of the dtype and on the device of ``q``; a ``cache`` may be quantised."""
+    """Check for a dense 4-D tensor with the dtype and device of ``q``; a ``cache`` may be quantised."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.is_nested or x.layout is not torch.strided:
@@ -195,7 +195,7 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, layout: str, cache: bool = Fa
     if x.dtype != q.dtype and not (cache and x.dtype in QUANTISED):
         quantised = ", or int8 or float8_e4m3fn with scales" if cache else ""
         cast = not q.is_meta and torch.is_autocast_enabled(q.device.type)
-        why = ", which autocast has made it" if cast and cache else ""
+        why = " (set by autocast)" if cast and cache else ""
         raise TypeError(f"{name}.dtype: expected q.dtype == {q.dtype}{why}{quantised}, got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name}.device: expected q.device == {q.device}, got {x.device}")
@@ -242,7 +242,7 @@ def _check_caches(
         raise TypeError(f"block_table.dtype: expected int32, got {block_table.dtype}")
     if block_table.ndim != 2 or block_table.shape[0] != batch or block_table.shape[1] == 0:
         raise ValueError(
-            f"block_table.shape: expected (B, max_pages) with B == {batch} and a page at least, got "
+            f"block_table.shape: expected (B, max_pages) with B == {batch} and at least one page, got "
             f"{tuple(block_table.shape)}"
         )
     if block_table.device != q.device:
@@ -269,18 +269,18 @@ def _check_new(
                 layout, wanted, got = "(total_q, Hk, D)", (*expected[2:0:-1], expected[3]), (*got[2:0:-1], got[3])
             raise ValueError(f"{name}.shape: expected {layout} == {wanted}, got {got}")
         if cache.requires_grad:
-            raise ValueError(f"{name}_cache.requires_grad: expected False, since {name} is written into it in place")
+            raise ValueError(f"{name}_cache.requires_grad: expected False, since the call writes {name} into it")
 
 
 def _lengths(
     cache_lens: int | Tensor, q: Tensor, cu_seqlens_q: Tensor | None, added: int | None, left: int | None,
     kv_start: Tensor | None, capacity: int, block_table: Tensor | None, pages: int,
 ) -> tuple[Tensor, int | None]:  # fmt: skip
-    """(cache_lens as a tensor, the one length of all batch entries after appending if the host knows it).
+    """(cache_lens as a tensor, the common length of all batch entries after appending if the host knows it).
 
-    Of packed queries there is no such length: each entry may add another number.
+    Packed queries have no such length, because entries may add different numbers of keys.
 
-    Checks what can be known without waiting for a device.
+    It checks what it can without waiting for a device.
     """
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if isinstance(cache_lens, Tensor):
@@ -297,7 +297,7 @@ def _lengths(
             raise TypeError(f"cache_lens: expected an int or an integer tensor, got {type(cache_lens).__name__}")
         lens, number = torch.full((batch,), cache_lens, dtype=torch.int32, device=q.device), cache_lens
         values = None if torch.compiler.is_compiling() else [int(cache_lens)] * batch
-    if values is not None:  # only then: a traced batch size must not become the length of a list
+    if values is not None:  # only here: a traced batch size must not become the length of a list
         queries = [q.shape[2]] * batch
         if cu_seqlens_q is not None:
             queries = cu_seqlens_q.diff().tolist() if readable(cu_seqlens_q) else None
@@ -327,7 +327,8 @@ def _check_pages(
     ends: Sequence[int], news: Sequence[int], queries: Sequence[int], left: int | None, kv_start: Tensor | None,
     block_table: Tensor | None, pages: int, capacity: int,
 ) -> None:  # fmt: skip
-    """The pages that are read and written exist, and no two entries write into one; the rest may be anything."""
+    """Check that every page in use exists and that no two entries write to the same page; other entries of the table
+    are free."""
     if block_table is None or not readable(block_table) or not ends or capacity == 0:
         return
     page_size = capacity // block_table.shape[1]
@@ -348,4 +349,4 @@ def _check_pages(
     targets = block_table[written]
     if len(targets.unique()) != len(targets):
         page = next(page for page in targets.tolist() if int((targets == page).sum()) > 1)
-        raise ValueError(f"block_table: expected each page to be written by one batch entry, got page {page} twice")
+        raise ValueError(f"block_table: expected one batch entry to write each page, got page {page} twice")

@@ -1,4 +1,4 @@
-"""Operands of calls over a KV cache alone: masks and biases that begin at a key, scales of quantised caches."""
+"""Operands that only calls over a KV cache have: masks and biases that begin at a key, scales of quantised caches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastattn.spec.checks import (
 )
 
 QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""Dtypes of caches with scales, and the largest number of each that is used: of int8 both signs have it."""
+"""Dtypes of quantised caches, and the largest magnitude that each uses; int8 leaves out -128, to be symmetric."""
 
 
 def check_cache_scores(
@@ -24,14 +24,14 @@ def check_cache_scores(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(mask, bias) as 4-D views, and ``mask_start`` as a tensor, or None.
 
-    Their last axis is as long as they have it, but one column without ``mask_start`` is about every key.
+    Their last axis keeps its length. A single column without ``mask_start`` applies to every key.
     """
     checked = []
     for name, x, dtypes in (("mask", mask, (torch.bool,)), ("bias", bias, FLOAT_DTYPES)):
         if x is not None and cu_seqlens_q is not None:
             raise ValueError(f"{name}: expected None with cu_seqlens_q, got a tensor; pass q as (B, Hq, Lq, D)")
         if isinstance(x, Tensor) and x.ndim == 0:
-            raise ValueError(f"{name}.shape: expected at least 1 dimension, the last about keys, got ()")
+            raise ValueError(f"{name}.shape: expected at least 1 dimension, the last one for keys, got ()")
         columns = x.shape[-1] if isinstance(x, Tensor) else 1
         view = None if x is None else check_scores(name, x, q, columns, dtypes)
         if view is not None and columns == 1 and mask_start is None:
@@ -59,9 +59,9 @@ def _mask_start(mask_start: int | Tensor, q: Tensor) -> Tensor:
 
 
 def over_keys(x: Tensor | None, first: int, length: int, outside: bool | float) -> Tensor | None:
-    """A mask or bias over the keys ``0 .. length``, whose first column is about key ``first``.
+    """Extend a mask or bias, whose first column is for key ``first``, to the keys ``0 .. length``.
 
-    Keys that it has no column for get ``outside``. A view where it has one for each.
+    Keys without a column get ``outside``. The result is a view if every key has a column.
     """
     if x is None:
         return None
@@ -77,7 +77,7 @@ def over_keys(x: Tensor | None, first: int, length: int, outside: bool | float) 
 def check_scales(
     k_scale: Tensor | None, v_scale: Tensor | None, q: Tensor, k_cache: Tensor, v_cache: Tensor, appends: bool
 ) -> None:  # fmt: skip
-    """Scales of quantised caches, and none of others."""
+    """Check that quantised caches have scales and others have none."""
     for name, scale, cache in (("k", k_scale, k_cache), ("v", v_scale, v_cache)):
         if cache.dtype not in QUANTISED:
             if scale is not None:
@@ -104,7 +104,7 @@ def _check_scale(name: str, scale: Tensor, q: Tensor, cache: Tensor, appends: bo
             f"each token and head, got {tuple(scale.shape)}"
         )
     if appends and scale.requires_grad:
-        raise ValueError(f"{name}.requires_grad: expected False, since the cache is written to in place")
+        raise ValueError(f"{name}.requires_grad: expected False, since the call writes to the cache")
 
 
 def scale_rows(scale: Tensor, cache: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def scale_rows(scale: Tensor, cache: Tensor) -> Tensor:
 
 
 def cached(cache: Tensor, block_table: Tensor | None, entries: slice, length: int) -> Tensor:
-    """The first ``length`` positions (B, H, length, D) of some batch entries; of one, if there is a block table."""
+    """The first ``length`` positions (B, H, length, D) of some batch entries; of one entry with a block table."""
     if block_table is None:
         return cache[entries, :length].transpose(1, 2)
     pages = block_table[entries.start, : -(-length // cache.shape[1])].long().clamp(0, max(cache.shape[0] - 1, 0))
@@ -123,7 +123,7 @@ def cached(cache: Tensor, block_table: Tensor | None, entries: slice, length: in
 def dequantised(
     cache: Tensor, scale: Tensor | None, block_table: Tensor | None, entries: slice, length: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
-    """`cached`, in the numbers that a quantised cache stands for: of ``dtype``, float32 at least."""
+    """`cached`, times the scales of a quantised cache: of ``dtype``, at least float32."""
     rows = cached(cache, block_table, entries, length)
     if scale is None:
         return rows

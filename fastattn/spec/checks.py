@@ -1,4 +1,4 @@
-"""Checks of single arguments: each raises an error that names the argument, what was expected and what came."""
+"""Checks of single arguments: each raises an error that names the argument, the expected and the given value."""
 
 import itertools
 import math
@@ -28,7 +28,8 @@ def known(condition: bool) -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at: on the CPU, where that does not wait, not in a trace or vmap."""
+    """Whether a check may read the tensor's values: on a CPU, where reading does not wait, but not in a trace or
+    vmap."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -38,28 +39,28 @@ def readable(x: Tensor) -> bool:
 
 
 def is_dtensor(x: Tensor) -> bool:
-    """Whether it is a DTensor; by name, since to import the class takes half a second."""
+    """Whether x is a DTensor. It compares names, because importing the class takes half a second."""
     kind = type(x)
     return kind is not Tensor and kind.__name__ == "DTensor"
 
 
 def check_plain(name: str, x: Tensor, q: Tensor) -> None:
-    """Refuse a subclass that says in Python what its memory does not hold, such as MaskedTensor; and a DTensor where
-    the queries are none."""
+    """Refuse a subclass whose Python code changes the meaning of its memory, such as MaskedTensor, and a DTensor if
+    the queries are not DTensors."""
     kind = type(x)
     if kind is Tensor or kind is torch.nn.Parameter:
         return
     function = kind.__torch_function__
-    if function is torch._C._disabled_torch_function_impl:  # FakeTensor, DTensor: the dispatcher knows them
+    if function is torch._C._disabled_torch_function_impl:  # FakeTensor, DTensor: the dispatcher serves them
         if is_dtensor(x) and not is_dtensor(q):
-            raise TypeError(f"{name}: expected a plain Tensor as the query is, got a DTensor")
+            raise TypeError(f"{name}: expected a plain Tensor like the query, got a DTensor")
         return
     if getattr(function, "__func__", None) is not Tensor.__torch_function__.__func__:
         raise TypeError(f"{name}: expected a plain Tensor, got {kind.__module__}.{kind.__name__}")
 
 
 def causal_bias_offset(name: str, x: Tensor | None, q_len: int, kv_len: int) -> int | None:
-    """The q_offset that makes causal order the same as a `torch.nn.attention.bias.CausalBias`; None if it is none."""
+    """The q_offset whose causal order equals that of a `torch.nn.attention.bias.CausalBias`; None for other values."""
     if x is None or type(x).__module__ != "torch.nn.attention.bias":
         return None
     lengths = (x.seq_len_q, x.seq_len_kv)  # pyright: ignore[reportAttributeAccessIssue]
@@ -70,7 +71,7 @@ def causal_bias_offset(name: str, x: Tensor | None, q_len: int, kv_len: int) -> 
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
-    """One quick look for the common case, which is every call of a training step; the reasons only if it fails."""
+    """Check q, k and v with one quick test, which most calls pass; find the reason only if it fails."""
     try:
         batch, q_heads, _, head_dim = q.shape
         k_batch, kv_heads, kv_len, k_dim = k.shape
@@ -101,7 +102,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> N
 
 
 def _explain_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str]) -> None:
-    """Raise the error that says what is wrong with q, k and v."""
+    """Raise an error that says what is wrong with q, k or v."""
     for name, tensor in zip(names, (q, k, v), strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -150,7 +151,7 @@ def check_head_vector(name: str, x: Tensor, q: Tensor, shapes: tuple[tuple[int, 
 
 
 def check_window(window: tuple[int | None, int | None] | None, causal: bool) -> tuple[int | None, int | None]:
-    """(left, right) of a window and causal order together."""
+    """(left, right) of the window and causal order combined."""
     if window is None:
         return None, 0 if causal else None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -176,7 +177,7 @@ def check_window(window: tuple[int | None, int | None] | None, causal: bool) -> 
 
 
 def check_integers(name: str, value: Tensor, q: Tensor) -> None:
-    """Of int32 or int64, a plain tensor as q is, and on its device."""
+    """Check that value has int32 or int64, is plain if q is, and is on q's device."""
     if value.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name}.dtype: expected int32 or int64, got {value.dtype}")
     check_plain(name, value, q)
@@ -185,7 +186,7 @@ def check_integers(name: str, value: Tensor, q: Tensor) -> None:
 
 
 def check_per_entry(name: str, value: Tensor, batch: int, q: Tensor) -> Tensor:
-    """An integer for each of ``batch`` entries, contiguous."""
+    """Check for one integer per batch entry; return them contiguous."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an integer tensor (B,), got {type(value).__name__}")
     check_integers(name, value, q)
@@ -195,7 +196,7 @@ def check_per_entry(name: str, value: Tensor, batch: int, q: Tensor) -> Tensor:
 
 
 def check_kv_start(kv_start: Tensor, batch: int, q: Tensor, kv_len: int) -> Tensor:
-    """The key of each batch entry from which on they take part, of ``kv_len`` at most."""
+    """Check the first key of each batch entry that takes part; at most ``kv_len``."""
     kv_start = check_per_entry("kv_start", kv_start, batch, q)
     if readable(kv_start):
         for entry, start in enumerate(kv_start.tolist()):
@@ -205,23 +206,23 @@ def check_kv_start(kv_start: Tensor, batch: int, q: Tensor, kv_len: int) -> Tens
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> Tensor:
-    """``packed`` is (1, heads, total, head_dim)."""
+    """Check where packed sequences begin; ``packed`` is (1, heads, total, head_dim)."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(cu_seqlens).__name__}")
     check_integers(name, cu_seqlens, packed)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"{name}.shape: expected (sequences + 1,) with a sequence at least, got {tuple(cu_seqlens.shape)}"
+            f"{name}.shape: expected (sequences + 1,) with at least one sequence, got {tuple(cu_seqlens.shape)}"
         )
     if readable(cu_seqlens):
         values, total = cu_seqlens.tolist(), packed.shape[2]
         if values[0] != 0 or values[-1] > total or any(a > b for a, b in itertools.pairwise(values)):
-            raise ValueError(f"{name}: expected to rise from 0 to at most the {total} rows there are, got {values}")
+            raise ValueError(f"{name}: expected to rise from 0 to at most {total}, the number of rows, got {values}")
     return cu_seqlens.contiguous()
 
 
 def check_seqused_k(seqused_k: Tensor, cu_seqlens_k: Tensor, packed: Tensor) -> Tensor:
-    """How many of its keys each packed sequence uses, against where `check_cu_seqlens` has found them."""
+    """Check how many keys each packed sequence uses against the lengths that `check_cu_seqlens` has read."""
     if not isinstance(seqused_k, Tensor):
         raise TypeError(f"seqused_k: expected a Tensor or None, got {type(seqused_k).__name__}")
     check_integers("seqused_k", seqused_k, packed)
@@ -242,7 +243,7 @@ def check_scores(name: str, x: Tensor, q: Tensor, kv_len: int, dtypes: tuple[tor
         kind = type(x).__name__
         cure = "; it goes to block_mask=" if kind == "BlockMask" else ""
         if callable(x):
-            cure = "; BlockMask.from_predicate makes a mask of a function"
+            cure = "; BlockMask.from_predicate makes a mask from a function"
         raise TypeError(f"{name}: expected a Tensor, got {kind}{cure}")
     if x.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense strided tensor, got layout {x.layout}")
@@ -253,7 +254,7 @@ def check_scores(name: str, x: Tensor, q: Tensor, kv_len: int, dtypes: tuple[tor
         if dtypes == (torch.bool,) and not x.dtype.is_floating_point:
             cure = f"; {name}.bool() if 1 takes part"
         elif dtypes == (torch.bool,):
-            cure = "; what is added to the scores goes to bias="
+            cure = "; pass what is added to the scores as bias="
         elif x.dtype == torch.bool:
             cure = "; it goes to mask="
         raise TypeError(f"{name}.dtype: expected {kinds}, got {x.dtype}{cure}")
@@ -277,7 +278,7 @@ _warned: set[str] = set()
 
 
 def _warn_of_two_readings(name: str, shape: tuple[int, ...]) -> None:
-    """Once in a process: a shape that is both (B, Lk) and (Lq, Lk)."""
+    """Warn once per process about a shape that is both (B, Lk) and (Lq, Lk)."""
     if name not in _warned:
         _warned.add(name)
         warnings.warn(
@@ -312,18 +313,18 @@ def check_softcap(softcap: float | None) -> None:
 
 def check_scale(scale: float | None, head_dim: int) -> float:
     """The scale as a float; None is 1 / sqrt(D)."""
-    # Numbers first: those of a trace are symbolic and have no attributes to ask for.
+    # Test for numbers first: a trace has symbolic ones, without the attributes that the test for tensors reads.
     number = scale is None or isinstance(scale, (int, float))
     if not number and (isinstance(scale, Tensor) or not hasattr(scale, "__float__")):
         raise TypeError(f"scale: expected a float, got {type(scale).__name__}")  # a tensor would lose its gradient
     scale = float(head_dim**-0.5 if scale is None else scale)
-    if not torch.compiler.is_compiling():  # a question about a symbolic number becomes a guard, and compiles again
+    if not torch.compiler.is_compiling():  # testing a symbolic number would add a guard, hence recompilation
         check_scale_value(scale)
     return scale
 
 
 def check_scale_value(scale: float) -> None:
-    """What `check_scale` leaves to the operators in a compiled program, where a number has its value only then."""
+    """The part of `check_scale` that a compiled program leaves to the operators, because only they see the value."""
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if 0.0 < abs(scale) < _LEAST:
@@ -333,7 +334,7 @@ def check_scale_value(scale: float) -> None:
 
 
 def check_alibi_slopes(alibi_slopes: Tensor | None, q: Tensor, batch: int) -> Tensor | None:
-    """The slopes as (1 or B, Hq)."""
+    """Check the slopes and return them as (1 or B, Hq)."""
     if alibi_slopes is None:
         return None
     check_head_vector("alibi_slopes", alibi_slopes, q, ((q.shape[1],), (batch, q.shape[1])))
@@ -346,7 +347,7 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype of an active autocast; the first one says on which device."""
+    """The tensors in the dtype of an active autocast, on the device of the first one."""
     first = tensors[0]
     if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return tensors

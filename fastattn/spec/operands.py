@@ -1,6 +1,6 @@
-"""The named groups that one call hands from the public function to a kernel, and its gradients back.
+"""The named groups in which a call's tensors, numbers and gradients pass between the public function and a kernel.
 
-An absent operand is None; nothing else says that it is absent.
+An absent operand is None; there are no flags beside it.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ class Operands(NamedTuple):
     mask: Tensor | None = None
     """bool, 4-D, broadcastable to (B, Hq, Lq, Lk); True takes part"""
     bias: Tensor | None = None
-    """float, 4-D, broadcastable likewise; added to the scaled scores"""
+    """float, 4-D, broadcastable to (B, Hq, Lq, Lk); added to the scaled scores"""
     alibi_slopes: Tensor | None = None
     """float (1 or B, Hq); slope * |i + q_offset - j| is subtracted from the scores"""
     sinks: Tensor | None = None
@@ -22,15 +22,15 @@ class Operands(NamedTuple):
     q_offset_tensor: Tensor | None = None
     """int (B,), in place of `Options.q_offset`"""
     seed: Tensor | None = None
-    """where there is dropout: int64 (1,), or (7,) for a part of a larger call, whose bits it then has: the seed, the
-    first batch entry and head, the first row and the step from row to row, and likewise of keys"""
+    """with dropout: int64 (1,), the seed. Or int64 (7,) for a part of a larger call, which then has the larger call's
+    dropout: the seed, the first batch entry, the first head, the first row and row step, the first key and key step"""
     cu_seqlens_q: Tensor | None = None
     """int (sequences + 1,): where each packed sequence begins in q, and the end of the last; B = 1"""
     cu_seqlens_k: Tensor | None = None
     seqused_k: Tensor | None = None
-    """int (sequences,): how many keys of each packed sequence, its first ones, take part; None is all"""
+    """int (sequences,): how many of the first keys of each packed sequence take part; None is all"""
     kv_start: Tensor | None = None
-    """int (B,): the keys of a batch entry, or of a packed sequence, from which on they take part; None is all"""
+    """int (B,): the first key of each batch entry, or packed sequence, that takes part; None is key 0"""
     block_mask: list[Tensor] = []  # noqa: RUF012  (a field's default: nobody appends to it)
     """the tensors of a `fastattn.BlockMask`, or empty"""
 
@@ -43,14 +43,14 @@ class Options(NamedTuple):
     right: int | None = None
     """0 is causal"""
     q_offset: int | None = 0
-    """None, for packed sequences only: the last query of each stands at its last key"""
+    """position of the first query; None, for packed sequences only: the last query of each is at its last key"""
     scale: float = 1.0
     softcap: float | None = None
     dropout_p: float = 0.0
 
 
 class Learned(NamedTuple):
-    """Something for each operand that has a gradient: whether it is wanted, or the gradient itself."""
+    """One value per operand that has a gradient: whether the caller wants it, or the gradient itself."""
 
     bias: Any = None
     alibi_slopes: Any = None
@@ -58,7 +58,8 @@ class Learned(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Something for each input that has a gradient: whether it is wanted, the gradient, or a direction's part."""
+    """One value per input that has a gradient: whether the caller wants it, the gradient, or its part of a
+    direction."""
 
     q: Any = None
     k: Any = None
@@ -69,7 +70,7 @@ class Inputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backward pass fills, each of the shape of its input; None is not wanted."""
+    """The tensors that a backward pass fills, each of the shape of its input; None if not wanted."""
 
     dq: Tensor
     dk: Tensor

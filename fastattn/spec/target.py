@@ -1,7 +1,7 @@
-"""What a GPU can do, as backends ask for it: the GPU of a tensor, or one that is not here and only assumed.
+"""The capabilities of a GPU, for backends: of a tensor's GPU, or of an assumed one that this machine lacks.
 
-`python -m fastattn explain --device cuda:h100` answers for a machine that one does not have yet. Nothing is computed on
-an assumed GPU; every other call asks the real one.
+`python -m fastattn explain --device cuda:h100` answers for a machine that the user does not have. Nothing runs on an
+assumed GPU; every other call reads the real one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Target(NamedTuple):
 
     title: str
     capability: tuple[int, int]
-    """NVIDIA's compute capability; not read for ROCm"""
+    """NVIDIA's compute capability; unused for ROCm"""
     rocm: bool = False
 
 
@@ -42,7 +42,7 @@ _assumed: Target | None = None
 
 
 def is_assumed() -> bool:
-    """Whether the GPU that is asked for is not here."""
+    """Whether the GPU is only assumed."""
     return _assumed is not None
 
 
@@ -58,7 +58,7 @@ def rocm() -> bool:
 
 @contextlib.contextmanager
 def assume(target: Target) -> Iterator[None]:
-    """Answer for this GPU inside the block, whatever is here. Not for threads that compute meanwhile."""
+    """Answer for this GPU inside the block, whatever the machine has. Other threads must not compute meanwhile."""
     global _assumed
     before, _assumed = _assumed, target
     try:

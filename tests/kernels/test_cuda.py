@@ -127,7 +127,7 @@ REASONS = {  # options of gpu_spec, and the one reason against them
     "served, gradients": ({"requires_grad": True, "sinks": on_gpu(2)}, None),
     "columns first": (
         {"strides": (1024, 512, 1, 8)},
-        "q: expected adjacent elements and rows of their own at multiples of 8",
+        "q: expected adjacent elements and distinct rows at multiples of 8",
     ),
     "one row": ({"strides": (512, 512, 0, 1)}, "got strides (512, 512, 0, 1)"),
     "odd rows": ({"strides": (1024, 512, 60, 1)}, "got strides (1024, 512, 60, 1)"),

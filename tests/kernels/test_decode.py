@@ -305,7 +305,7 @@ BUFFER = torch.zeros(2, 33, 2, 16)
         (
             {"block_table": TABLE[:, :0], **dict.fromkeys(("k_cache", "v_cache"), PAGED)},
             ValueError,
-            r"block_table.shape: expected \(B, max_pages\) with B == 2 and a page at least, got \(2, 0\)",
+            r"block_table.shape: expected \(B, max_pages\) with B == 2 and at least one page, got \(2, 0\)",
         ),
         ({"rotary_interleaved": True}, ValueError, "rotary_interleaved: expected False without rotary_cos and"),
         ({"cache_lens": 2.0}, TypeError, "cache_lens: expected an int or an integer tensor, got float"),
@@ -331,7 +331,7 @@ BUFFER = torch.zeros(2, 33, 2, 16)
         (
             {"block_table": TABLE * 0, "k": NEW, "v": NEW, "k_cache": PAGED, "v_cache": PAGED.clone()},
             ValueError,
-            "block_table: expected each page to be written by one batch entry, got page 0 twice",
+            "block_table: expected one batch entry to write each page, got page 0 twice",
         ),
         ({"causal": 1}, TypeError, "causal: expected a bool"),
         ({"window": 3}, TypeError, r"window: expected \(left, right\)"),
@@ -360,7 +360,7 @@ def test_bad_arguments(changes, error, text):
 
 
 def test_autocast_is_named_where_it_made_the_dtype():
-    text = "k_cache.dtype: expected q.dtype == torch.bfloat16, which autocast has made it, or int8 .* got torch.float32"
+    text = "k_cache.dtype: expected q.dtype == torch.bfloat16 \(set by autocast\), or int8 .* got torch.float32"
     with torch.autocast("cpu", BFLOAT), pytest.raises(TypeError, match=text):
         attention_with_kvcache(Q, CACHE, CACHE, cache_lens=3)
 

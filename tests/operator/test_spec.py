@@ -120,12 +120,12 @@ OPTIONS = {
     "mask of floats": (
         {"mask": torch.ones(7, 9)},
         TypeError,
-        "mask.dtype: expected bool (True takes part), got torch.float32; what is added to the scores goes to bias=",
+        "mask.dtype: expected bool (True takes part), got torch.float32; pass what is added to the scores as bias=",
     ),
     "mask is a function": (
         {"mask": lambda b, h, i, j: i >= j},
         TypeError,
-        "mask: expected a Tensor, got function; BlockMask.from_predicate makes a mask of a function",
+        "mask: expected a Tensor, got function; BlockMask.from_predicate makes a mask from a function",
     ),
     "mask is a block mask": (
         {"mask": BlockMask.from_mask(torch.ones(7, 9) > 0)},
