@@ -11,8 +11,8 @@ from fastattn.spec.checks import readable
 def check_written(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> None:  # fmt: skip
-    """Refuse caches and scales if an append would write an element twice, or memory that the call also reads, or if PyTorch
-    forbids writing to them."""
+    """Refuse caches and scales if an append would write an element twice or memory that the call also reads, or if
+    PyTorch forbids writing to them."""
     written = {"k_cache": k_cache, "v_cache": v_cache}
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None and scale.ndim == 3:  # the append writes these; it only reads other scales

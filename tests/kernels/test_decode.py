@@ -360,7 +360,7 @@ def test_bad_arguments(changes, error, text):
 
 
 def test_autocast_is_named_where_it_made_the_dtype():
-    text = "k_cache.dtype: expected q.dtype == torch.bfloat16 \(set by autocast\), or int8 .* got torch.float32"
+    text = r"k_cache.dtype: expected q.dtype == torch.bfloat16 \(set by autocast\), or int8 .* got torch.float32"
     with torch.autocast("cpu", BFLOAT), pytest.raises(TypeError, match=text):
         attention_with_kvcache(Q, CACHE, CACHE, cache_lens=3)
 
