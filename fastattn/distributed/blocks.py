@@ -1,4 +1,4 @@
-"""Block masks of the whole sequence, the same on every rank: what each rank needs of one, without a message."""
+"""Block masks of the whole sequence, which every rank has: each rank cuts out its part without a message."""
 
 import ctypes
 import weakref
@@ -12,9 +12,9 @@ from torch import Tensor
 from fastattn.block_mask import BLOCK, EMPTY, FULL, BlockMask, of_tiles, some_lines
 from fastattn.distributed.layout import Piece
 
-_CHUNK = 64  # tiles that are put together at a time, 128 KiB of indices each
+_CHUNK = 64  # tiles to assemble at a time; each takes 128 KiB of indices
 _KEPT: "weakref.WeakKeyDictionary[BlockMask, dict[Any, Any]]" = weakref.WeakKeyDictionary()
-"""What was made of a mask, for every layer and step that shares it."""
+"""Results made from a mask, for all layers and steps that share it."""
 
 
 def _kept(mask: BlockMask, name: Any, make: Callable[[], Any]) -> Any:
@@ -25,7 +25,7 @@ def _kept(mask: BlockMask, name: Any, make: Callable[[], Any]) -> Any:
 
 
 class SeenTiles:
-    """`fastattn.distributed.layout.Tiles` of a mask, which it does not keep alive; equal where masks are."""
+    """`fastattn.distributed.layout.Tiles` of a mask, by weak reference; two are equal if their masks are."""
 
     def __init__(self, mask: BlockMask) -> None:
         self._mask = weakref.ref(mask)
@@ -43,7 +43,7 @@ class SeenTiles:
         return f"block mask {shape} {table:08x}{pool:08x}"
 
     def share(self, rows: Piece, keys: Piece) -> float:
-        """The part of these pairs that lies in tiles that are not empty, in the mean over batch and heads."""
+        """The fraction of these pairs in tiles that are not empty, averaged over batch and heads."""
         if (rows, keys) not in self._shares:
             mask = self._mask()
             assert mask is not None
@@ -53,7 +53,7 @@ class SeenTiles:
 
 
 def seen_tiles(mask: BlockMask) -> SeenTiles:
-    """Of a mask, made once."""
+    """The tiles of a mask, made once."""
     return _kept(mask, "seen", lambda: SeenTiles(mask))
 
 
@@ -65,7 +65,7 @@ def of_heads(mask: BlockMask, heads: slice) -> BlockMask:
 
 
 def cut(mask: BlockMask, rows: Piece, keys: Piece) -> BlockMask:
-    """The mask of a piece of queries and a piece of keys, in tiles that begin where the pieces do."""
+    """The mask of a piece of queries and a piece of keys, in tiles that start with the pieces."""
     return _kept(mask, (rows, keys), lambda: _cut(mask, rows, keys))
 
 
@@ -76,7 +76,7 @@ def _cut(mask: BlockMask, rows: Piece, keys: Piece) -> BlockMask:
         least, most = _over(least, dim, first, last, torch.minimum), _over(most, dim, first, last, torch.maximum)
     full = (least == FULL) & (most == FULL)
     for dim, piece in ((2, rows), (3, keys)):
-        if piece.length % BLOCK:  # a tile that ends early is not full: kernels trust that all of those are there
+        if piece.length % BLOCK:  # a cut tile is not full: kernels expect all elements of a full one
             full.select(dim, -1).fill_(False)
     mixed = (most != EMPTY) & ~full
     table = full.to(torch.int32) * FULL
@@ -98,9 +98,9 @@ def _cut(mask: BlockMask, rows: Piece, keys: Piece) -> BlockMask:
 
 
 def _tiles_at(mask: BlockMask, rows: Piece, keys: Piece, places: Tensor) -> Tensor:
-    """bool (places, BLOCK, BLOCK): tiles of the part, False beyond its end.
+    """Tiles of the part, False beyond its end: bool (places, BLOCK, BLOCK).
 
-    places: int64 (places, 4): batch entry, head, row and column of tiles.
+    places: int64 (places, 4), the batch entry, head, row and column of each tile.
     """
     batch, head, *where = places.unbind(1)
     tile, within, there = [], [], []
@@ -118,12 +118,12 @@ def _tiles_at(mask: BlockMask, rows: Piece, keys: Piece, places: Tensor) -> Tens
 
 
 def _tiles_of(piece: Piece) -> slice:
-    """The whole's tiles in which a piece lies, and those between."""
+    """The range of the whole's tiles that covers a piece."""
     return slice(piece.start // BLOCK, (piece.start + (piece.length - 1) * piece.stride) // BLOCK + 1)
 
 
 def _tiles_below(piece: Piece, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first and the last of the whole's tiles below each tile of a piece."""
+    """The first and the last of the whole's tiles that each tile of a piece overlaps."""
     begin = torch.arange(0, piece.length, BLOCK, device=device)
     end = (begin + BLOCK - 1).clamp(max=piece.length - 1)
     first, last = ((piece.start + piece.stride * x) // BLOCK for x in (begin, end))
@@ -131,7 +131,7 @@ def _tiles_below(piece: Piece, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _over(x: Tensor, dim: int, first: Tensor, last: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """``x`` from ``first`` to ``last`` along ``dim``, joined."""
+    """Join the slices of ``x`` from ``first`` to ``last`` along ``dim``."""
     found = x.index_select(dim, first)
     for step in range(1, int((last - first).max()) + 1):
         found = join(found, x.index_select(dim, torch.minimum(first + step, last)))

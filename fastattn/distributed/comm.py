@@ -1,4 +1,4 @@
-"""Messages between the ranks of a mesh dimension: errors name the rank that is missing, and nothing waits for ever."""
+"""Messages between the ranks of a mesh dimension. Errors name the missing rank, and every wait has a limit."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Message(NamedTuple):
 
 
 class Pending:
-    """Messages under way."""
+    """Messages in flight."""
 
     def __init__(
         self, works: list[Any], messages: list[tuple[str, int]], tensors: list[Tensor], peers: "Peers"
@@ -33,10 +33,10 @@ class Pending:
         self._tensors = tensors
 
     def wait(self) -> None:
-        """Return when all have arrived.
+        """Wait until all messages have arrived.
 
         Raises:
-            RuntimeError: one did not within the time, or its rank is gone; named.
+            RuntimeError: a message did not arrive in time, or its rank is gone; the text names the rank.
         """
         single = len(self._works) == len(self._messages)
         for index, work in enumerate(self._works):
@@ -53,11 +53,11 @@ class Pending:
 
 
 class Peers:
-    """The ranks along one dimension of a mesh, as this one sees them.
+    """The ranks along one dimension of a mesh, seen from this rank.
 
     Args:
-        mesh: of one or two dimensions.
-        dim: which of them.
+        mesh: a mesh of one or two dimensions.
+        dim: one of its dimensions.
         timeout: seconds to wait for a message; None is the group's own.
     """
 
@@ -80,7 +80,7 @@ class Peers:
         return f"rank {self.number(self.rank)} of {self._whole}"
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        """Send and receive without waiting; the tensors must stay as they are until `Pending.wait`."""
+        """Send and receive without waiting; do not change the tensors before `Pending.wait`."""
         operations, messages = [], []
         for message in receives:
             operations.append(self._operation(dist.irecv, message))
@@ -96,13 +96,13 @@ class Peers:
         return dist.P2POp(kind, message.tensor, peer, self.group, message.tag)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """`start`, and wait."""
+        """`start`, then wait."""
         self.start(sends, receives).wait()
 
     def gather(self, own: Tensor, sizes: list[int] | None = None) -> list[Tensor]:
-        """What every rank has, on every rank, in their order.
+        """Collect the ``own`` tensors of all ranks, in rank order, on every rank.
 
-        ``own``: contiguous, one dimension; of the same length on every rank, unless ``sizes`` says each one's.
+        ``own`` is contiguous with one dimension. Its length is the same on every rank unless ``sizes`` gives each one.
         """
         found = [own if r == self.rank else own.new_empty(sizes[r] if sizes else len(own)) for r in range(self.size)]
         others = [rank for rank in range(self.size) if rank != self.rank]
@@ -113,7 +113,7 @@ class Peers:
         return found
 
     def largest(self, own: Tensor) -> Tensor:
-        """Of what every rank has, element by element; the same on every rank, after log2(ranks) exchanges."""
+        """The elementwise maximum over all ranks, the same on every rank, after log2(ranks) exchanges."""
         step = 1
         while step < self.size:
             coming = torch.empty_like(own)
@@ -126,14 +126,14 @@ class Peers:
 
 
 class Ranks:
-    """All ranks of a mesh of one or two dimensions, as this one sees them, row by row.
+    """All ranks of a mesh of one or two dimensions, row by row, seen from this rank.
 
     Args:
-        mesh: one dimension; or two, along the second of which tokens and heads change places.
+        mesh: one dimension; or two, of which the second exchanges tokens for heads.
         timeout: seconds to wait for a message; None is the group's own.
 
     Raises:
-        TypeError, ValueError: not such a mesh.
+        TypeError, ValueError: the mesh is another kind.
     """
 
     def __init__(self, mesh: DeviceMesh, timeout: float | None = None) -> None:
@@ -150,17 +150,17 @@ class Ranks:
         self.rank = self.outer.number(self.outer.rank)
         groups = (self.outer.group, mesh.get_group(mesh.ndim - 1))
         by_host = all("cpu" in dist.get_backend_config(group) for group in groups)
-        self._device = "cpu" if by_host else mesh.device_type  # of headers: reading them need not wait for the device
+        self._device = "cpu" if by_host else mesh.device_type  # reading headers must not wait for the device
 
     def __str__(self) -> str:
         return str(self.outer)
 
     def row(self, number: int) -> slice:
-        """The ranks of a row of the mesh, of one rank where it has one dimension."""
+        """The ranks of this rank's row of the mesh; this rank alone if the mesh has one dimension."""
         return slice(number * self.width, (number + 1) * self.width)
 
     def gather(self, own: Tensor, sizes: list[int] | None = None) -> list[Tensor]:
-        """As `Peers.gather`: along the rows of the mesh, then from row to row."""
+        """Like `Peers.gather`, first within rows of the mesh, then between rows."""
         if self.inner is None:
             return self.outer.gather(own, sizes)
         sizes = [len(own)] * self.size if sizes is None else sizes
@@ -169,21 +169,21 @@ class Ranks:
         return list(torch.cat(rows).split(sizes))
 
     def headers(self, numbers: list[int], text: str) -> list["Header"]:
-        """What every rank says of its call, as `agree` has it."""
+        """Every rank's description of its call, from `agree`."""
         return self.agree(numbers, text)[0]
 
     def agree(self, numbers: list[int], text: str, seed: int = 0) -> tuple[list["Header"], int]:
-        """(what every rank says of its call, the first rank's ``seed``). Every rank calls it.
+        """(every rank's description of its call, the first rank's ``seed``). Every rank calls it.
 
         Args:
-            numbers: as many on every rank.
-            text: at most 480 bytes of UTF-8 are told.
+            numbers: the same count on every rank.
+            text: ranks exchange at most 480 bytes of UTF-8.
             seed: 64 bits that may change from call to call.
 
-        Headers are kept. Where every rank has those that the same call found before, a digest of them tells so, in
-        log2(ranks) short messages; else all exchange them. Among hundreds of ranks to read their headers for every call
-        would take longer than attention. Every rank goes the same way, whatever it has kept: the largest and the
-        smallest digest are known to all.
+        Ranks keep the headers. If a call repeats an earlier one on every rank, a comparison of digests shows it in
+        log2(ranks) short messages. Otherwise all ranks exchange headers. With hundreds of ranks, reading all headers
+        for every call would take longer than attention. All ranks take the same path, because all know the largest and
+        the smallest digest.
         """
         own: Header = ([*numbers], text.encode()[:_TEXT].decode(errors="ignore"))
         name = (self.size, self.rank, tuple(numbers), own[1])
@@ -193,7 +193,7 @@ class Ranks:
         )
         for peers in (self.inner, self.outer):
             told = told if peers is None else peers.largest(told)
-        largest, opposite, seed = told.tolist()  # the opposite of the smallest
+        largest, opposite, seed = told.tolist()  # the negated smallest
         if largest != -opposite or largest == 0:
             known = self._exchange_headers(own)
             if len(_kept_headers) >= _KEPT:
@@ -212,12 +212,12 @@ class Ranks:
 
 
 Header = tuple[list[int], str]
-"""What a rank says of its call."""
+"""A rank's description of its call."""
 
 _kept_headers: dict[Any, tuple[list[Header], int]] = {}
-"""A rank's own header -> those of all ranks and their digest. Whatever the group: equal digests are equal headers."""
+"""A rank's own header -> the headers of all ranks and their digest. Equal digests mean equal headers, in any group."""
 
 
 def _digest(headers: list[Header]) -> int:
-    """62 bits, not 0."""
+    """A digest of 62 bits, never 0."""
     return int.from_bytes(hashlib.blake2b(repr(headers).encode(), digest_size=8).digest(), "big") >> 2 | 1

@@ -1,4 +1,4 @@
-"""Which strategy a call takes, from a model of its messages and its work: arithmetic on shapes, alike on every rank."""
+"""Choose a call's strategy by a model of its messages and work: arithmetic on shapes, the same on every rank."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ STRATEGIES: tuple[Strategy, ...] = ("ring", "all_gather", "ulysses")
 
 
 class Sizes(NamedTuple):
-    """What the model reads of a call: the whole, as all ranks know it."""
+    """The sizes of a call that the model reads; all ranks know them."""
 
     ranks: int
     balance: Balance
@@ -30,32 +30,32 @@ class Sizes(NamedTuple):
     head_dim: int
     v_dim: int
     element: int
-    """bytes of a number"""
+    """bytes per number"""
     view: View
     bias: int = 0
-    """bytes of bias and mask of all heads, rows and keys, where heads are divided and they would have to move"""
+    """bytes of bias and mask of all heads, rows and keys, if a division of heads makes them move"""
     width: int = 1
-    """ranks in a row of the mesh, which divide heads"""
+    """ranks in a row of the mesh; they divide heads"""
 
     @property
     def kv_row(self) -> int:
-        """Bytes of the keys and values of a token."""
+        """Bytes of a token's keys and values."""
         return self.batch * self.kv_heads * (self.head_dim + self.v_dim) * self.element
 
 
 class Cost(NamedTuple):
-    """One pass, by the rank that has most of each."""
+    """The cost of one pass; each figure is that of the rank with the most."""
 
     bytes: int
     """received"""
     hops: int
-    """messages one after the other"""
+    """messages in sequence"""
     memory: int
-    """bytes of what arrives, held at once"""
+    """bytes of received data held at once"""
     compute: float
     """seconds of work"""
     exposed: float
-    """seconds more until the last rank is done: waiting for messages, or for slower ranks"""
+    """further seconds until the last rank is done: waiting for messages or slower ranks"""
 
     @property
     def seconds(self) -> float:
@@ -64,20 +64,20 @@ class Cost(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which strategy serves a call, and what each would cost; ``str()`` is a table."""
+    """The strategy that serves a call, and the cost of each; ``str()`` gives a table."""
 
     strategy: str
-    """The one that serves the call."""
+    """The strategy that serves the call."""
     costs: dict[str, Cost]
-    """Strategy -> what the model says."""
+    """Strategy -> its cost."""
     refused: dict[str, str]
-    """Strategy -> why it cannot serve the call."""
+    """Strategy -> the reason why it cannot serve the call."""
     call: str
-    """The call as it was understood."""
+    """The call, in words."""
     link: Link
-    """What the figures assume."""
+    """The machine data behind the figures."""
     asked: bool = False
-    """Whether the strategy was asked for, and not chosen."""
+    """Whether the caller asked for the strategy."""
 
     def __str__(self) -> str:
         link = self.link
@@ -98,7 +98,7 @@ class Choice:
 
     @property
     def reasons(self) -> list[str]:
-        """Why this one: what each other strategy would take, and where the time goes."""
+        """Why this strategy: the time that each other one would take, and its parts."""
         if self.asked:
             return []
         chosen = self.costs[self.strategy]
@@ -123,12 +123,12 @@ def _rows_of_mesh(sizes: Sizes, total: int, documents: Starts | None) -> list[li
 
 @functools.lru_cache(maxsize=256)
 def rows_of(sizes: Sizes) -> list[list[Piece]]:
-    """The pieces of queries of each row of the mesh, of each rank where it has one dimension."""
+    """The pieces of queries of each row of the mesh; of each rank if the mesh has one dimension."""
     return _rows_of_mesh(sizes, sizes.q_len, sizes.view.documents and sizes.view.documents[0])
 
 
 def keys_of(sizes: Sizes) -> list[list[Piece]]:
-    """Likewise of keys."""
+    """The same for keys."""
     return _rows_of_mesh(sizes, sizes.kv_len, sizes.view.documents and sizes.view.documents[1])
 
 
@@ -140,12 +140,12 @@ def routes_of(sizes: Sizes) -> list[Route]:
 
 @functools.lru_cache(maxsize=256)
 def costs(sizes: Sizes, link: Link) -> dict[str, Cost]:
-    """What the forward pass of each strategy costs."""
+    """The cost of each strategy's forward pass."""
     return {name: cost(sizes, link, name) for name in STRATEGIES}
 
 
 def cost(sizes: Sizes, link: Link, strategy: Strategy, backward: bool = False) -> Cost:
-    """What a strategy costs: its steps, played. ``backward``: that of the backward pass."""
+    """The cost of a strategy, from a simulation of its steps. ``backward``: of the backward pass."""
     if strategy == "ulysses":
         swap = _swap(sizes, sizes.ranks, sizes.q_len, sizes.kv_len)
         whole = parts(Piece(0, sizes.q_len), Piece(0, sizes.kv_len), sizes.view)
@@ -173,14 +173,14 @@ def _cost_of(
 
 
 def _seconds(sizes: Sizes, link: Link, calls: list[int], heads: int, backward: bool) -> float:
-    """Of calls with so many pairs each."""
+    """The seconds that calls with these numbers of pairs take."""
     pairs = sum(calls) * (BACKWARD_FACTOR if backward else 1.0)
     operations = 2.0 * sizes.batch * heads * pairs * (sizes.head_dim + sizes.v_dim)
     return operations / link.flops + len(calls) * link.call
 
 
 class _Swap(NamedTuple):
-    """Tokens for heads, there and back, in a row of ranks: for the first of them, which has most heads."""
+    """The exchange of tokens for heads and back in a row of ranks, for the first rank, which has the most heads."""
 
     there: int
     """bytes received"""
@@ -188,7 +188,7 @@ class _Swap(NamedTuple):
     memory: int
     heads: int
     kv_heads: int
-    """what the rank then has of them"""
+    """what the rank then holds"""
 
 
 def _swap(sizes: Sizes, ranks: int, q_len: int, kv_len: int) -> _Swap:
@@ -205,7 +205,7 @@ def _swap(sizes: Sizes, ranks: int, q_len: int, kv_len: int) -> _Swap:
 
 
 def _swap_steps(swap: _Swap, ranks: int, work: float, backward: bool) -> list[Step]:
-    """Every rank as the first; in the backward pass gradients go the other way."""
+    """The steps, with every rank like the first. In the backward pass, gradients go the other way."""
 
     def moves(size: int) -> list[Move]:
         each = [-(-size * (i + 1) // (ranks - 1)) - -(-size * i // (ranks - 1)) for i in range(ranks - 1)]
@@ -217,7 +217,7 @@ def _swap_steps(swap: _Swap, ranks: int, work: float, backward: bool) -> list[St
 
 @functools.lru_cache(maxsize=256)
 def _pairs_of_routes(sizes: Sizes) -> list[dict[int, list[int]]]:
-    """Of each route, for each rank on it: the pairs of each call."""
+    """For each route and each rank on it: the pairs of each call."""
     rows = rows_of(sizes)
     return [
         {
@@ -229,7 +229,7 @@ def _pairs_of_routes(sizes: Sizes) -> list[dict[int, list[int]]]:
 
 
 def _route_steps(sizes: Sizes, link: Link, strategy: Strategy, swap: _Swap, backward: bool) -> list[Step]:
-    """As `fastattn.distributed.ring` takes them."""
+    """The steps that `fastattn.distributed.ring` takes."""
     routes, pairs = routes_of(sizes), _pairs_of_routes(sizes)
     kv_row = sizes.kv_row * swap.kv_heads // sizes.kv_heads
     gradient_row = kv_row * max(sizes.element, 4) // sizes.element

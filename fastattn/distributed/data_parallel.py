@@ -1,4 +1,4 @@
-"""Models whose parameters are divided among ranks, each of which has its own part of the batch: PyTorch's FSDP2."""
+"""PyTorch's FSDP2 for fastattn's models: ranks divide the parameters and the batch."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -13,22 +13,22 @@ from torch.distributed.tensor import DTensor, Replicate
 from fastattn.nn import Block
 
 _LAYERS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-# What is called beside `forward`, and never by it.
+# Public methods that `forward` never calls.
 _METHODS = ("decode", "encode", "hidden", "memory_keys_values", "step")
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def fully_shard(model: _Model, **options: Any) -> _Model:
-    """`torch.distributed.fsdp.fully_shard` for a model of `fastattn.nn`: each block by itself, then what is left.
+    """`torch.distributed.fsdp.fully_shard` for a model of `fastattn.nn`: each block by itself, then the rest.
 
-    Parameters are divided among the ranks of a mesh dimension, or with a mesh of two copied along the first (HSDP), and
-    gathered block by block. So they are for the methods beside ``forward`` too: `fastattn.generate`, which all ranks
-    call together, ``encode``, ``decode``, ``hidden``, ``step``. PyTorch's function alone leaves those out. In place; to
-    be called after `fastattn.convert`, and after `parallelize_module` on another dimension of the mesh.
+    The ranks of a mesh dimension divide the parameters and gather them block by block. With a mesh of two dimensions,
+    the first has copies (HSDP). This also covers methods beside ``forward``: `fastattn.generate`, which all ranks call
+    together, ``encode``, ``decode``, ``hidden`` and ``step``. PyTorch's function alone does not cover them. It works in
+    place. Call it after `fastattn.convert`, and after `parallelize_module` on another dimension of the mesh.
 
     Args:
-        model: a `CausalLM`, `EncoderDecoder`, torch.nn drop-in, or what holds such.
+        model: a `CausalLM`, `EncoderDecoder` or torch.nn drop-in, or a module that holds one.
         options: those of PyTorch's function: mesh, reshard_after_forward, mp_policy, offload_policy.
 
     Returns:
@@ -50,16 +50,16 @@ def _shard(module: nn.Module, options: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for parameters of which each may be divided in its own way, or not at all.
+    """`torch.nn.utils.clip_grad_norm_` for parameters that are each divided in their own way, or not at all.
 
-    PyTorch's function wants all of them on one mesh; under `tensor_parallel_plan` some are DTensors and some are not.
+    PyTorch's function needs all of them on one mesh; under `tensor_parallel_plan` some are DTensors and some are not.
 
     Args:
-        parameters: those of a model; what has no gradient counts nothing.
-        max_norm: of all gradients together, the 2-norm. They are scaled in place where it is more.
+        parameters: those of a model; parameters without a gradient do not count.
+        max_norm: the largest 2-norm of all gradients together. If it is larger, this scales them in place.
 
     Returns:
-        The norm before, the same on every rank: one number.
+        The norm before scaling, one number, the same on every rank.
     """
     parts: list[Tensor] = []
     squares: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}

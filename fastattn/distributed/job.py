@@ -1,4 +1,4 @@
-"""The processes of one run, which begin and end together: what one of them fails of is said by every other one."""
+"""The processes of one run, which begin and end together. If one fails, every other one reports the reason."""
 
 import contextlib
 import math
@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-_BEAT = 0.25  # seconds from one sign of life to the next
-_SILENCE = 12  # beats that a living process does not miss
-_STORE = 8.0  # seconds in which a store answers all that a fault asks of it
+_BEAT = 0.25  # seconds between signs of life
+_SILENCE = 12  # a process that misses this many beats counts as gone
+_STORE = 8.0  # seconds for a store to answer all requests about a fault
 _FAULT = "fastattn/fault"
-_GONE = "the process that holds the store of the job is gone or stopped, which is the launcher or rank 0"
+_GONE = "the process that holds the store of the job (the launcher or rank 0) is gone or stopped"
 
 
 class RankFailed(RuntimeError):
-    """Another rank raised, ended or was too late; the message names it and says what is known."""
+    """Another rank raised, ended or was too late; the message names it and the known reason."""
 
 
 class _NoAnswer(Exception):
@@ -32,24 +32,24 @@ class _NoAnswer(Exception):
 
 
 class Job:
-    """What `job` gives: the mesh, and what a run asks about its processes."""
+    """The result of `job`: the mesh, and questions that a run asks about its processes."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         """one dimension for each of the sizes"""
         self.rank: int = dist.get_rank()
         self.first: bool = self.rank == 0
-        """whether this process speaks for all: prints, draws a progress bar, writes files"""
+        """whether this process acts for all: it prints, draws the progress bar and writes files"""
         self._interrupted = False
 
     def interrupt(self, *_: Any) -> None:
-        """What Ctrl-C calls in this process; `interrupted` tells all of them."""
+        """The handler of Ctrl-C in this process; `interrupted` tells all processes."""
         self._interrupted = True
 
     def interrupted(self) -> bool:
-        """Whether a process has got SIGINT (Ctrl-C) since the job began; all ranks ask together, and agree.
+        """Whether any process has received SIGINT (Ctrl-C) since the job began; all ranks ask together and agree.
 
-        To ask after each step lets all of them stop after the same one.
+        A program that asks after each step stops on all ranks after the same step.
         """
         flag = torch.tensor(int(self._interrupted))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -58,22 +58,21 @@ class Job:
 
 @contextlib.contextmanager
 def job(sizes: Mapping[str, int], *, device: str = "cpu", timeout: float = 600.0) -> Iterator[Job]:
-    """The processes that ``torchrun`` has started, as one job on a mesh; it ends when the ``with`` does.
+    """Run the processes that ``torchrun`` has started as one job on a mesh, until the end of the ``with`` block.
 
-    Where a rank raises, is killed or does not come to a message within ``timeout``, every other rank raises
-    `RankFailed` with its name in place of what the lost connection looks like, and nothing waits longer than
-    ``timeout``, in any process group that is made inside. Ctrl-C interrupts nothing: `Job.interrupted` says so, and the
-    program stops where it can be continued. ``torchrun`` gives it 30 seconds.
+    If a rank raises, dies or does not reach a message within ``timeout``, every other rank raises `RankFailed`, which
+    names that rank in place of the connection error. Nothing waits longer than ``timeout`` in any process group made
+    inside the block. Ctrl-C interrupts nothing: `Job.interrupted` reports it, so that the program can stop at a point
+    where it can continue later. ``torchrun`` gives it 30 seconds.
 
     Args:
         sizes: of the mesh by name, ``{"dp": 2, "tp": 4}``; their product is the number of processes.
         device: "cpu" (gloo), or "cuda" (NCCL): the device ``LOCAL_RANK``.
-        timeout: seconds that a message may take, and joining the others; what a step of the slowest rank takes, and
-            more.
+        timeout: the most seconds for a message, and for joining the others. It must exceed a step of the slowest rank.
 
     Raises:
-        RuntimeError: not started by ``torchrun`` or alike, which sets RANK and WORLD_SIZE.
-        ValueError: another number of processes.
+        RuntimeError: no launcher such as ``torchrun`` has set RANK and WORLD_SIZE.
+        ValueError: the number of processes is not the product of ``sizes``.
         RankFailed: see above.
     """
     count = math.prod(sizes.values())
@@ -96,8 +95,8 @@ def job(sizes: Mapping[str, int], *, device: str = "cpu", timeout: float = 600.0
         except Exception as error:
             fault = watch.fault(error)
             if dist.is_initialized():
-                with contextlib.suppress(RuntimeError):  # a backend that cannot
-                    dist.distributed_c10d._abort_process_group()  # who waits for a message of this rank hears of it
+                with contextlib.suppress(RuntimeError):  # some backends cannot abort
+                    dist.distributed_c10d._abort_process_group()  # ranks that wait for this one then fail
             watch.linger()
             if fault is not None:
                 raise RankFailed(fault) from error
@@ -110,7 +109,7 @@ def job(sizes: Mapping[str, int], *, device: str = "cpu", timeout: float = 600.0
 
 @contextlib.contextmanager
 def _timeout_of_groups(timeout: timedelta) -> Iterator[None]:
-    """That of every process group that is made inside: a mesh makes its own, and asks nobody how long they may wait."""
+    """Set the timeout of every process group made inside: a mesh makes its own groups and takes no timeout for them."""
     c10d: Any = dist.distributed_c10d
     names = ("default_pg_timeout", "default_pg_nccl_timeout")
     before = {name: getattr(c10d, name) for name in names}
@@ -146,9 +145,9 @@ _T = TypeVar("_T")
 
 
 def _within(seconds: float, call: Callable[[], _T]) -> _T:
-    """What ``call`` gives or raises; `_NoAnswer` after so many seconds.
+    """Return or raise what ``call`` does; raise `_NoAnswer` after this many seconds.
 
-    A store waits for ever for a server that has stopped: in a thread, which is then left behind.
+    A store waits forever for a stopped server, so the call runs in a thread, which this abandons after the timeout.
     """
     found: Future[_T] = Future()
 
@@ -177,18 +176,18 @@ def _on_interrupt(call: Any) -> Iterator[None]:
 
 
 class _Watch:
-    """Signs of life, counted in the store of the job, and the first fault that a rank wrote there."""
+    """Signs of life, counted in the job's store, and the first fault that a rank wrote there."""
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self._store, self._rank, self._world = store, rank, world
         self._ended = threading.Event()
-        self._heard: str | None = None  # here, since the store may be gone when this rank asks
+        self._heard: str | None = None  # kept here, because the store may be gone when this rank asks
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
     def _beat(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone, and with it who would read them
-            store = self._store.clone()  # a connection of its own: the other one may wait for an answer
+        with contextlib.suppress(RuntimeError):  # the store is gone, with every reader
+            store = self._store.clone()  # its own connection: the other may be waiting for an answer
             while True:
                 store.add(f"fastattn/alive/{self._rank}", 1)
                 if self._heard is None and store.check([_FAULT]):
@@ -202,7 +201,8 @@ class _Watch:
         self._thread.join(_BEAT)
 
     def fault(self, error: Exception) -> str | None:
-        """What another rank failed of, if ``error`` comes of that; else this rank's is told to all, and None."""
+        """The fault of another rank, if it caused ``error``. Otherwise tell all ranks this rank's fault and return
+        None."""
         if isinstance(error, _NoAnswer):
             return self._heard or _GONE
         try:
@@ -217,7 +217,7 @@ class _Watch:
         return self._tell(self._reason(error))
 
     def linger(self) -> None:
-        """Keep the store, if this process holds it, until all that live have heard of the fault; seconds at most."""
+        """If this process holds the store, keep it until all living ranks have read the fault, for a limited time."""
         if self._rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
         before = self._counts("alive")
@@ -228,14 +228,14 @@ class _Watch:
             time.sleep(_BEAT)
 
     def _tell(self, fault: str) -> str:
-        """The first that was told."""
+        """Tell all ranks a fault; return the first one that a rank told."""
         return self._store.compare_set(_FAULT, "", fault[:2000]).decode(errors="ignore")
 
     def _reason(self, error: Exception) -> str:
-        """Why a message did not come through: who failed, who gives no sign of life, or who waits for none."""
+        """Why a message failed: the rank that failed, gives no sign of life, or waits for no message."""
         self._store.add(f"fastattn/waited/{self._rank}", 1)
         before = self._counts("alive")
-        for _ in range(_SILENCE):  # who raised may not have said so yet
+        for _ in range(_SILENCE):  # a rank that raised may not have reported yet
             if self._heard:
                 return self._heard
             time.sleep(_BEAT)
@@ -262,7 +262,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_lost_message(error: BaseException | None) -> bool:
-    """Whether it says that a message between ranks did not come through; gloo has no type for that."""
+    """Whether the error means a lost message between ranks; gloo has no error type for that."""
     while error is not None:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower()):
             return True

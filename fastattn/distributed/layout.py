@@ -1,4 +1,4 @@
-"""Which tokens each rank holds, and what a piece of queries sees of a piece of keys: arithmetic alone.
+"""The tokens of each rank, and the pairs that a piece of queries sees in a piece of keys: arithmetic only.
 
 Sources: zigzag shards for causal order: Zhu, ring-flash-attention, 2024, and Llama 3, 2024 (arXiv:2407.21783, 3.3.2);
 striped shards: Brandon et al., 2023 (arXiv:2311.09431).
@@ -16,17 +16,17 @@ BALANCES = ("contiguous", "zigzag", "striped", "documents")
 Starts = tuple[int, ...]
 """Where each packed document begins, and the end of the last."""
 
-_RUNS = 8  # of each rank, with "documents": more even out the work, fewer make fewer messages
+_RUNS = 8  # runs per rank with "documents": more balance the work better, fewer need fewer messages
 
 
 def check_balance(balance: str) -> None:
-    """Raise ValueError unless it is one of `BALANCES`."""
+    """Raise ValueError unless balance is one of `BALANCES`."""
     if balance not in BALANCES:
         raise ValueError(f"balance: expected one of {', '.join(map(repr, BALANCES))}, got {balance!r}")
 
 
 class Piece(NamedTuple):
-    """Positions ``start, start + stride, ...``, as many as ``length``."""
+    """The ``length`` positions ``start, start + stride, ...``."""
 
     start: int
     length: int
@@ -34,12 +34,12 @@ class Piece(NamedTuple):
 
     @property
     def positions(self) -> slice:
-        """Where they lie in the whole sequence."""
+        """The positions in the whole sequence."""
         return slice(self.start, self.start + self.length * self.stride, self.stride)
 
 
 class Pair(NamedTuple):
-    """What a piece of queries sees of a piece of keys, as `fastattn.spec.Options` says it."""
+    """The window between a piece of queries and a piece of keys, in the terms of `fastattn.spec.Options`."""
 
     q_offset: int
     left: int | None
@@ -57,10 +57,10 @@ class Pair(NamedTuple):
 
 
 class Tiles(Protocol):
-    """What the tiles of a block mask let through; hashable by their content."""
+    """The tiles of a block mask that allow pairs; hashable by content."""
 
     def share(self, rows: Piece, keys: Piece) -> float:
-        """The part of these pairs that lies in tiles that are not empty."""
+        """The fraction of these pairs in tiles that are not empty."""
         ...
 
 
@@ -74,7 +74,7 @@ class Documents(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the rows of the whole see of its keys; with documents, of the keys of their own, where positions begin."""
+    """The keys that the rows of the whole see. With documents, rows see their own document's keys, and positions start there."""
 
     q_offset: int | tuple[int, ...] | None
     """or of each entry: of the batch, or document. None, with documents only: the last query of each stands at its last
@@ -117,17 +117,17 @@ class Part(NamedTuple):
     right: int | None
     first_row: int
     first_key: int
-    """where they begin, in their document if there are such"""
+    """where they begin, within their document if there are documents"""
     document: int = 0
-    """the first"""
+    """the first document"""
     starts: tuple[Starts, Starts] | None = None
-    """of several documents, counted from the first row and key"""
+    """for several documents, counted from the first row and key"""
     used: tuple[int, ...] | None = None
     """of them: how many of its keys each uses; None is all"""
     kv_starts: tuple[int, ...] | None = None
     """of each entry: from which of these keys on they take part; None is all"""
     share: float = 1.0
-    """of these pairs, which a block mask lets through"""
+    """the fraction of these pairs that a block mask allows"""
     step: int = 1
     """tokens from each key to the next"""
     far: tuple[int, ...] = (0,)
@@ -135,11 +135,12 @@ class Part(NamedTuple):
 
 
 def pieces(balance: Balance, total: int, ranks: int, documents: Starts | None = None) -> list[list[Piece]]:
-    """The pieces of each rank, in the order in which it holds them; lengths that do not divide differ by one.
+    """The pieces of each rank, in the order in which it holds them. Lengths differ by one if they do not divide evenly.
 
-    ``"contiguous"``: one run of tokens each. ``"zigzag"``: of twice as many runs each has one from the front and one
-    from the back, so that under causal order all have the same work. ``"striped"``: every n-th token. ``"documents"``:
-    as many of small runs each, so that all have about the same work under causal order within documents.
+    ``"contiguous"``: one run of tokens each. ``"zigzag"``: one run from the front and one from the back, of twice as
+    many runs as ranks, so that all ranks have the same work under causal order. ``"striped"``: every n-th token.
+    ``"documents"``: the same number of small runs each, chosen so that all ranks have about the same work under causal
+    order within documents.
     """
     if balance == "documents":
         return _even_runs(total, ranks, (0, total) if documents is None else documents)
@@ -158,7 +159,7 @@ def _runs(total: int, count: int) -> list[Piece]:
 
 
 def _even_runs(total: int, ranks: int, documents: Starts) -> list[list[Piece]]:
-    """Runs in the order of their work, the most first, each to the rank that has least to do and room for a run."""
+    """Assign runs in order of decreasing work, each to the rank with the least work that has room for a run."""
 
     def work_before(token: int) -> int:
         return work[at := bisect.bisect_right(documents, token) - 1] + _triangle(token - documents[at])
@@ -180,7 +181,8 @@ def _triangle(n: int) -> int:
 
 
 def joined(of_ranks: list[list[Piece]]) -> tuple[list[Piece], list[list[Piece]]]:
-    """What some ranks hold together: (pieces in order, runs that adjoin made one; where each rank's lie among them)."""
+    """The tokens of several ranks together: (pieces in order, with adjacent runs merged; where each rank's lie in
+    them)."""
     pieces_of_all = sorted((piece, rank, i) for rank, own in enumerate(of_ranks) for i, piece in enumerate(own))
     found: list[Piece] = []
     places: list[list[Piece]] = [[Piece(0, 0)] * len(own) for own in of_ranks]
@@ -196,12 +198,12 @@ def joined(of_ranks: list[list[Piece]]) -> tuple[list[Piece], list[list[Piece]]]
 
 
 def length_of(own: list[Piece]) -> int:
-    """How many tokens a rank holds."""
+    """The number of tokens that a rank holds."""
     return sum(piece.length for piece in own)
 
 
 def placed(own: list[Piece]) -> list[tuple[slice, Piece]]:
-    """Each piece and where it lies among the tokens that a rank holds."""
+    """Each piece and its place among a rank's tokens."""
     found, start = [], 0
     for piece in own:
         found.append((slice(start, start + piece.length), piece))
@@ -210,9 +212,10 @@ def placed(own: list[Piece]) -> list[tuple[slice, Piece]]:
 
 
 def relation(rows: Piece, keys: Piece, q_offset: int, left: int | None, right: int | None) -> Pair | None:
-    """What the rows see of the keys under the window of the whole sequence; None where they see nothing.
+    """The window between rows and keys that follows from the window of the whole sequence; None if they see nothing.
 
-    Row i of the whole stands at ``i + q_offset`` and sees the keys from ``left`` before to ``right`` after it.
+    Row i of the whole has position ``i + q_offset``. It sees keys from ``left`` before its position to ``right`` after
+    it.
     """
     (pair,) = _pairs(rows, keys, q_offset, View(q_offset, left, right))
     return _opened(pair, rows.length, keys.length) if pair.sees(rows.length, keys.length) else None
@@ -291,9 +294,9 @@ def _calls(rows: Piece, keys: Piece, view: View, offsets: list[int], kv_starts: 
 
 
 def parts(rows: Piece, keys: Piece, view: View) -> list[Part]:
-    """The calls by which the rows see what they see of the keys; none where they see nothing.
+    """The calls that together compute all pairs of the rows and the keys; none if the rows see nothing.
 
-    Documents that begin within both pieces go into one call, packed; one that is cut into one of its own.
+    Documents that begin within both pieces share one packed call. A document that is cut has a call of its own.
     """
     if view.documents is None:
         entries = range(view.entries)
@@ -324,7 +327,7 @@ def _parts_of_documents(rows: Piece, keys: Piece, view: View, documents: Documen
 
     def pack() -> None:
         while packed and not calls(packed[-1]):
-            packed.pop()  # a document that sees nothing counts only between others
+            packed.pop()  # a document that sees nothing stays only between others
         if len(packed) == 1:
             single(packed[0])
         elif packed:
@@ -356,7 +359,7 @@ def _parts_of_documents(rows: Piece, keys: Piece, view: View, documents: Documen
 
 
 def _within(piece: Piece, start: int, end: int) -> Piece:
-    """What a piece has of a document, counted from the document's start."""
+    """The part of a document in a piece, counted from the document's start."""
     first, behind = (min(max(-(-(x - piece.start) // piece.stride), 0), piece.length) for x in (start, end))
     return Piece(piece.start + first * piece.stride - start if behind > first else 0, behind - first, piece.stride)
 

@@ -1,4 +1,4 @@
-"""Models whose sequence is divided among ranks, without a change of theirs."""
+"""Run unchanged models on a sequence that is divided among ranks."""
 
 import contextlib
 from collections.abc import Callable
@@ -26,31 +26,30 @@ def context_parallel(
     link: Link | None = None,
     timeout: float | None = None,
 ) -> contextlib.AbstractContextManager[None]:
-    """Inside of ``with``, every call of `fastattn.attention` is `context_parallel_attention` over the ranks of a mesh.
+    """Inside the ``with`` block, every call of `fastattn.attention` is `context_parallel_attention` over a mesh's ranks.
 
-    So are the calls of `fastattn.nn`'s layers, of what `fastattn.convert` made, of `fastattn.compat` and of models of
-    transformers with ``attn_implementation="fastattn"``. Models get this rank's tokens, as `shard` or `shard_batch`
-    cuts them. Layers of `fastattn.nn` count positions in the whole, ``lengths`` too; a mask by keys alone,
-    (B, 1, 1, this rank's keys), is completed; a ``block_mask`` is that of the whole. ``CausalLM(tokens, labels=...)``
-    is the loss of the whole on every rank, and its gradients are to be averaged over the ranks, as data parallelism
-    does. A backward pass that computes anew (activation checkpointing) belongs inside, too. KV caches and attention
-    weights are refused.
+    This covers the layers of `fastattn.nn`, models after `fastattn.convert`, `fastattn.compat`, and models of
+    transformers with ``attn_implementation="fastattn"``. Give models this rank's tokens, as `shard` or `shard_batch`
+    cuts them. Layers of `fastattn.nn` count positions and ``lengths`` in the whole. Ranks complete a mask over keys
+    alone, (B, 1, 1, this rank's keys). A ``block_mask`` is that of the whole. ``CausalLM(tokens, labels=...)`` returns
+    the loss of the whole on every rank; average its gradients over the ranks, as data parallelism does. Run a backward
+    pass that recomputes (activation checkpointing) inside the block too. KV caches and attention weights are errors.
 
     Args:
         mesh, strategy, balance, link, timeout: as in `context_parallel_attention`.
 
     Raises:
-        TypeError, ValueError: not such a mesh, strategy or balance.
+        TypeError, ValueError: the mesh, strategy or balance is not supported.
     """
     return divided.entered(_Division(mesh, strategy, balance, link, timeout))
 
 
 class ContextParallel(ParallelStyle):
-    """What `context_parallel` does, as a property of a model: for PyTorch's `parallelize_module`.
+    """`context_parallel` as a style for PyTorch's `parallelize_module`.
 
-    ``parallelize_module(model, mesh["cp"], ContextParallel(balance="zigzag"))``. Every call of the model or of a part
-    of it is then inside, also one by which activation checkpointing computes anew. In place; parameters and state dict
-    stay as they are.
+    ``parallelize_module(model, mesh["cp"], ContextParallel(balance="zigzag"))`` puts every call of the model or of a
+    part of it inside `context_parallel`, even a recomputation by activation checkpointing. It works in place and leaves
+    parameters and state dict as they are.
 
     Args:
         strategy, balance, link, timeout: as in `context_parallel`.
@@ -86,7 +85,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _not_compiled(function: _Function) -> _Function:
-    """Messages between processes are no part of a compiled graph: it ends before them and goes on after them."""
+    """Messages between processes are not part of a compiled graph, which breaks before them and resumes after them."""
     return cast(_Function, torch.compiler.disable(function))
 
 
@@ -106,7 +105,7 @@ class _Division:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *, first_head: int = 0, **options: Any) -> Any:
         mask = options.get("mask")
         if isinstance(mask, Tensor) and mask.ndim > 1 and mask.shape[-2] == 1 and mask.shape[-1] in (1, k.shape[2]):
-            own = mask.expand(*mask.shape[:-1], k.shape[2])  # of keys alone, which are this rank's as any tokens are
+            own = mask.expand(*mask.shape[:-1], k.shape[2])  # over keys alone; this rank has its own keys' part
             options["mask"] = unshard(own, dim=-1, timeout=self._timeout, **self._where)
         return attention_of_heads(first_head, q, k, v, **options, **self._how)
 
@@ -149,7 +148,8 @@ class _Division:
 
 
 class _Mean(torch.autograd.Function):
-    """The mean of the whole, alike on every rank; the gradient of a rank's share, times the number of ranks."""
+    """The mean of the whole, the same on every rank. Its gradient is that of a rank's share, times the number of
+    ranks."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, mean: Tensor, weight: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,9 +1,10 @@
-"""Keys and values on their way round the ranks, and their gradients home: the strategies "ring" and "all_gather".
+"""The strategies "ring" and "all_gather", which send keys and values around the ranks and their gradients back.
 
-Both move pieces of keys and values to the ranks that need them, and to no other. A ring passes each piece on from rank
-to rank while the piece before is computed with; all_gather sends each directly to all at once. Every rank merges what
-its rows see of each piece by the log-sum-exp. The backward pass goes the same ways again; the gradients of a piece add
-up on its way round the ring and then go home, or go home from everywhere and are added up in the order of the ranks.
+Both send pieces of keys and values only to the ranks that need them. A ring passes each piece from rank to rank and
+overlaps this with computing on the previous piece; all_gather sends each piece directly to all ranks at once. Every
+rank merges its rows' results for each piece by the log-sum-exp. The backward pass sends the pieces along the same
+routes. With a ring, the gradients of a piece add up along its route and then return to its rank. With all_gather, every
+rank returns its gradients directly, and the piece's rank adds them in the order of the ranks.
 
 Source: Liu et al., Ring Attention, 2023 (arXiv:2310.01889); lse merge: Dao et al., 2023 (Flash-Decoding).
 """
@@ -28,7 +29,7 @@ _BACKWARD = torch.ops.fastattn.attention_backward.default
 
 
 class Plan(NamedTuple):
-    """One call: the whole as every rank knows it, and this rank's part."""
+    """One call: the sizes of the whole, which every rank knows, and this rank's part."""
 
     peers: Peers
     strategy: str
@@ -43,17 +44,17 @@ class Plan(NamedTuple):
     """of dropout, the same on every rank"""
     device: torch.device
     head: int = 0
-    """the first of the query heads, among those of the whole"""
+    """the first query head, among those of the whole"""
     block_mask: BlockMask | None = None
     """of the whole, for these heads"""
 
     @property
     def own_rows(self) -> list[tuple[slice, Piece]]:
-        """Where each piece of this rank's queries lies in q."""
+        """The place of each piece of this rank's queries in q."""
         return placed(self.rows[self.peers.rank])
 
     def of_rows(self, sinks: Tensor, lse: Tensor) -> Tensor:
-        """The sink of each row, as lse has them; those after the last document have none."""
+        """The sink of each row, in the layout of lse; rows after the last document have none."""
         found = sinks.to(lse.dtype)[:, None].expand_as(lse)
         if self.view.documents is None:
             return found
@@ -64,7 +65,7 @@ class Plan(NamedTuple):
         return torch.cat([x.start + x.stride * torch.arange(x.length, device=device) for _, x in self.own_rows])
 
     def calls(self, route: Route) -> Iterator[tuple[tuple[int, int, int], "_Call"]]:
-        """What this rank computes with a piece of keys; each with a name."""
+        """The calls that this rank makes with a piece of keys; each has a name."""
         for index, (where, rows) in enumerate(self.own_rows):
             for number, part in enumerate(parts(rows, route.piece, self.view)):
                 own = slice(where.start + part.rows.start, where.start + part.rows.stop)
@@ -91,7 +92,8 @@ def run(plan: Plan, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
 
 def _arrivals(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, list[tuple[Route, Tensor, Tensor]]]]:
-    """(step, the pieces that this rank computes with); its own in step -1. The next step is under way then."""
+    """Yield (step, the pieces to compute with), this rank's own in step -1, while the next step's messages are in
+    flight."""
     me, steps = plan.peers.rank, steps_of(plan.routes, plan.strategy, plan.peers.size)
     last = {hop.route.number: step for step, hops in enumerate(steps) for hop in hops if hop.sender == me}
     own = [route for route in plan.routes if route.source == me]
@@ -118,7 +120,7 @@ def _arrivals(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, list[tupl
         pending.wait()
         held = {number: x for number, x in held.items() if last.get(number, -1) > step} | coming
         arrived = [route for route in plan.routes if route.number in coming]
-        # From the nearest rank of the ring on: one order of sums, whichever message came first.
+        # Start from the nearest rank of the ring: a fixed order of sums, whichever message arrives first.
         arrived.sort(key=lambda route: ((me - route.source) % plan.peers.size, route.number))
         pending, coming = begin(step + 1)
         yield step, [unpack(route) for route in arrived]
@@ -126,7 +128,7 @@ def _arrivals(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, list[tupl
 
 
 def _size(route: Route, k: Tensor, v: Tensor) -> int:
-    """Numbers of a piece's keys and values, which travel in one buffer."""
+    """The number of elements of a piece's keys and values, which travel in one buffer."""
     return k.shape[0] * k.shape[1] * route.piece.length * (k.shape[3] + v.shape[3])
 
 
@@ -170,7 +172,7 @@ def _far(plan: Plan, part: Part) -> Tensor:
 
 
 def _documents(part: Part, slopes: Tensor) -> slice:
-    """Whose slopes a call has, where documents have their own."""
+    """The documents whose slopes a call uses, if documents have their own slopes."""
     count = 1 if part.starts is None else len(part.starts[0]) - 1
     return slice(part.document, part.document + count) if slopes.shape[0] > 1 else slice(0, 1)
 
@@ -194,7 +196,7 @@ class _ContextParallel(torch.autograd.Function):
         ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
         slopes: Tensor | None, sinks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        of_all = Operands(mask, bias, slopes)  # sinks belong to a row once, not to each pair
+        of_all = Operands(mask, bias, slopes)  # a sink counts once per row, not once per pair of pieces
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         width = v.shape[3]
         learn_far = plan.view.distances and _needed(ctx).alibi_slopes and any(x.piece.stride > 1 for x in plan.routes)
@@ -223,7 +225,7 @@ class _ContextParallel(torch.autograd.Function):
         if sinks is not None:  # a part without values
             total, lse = merge(total, lse, torch.zeros_like(total), plan.of_rows(sinks, lse))
         out = total[..., :width].to(q.dtype)
-        # For the probabilities of the whole, the softmax of each pair is told what the others added.
+        # To get the probabilities of the whole, each pair's softmax uses the lse of all pairs.
         statistics = []
         for where, of_part, part_lse in calls.values():
             more = (lse[:, :, where] - part_lse).masked_fill(part_lse == -torch.inf, 0.0)
@@ -275,7 +277,7 @@ class _ContextParallel(torch.autograd.Function):
 
 
 class _Sums:
-    """The gradients of a backward pass, added up in a fixed order, and those of keys and values on their way."""
+    """The gradients of a backward pass, summed in a fixed order, including those of keys and values in transit."""
 
     def __init__(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None) -> None:
         self._plan, self._k, self._v = plan, k, v
@@ -294,12 +296,12 @@ class _Sums:
         return _views(route, buffer, self._k, self._v)
 
     def keys_of(self, route: Route) -> tuple[Tensor, Tensor]:
-        """Where the gradients of a piece's keys and values are added."""
+        """The tensors to which the gradients of a piece's keys and values are added."""
         self._mine[route.number] = self._k.new_zeros(_size(route, self._k, self._v), dtype=self._dtype)
         return self._views(route, self._mine[route.number])
 
     def add(self, call: _Call, into: tuple[Tensor, Tensor], gradients: tuple[Tensor, ...]) -> None:
-        """Take in the gradients of one call."""
+        """Add the gradients of one call."""
         dq, dk, dv, dbias, dslopes, _ = gradients
         self.dq[:, :, call.rows] += dq
         into[0][:, :, call.keys] += dk
@@ -322,7 +324,7 @@ class _Sums:
         self.dslopes.index_add_(0, number[inside], of_rows[0, :, inside].mT, alpha=-1)
 
     def send_on(self, step: int, computed: list[Route]) -> None:
-        """After the pieces of a step: join what came with them, and send it on its way."""
+        """After the pieces of a step, add the gradients that arrived with them and send the sums on."""
         if step < 0:
             return
         plan, me = self._plan, self._plan.peers.rank

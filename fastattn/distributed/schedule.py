@@ -1,6 +1,6 @@
-"""A call's messages and work, step by step, and how long they take: what `fastattn.distributed.cost` compares.
+"""Simulate a call's messages and work step by step: the times that `fastattn.distributed.cost` compares.
 
-`benchmarks/suites/scaling.py` plays the same steps for more ranks than there are, and holds them against real ones.
+`benchmarks/suites/scaling.py` simulates more ranks than the machine has and compares the model with real runs.
 """
 
 import dataclasses
@@ -10,19 +10,18 @@ from typing import NamedTuple
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """What the model assumes of the machines; only ratios decide. Give what you measure on yours.
+    """The machine data of the model; only ratios matter. Give what you measure on your machines.
 
     Args:
         latency: seconds from the start of a message to its first byte.
         bandwidth: bytes per second that a rank receives, and sends.
         flops: floating-point operations per second of attention.
         call: seconds of each call of the kernel beside its operations.
-        copy: seconds of a rank's own time for each byte that it sends or receives, in which it cannot compute: none
-            where a network reads the device's memory, as gloo's on a CPU does not.
-        message: seconds of a rank's own time for each message that it sends or receives.
-        machine: how many ranks, numbered one after the other, share a machine; those of a row of a mesh of two
-            dimensions should.
-        near_latency, near_bandwidth: of messages within a machine; None is as between machines.
+        copy: seconds per sent or received byte in which a rank cannot compute. It is 0 if the network reads the
+            device's memory, but not with gloo on a CPU.
+        message: seconds per sent or received message in which a rank cannot compute.
+        machine: how many consecutive ranks share a machine. A row of a mesh of two dimensions should lie within one.
+        near_latency, near_bandwidth: of messages within a machine; None means the same as between machines.
     """
 
     latency: float = 20e-6
@@ -51,21 +50,21 @@ class Move(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What every rank does in turn."""
+    """One step of every rank."""
 
     arrive: Sequence[Move]
-    """must have come before the work; under way since the work of the step before began"""
+    """must arrive before the work; in flight since the previous step's work began"""
     work: Sequence[float]
     """seconds, of each rank"""
     leave: Sequence[Move] = ()
-    """goes after the work, and is waited for after the work of the next step"""
+    """starts after the work; ranks wait for it after the next step's work"""
 
 
 class _Posted(NamedTuple):
-    """Messages under way."""
+    """Messages in flight."""
 
     ends: dict[int, float]
-    """rank -> when its last one has come"""
+    """rank -> when its last message has arrived"""
     own: dict[int, float]
     """rank -> seconds of its own time"""
 
@@ -73,10 +72,11 @@ class _Posted(NamedTuple):
 def play(
     steps: Sequence[Step], ranks: int, link: Link, number: Callable[[int], int] = lambda rank: rank
 ) -> list[float]:
-    """When each rank is done, in seconds.
+    """The time at which each rank is done, in seconds.
 
-    A message starts when both ranks have come to it and neither's way in or out is taken by one before it; messages
-    within machines and between them have ways of their own. ``number``: that of a rank among those of ``link``.
+    A message starts when both ranks have reached it and no earlier message occupies the sender's output or the
+    receiver's input. Messages within a machine and between machines do not share these. ``number`` maps a rank to its
+    number among those of ``link``.
     """
     clock = [0.0] * ranks
     taken: dict[tuple[bool, bool, int], float] = {}
@@ -110,7 +110,7 @@ def play(
 
 
 def received(steps: Sequence[Step], ranks: int) -> list[list[int]]:
-    """Bytes that each rank receives, of each group of messages."""
+    """The bytes that each rank receives in each group of messages."""
     found = []
     for step in steps:
         for moves in (step.arrive, step.leave):

@@ -1,4 +1,4 @@
-"""A batch cut among the ranks of a mesh dimension, and put together again."""
+"""Cut a batch among the ranks of a mesh dimension, and put it together again."""
 
 import math
 from collections.abc import Mapping
@@ -15,17 +15,18 @@ from fastattn.distributed.layout import Balance, Piece, check_balance, length_of
 def shard(
     x: Tensor, *, mesh: DeviceMesh, dim: int, balance: Balance = "contiguous", cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """This rank's part of ``x``, which every rank has: tokens, labels, masks by rows, ... Differentiable; no messages.
+    """Cut this rank's part from ``x``, which every rank has: tokens, labels, rows of masks. Differentiable; no
+    messages.
 
     Args:
         x: any tensor.
         mesh: as in `context_parallel_attention`.
-        dim: that of the tokens.
+        dim: the dimension of the tokens.
         balance: as in `context_parallel_attention`; lengths need not divide by ranks.
-        cu_seqlens: where documents begin, as there; read with ``"documents"`` alone.
+        cu_seqlens: where documents begin, as in `context_parallel_attention`; only ``"documents"`` reads it.
 
     Returns:
-        x's shape but for ``dim``; a copy.
+        A copy, of x's shape except in ``dim``.
     """
     peers = Ranks(mesh)
     own = cut_of(balance, x.shape[dim], peers.size, cu_seqlens)[peers.rank]
@@ -34,7 +35,7 @@ def shard(
 
 
 def cut_of(balance: Balance, total: int, ranks: int, cu_seqlens: Tensor | None) -> list[list[Piece]]:
-    """The pieces of each rank, where ``cu_seqlens`` are known if they decide about it."""
+    """The pieces of each rank; ``cu_seqlens`` are required if the pieces depend on them."""
     check_balance(balance)
     if balance != "documents":
         return pieces(balance, total, ranks)
@@ -46,7 +47,7 @@ def cut_of(balance: Balance, total: int, ranks: int, cu_seqlens: Tensor | None) 
 def positions(
     length: int, *, mesh: DeviceMesh, balance: Balance = "contiguous", cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """Where each of this rank's tokens stands in the whole, int64 (own tokens,); for rotary embeddings and labels.
+    """The position of each of this rank's tokens in the whole, int64 (own tokens,); for rotary embeddings and labels.
 
     Args:
         length: of the whole.
@@ -61,7 +62,7 @@ def unshard(
     x: Tensor, *, mesh: DeviceMesh, dim: int, balance: Balance = "contiguous", cu_seqlens: Tensor | None = None,
     timeout: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The whole from every rank's part, on every rank; what `shard` undoes. Without gradient.
+    """Assemble the whole from every rank's part, on every rank: the inverse of `shard`. Without gradient.
 
     Args:
         x: this rank's part.
@@ -69,8 +70,8 @@ def unshard(
         timeout: seconds to wait for a message; None is the process group's own.
 
     Raises:
-        ValueError: parts of other lengths than `shard` cuts, on every rank.
-        RuntimeError: another rank raised, ended or made another call; it is named.
+        ValueError: the parts have other lengths than `shard` cuts; every rank raises.
+        RuntimeError: another rank raised, ended or made another call; the text names it.
     """
     peers = Ranks(mesh, timeout)
     dim = dim % x.ndim
@@ -89,7 +90,7 @@ def unshard(
                 f"balance={balance!r}, got {lengths[rank]}"
             )
     x = x.movedim(dim, 0).contiguous()
-    raw = x.view(torch.uint8) if x.dtype == torch.bool else x  # which gloo does not send
+    raw = x.view(torch.uint8) if x.dtype == torch.bool else x  # gloo cannot send bool
     each = math.prod(raw.shape[1:])
     parts = peers.gather(raw.view(-1), [length * each for length in lengths])
     whole = x.new_empty((sum(lengths), *x.shape[1:]))
@@ -103,17 +104,17 @@ def shard_batch(
     batch: Mapping[str, Tensor], *, mesh: DeviceMesh, dim: int = -1, balance: Balance = "contiguous",
     cu_seqlens: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """This rank's part of a batch that every rank has, for a model inside of `context_parallel`; no messages.
+    """This rank's part of a batch that every rank has, for a model inside `context_parallel`; no messages.
 
     Args:
         batch: the model's arguments by name; each has its tokens in ``dim``.
-        mesh, balance, cu_seqlens: as in `shard`. The model is given ``cu_seqlens`` as they are, those of the whole.
-        dim: that of the tokens; the last, unless said.
+        mesh, balance, cu_seqlens: as in `shard`. Give the model the ``cu_seqlens`` of the whole, unchanged.
+        dim: the dimension of the tokens; by default the last.
 
     Returns:
-        A part of each. With ``input_ids``, as the models of transformers take them, also ``position_ids``, and with
-        ``labels`` ``shift_labels`` and ``num_items_in_batch``: those models count and shift for themselves, and know
-        nothing of shards. The mean of the ranks' losses is then the loss, and that of their gradients its gradient.
+        A part of each argument. With ``input_ids``, as models of transformers take them, also ``position_ids``; with
+        ``labels`` also ``shift_labels`` and ``num_items_in_batch``, because those models count and shift without
+        knowledge of shards. The loss is then the mean of the ranks' losses, and its gradient the mean of theirs.
 
     Raises:
         ValueError: tensors of different lengths.
@@ -139,11 +140,11 @@ def shard_batch(
 
 
 IGNORED = -100
-"""A label that has no loss, PyTorch's default."""
+"""The label that the loss ignores; PyTorch's default."""
 
 
 def next_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The label after that of each token; `IGNORED` after the last, of each document. labels: whole, (..., L)."""
+    """The label that follows each token's; `IGNORED` after the last token of each document. labels: whole, (..., L)."""
     if cu_seqlens is not None and labels.shape[-1]:
         labels = labels.index_fill(-1, cu_seqlens[:-1].long().clamp(max=labels.shape[-1] - 1), IGNORED)
     return torch.nn.functional.pad(labels[..., 1:], (0, min(labels.shape[-1], 1)), value=IGNORED)

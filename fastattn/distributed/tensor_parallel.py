@@ -1,4 +1,4 @@
-"""Models whose heads and hidden units are divided among ranks, by PyTorch's own `parallelize_module`."""
+"""Divide a model's heads and hidden units among ranks with PyTorch's own `parallelize_module`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,38 +20,39 @@ _STACKS = (Encoder, Decoder, nn.TransformerEncoder, nn.TransformerDecoder)
 def tensor_parallel_plan(
     model: nn.Module, ranks: int, *, vocabulary: bool = False, sequence: bool = False
 ) -> dict[str, ParallelStyle]:
-    """The plan by which `torch.distributed.tensor.parallel.parallelize_module` divides a model of `fastattn.nn`.
+    """The plan with which `torch.distributed.tensor.parallel.parallelize_module` divides a model of `fastattn.nn`.
 
-    Each rank has some of the heads and some of the hidden units, and a KV cache of its heads; the input and the output
+    Each rank has some of the heads and some of the hidden units, and a KV cache of its heads. The input and the output
     of every layer are whole on every rank, as are embeddings and norms. For training and `fastattn.generate`::
 
         parallelize_module(model, mesh["tp"], tensor_parallel_plan(model, mesh["tp"].size()))
 
-    The drop-ins for torch.nn are divided likewise. A packed projection becomes three, ``q_proj_weight``,
-    ``k_proj_weight`` and ``v_proj_weight``: torch.nn's names where sizes differ. Load a checkpoint with packed ones
-    before.
+    The plan divides the drop-ins for torch.nn in the same way. A packed projection becomes three: ``q_proj_weight``,
+    ``k_proj_weight`` and ``v_proj_weight``, torch.nn's names for projections of different sizes. Load a checkpoint with
+    packed projections first.
 
-    Dropout drops what it drops on one process where the generators of all ranks are alike.
+    Dropout is the same as on one process if the generators of all ranks are in the same state.
 
     Args:
         model: a `fastattn.nn.CausalLM`, `EncoderDecoder`, `Encoder`, `Decoder`, `Block`, `MultiheadAttention` or
-            ``Transformer...``, or what holds such.
+            ``Transformer...``, or a module that holds one.
         ranks: of the mesh dimension.
-        vocabulary: divide the output layer too, `model.head`. Logits are then a DTensor divided by tokens of the
-            vocabulary, and no rank ever holds all of them: loss and backward pass belong inside of
-            `torch.distributed.tensor.parallel.loss_parallel()`. For training alone.
-        sequence: divide the sequence, too, between attention and feed-forward: norms, residual sums and dropout are of
-            this rank's elements alone, and so is what the backward pass keeps of them. Elements are gathered before
-            attention and before feed-forward, and sums scattered after them: the bytes that move stay the same. The
-            drop-ins' ``step`` is then refused.
+        vocabulary: divide the output layer too, `model.head`. Logits are then a DTensor that is divided along the
+            vocabulary, and no rank ever holds all of them. Compute loss and backward pass inside
+            `torch.distributed.tensor.parallel.loss_parallel()`. For training only.
+        sequence: also divide the sequence between attention and feed-forward. Norms, residual sums and dropout, and the
+            tensors that the backward pass keeps of them, then cover this rank's elements only. Ranks gather elements
+            before attention and before feed-forward and scatter sums after them; the number of bytes sent stays the
+            same. The drop-ins' ``step`` then raises.
 
     Returns:
-        Name of each layer -> how it is divided.
+        Name of each layer -> its style.
 
     Raises:
-        TypeError: vocabulary without a linear ``head``; layers of torch.nn that `fastattn.convert` has not swapped.
-        ValueError: nothing to divide; heads, hidden units or a vocabulary that do not divide by ranks; an output layer
-            tied to an embedding, which is whole.
+        TypeError: ``vocabulary`` needs a linear ``head``, or the model has layers of torch.nn that `fastattn.convert` has
+            not swapped.
+        ValueError: the model has nothing to divide; heads, hidden units or the vocabulary are not multiples of
+            ``ranks``; the output layer is tied to an embedding, which is whole.
 
     Source: Shoeybi et al., Megatron-LM, 2019 (arXiv:1909.08053); ``sequence``: Korthikanti et al., 2022
     (arXiv:2205.05198).
@@ -75,7 +76,7 @@ def tensor_parallel_plan(
 
 
 class _Plan:
-    """A plan in the making."""
+    """A plan under construction."""
 
     def __init__(self, model: nn.Module, ranks: int, sequence: bool) -> None:
         self.styles: dict[str, ParallelStyle] = {}
@@ -83,7 +84,7 @@ class _Plan:
         self._on_shards: dict[nn.Module, int] = {}  # parts of layers -> dimension of the sequence
 
     def add(self, name: str, module: nn.Module) -> None:
-        """What is done with a module; a layer comes before its parts."""
+        """Add a module to the plan; a layer comes before its parts."""
         prefix = f"{name}." if name else ""
         if isinstance(module, Attention):
             self._divides(f"{prefix}num_heads", module.num_heads)
@@ -114,7 +115,7 @@ class _Plan:
             self._layer(prefix, module, ("self_norm", "cross_norm", "feed_forward_norm"), ("dropout",))
 
     def _layer(self, prefix: str, module: nn.Module, norms: tuple[str, ...], dropouts: tuple[str, ...]) -> int | None:
-        """What a layer does between its parts, where the sequence is divided there: along the dimension returned."""
+        """Divide the sequence between the parts of a layer; return the dimension along which."""
         if not self._sequence:
             return None
         dim = _sequence_dim(module)
@@ -133,7 +134,7 @@ class _Plan:
         )
 
     def shard_between(self, first: str, last: str) -> None:
-        """The sequence is whole before the one and after the other."""
+        """Divide the sequence between the two; it is whole before the first and after the last."""
         dim = _sequence_dim(self._model.get_submodule(first))
         self.styles[first] = _OnShards(enters=dim, leaves=first == last)
         if first != last:
@@ -144,7 +145,7 @@ class _Plan:
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(first, last) module of each stack of layers; of a layer that is in none, itself twice."""
+    """(first, last) module of each stack of layers; a layer outside any stack counts as both."""
     seen: set[nn.Module] = set()
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -160,7 +161,7 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _sequence_dim(layer: nn.Module) -> int:
-    """Where the elements of a sequence lie in what a layer takes, with and without a batch."""
+    """The dimension of sequence elements in a layer's input, with and without a batch."""
     attention = getattr(layer, "self_attn", None)
     return 0 if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first else -2
 
@@ -180,10 +181,10 @@ def _check_head(model: nn.Module, ranks: int) -> None:
 
 
 class _Style(ParallelStyle):
-    """What the styles below share."""
+    """The common part of the styles below."""
 
     def _place(self, module: nn.Module, name: str, parameter: Tensor | None, mesh: DeviceMesh, at: Placement) -> None:
-        """Make a parameter of a module one that is divided, or the same on every rank."""
+        """Replace a module's parameter by one that is divided, or the same on every rank."""
         if parameter is None:
             return
         with torch.no_grad():
@@ -192,7 +193,7 @@ class _Style(ParallelStyle):
 
 
 def _gathered(x: Tensor, mesh: DeviceMesh) -> DTensor:
-    """The whole of x, to which every rank adds a part of the gradient: summed once, not by each projection of x."""
+    """The whole of x. Every rank adds a part of its gradient, which this sums once, not once per projection of x."""
     if isinstance(x, DTensor):
         return x.redistribute(mesh, [Replicate()])
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
@@ -212,7 +213,7 @@ class _Gathered(_Style):
 
 
 class _Heads(_Gathered):
-    """The heads of an `Attention` and what belongs to each of them: sinks, slopes; norms are every head's."""
+    """Divide the heads of an `Attention` with their sinks and slopes; all heads share the norms."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, Attention)
@@ -229,7 +230,8 @@ class _Heads(_Gathered):
 
 
 class _PackedHeads(_Style):
-    """The heads of a `MultiheadAttention`. Its packed projection has all queries, then all keys, then all values."""
+    """Divide the heads of a `MultiheadAttention`. Its packed projection has all queries, then all keys, then all
+    values."""
 
     def __init__(self, *, on_shards: bool) -> None:
         super().__init__()
@@ -254,7 +256,7 @@ class _PackedHeads(_Style):
         module.on_shards = self._on_shards
 
         def enter(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
-            found: dict[int, Tensor] = {}  # the layer asks which of its inputs are the same
+            found: dict[int, Tensor] = {}  # the layer tests which of its inputs are the same
 
             def own(x: Any) -> Any:
                 if (
@@ -279,8 +281,8 @@ class _OnShards(_Style):
     """A module between attention and feed-forward, whose input is divided along the sequence.
 
     Args:
-        enters: the dimension along which this is the first that divides it; None: it comes so.
-        leaves: its output is whole again.
+        enters: the dimension along which this module divides its input; None: the input is already divided.
+        leaves: whether its output is whole again.
     """
 
     def __init__(self, *, enters: int | None = None, leaves: bool = False) -> None:
@@ -313,7 +315,7 @@ class _OnShards(_Style):
 
 
 class _Dropout(_Style):
-    """Dropout of what is divided, by units or along the sequence."""
+    """Dropout of a tensor that is divided by units or along the sequence."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if type(module) is nn.Dropout:
@@ -324,9 +326,9 @@ class _Dropout(_Style):
 
 
 class _DividedDropout(nn.Dropout):
-    """Drops of this rank's part what `torch.nn.Dropout` drops there in the whole, for which it draws.
+    """Drop the same elements of this rank's part as `torch.nn.Dropout` drops in the whole, by drawing for the whole.
 
-    The part is a DTensor, or of the last dimension.
+    The part is a DTensor, or a slice of the last dimension.
     """
 
     mesh: DeviceMesh

@@ -1,7 +1,8 @@
-"""The strategy "ulysses": each rank attends with some of the heads over all tokens; tokens and heads change places.
+"""The strategy "ulysses": ranks exchange tokens for heads, so that each attends with some heads over all tokens.
 
 Source: Jacobs et al., DeepSpeed Ulysses, 2023 (arXiv:2309.14509). Here a key head goes to every rank that has one of
-its query heads, so there may be fewer key heads than ranks, and heads need not divide by ranks.
+its query heads. So there may be fewer key heads than ranks, and the number of heads need not be a multiple of the
+number of ranks.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from fastattn.spec import AttentionSpec
 
 
 class Swap(NamedTuple):
-    """How one tensor (B, heads, tokens, width) changes places: what each rank gets of heads, and holds of tokens."""
+    """The exchange of one tensor (B, heads, tokens, width): the heads that each rank gets and the tokens that it
+    holds."""
 
     heads: list[slice]
     tokens: list[list[Piece]]
@@ -29,12 +31,12 @@ class Swap(NamedTuple):
 
 
 def query_heads(heads: int, ranks: int) -> list[slice]:
-    """The query heads of each rank; where they do not divide, the first ranks have one more."""
+    """The query heads of each rank; if they do not divide evenly, the first ranks have one more."""
     return [run.positions for (run,) in pieces("contiguous", heads, ranks)]
 
 
 Attend = Callable[[AttentionSpec, int], tuple[Tensor, Tensor | None]]
-"""(out, lse) of a call with some of the heads, and the number of the first among all."""
+"""Computes (out, lse) from a call with some of the heads and the number of the first one."""
 
 
 def run(
@@ -59,8 +61,8 @@ def run(
     bias = rest.pop(0) if spec.bias is not None else None
     mask = rest.pop(0).bool() if spec.mask is not None else None
     mine = own[peers.rank]
-    if mine.stop == mine.start:  # nothing to compute, but the backward pass must come through here on every rank
-        none = (x[..., :0] for x in (spec.alibi_slopes, spec.sinks) if x is not None)  # whose gradients are 0 here
+    if mine.stop == mine.start:  # nothing to compute, but every rank must run this in the backward pass
+        none = (x[..., :0] for x in (spec.alibi_slopes, spec.sinks) if x is not None)  # their gradients are 0 here
         lse = q.sum(-1) + sum(x.sum() for x in (k, v, bias, *none) if x is not None)
         out = lse[..., None].expand(*q.shape[:3], v.shape[3]).to(q.dtype)
         lse = lse.to(torch.promote_types(q.dtype, torch.float32))
@@ -81,7 +83,7 @@ def run(
 
 
 def _to_heads(peers: Peers, swaps: list[Swap], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """From some tokens of all heads to all tokens of some heads."""
+    """Exchange some tokens of all heads for all tokens of some heads."""
     sends, receives, arrivals, results = [], [], [], []
     for tag, (swap, x) in enumerate(zip(swaps, tensors, strict=True)):
         mine, batch, width = swap.heads[peers.rank], x.shape[0], x.shape[3]
@@ -105,7 +107,7 @@ def _to_heads(peers: Peers, swaps: list[Swap], tensors: tuple[Tensor, ...]) -> l
 
 
 def _to_tokens(peers: Peers, swaps: list[Swap], heads: list[int], tensors: list[Tensor]) -> list[Tensor]:
-    """Back; what several ranks hold of a head is added up, in the order of the ranks."""
+    """The reverse exchange. If several ranks hold a head, their parts add up in the order of the ranks."""
     sends, receives, arrivals, results = [], [], [], []
     for tag, (swap, count, x) in enumerate(zip(swaps, heads, tensors, strict=True)):
         batch, width = x.shape[0], x.shape[3]
@@ -131,7 +133,7 @@ def _to_tokens(peers: Peers, swaps: list[Swap], heads: list[int], tensors: list[
 
 
 class _Swap(torch.autograd.Function):
-    """`_to_heads`, one exchange for all tensors: so that every rank exchanges the gradients in one order."""
+    """`_to_heads` in one exchange for all tensors, so that every rank exchanges the gradients in the same order."""
 
     @staticmethod
     def forward(ctx: Any, peers: Peers, swaps: list[Swap], *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -141,9 +141,7 @@ class PagedCache(KVCache):
         if new <= self._room:
             return
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "cache.reserve: expected a call before the compiled step, which cannot assign pages"
-            )
+            raise RuntimeError("cache.reserve: expected a call before the compiled step, which cannot assign pages")
         lens = self.lens.tolist()
         self.length = max(lens)
         super().reserve(new)

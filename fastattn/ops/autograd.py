@@ -64,7 +64,7 @@ def attend(call: Forward) -> tuple[Tensor, Tensor]:
         out, lse, _ = implementations.run(call)
         return out, lse
     # torch.compile and dispatch modes must see the operator. torch.func must see an autograd Function, because it can
-        # transform that but not an operator.
+    # transform that but not an operator.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     out, lse, _ = (_Attention.apply if transformed else FORWARD)(*flatten(call))  # pyright: ignore[reportGeneralTypeIssues]
     return out, lse

@@ -147,7 +147,7 @@ def test_headers_are_exchanged_where_a_rank_has_a_new_one(ranks, size):
     ("kind", "text"),
     [
         ("length", "q.shape[2]: expected [7, 6, 6] tokens on ranks 0 to 2 with balance='contiguous', got [6, 7, 6]"),
-        ("dtype", "q, k, v: expected the same sizes but for lengths on every rank"),
+        ("dtype", "q, k, v: expected the same sizes, except lengths, on every rank"),
         ("heads", "q (1, 4, 6, 8) k (1, 4, 6, 8) v (1, 4, 6, 8) float32 on rank 1"),
         ("start", "expected the same options on every rank, got strategy=None"),
         ("start beyond", "kv_start: expected 0 to 18, got 19 for batch entry 0"),

@@ -108,7 +108,7 @@ def test_work_is_even(ranks_and_length):
     [
         (
             {"cu_seqlens_q": torch.tensor([0, 13])},
-            "cu_seqlens_q: expected to end at the 12 tokens of all ranks or before",
+            "cu_seqlens_q: expected at most 12, the tokens of all ranks, at the end",
         ),
         ({"cu_seqlens_q": torch.tensor([0, 5, 4])}, "cu_seqlens_q: expected to rise from 0"),
         ({"cu_seqlens_q": [0, 12]}, "cu_seqlens_q: expected a Tensor, got list"),

@@ -8,7 +8,7 @@ from fastattn.testing import assert_parity
 from tests.support import ranks_job as work
 
 GONE = "RankFailed: rank 1 ended or stopped without an error of its own: killed, out of memory, or its machine is gone"
-STORE = "RankFailed: the process that holds the store of the job is gone or stopped, which is the launcher or rank 0"
+STORE = "RankFailed: the process that holds the store of the job (the launcher or rank 0) is gone or stopped"
 SAID = {
     "killed": GONE,
     "stopped": GONE,
