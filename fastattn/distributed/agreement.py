@@ -1,4 +1,4 @@
-"""What the ranks of a call must agree on: each checks its own arguments, then all of them against each other's."""
+"""Check a call on several ranks: each rank checks its own arguments, then all compare theirs."""
 
 import itertools
 import zlib
@@ -20,7 +20,7 @@ BY_HEADS = "the second dimension of the mesh divides heads"
 
 
 def check_how(strategy: str | None, balance: str) -> None:
-    """Raise ValueError unless there are such."""
+    """Raise ValueError unless the strategy and the balance exist."""
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
     check_balance(balance)
@@ -48,14 +48,15 @@ def check_own(
             )
         block_mask = options.pop("block_mask")
         make_spec(q, k, v, **{**options, "mask": None, "bias": None, **offset})
-        # The operands are checked against all keys: as many as they have, which the ranks then compare.
+        # Operands cover all keys, but this rank does not know their number: take it from the operands. Ranks compare it
+        # later.
         width = _width(options)
         wide = (_of_length(x, 1 if width < 0 else width) for x in (k, v))
         spec = make_spec(q, *wide, **{**options, **offset})._replace(k=k, v=v, block_mask=block_mask)
-        if block_mask is not None:  # its lengths are those of the whole, which are not known yet
+        if block_mask is not None:  # it has the whole's lengths, which this rank does not know yet
             q_len, kv_len = block_mask.shape[2:] if isinstance(block_mask, BlockMask) else (0, 0)
             check_block_mask(block_mask, (q.shape[0], q.shape[1], q_len, kv_len), q.device)
-    if kv_start is not None:  # keys of the whole, whose number is not known yet
+    if kv_start is not None:  # it counts the whole's keys, whose number is not known yet
         entries = q.shape[0] if documents is None else len(documents.queries) - 1
         spec = spec._replace(kv_start=check_kv_start(kv_start, entries, q, MAX_POSITION))
     if strategy == "ulysses" and peers.inner is not None:
@@ -66,7 +67,7 @@ def check_own(
 
 
 def _of_length(x: Tensor, length: int) -> Tensor:
-    """A tensor for checks, with as many tokens."""
+    """A tensor with this many tokens, for checks."""
     return x.new_empty(1).expand(*x.shape[:2], length, x.shape[3])
 
 
@@ -93,7 +94,7 @@ def _check_documents(
 
 
 def _width(options: dict[str, Any]) -> int:
-    """How many keys mask and bias have; -1 if they do not say."""
+    """The number of keys of mask and bias; -1 if they do not tell."""
     for name in ("mask", "bias"):
         x = options[name]
         if isinstance(x, Tensor) and x.ndim and x.shape[-1] != 1:
@@ -102,7 +103,7 @@ def _width(options: dict[str, Any]) -> int:
 
 
 def numbers_of(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> list[int]:
-    """Sizes and dtype, as `check_together` compares them."""
+    """Sizes and dtype, for `check_together`."""
     dtype = FLOAT_DTYPES.index(spec.q.dtype)
     return [*q.shape, k.shape[1], k.shape[2], v.shape[3], dtype, _width(options)]
 
@@ -110,7 +111,7 @@ def numbers_of(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, options: di
 def describe(
     spec: AttentionSpec, documents: Documents | None, strategy: str | None, balance: str, options: dict[str, Any]
 ) -> str:
-    """What must be the same on every rank, beside shapes."""
+    """The settings, beside shapes, that must be the same on every rank."""
     names = ("causal", "window", "softcap", "scale", "dropout_p", "return_lse")
     parts = [f"strategy={strategy!r}", f"balance={balance!r}", *(f"{name}={options[name]!r}" for name in names)]
     tensors = {"mask": spec.mask, "bias": spec.bias, "alibi_slopes": spec.alibi_slopes, "sinks": spec.sinks}
@@ -131,13 +132,13 @@ def describe(
 
 
 def check_together(headers: list[Header], balance: Balance, documents: Documents | None) -> tuple[int, int]:
-    """(all queries, all keys); raises the same on every rank."""
+    """(number of all queries, number of all keys); every rank raises the same error."""
     first, words = headers[0]
-    shape = [0, 1, 2, 4, 5, 7, 8]  # all but lengths
+    shape = [0, 1, 2, 4, 5, 7, 8]  # all sizes but lengths
     for rank, (their, said) in enumerate(headers):
         if [their[i] for i in shape] != [first[i] for i in shape]:
             raise ValueError(
-                f"q, k, v: expected the same sizes but for lengths on every rank, got {_shapes(first)} on rank 0 and "
+                f"q, k, v: expected the same sizes, except lengths, on every rank, got {_shapes(first)} on rank 0 and "
                 f"{_shapes(their)} on rank {rank}"
             )
         if said != words:
@@ -150,7 +151,7 @@ def check_together(headers: list[Header], balance: Balance, documents: Documents
         lengths = [their[column] for their, _ in headers]
         if starts is not None and starts[-1] > sum(lengths):
             raise ValueError(
-                f"cu_seqlens_{name}: expected to end at the {sum(lengths)} tokens of all ranks or before, "
+                f"cu_seqlens_{name}: expected at most {sum(lengths)}, the tokens of all ranks, at the end, "
                 f"got {starts[-1]}"
             )
         expected = [length_of(own) for own in pieces(balance, sum(lengths), len(headers), starts)]

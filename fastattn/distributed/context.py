@@ -1,4 +1,4 @@
-"""Attention over a sequence that is divided among ranks: the public functions, from arguments to strategy and back."""
+"""Attention over a sequence that is divided among ranks: the public functions, which choose a strategy and run it."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -52,25 +52,26 @@ def context_parallel_attention(
     """`fastattn.attention` over a sequence whose tokens are divided among the ranks of a mesh dimension.
 
     Every rank calls it with its part, as `shard` cuts it, and gets the output of its own queries. Positions, window and
-    ``q_offset`` are those of the whole. Differentiable once: every rank must run the backward pass. Gradients of q, k
-    and v are complete; those of ``bias``, ``alibi_slopes`` and ``sinks`` are this rank's rows' part, so that data
-    parallelism adds them up as those of any parameter. Sums have one order: the same call gives the same bits.
+    ``q_offset`` refer to the whole sequence. The result is differentiable once, and every rank must run the backward
+    pass. Gradients of q, k and v are complete. Those of ``bias``, ``alibi_slopes`` and ``sinks`` come from this rank's
+    rows only, so that data parallelism sums them like those of any parameter. Sums have a fixed order: the same call
+    gives the same bits.
 
     Args:
         q: (B, Hq, Lq, D), this rank's queries.
         k: (B, Hk, Lk, D), this rank's keys; Lk may differ from Lq.
         v: (B, Hk, Lk, Dv).
-        mesh: one dimension, `mesh["cp"]` of a larger mesh; or two, `mesh["ring", "heads"]`: along the second, best
-            within a machine, tokens and heads change places, along the first goes the strategy, for some of the heads.
+        mesh: one dimension, for example `mesh["cp"]` of a larger mesh. Or two, `mesh["ring", "heads"]`: the second,
+            best within a machine, exchanges tokens for heads; the first runs the strategy on each rank's heads.
         strategy: ``"ring"`` passes keys and values on while it computes; ``"all_gather"`` sends them to every rank that
             needs them at once; ``"ulysses"`` exchanges tokens for heads. None chooses, as `explain` shows.
-        balance: how tokens are divided: ``"contiguous"``; ``"zigzag"`` or ``"striped"``, which give all ranks the same
-            work under causal order; ``"documents"``, which does so within packed documents.
-        cu_seqlens_q: int32 or int64 (documents + 1,), where each packed document begins, and the end of the last, of
-            the whole and the same on every rank; B is 1. Then all counts within documents, as in `attention_varlen`;
-            ``alibi_slopes`` may be (documents, Hq), and there is no ``mask``, ``block_mask`` or ``bias``. Shards may
+        balance: how ranks divide tokens: ``"contiguous"``; ``"zigzag"`` or ``"striped"``, which give all ranks the same
+            work under causal order; ``"documents"``, which does the same for packed documents.
+        cu_seqlens_q: int32 or int64 (documents + 1,), where each packed document of the whole begins, and the end of
+            the last; the same on every rank. B is 1. Positions then count within documents, as in `attention_varlen`,
+            and ``alibi_slopes`` may be (documents, Hq). ``mask``, ``block_mask`` and ``bias`` must be None. Shards may
             cut documents.
-        cu_seqlens_k: likewise for the keys; None means ``cu_seqlens_q``.
+        cu_seqlens_k: the same for the keys; None means ``cu_seqlens_q``.
         seqused_k: int32 or int64 (documents,): how many of its keys each document uses, the first ones, as in
             `attention_varlen`; the same on every rank. None is all.
         causal, window, softcap, scale, return_lse: as in `fastattn.attention`.
@@ -81,24 +82,26 @@ def context_parallel_attention(
             not sent.
         mask: bool, broadcastable to (B, Hq, Lq, whole Lk): this rank's rows, all keys in the order of the whole.
         block_mask: `fastattn.BlockMask` of the whole, (B or 1, Hq or 1, whole Lq, whole Lk), the same on every rank, in
-            the order of the whole whatever the shards. Make it once: what a rank needs of it is kept with it. Keys go
-            only to ranks whose rows have a tile with them that is not empty.
+            the order of the whole with any shards. Make it once: each rank keeps its part with the mask. Keys go only
+            to ranks whose rows have a non-empty tile with them.
         bias: float, as ``mask``.
         alibi_slopes: float (Hq,) or (B, Hq). With ``"striped"`` shards, ``"ring"`` and ``"all_gather"`` call the
             kernel twice where a piece of keys lies on both sides of its rows.
         sinks: float (Hq,).
-        dropout_p: as there. The seed is the one that the first rank draws, and a weight's bits are those of its place
-            in the whole: the same on any number of ranks. Every rank draws, so generators that were alike stay so.
-        backend: as there, for the pairs of pieces; ``"ring"`` and ``"all_gather"`` need one that returns lse.
-        link: what the choice assumes of the machines.
+        dropout_p: as in `fastattn.attention`. The first rank's seed applies, and each weight's bits depend on its place
+            in the whole: they are the same on any number of ranks. Every rank draws, so generators in equal states stay
+            equal.
+        backend: as in `fastattn.attention`, for each pair of pieces; ``"ring"`` and ``"all_gather"`` need one that
+            returns lse.
+        link: the machine data for the choice of a strategy.
         timeout: seconds to wait for a message; None is the process group's own.
 
     Returns:
         out (B, Hq, Lq, Dv) in the dtype of q; with ``return_lse`` also lse (B, Hq, Lq).
 
     Raises:
-        TypeError, ValueError: as `fastattn.attention`; on every rank where ranks differ in shapes or options, before
-            keys are sent.
+        TypeError, ValueError: as `fastattn.attention`. If ranks differ in shapes or options, every rank raises before
+            any sends keys.
         RuntimeError: another rank raised, ended or made another call; it is named.
     """
     if unknown:
@@ -116,9 +119,9 @@ def attention_of_heads(
     first: int, q: Tensor, k: Tensor, v: Tensor, *, mesh: DeviceMesh, strategy: Strategy | None, balance: Balance,
     link: Link | None, timeout: float | None, backend: Backend | None = None, **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """`context_parallel_attention` of the query heads from ``first`` on, the other ones being other meshes'.
+    """`context_parallel_attention` of the query heads from ``first`` on; other meshes have the other heads.
 
-    They drop what they drop in one call with all of them, if the generators of all processes are alike.
+    Dropout is the same as in one call with all heads, if the generators of all processes are in the same state.
     """
     how = ("mesh", "strategy", "balance", "link", "timeout", "backend")
     defaults = {name: x for name, x in (context_parallel_attention.__kwdefaults__ or {}).items() if name not in how}
@@ -156,9 +159,9 @@ def explain(
     timeout: float | None = None,
     **unknown: Any,
 ) -> Choice:
-    """Which strategy `context_parallel_attention` takes for the same arguments, and what each would cost.
+    """The strategy that `context_parallel_attention` takes for the same arguments, and the cost of each strategy.
 
-    Every rank calls it: they exchange their shapes, and nothing else. ``str()`` of the result is a table.
+    Every rank calls it. Ranks exchange their shapes and nothing else. ``str()`` of the result is a table.
     """
     if unknown:
         keywords.refuse(explain, unknown)
@@ -211,7 +214,7 @@ def _agree(
     q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, strategy: Strategy | None, balance: Balance, link: Link | None,
     timeout: float | None, backend: str | None, **options: Any,
 ) -> _Call:  # fmt: skip
-    """Check this rank's arguments, then those of all ranks against each other: all go on, or all raise."""
+    """Check this rank's arguments, then compare those of all ranks: all ranks continue, or all raise."""
     peers = Ranks(mesh, timeout)
     problem: Exception | None = None
     spec, documents, numbers, text, seed = None, None, [0] * 10, "", 0
@@ -246,7 +249,7 @@ def _agree(
         pair = None
         if isinstance(offset, int):
             pair = relation(Piece(0, q_total), Piece(0, kv_total), offset, view.left, view.right)
-        if pair is not None:  # a side that forbids nothing is open
+        if pair is not None:  # open a side that forbids nothing
             view = view._replace(left=pair.left, right=pair.right)
     offset = 0 if isinstance(view.q_offset, tuple) else view.q_offset
     spec = spec._replace(left=view.left, right=view.right, q_offset=offset)

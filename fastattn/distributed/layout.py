@@ -74,7 +74,7 @@ class Documents(NamedTuple):
 
 
 class View(NamedTuple):
-    """The keys that the rows of the whole see. With documents, rows see their own document's keys, and positions start there."""
+    """The keys that the rows of the whole see; with documents, those of their own document, where positions start."""
 
     q_offset: int | tuple[int, ...] | None
     """or of each entry: of the batch, or document. None, with documents only: the last query of each stands at its last

@@ -26,7 +26,7 @@ def context_parallel(
     link: Link | None = None,
     timeout: float | None = None,
 ) -> contextlib.AbstractContextManager[None]:
-    """Inside the ``with`` block, every call of `fastattn.attention` is `context_parallel_attention` over a mesh's ranks.
+    """Inside ``with``, every call of `fastattn.attention` is `context_parallel_attention` over the ranks of a mesh.
 
     This covers the layers of `fastattn.nn`, models after `fastattn.convert`, `fastattn.compat`, and models of
     transformers with ``attn_implementation="fastattn"``. Give models this rank's tokens, as `shard` or `shard_batch`

@@ -174,7 +174,7 @@ def test_bad_selections_are_refused(kind):
 def test_bad_crops_are_refused():
     with pytest.raises(ValueError, match="length: expected 0 or more, got -1"):
         make("static", 1).crop(-1)
-    with pytest.raises(ValueError, match="cache: a sliding window has forgotten"):
+    with pytest.raises(ValueError, match="cache: a sliding window cannot go back"):
         make("sliding", 1).crop(3)
 
 
