@@ -49,7 +49,7 @@ def tensor_parallel_plan(
         Name of each layer -> its style.
 
     Raises:
-        TypeError: ``vocabulary`` without a linear ``head``, or layers of torch.nn that `fastattn.convert` has not swapped.
+        TypeError: ``vocabulary`` without a linear ``head``, or torch.nn layers that `fastattn.convert` has not swapped.
         ValueError: the model has nothing to divide; heads, hidden units or the vocabulary are not multiples of
             ``ranks``; the output layer is tied to an embedding, which is whole.
 
