@@ -169,11 +169,15 @@ def _watched() -> bool:
 def _survey(arguments: Any, tensors: list[Tensor], facts: list[Any]) -> None:
     """Collect the tensors, and what of the arguments a layout consists of."""
     for x in arguments:
-        if type(x) in _PLAIN:
+        if x is None:
             facts.append(x)
-        elif isinstance(x, Tensor):
+        elif type(x) is Tensor or isinstance(x, Tensor):
             tensors.append(x)
-            facts += (x.shape, x.stride(), x.dtype)
+            facts.append(x.shape)
+            facts.append(x.stride())
+            facts.append(x.dtype)
+        elif type(x) in _PLAIN:
+            facts.append(x)
         elif isinstance(x, tuple):
             _survey(x, tensors, facts)
         elif isinstance(x, list):
@@ -183,7 +187,7 @@ def _survey(arguments: Any, tensors: list[Tensor], facts: list[Any]) -> None:
             facts.append(x)
 
 
-_PLAIN = frozenset((type(None), int, float, bool, Options))
+_PLAIN = frozenset((int, float, bool, Options))
 """Types of facts that hold no tensor."""
 
 
