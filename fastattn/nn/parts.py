@@ -67,7 +67,9 @@ def _attend(
 def _feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
     hidden = layer.linear1(x)
     own = type(layer.linear1) is nn.Linear and not is_hooked(layer.linear1)  # nobody else holds its output
-    if layer.activation is F.relu and own and not torch.compiler.is_compiling():
+    # Not in place in a trace: TorchScript's fuser would fail at it.
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if layer.activation is F.relu and own and not traced:
         hidden = hidden.relu_()
     else:
         hidden = layer.activation(hidden)

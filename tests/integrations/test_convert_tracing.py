@@ -81,6 +81,21 @@ def test_symbolic_trace_of_a_layer_by_itself_says_what_to_do():
     torch.fx.symbolic_trace(nn.Sequential(layer))
 
 
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated, and warns of every check of a shape
+def test_a_program_of_jit_trace_runs_again_and_again():
+    """With other values and padding, and gradients: TorchScript fuses from the second call on."""
+    torch.manual_seed(0)
+    model = Around()
+    fastattn.convert(model)
+    traced = None
+    for lengths in ([5, 2, 3], [1, 5, 4], [4, 4, 5]):
+        x, padding = torch.randn(3, 5, 8, requires_grad=True), torch.arange(5) >= torch.tensor(lengths)[:, None]
+        traced = traced or torch.jit.trace(model, (x, padding), check_trace=False)
+        actual, expected = traced(x, padding), model(x, padding)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x)[0] for out in (actual, expected)))
+
+
 @pytest.mark.parametrize("name", ["transformer", "attention", "encoder_layer", "decoder_layer"])
 def test_torchscript_is_refused_with_the_cure(name):
     model = nn.Sequential(getattr(Around(), name))
