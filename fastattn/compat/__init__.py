@@ -12,9 +12,9 @@ from fastattn.compat import flash_attn, flex_attention, xformers
 __all__ = ["flash_attn", "flex_attention", "install", "uninstall", "xformers"]
 
 VERSIONS = {"flash_attn": "2.8+fastattn", "xformers": "0.0.35+fastattn"}
-"""``__version__`` of each package while installed: the version whose signatures are served, and by whom."""
+"""``__version__`` of each package while installed: the version with these signatures, and a mark of fastattn."""
 
-# Which modules of a package are answered, and by what.
+# The modules of a package that `install` provides, and the modules that serve them.
 _MODULES: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
     "flash_attn": (flash_attn, ("flash_attn", "flash_attn.flash_attn_interface")),
     "xformers": (xformers, ("xformers", "xformers.ops", "xformers.ops.fmha", "xformers.ops.fmha.attn_bias")),
@@ -22,22 +22,22 @@ _MODULES: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
 
 
 def install(package: Literal["flash_attn", "xformers"] = "flash_attn") -> contextlib.AbstractContextManager[object]:
-    """Let ``import flash_attn``, or ``import xformers``, in this process be fastattn's functions, until `uninstall`.
+    """Make ``import flash_attn``, or ``import xformers``, give fastattn's functions in this process, until `uninstall`.
 
-    For code that imports a package by name and that you do not want to edit. ``flash_attn.flash_attn_interface`` is
-    answered too, and ``xformers.ops``, ``xformers.ops.fmha`` and ``xformers.ops.fmha.attn_bias``; layers and other
-    submodules are not. Only imports that come later are served. A second call changes nothing.
+    Use it for code that imports a package by name and that you do not want to edit. It also provides
+    ``flash_attn.flash_attn_interface``, ``xformers.ops``, ``xformers.ops.fmha`` and ``xformers.ops.fmha.attn_bias``,
+    but no layers and other submodules. It affects later imports only. A second call changes nothing.
 
     Args:
         package: which one.
 
     Returns:
-        A context manager, for ``with fastattn.compat.install():``, at whose end this package is given up. Without
-        ``with`` it may be dropped.
+        A context manager, for ``with fastattn.compat.install():``, whose end removes this package. Without ``with``,
+        ignore it.
 
     Raises:
-        RuntimeError: the package itself is installed; it is never hidden.
-        ValueError: no such package here.
+        RuntimeError: the package itself is installed; `install` never hides it.
+        ValueError: fastattn does not provide this package.
     """
     if package not in _MODULES:
         raise ValueError(f"package: expected one of {', '.join(_MODULES)}, got {package!r}")
@@ -67,7 +67,7 @@ def install(package: Literal["flash_attn", "xformers"] = "flash_attn") -> contex
 
 
 def uninstall() -> None:
-    """Undo every `install`; without one, nothing. Names that were imported meanwhile stay what they are."""
+    """Undo every `install`, if there is any. Names that code has imported meanwhile do not change."""
     for package in _MODULES:
         _give_up(package)
 

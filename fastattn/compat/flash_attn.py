@@ -2,15 +2,15 @@
 
 ``import fastattn.compat.flash_attn as flash_attn`` is the whole migration.
 
-(B, L, H, D) layout; causal order and windows line the last query up with the last key; a side of ``window_size`` below
-0 is open; ``softcap=0.0`` is off; dropout is applied as given. What differs, each time for more:
+The layout is (B, L, H, D). Causal order and windows align the last query with the last key. A negative side of
+``window_size`` is open, ``softcap=0.0`` is off, and dropout applies as given. The differences extend flash-attention:
 
-- Every dtype and head dim of `fastattn.attention`, on every device; ``alibi_slopes`` have a gradient.
-- lse has a gradient, and is -inf where a row sees nothing; flash-attention has +inf there.
+- It takes every dtype and head dim of `fastattn.attention`, on every device; ``alibi_slopes`` have a gradient.
+- lse has a gradient, and is -inf for a row that sees nothing; flash-attention gives +inf there.
 - ``return_attn_probs=True`` gives ``(out, lse, None)``: weights are never stored.
-- ``deterministic`` is taken and means nothing: the backward always is.
-- ``cu_seqlens`` are read on the device, ``max_seqlen`` is not read.
-- Pages have any size, and the cache is always read where it is.
+- ``deterministic`` has no effect, because the backward pass always is deterministic.
+- Kernels read ``cu_seqlens`` on the device; nothing reads ``max_seqlen``.
+- Pages have any size, and kernels always read the cache in place.
 """
 
 from typing import Any
@@ -36,7 +36,8 @@ Window = tuple[int, int]
 
 
 def _window(window_size: Window) -> tuple[int | None, int | None] | None:
-    """None is an open side, and no window at all where both are: kernels without windows may serve that."""
+    """Convert a window. None is an open side; two open sides give no window, so that kernels without windows may
+    serve."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size: expected (left, right), -1 for an open side, got {window_size!r}")
     left, right = (None if side < 0 else side for side in window_size)
@@ -46,7 +47,7 @@ def _window(window_size: Window) -> tuple[int | None, int | None] | None:
 def _options(
     softmax_scale: float | None, causal: bool, window_size: Window, softcap: float, alibi_slopes: Tensor | None
 ) -> dict[str, Any]:
-    """The arguments that all functions share, as `fastattn.attention` takes them."""
+    """Convert the arguments that all functions share to those of `fastattn.attention`."""
     return {
         "scale": softmax_scale, "causal": causal, "window": _window(window_size), "softcap": softcap or None,
         "alibi_slopes": alibi_slopes,
@@ -54,7 +55,7 @@ def _options(
 
 
 def _parts(name: str, packed: Tensor, dim: int, count: int) -> tuple[Tensor, ...]:
-    """The views of q, k and v, or k and v, in one tensor."""
+    """Views of q, k and v, or k and v, in one tensor."""
     if packed.ndim != dim + 3 or packed.shape[dim] != count:
         shape = f"({'B, L' if dim == 2 else 'total'}, {count}, H, D)"
         raise ValueError(f"{name}: expected {shape}, got shape {tuple(packed.shape)}")
@@ -72,12 +73,12 @@ def flash_attn_func(
         q: (B, Lq, Hq, D).
         k: (B, Lk, Hk, D), Hq a multiple of Hk.
         v: (B, Lk, Hk, Dv).
-        dropout_p: applied as given: pass 0.0 when evaluating.
+        dropout_p: applies as given: pass 0.0 in evaluation.
         softmax_scale: default ``1 / sqrt(D)``.
-        causal, window_size: the last query is lined up with the last key.
+        causal, window_size: they align the last query with the last key.
         softcap: 0.0 is off.
         alibi_slopes: (Hq,) or (B, Hq).
-        deterministic: not needed, not read.
+        deterministic: ignored.
         return_attn_probs: also return lse, and None in place of the weights.
 
     Returns:
@@ -100,7 +101,7 @@ def flash_attn_kvpacked_func(
     window_size: Window = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Result:  # fmt: skip
-    """`flash_attn_func` with keys and values in one tensor, ``kv`` (B, Lk, 2, Hk, D), of which no copy is made."""
+    """`flash_attn_func` with keys and values in one tensor, ``kv`` (B, Lk, 2, Hk, D), without a copy."""
     k, v = _parts("kv", kv, 2, 2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
@@ -113,7 +114,7 @@ def flash_attn_qkvpacked_func(
     window_size: Window = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
     deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Result:  # fmt: skip
-    """`flash_attn_func` with everything in one tensor, ``qkv`` (B, L, 3, H, D), of which no copy is made."""
+    """`flash_attn_func` with everything in one tensor, ``qkv`` (B, L, 3, H, D), without a copy."""
     q, k, v = _parts("qkv", qkv, 2, 3)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
@@ -129,15 +130,15 @@ def flash_attn_varlen_func(
 ) -> Result:  # fmt: skip
     """flash_attn.flash_attn_varlen_func on `fastattn.attention_varlen`.
 
-    With a ``block_table`` it is `fastattn.attention_with_kvcache`, which reads the pages where they are and has
-    neither dropout nor gradients.
+    With a ``block_table`` it calls `fastattn.attention_with_kvcache`, which reads the pages in place and has neither
+    dropout nor gradients.
 
     Args:
         q: (total_q, Hq, D).
         k: (total_k, Hk, D), or with a ``block_table`` (pages, page_size, Hk, D), pages of any size.
-        v: likewise with head dim Dv.
+        v: like k, with head dim Dv.
         cu_seqlens_q, cu_seqlens_k: int (sequences + 1,), rising from 0.
-        max_seqlen_q, max_seqlen_k: not needed, not read.
+        max_seqlen_q, max_seqlen_k: ignored.
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as in `flash_attn_func`.
         alibi_slopes: (Hq,) or (sequences, Hq).
         return_attn_probs: also return lse, and None in place of the weights.
@@ -148,7 +149,7 @@ def flash_attn_varlen_func(
         out (total_q, Hq, Dv), or (out, lse, None) with lse (Hq, total_q) in float32.
 
     Raises:
-        NotImplementedError: dropout beside a ``block_table``.
+        NotImplementedError: dropout with a ``block_table``.
         TypeError, ValueError: as `fastattn.attention_varlen` or `fastattn.attention_with_kvcache`, under their names.
     """
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
@@ -202,26 +203,28 @@ def flash_attn_with_kvcache(
     rotary_interleaved: bool = True, alibi_slopes: Tensor | None = None, num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """flash_attn.flash_attn_with_kvcache on `fastattn.attention_with_kvcache`: ``k`` and ``v`` are written into the
-    cache in place, then ``q`` attends to what it holds.
+    """flash_attn.flash_attn_with_kvcache on `fastattn.attention_with_kvcache`: it writes ``k`` and ``v`` into the
+    cache in place, then attends from ``q`` to the cache.
 
-    The cache is read where it is.
+    It reads the cache in place.
 
     Args:
         q: (B, Lq, Hq, D).
         k_cache: (rows, Lmax, Hk, D), rows being B without ``cache_batch_idx``; or (pages, page_size, Hk, D) with a
             ``block_table``.
-        v_cache: likewise with head dim Dv.
+        v_cache: like k_cache, with head dim Dv.
         k: (B, Lnew, Hk, D) new keys, or None.
         v: (B, Lnew, Hk, Dv) new values.
-        rotary_cos, rotary_sin: (positions, R / 2): the first R numbers of each head of q and k are turned, k at
-            ``cache_seqlens`` and on, q likewise if ``causal`` or in a window, else all of it at ``cache_seqlens``.
-        cache_seqlens: what is in the cache before appending: an int or int (B,). None means that it is full.
-        cache_batch_idx: int (B,), the row of the cache that each entry has; different where something is appended.
-        cache_leftpad: int (B,), where the keys of each entry begin; keys before it are not seen.
+        rotary_cos, rotary_sin: (positions, R / 2): the call rotates the first R numbers of each head of q and k.
+            Positions of k start at ``cache_seqlens``; so do those of q if ``causal`` or in a window, else all of q has
+            position ``cache_seqlens``.
+        cache_seqlens: number of keys in the cache before appending: an int or int (B,). None means a full cache.
+        cache_batch_idx: int (B,), the row of the cache for each entry; rows must differ when the call appends.
+        cache_leftpad: int (B,), where the keys of each entry begin; queries do not see keys before it.
         block_table: int (B, max_pages).
         softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
-        rotary_interleaved: numbers 2 i and 2 i + 1 turn together, as in GPT-J; False: i and i + R / 2, as in GPT-NeoX.
+        rotary_interleaved: rotate numbers 2 i and 2 i + 1 together, as in GPT-J; False: i and i + R / 2, as in
+            GPT-NeoX.
         num_splits: 0 chooses.
         return_softmax_lse: also return lse.
 
@@ -229,7 +232,7 @@ def flash_attn_with_kvcache(
         out (B, Lq, Hq, Dv), or (out, lse) with lse (B, Hq, Lq) in float32.
 
     Raises:
-        NotImplementedError: what is asked for has no meaning, with the argument and the cure.
+        NotImplementedError: a combination has no meaning; the text names the argument and the cure.
         TypeError, ValueError: as `fastattn.attention_with_kvcache`, under its names.
     """
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
@@ -237,7 +240,7 @@ def flash_attn_with_kvcache(
     if (k is None) != (v is None):
         raise ValueError("k, v: expected both or neither, got one")
     if cache_seqlens is None and k is not None:
-        raise ValueError("cache_seqlens: expected how much the cache holds, since k and v are appended, got None")
+        raise ValueError("cache_seqlens: expected the length of the cache, since the call appends k and v, got None")
     if cache_batch_idx is not None and block_table is not None:
         raise NotImplementedError(
             "cache_batch_idx: expected None beside block_table, got both; choose block_table[cache_batch_idx] instead"
@@ -264,9 +267,9 @@ def flash_attn_with_kvcache(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, first: int | Tensor, interleaved: bool, still: bool) -> Tensor:
-    """``x`` (B, L, H, D) turned by its positions, ``first`` and on, or ``first`` for all where it stands still.
+    """Rotate ``x`` (B, L, H, D) by its positions: from ``first`` on, or ``first`` for all.
 
-    Not what `attention_with_kvcache` does with the tables: there a query is always where it stands.
+    `attention_with_kvcache` differs: there a query always has its own position.
     """
     if cos.shape != sin.shape or cos.ndim != 2 or 2 * cos.shape[1] > x.shape[-1]:
         raise ValueError(

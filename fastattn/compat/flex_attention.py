@@ -1,14 +1,14 @@
 """FlexAttention's functions, with PyTorch's signatures, on fastattn.
 
-``from fastattn.compat.flex_attention import create_block_mask, flex_attention`` is the whole migration. Nothing needs
-to be compiled: a call is fused in eager mode, on CPUs too, and has gradients there.
+``from fastattn.compat.flex_attention import create_block_mask, flex_attention`` is the whole migration. It needs no
+compilation: calls are fused in eager mode, also on CPUs, and have gradients there.
 
-What ``score_mod`` may be: the score itself or ``softcap * tanh(score / softcap)``, either plus a term of (b, h, q_idx,
-kv_idx) in which the score has no part: ALiBi, tables of relative or absolute positions, -inf. It is examined on every
-call: traced, to learn which indices it depends on, and compared on all of those with the form it was found to have.
-Softcap and ALiBi cost nothing further. Any other term becomes a bias of the size of the indices it depends on, which is
-Lq x Lk for one of q_idx and kv_idx; tensors that the function captures get their gradients through it. ALiBi written
-without an absolute value, ``slope * (kv_idx - q_idx)``, is taken as such under a ``block_mask`` that is causal.
+``score_mod`` may be the score itself or ``softcap * tanh(score / softcap)``, plus a term of (b, h, q_idx, kv_idx) that
+does not depend on the score: ALiBi, tables of relative or absolute positions, -inf. Every call examines it: it traces
+the function to find the indices that it depends on, and compares it on all of these with the form that it found.
+Softcap and ALiBi cost nothing more. Any other term becomes a bias with the size of its indices, which is Lq x Lk for a
+term of q_idx and kv_idx. Tensors that the function captures get their gradients through this bias. Under a causal
+``block_mask``, ``slope * (kv_idx - q_idx)``, without an absolute value, also counts as ALiBi.
 """
 
 from collections.abc import Callable
@@ -37,20 +37,21 @@ def flex_attention(
         key: (B or 1, Hk, Lk, D).
         value: (B or 1, Hk, Lk, Dv).
         score_mod: (score, b, h, q_idx, kv_idx) -> score, of one of the forms above.
-        block_mask: a `fastattn.BlockMask`, as `create_block_mask` gives it, or PyTorch's, of which
-            `BlockMask.from_flex` makes ours on every call: do it once yourself.
+        block_mask: a `fastattn.BlockMask`, from `create_block_mask`, or PyTorch's. `BlockMask.from_flex` converts
+            PyTorch's on every call, so convert it once yourself.
         scale: default ``1 / sqrt(D)``.
         enable_gqa: Hq may be a multiple of Hk.
         return_lse: also return lse.
-        kernel_options: not needed, not read.
-        return_aux: a `torch.nn.attention.flex_attention.AuxRequest`, for lse alone.
+        kernel_options: ignored.
+        return_aux: a `torch.nn.attention.flex_attention.AuxRequest`, for lse only.
 
     Returns:
         out (B, Hq, Lq, Dv); with ``return_lse`` also lse (B, Hq, Lq) in float32, natural logarithm; with
         ``return_aux`` an AuxOutput in its place.
 
     Raises:
-        NotImplementedError: a ``score_mod`` of no form above, with what was found; ``max_scores`` in ``return_aux``.
+        NotImplementedError: ``score_mod`` has no form above, and the text says what it found; or ``max_scores`` in
+            ``return_aux``.
         TypeError, ValueError: as `fastattn.attention`, under its names.
     """
     if not isinstance(enable_gqa, bool):
@@ -58,7 +59,7 @@ def flex_attention(
     if return_lse and return_aux is not None:
         raise ValueError("return_lse, return_aux: expected one of them, got both")
     if return_aux is not None and return_aux.max_scores:
-        raise NotImplementedError("return_aux.max_scores: expected False, got True; lse is what there is")
+        raise NotImplementedError("return_aux.max_scores: expected False, got True; only lse is available")
     tensors = all(isinstance(x, Tensor) and x.ndim == 4 for x in (query, key, value))
     if tensors and not enable_gqa and query.shape[1] != key.shape[1]:
         raise ValueError(
@@ -78,9 +79,9 @@ def flex_attention(
     return result[0], AuxOutput(lse=result[1] if return_aux.lse else None)
 
 
-@_disable_dynamo  # under torch.compile: what comes before and after is compiled, this is not
+@_disable_dynamo  # torch.compile compiles the code before and after this, but not this
 def _examined(score_mod: Any, block_mask: Any, query: Tensor, kv_len: int) -> dict[str, Any]:
-    """The arguments of `fastattn.attention` in the place of ``score_mod`` and ``block_mask``."""
+    """The arguments of `fastattn.attention` that replace ``score_mod`` and ``block_mask``."""
     if block_mask is not None and not isinstance(block_mask, BlockMask):
         block_mask = BlockMask.from_flex(block_mask)
     terms = {} if score_mod is None else score_terms(score_mod, query, kv_len, block_mask)._asdict()
@@ -92,14 +93,14 @@ def create_block_mask(
     device: torch.device | str | int | None = None, BLOCK_SIZE: int | tuple[int, int] = 128, _compile: bool = False,
     separate_full_blocks: bool = True, compute_dq_write_order: bool = False, dq_kv_order: bool = True,
 ) -> BlockMask:  # fmt: skip
-    """torch.nn.attention.flex_attention.create_block_mask, in memory for 128 rows of the mask at a time.
+    """torch.nn.attention.flex_attention.create_block_mask, which holds 128 rows of the mask in memory at a time.
 
     Args:
         mask_mod: (b, h, q_idx, kv_idx) -> bool, called with one position at a time, under vmap.
-        B, H: None where the mask is the same for all.
+        B, H: None if the mask is the same for all.
         Q_LEN, KV_LEN: the lengths.
         device: None is the accelerator, or the CPU.
-        BLOCK_SIZE, _compile, separate_full_blocks, compute_dq_write_order, dq_kv_order: not needed, not read.
+        BLOCK_SIZE, _compile, separate_full_blocks, compute_dq_write_order, dq_kv_order: ignored.
 
     Returns:
         A `fastattn.BlockMask`.

@@ -1,18 +1,18 @@
-"""Keys that lie in places of a cache, brought together as packed sequences."""
+"""Copy keys from a cache into packed sequences."""
 
 import torch
 from torch import Tensor
 
 
 def cumulative(lengths: Tensor) -> Tensor:
-    """int32 (sequences + 1,), what `fastattn.attention_varlen` takes, from lengths (sequences,)."""
+    """The cu_seqlens of `fastattn.attention_varlen`, int32 (sequences + 1,), from lengths (sequences,)."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """(which sequence, which row of it) for each of ``total`` packed rows, int64 each.
+    """(sequence, row in it) of each of ``total`` packed rows, int64 each.
 
-    Rows after the last sequence get a valid sequence, and 0.
+    Rows after the last sequence get a valid sequence and row 0.
     """
     row = torch.arange(total, device=cu_seqlens.device)
     bounds = cu_seqlens.long()
@@ -26,17 +26,17 @@ def gather(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Copy the keys and values of sequences out of a cache: packed k and v, and their ``cu_seqlens``.
 
-    The copy is made on the device without waiting for it: where the host does not see the lengths it has room for
-    ``longest`` rows of every sequence. The places that no sequence has are never read by `fastattn.attention_varlen`.
+    The copy does not wait for the device: if the host does not know the lengths, the result has room for ``longest``
+    rows of every sequence. `fastattn.attention_varlen` never reads the unused rows.
 
     Args:
         k: (rows, capacity, Hk, D).
-        v: likewise with head dim Dv.
+        v: like k, with head dim Dv.
         starts: int (sequences,), where each sequence begins in its row or pages.
         lengths: int (sequences,).
         pages: int (sequences, max_pages), the pages of each sequence; the capacity is the size of a page.
-        entries: int (sequences,), the row of each sequence, where there are no pages.
-        longest: at least the longest length; None where it is not known.
+        entries: int (sequences,), the row of each sequence if there are no pages.
+        longest: at least the longest length; None if unknown.
     """
     cu_seqlens = cumulative(lengths)
     if longest is None:

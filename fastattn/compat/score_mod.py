@@ -1,4 +1,4 @@
-"""What a ``score_mod`` of FlexAttention is, in the terms of `fastattn.attention`, found by tracing and probing it."""
+"""Trace and probe a ``score_mod`` of FlexAttention to find equivalent arguments of `fastattn.attention`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -104,7 +104,7 @@ def _traced(score_mod: Callable[..., Tensor], device: torch.device) -> _Trace:
             f"score_mod: expected a function of (score, b, h, q_idx, kv_idx) without `if` or .item(), got {error}"
         ) from error
     reached: dict[Any, frozenset[str]] = {}
-    # By how much a value grows where q_idx and kv_idx both grow by one; None is not known.
+    # How much a value grows if q_idx and kv_idx both grow by one; None if unknown.
     weight: dict[Any, int | None] = {}
     placeholders = iter(names)
     for node in graph.nodes:
@@ -148,7 +148,7 @@ def _weight(node: Any, weight: dict[Any, int | None]) -> int | None:
 def _softcap(
     score_mod: Callable[..., Tensor], term: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, line: bool
 ) -> float | None:
-    """The softcap, from many scores at the one place where the term is smallest; None if there is none."""
+    """The softcap, from many scores at the place with the smallest term; None if there is none."""
     place = int(term.abs().flatten().argmin())
     index = torch.unravel_index(torch.tensor(place), term.shape)
     own = [x[n : n + 1] for x, n in zip((b, h, i, j), (*index, index[-1]) if line else index, strict=True)]
@@ -177,7 +177,7 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _close(found: Tensor, expected: Tensor, size: Tensor) -> Tensor:
-    """Where two differ by no more than some float32 roundings of numbers of this size."""
+    """Whether two values differ by at most a few float32 roundings of numbers of this size."""
     bound = 16 * torch.finfo(torch.float32).eps * size.abs()
     return ((found - expected).abs() <= bound) | (found == expected)
 
@@ -185,9 +185,9 @@ def _close(found: Tensor, expected: Tensor, size: Tensor) -> Tensor:
 def _check_everywhere(
     ask: Callable[..., Tensor], term: Tensor, softcap: float | None, places: tuple[Tensor, ...]
 ) -> None:
-    """Compare with the form that was found at every index, with scores of any size and sign.
+    """Compare the function with the form found for it at every index, with scores of many sizes and signs.
 
-    Each place has a score of its own, and many where there are few places.
+    Each place has its own score; with few places, each has many scores.
     """
     generator = torch.Generator().manual_seed(0)
     rounds = min(max(_PROBES // term.numel(), 1), 64)
@@ -205,7 +205,7 @@ def _check_everywhere(
 
 
 def _alibi_slopes(term: Tensor, distance: Tensor, q_len: int, block_mask: BlockMask | None) -> Tensor | None:
-    """(B or 1, Hq or 1) where the term (B or 1, Hq or 1, distances) is that of ALiBi on all pairs that are seen."""
+    """The slopes (B or 1, Hq or 1) if the term (B or 1, Hq or 1, distances) is ALiBi's on all visible pairs."""
     if q_len == 1:
         return None
     slopes = -term[:, :, q_len - 2]  # at a distance of -1

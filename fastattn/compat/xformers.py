@@ -1,12 +1,12 @@
 """xformers' attention, with its signatures and conventions.
 
-``import fastattn.compat.xformers as xops`` serves code that calls ``xops.memory_efficient_attention``. Its bias classes
-are known by the names of their types, so that xformers' own, those defined here and a caller's copies do alike; none is
-made into a dense mask. A type of another name is refused.
+``import fastattn.compat.xformers as xops`` serves code that calls ``xops.memory_efficient_attention``. It recognises
+bias classes by their names, so xformers' own classes, those defined here and a caller's copies all work. None becomes a
+dense mask. A class with another name is an error.
 
-What differs, each time for more: every dtype and head dim of `fastattn.attention`, on every device, with gradients; a
-row that sees nothing gives 0. Keys with padding, gaps or pages are first copied together, one read and one write of
-those in use on every call.
+The differences extend xformers: every dtype and head dim of `fastattn.attention`, on every device, with gradients; a
+row that sees nothing gives 0. A call first copies keys with padding, gaps or pages together, which reads and writes the
+keys in use once.
 """
 
 from collections.abc import Sequence
@@ -33,15 +33,15 @@ __all__ = [
 
 
 class _Kind(NamedTuple):
-    """What a bias class means, within each sequence."""
+    """The meaning of a bias class within each sequence."""
 
     causal: bool = False
     top_left: bool = False
-    """the first query stands at the first key, not the last at the last"""
+    """the first query is at the first key; False: the last query is at the last key"""
     window: tuple[str, str] | tuple[str] | None = None
-    """attributes that say (left, right), or how many keys a query sees, its own the last"""
+    """attributes with (left, right), or with the number of keys that a query sees, up to its own"""
     keys: str = ""
-    """which keys each sequence has: "packed", "gaps", "pages"; "" where there are no sequences"""
+    """the layout of keys: "packed", "gaps", "pages"; "" without sequences"""
 
 
 _LOCAL = ("_window_size",)
@@ -78,23 +78,23 @@ def memory_efficient_attention(
 
     Args:
         query: (B, M, H, K), (B, M, K) for one head, or (B, M, G, H, K) for G groups of H heads.
-        key: the same with another length; in a group all heads may be one, expanded. Without a gradient such keys are
-            read where they are, with one they are repeated in memory.
-        value: likewise with head dim Kv.
-        attn_bias: None; a float tensor with one dimension more than a mask, (B, H, M, N), (B, M, N) where the query
-            has three dimensions, (B, G, H, M, N) where it has five, of which any may be 1; or one of xformers' biases.
-        p: probability of dropout, applied as given.
+        key: the same with another length; the heads of a group may be one expanded head. Without a gradient, the call
+            reads such keys in place; with one, it repeats them in memory.
+        value: like key, with head dim Kv.
+        attn_bias: None; a float tensor (B, H, M, N), (B, M, N) for a query of three dimensions, or (B, G, H, M, N) for one
+            of five, in which any size may be 1; or one of xformers' biases.
+        p: probability of dropout; it applies as given.
         scale: default ``1 / sqrt(K)``.
-        op: not needed, not read.
+        op: ignored.
         output_dtype: that of the query, or None.
 
     Returns:
         (B, M, H, Kv), (B, M, Kv) or (B, M, G, H, Kv).
 
     Raises:
-        NotImplementedError: a bias of another name; another ``output_dtype``.
-        TypeError, ValueError: naming the argument, what was expected and what came; as `fastattn.attention`, under
-            its names.
+        NotImplementedError: a bias class with another name; another ``output_dtype``.
+        TypeError, ValueError: the text names the argument, the expected and the given value; or as
+            `fastattn.attention`, under its names.
     """
     return _attend(query, key, value, attn_bias, p, scale, output_dtype)[0]
 
@@ -119,7 +119,7 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, p: float, scale: float | None,
     output_dtype: torch.dtype | None, return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse), the latter empty unless asked for."""
+    """(out, lse); lse is empty unless requested."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or not 3 <= x.ndim <= 5 or x.ndim != query.ndim:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -165,7 +165,7 @@ def _kind(attn_bias: Any) -> _Kind:
 
 
 def _kv_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N, heads, head dim) each: one for each group where all heads of a group are the same memory."""
+    """Keys and values (B, N, heads, head dim), with one head per group if all heads of each group share memory."""
     if key.ndim == 3:
         return key.unsqueeze(2), value.unsqueeze(2)
     if key.ndim == 4:
@@ -173,7 +173,7 @@ def _kv_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     learned = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
     if key.stride(3) == value.stride(3) == 0 and not learned:
         return key[:, :, :, 0], value[:, :, :, 0]
-    return key.flatten(2, 3), value.flatten(2, 3)  # each head of a group has a gradient of its own
+    return key.flatten(2, 3), value.flatten(2, 3)  # each head of a group has its own gradient
 
 
 def _bias_4d(bias: Tensor, query: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any, kind: _Kind, option
         )  # fmt: skip
     elif kind.keys == "pages":
         starts = torch.zeros_like(keys.seqlen)
-        if "Gappy" in type(attn_bias).__name__:  # its lengths are ends, counted in the pages of each sequence
+        if "Gappy" in type(attn_bias).__name__:  # its lengths are ends within the pages of each sequence
             starts = keys.seqstart[:-1]
         k, v = (x[0].unflatten(0, (-1, attn_bias.page_size)) for x in (k, v))
         k, v, cu_seqlens_k = gather(k, v, starts, keys.seqlen - starts, pages=attn_bias.block_tables)
@@ -215,7 +215,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any, kind: _Kind, option
     return attention_varlen(q[0], k, v, cu_seqlens_q, cu_seqlens_k.to(cu_seqlens_q.dtype), **options)
 
 
-# The classes most used, for code that makes its biases by name where xformers is not installed.
+# The most common classes, for code that makes its biases by name without xformers.
 
 
 class LowerTriangularMask:
@@ -250,7 +250,7 @@ class _Lengths:
 
 @dataclass
 class BlockDiagonalMask:
-    """Packed sequences: those of queries see the keys of the same number."""
+    """Packed sequences: queries of each sequence see the keys of the sequence with the same number."""
 
     q_seqinfo: _Lengths
     k_seqinfo: _Lengths
@@ -260,20 +260,20 @@ class BlockDiagonalMask:
     def from_seqlens(
         cls, q_seqlen: Sequence[int], kv_seqlen: Sequence[int] | None = None, *, device: Any = None
     ) -> "BlockDiagonalMask":
-        """From the length of each sequence; None for the keys means that of the queries."""
+        """Make a mask from the length of each sequence; None for the keys means the queries' lengths."""
         queries = _Lengths.of(q_seqlen, device)
         return cls(queries, queries if kv_seqlen is None else _Lengths.of(kv_seqlen, device))
 
     @classmethod
     def from_tensor_list(cls, tensors: Sequence[Tensor]) -> tuple["BlockDiagonalMask", Tensor]:
-        """The mask of tensors (B_i, M_i, ...), and the tensors in one, (1, total, ...)."""
+        """The mask of tensors (B_i, M_i, ...), and the tensors joined as one, (1, total, ...)."""
         lengths = [x.shape[1] for x in tensors for _ in range(x.shape[0])]
         mask = cls.from_seqlens(lengths, device=tensors[0].device)
         mask._batch_sizes = [x.shape[0] for x in tensors]
         return mask, torch.cat([x.reshape(1, -1, *x.shape[2:]) for x in tensors], 1)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """What `from_tensor_list` put together, apart again."""
+        """Split a tensor that `from_tensor_list` joined."""
         starts = self.q_seqinfo.seqstart_py
         sizes = self._batch_sizes or [1] * (len(starts) - 1)
         ends = [0, *torch.tensor(sizes).cumsum(0).tolist()]

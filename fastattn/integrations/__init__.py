@@ -1,1 +1,1 @@
-"""fastattn inside other libraries. Each module imports its library only when it is asked to do something."""
+"""fastattn inside other libraries. Each module imports its library on first use."""

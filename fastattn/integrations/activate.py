@@ -1,15 +1,15 @@
 """PyTorch's flash attention on fastattn's kernels, through torch's own registry of implementations.
 
-`torch.nn.attention` lets a package take the place of the flash kernels behind `F.scaled_dot_product_attention`,
-``torch.nn.MultiheadAttention`` and ``varlen_attn``. Nothing is replaced on import: `activate` does, `deactivate` undoes
-it.
+`torch.nn.attention` lets a package replace the flash kernels behind `F.scaled_dot_product_attention`,
+``torch.nn.MultiheadAttention`` and ``varlen_attn``. Importing this module replaces nothing: `activate` does, and
+`deactivate` undoes it.
 
-The contracts that differ from `fastattn.attention` are PyTorch's:
+Three contracts are PyTorch's and differ from `fastattn.attention`:
 
 - Causal is bottom-right in the CUDA operators (with SDPA's ``is_causal``, which is top-left, PyTorch calls them for
   square scores only; ``causal_lower_right`` calls them for all) and top-left in the CPU operator.
-- The CUDA operators return the state of dropout's random numbers for their backward: ours is the seed. The CPU operator
-  has no place for one.
+- The CUDA operators return the random state of dropout for their backward pass; ours is the seed. The CPU operator
+  returns none.
 
 The CUDA table has run on CPU tensors in the tests, not yet on a GPU.
 """
@@ -123,7 +123,7 @@ class _Flash:
             return _stored_like(out, query), lse, *_random_state(None, query.device), query.new_empty(0)
         if cum_seq_q is not None and cum_seq_k is None:
             raise ValueError("cum_seq_k: expected a Tensor, since the keys are packed without a block_table, got None")
-        # num_splits divides the keys of a cache alone: the kernel of long sequences never does.
+        # num_splits applies to the keys of a cache only: the kernel for long sequences never splits.
         q, k, v = _heads_first(cum_seq_q, query, key, value)
         spec = _spec(
             q, k, v, dropout_p, scale, causal=is_causal, window=window, cu_seqlens_q=cum_seq_q,
@@ -148,7 +148,7 @@ class _Flash:
                 q, key, value, cache_lens=seqused_k, cu_seqlens_q=cum_seq_q, return_lse=True, **options
             )  # fmt: skip
         out, lse = ops.attention_kvcache(spec, backends.choose(spec, self.backend))
-        assert lse is not None  # it was asked for
+        assert lse is not None  # the spec asks for it
         return _heads_last(cum_seq_q, out), lse if cum_seq_q is None else lse[0]
 
     def forward_out(self, out: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -194,7 +194,7 @@ class _Flash:
 
 
 def _spec(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None, **options: Any) -> AttentionSpec:
-    """Autocast has done its work before PyTorch calls a kernel; lse keeps PyTorch's kernel from calling itself."""
+    """The spec of a call. Autocast has already run. Asking for lse keeps PyTorch's kernel from calling itself."""
     with ops.without_autocast(q.device):
         return make_spec(
             q, k, v, dropout_p=dropout_p, scale=scale, return_lse=True,
@@ -210,13 +210,13 @@ def _refuse(**options: Any) -> None:
     for name, value in options.items():
         if isinstance(value, Tensor) or value:
             raise ValueError(
-                f"{name}: expected none where fastattn serves PyTorch's flash attention, got "
+                f"{name}: expected none while fastattn serves PyTorch's flash attention, got "
                 f"{'a Tensor' if isinstance(value, Tensor) else value}; fastattn.deactivate() brings PyTorch's back"
             )
 
 
 def _refuse_gradients(operands: dict[str, Tensor | None], *inputs: Tensor) -> None:
-    """PyTorch hands these to its forward operator and not to the backward, which would go on without them."""
+    """Refuse gradients with arguments that PyTorch gives to its forward operator but not to the backward operator."""
     given = [name for name, operand in operands.items() if operand is not None]
     if given and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         raise ValueError(
@@ -239,13 +239,13 @@ def _heads_last(packed: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _stored_like(x: Tensor, like: Tensor) -> Tensor:
-    """With the strides that tracing has foretold."""
+    """Return x with the strides that tracing promised."""
     result = torch.empty_like(like)
     return x if x.stride() == result.stride() else result.copy_(x)
 
 
 def _random_state(seed: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The seed in the shapes and dtypes that PyTorch's kernels have for seed and offset."""
+    """The seed, in the shapes and dtypes of the seed and offset of PyTorch's kernels."""
     seed = torch.zeros(1, dtype=torch.int64, device=device) if seed is None else seed
     if torch.version.hip is not None:
         return seed[0], torch.zeros_like(seed[0])
@@ -257,12 +257,12 @@ def _seed(state: Tensor, dropout_p: float) -> Tensor | None:
 
 
 class _Override:
-    """The kernels in PyTorch's dispatcher; torch's registry holds on to it, and removes it."""
+    """The kernels in PyTorch's dispatcher. torch's registry keeps this object and removes it."""
 
     def __init__(self, backend: str | None) -> None:
         self.backend = backend
         self._libraries: list[Library] = []
-        with warnings.catch_warnings():  # that a kernel is overridden is what was asked for
+        with warnings.catch_warnings():  # the caller asked for the override
             warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
             for key, table in _Flash(backend).tables().items():
                 library = Library("aten", "IMPL", key)
@@ -274,8 +274,8 @@ class _Override:
         self._libraries.clear()
 
 
-_backend: str | None = None  # the one of the last activation
-_foreign: str | None = None  # what was active before ours
+_backend: str | None = None  # of the last activation
+_foreign: str | None = None  # the implementation that was active before ours
 
 
 def _registry() -> ModuleType:
@@ -289,7 +289,7 @@ def _registry() -> ModuleType:
 
 
 def _switch(name: str | None, backend: str | None, foreign: str | None) -> None:
-    """Make ``name`` the active implementation, None PyTorch's own."""
+    """Make ``name`` the active implementation; None means PyTorch's own."""
     global _backend, _foreign
     registry = _registry()
     if name == _NAME:
@@ -302,29 +302,30 @@ def _switch(name: str | None, backend: str | None, foreign: str | None) -> None:
 
 
 def activate(*, backend: Backend | None = None) -> contextlib.AbstractContextManager[object]:
-    """Serve PyTorch's flash attention by fastattn, in the whole process, until `deactivate`.
+    """Serve PyTorch's flash attention with fastattn, in the whole process, until `deactivate`.
 
-    What PyTorch gives to its flash kernels goes to ours: `F.scaled_dot_product_attention` without a mask in half
-    precision on a GPU, and through it ``torch.nn.MultiheadAttention(need_weights=False)`` and the Transformer layers
-    in training; ``torch.nn.attention.varlen.varlen_attn``, over pages too. Which calls these are remains PyTorch's
-    choice: ``torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION)`` forces it. Run the backward pass of what was
-    computed under activation before it ends.
+    fastattn's kernels then serve every call that PyTorch sends to its flash kernels:
+    `F.scaled_dot_product_attention` without a mask in half precision on a GPU, and through it
+    ``torch.nn.MultiheadAttention(need_weights=False)`` and the Transformer layers in training; and
+    ``torch.nn.attention.varlen.varlen_attn``, over pages too. PyTorch still decides which calls these are;
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION)`` forces the choice. Run backward passes before the
+    activation ends.
 
     The kernels for CUDA have not yet run on a GPU.
 
     Args:
-        backend: as in `attention`, but not ``"torch"``, whose place is taken. None chooses as `explain` shows; on CPU
+        backend: as in `attention`, but not ``"torch"``, which this replaces. None chooses as `explain` shows; on CPU
             that is PyTorch's kernel, which then stays. A named backend also serves CPU tensors.
 
     Returns:
-        A context manager, for ``with fastattn.activate():``. At its end whatever was active before it is again; without
-        ``with`` it may be dropped.
+        A context manager, for ``with fastattn.activate():``. Its end restores the previous implementation. Without
+        ``with``, ignore it.
 
     Raises:
-        RuntimeError: this torch has no such registry.
-        ValueError: no such backend. A call under activation raises if the backend cannot serve it, or if it asks for
-            gradients beside ``seqused_k``, ``block_table`` or ``alibi_slopes``, of which PyTorch's backward operator is
-            not told.
+        RuntimeError: this version of torch has no such registry.
+        ValueError: the backend does not exist. A call under activation raises if the backend cannot serve it, or if it
+            asks for gradients with ``seqused_k``, ``block_table`` or ``alibi_slopes``, which PyTorch does not pass to
+            its backward operator.
     """
     if backend not in (None, "triton", "cuda", "reference"):
         raise ValueError(f"backend: expected 'triton', 'cuda', 'reference' or None, got {backend!r}")
@@ -336,7 +337,7 @@ def activate(*, backend: Backend | None = None) -> contextlib.AbstractContextMan
 
 
 def deactivate() -> None:
-    """Undo `activate`, however often it was called: what was active before the first call is again.
+    """Undo all calls of `activate`: restore the implementation that was active before the first one.
 
     Raises:
         RuntimeError: fastattn is not active.

@@ -27,7 +27,7 @@ _PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Transformer: fnn.Transformer,
 }
 
-# Classes of other libraries, and where ours is. Its module is imported when a model holds one, so the library is there.
+# Classes of other libraries -> module and name of ours. The import happens when a model holds one: the library exists.
 _IN_LIBRARIES = {
     "timm.layers.attention.Attention": ("timm", "Attention"),
     "timm.models.vision_transformer.Attention": ("timm", "Attention"),  # before timm 1.0.17
@@ -45,7 +45,7 @@ _IN_LIBRARIES = {
 
 
 class ModuleRecord(NamedTuple):
-    """One attention or Transformer module, and what became of it."""
+    """One attention or Transformer module, and the outcome of its conversion."""
 
     name: str  # as in model.named_modules(); "" is the model itself
     kind: str  # its class before the call
@@ -58,7 +58,7 @@ class ConversionReport:
 
     Attributes:
         converted: modules that changed their class.
-        skipped: attention and Transformer modules that kept theirs, each with the reason; and modules of other
+        skipped: attention and Transformer modules that kept their class, each with the reason; and modules of other
             classes whose code calls `torch.nn.functional.scaled_dot_product_attention`.
         untouched: number of all other modules.
     """
@@ -80,23 +80,23 @@ class ConversionReport:
 def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> ConversionReport:
     """Replace the attention modules in `model` by fastattn's, in place.
 
-    That is torch.nn's MultiheadAttention and Transformer modules, and the attention of timm's ViT, Swin, Swin V2,
-    MaxViT and CoAtNet and of torchvision's Swin, Swin V2 and MaxViT.
+    It converts torch.nn's MultiheadAttention and Transformer modules, the attention of timm's ViT, Swin, Swin V2,
+    MaxViT and CoAtNet, and the attention of torchvision's Swin, Swin V2 and MaxViT.
 
-    A module keeps its identity and all it holds: parameters, buffers, hooks, mode. Only its class changes, so an
-    optimizer made before still trains it, modules used twice stay shared, and `model` itself may be one of them.
-    Subclasses of those classes are skipped, since their code may not survive the change; modules inside them are
-    converted. A class of timm or torchvision is skipped too where the installed version's code reads what ours does not
-    know. Run it before wrappers that change classes themselves (FSDP2's `fully_shard`, parametrizations).
-    `torch.fx.symbolic_trace` records a converted layer as one call, as it does torch.nn's. `torch.jit.script` refuses
-    them: script the model after `revert`, or use `torch.export`.
+    A module keeps its identity, parameters, buffers, hooks and mode. Only its class changes: an existing optimizer
+    still trains it, modules used twice stay shared, and `model` itself may be one of them. It skips subclasses of those
+    classes, because their code may depend on what they override, but converts the modules inside them. It also skips
+    classes of timm or torchvision if the installed version's code reads names that ours does not know. Call it before
+    wrappers that change classes themselves (FSDP2's `fully_shard`, parametrizations). `torch.fx.symbolic_trace` records
+    a converted layer as one call, like torch.nn's. `torch.jit.script` refuses converted layers: script the model after
+    `revert`, or use `torch.export`.
 
     Args:
         model: any module.
         filter_fn: called with each candidate and its name in `model`; False leaves it alone.
 
     Returns:
-        The report. Converting twice is no error; the second report lists the modules as skipped.
+        The report. Converting twice is not an error; the second report lists the modules as skipped.
 
     Raises:
         TypeError: `model` is not a module, or `filter_fn` not callable.
@@ -127,9 +127,9 @@ def convert(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
 
 
 def revert(model: nn.Module) -> ConversionReport:
-    """Undo `convert`: every module in `model` of fastattn's classes gets the class again that it stands for.
+    """Undo `convert`: every module of a fastattn class in `model` gets the class that it replaces.
 
-    That includes modules built from `fastattn.nn` directly. Subclasses of fastattn's classes are skipped.
+    This includes modules built from `fastattn.nn` directly. It skips subclasses of fastattn's classes.
 
     Raises:
         TypeError: `model` is not a module.
@@ -159,7 +159,7 @@ def _why_not(module: nn.Module) -> str | None:
     cls = type(module)
     if parametrize.is_parametrized(module) and _is_known(cls.__mro__[1]):
         return (
-            "it is parametrised, which made a class of its own: convert the model first, then parametrise it; or call "
+            "its parametrization gave it a new class: convert the model first, then parametrise it; or call "
             "torch.nn.utils.parametrize.remove_parametrizations before"
         )
     if isinstance(module, (Converted, *_PAIRS.values())):
@@ -169,10 +169,10 @@ def _why_not(module: nn.Module) -> str | None:
     if cls is not base:
         return f"a subclass of {_qualified_name(base)}: it may rely on what it overrides"
     if "forward" in vars(module):
-        return "its forward was replaced on the instance"
+        return "the instance has its own forward"
     ours = _ours(cls)
     if issubclass(ours, Converted) and (unknown := ours.unknown()):
-        return f"the forward of this version reads {', '.join(unknown)}, of which fastattn's knows nothing"
+        return f"the forward of this version reads {', '.join(unknown)}, which fastattn's does not know"
     return None
 
 
@@ -197,13 +197,13 @@ def _ours(known: type) -> type[nn.Module]:
 
 
 _SDPA = (
-    "it calls torch.nn.functional.scaled_dot_product_attention itself: fastattn.activate() puts fastattn behind that "
+    "it calls torch.nn.functional.scaled_dot_product_attention itself: fastattn.activate() makes fastattn serve that "
     "function, or call fastattn.scaled_dot_product_attention in its place"
 )
 
 
 def _calls_sdpa(cls: type) -> bool:
-    """Whether a method of the class, or of a base outside of torch, names that function."""
+    """Whether a method of the class, or of a base outside torch, names that function."""
     functions = [
         function
         for base in cls.__mro__

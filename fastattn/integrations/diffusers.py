@@ -10,10 +10,10 @@ NAME = "fastattn"
 
 
 def register() -> None:
-    """Make ``set_attention_backend("fastattn")`` known to every model of diffusers. A second call changes nothing.
+    """Register ``set_attention_backend("fastattn")`` for every model of diffusers. A second call changes nothing.
 
-    diffusers lists its backends in an enumeration, which gets one more member for this; nothing else of it changes.
-    For ``with diffusers.attention_backend("fastattn"):`` likewise.
+    It adds one member to diffusers' enumeration of backends and changes nothing else. It also registers
+    ``with diffusers.attention_backend("fastattn"):``.
 
     Raises:
         ImportError: diffusers is not installed, or has no registry of attention backends (before 0.35).
@@ -49,7 +49,7 @@ def attention_forward(
     return_lse: bool = False,
     _parallel_config: Any = None,
 ) -> Tensor:
-    """Attention as the models of diffusers call it, on `fastattn.scaled_dot_product_attention`.
+    """The attention function for models of diffusers, on `fastattn.scaled_dot_product_attention`.
 
     Args:
         query: (B, Lq, Hq, D).
@@ -67,7 +67,7 @@ def attention_forward(
         (B, Lq, Hq, Dv).
 
     Raises:
-        ValueError: lse or diffusers' context parallelism is asked for; or as in `scaled_dot_product_attention`.
+        ValueError: the call asks for lse or diffusers' context parallelism; or as in `scaled_dot_product_attention`.
     """
     if return_lse or _parallel_config is not None:
         name = "return_lse" if return_lse else "_parallel_config"

@@ -1,7 +1,7 @@
-"""What transformers calls of a kernel of the Hub: attention under the masks of "sdpa".
+"""The function of a Hub kernel that transformers calls: attention with the masks of "sdpa".
 
-`fastattn.integrations.huggingface` hands over what is known instead of such masks, so that forbidden tiles cost
-nothing; a kernel of the Hub has no say in the mask.
+`fastattn.integrations.huggingface` also replaces those masks, so that forbidden tiles cost nothing; a kernel of the Hub
+cannot.
 """
 
 from typing import Any
@@ -27,17 +27,17 @@ def flash_attn_forward(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`fastattn.integrations.huggingface.attention_forward` where no mask means what it does for "sdpa".
+    """`fastattn.integrations.huggingface.attention_forward`, but no mask means the same as for "sdpa".
 
     Args:
         module, query, key, value, options: as there.
-        attention_mask: bool or float, broadcastable to (B, Hq, Lq, Lk), with windows and padding in it. None: causal
-            order alone, top-left, if ``is_causal`` or, where that is None, ``module.is_causal`` says so.
-        is_causal: counts without a mask only.
-        sliding_window: not read, since the mask has it where it forbids anything.
+        attention_mask: bool or float, broadcastable to (B, Hq, Lq, Lk), including windows and padding. None: top-left
+            causal order if ``is_causal`` or, if that is None, ``module.is_causal`` is True.
+        is_causal: only applies without a mask.
+        sliding_window: ignored, because the mask includes it.
 
     Returns:
-        (B, Lq, Hq, Dv), and the weights where they are asked for, otherwise None.
+        (B, Lq, Hq, Dv), and the weights if the call asks for them, otherwise None.
     """
     if attention_mask is None and is_causal is None:
         is_causal = getattr(module, "is_causal", True)

@@ -1,12 +1,12 @@
 """``attn_implementation="fastattn"`` for the models of Hugging Face transformers, 5.23 and later.
 
-Two functions are registered, because one is not enough: a model gives attention no mask at all, padding and windows
-included, unless a mask function of the same name is known. What they agree on is what transformers' eager code means:
+It registers two functions: without a mask function of the same name, a model gives attention no mask at all, not even
+for padding and windows. Both follow the meaning of transformers' eager code:
 
-- A mask is the whole truth. It holds causality, the sliding window, padding and packing, and `mask` never leaves out
-  one that forbids something.
-- No mask forbids nothing. What a layer calls itself (``module.is_causal``) decides nothing: models that were not
-  written for such an interface leave it out, or say the wrong thing. A caller's own ``is_causal=True`` counts.
+- A mask is complete. It includes causality, the sliding window, padding and packing, and `mask` returns one whenever
+  something is forbidden.
+- No mask forbids nothing. A layer's attribute ``module.is_causal`` has no effect, because models that were not written
+  for this interface lack it or set it wrongly. A caller's own ``is_causal=True`` applies.
 """
 
 from collections.abc import Callable
@@ -22,16 +22,24 @@ from fastattn.integrations.huggingface_paged import admit, paged_attention
 
 NAME = "fastattn"
 
-# Arguments that models hand through to attention and that say nothing about the result, beside "output_...".
-# fmt: off
+# Arguments that models pass on to attention and that do not change the result, beside "output_...". fmt: off
 _NOT_FOR_ATTENTION = frozenset(
     {
-        "cache_position", "deterministic", "grid_thw", "max_length_k", "max_length_q", "num_items_in_batch",
-        "position_ids", "return_dict", "seq_idx", "shift_labels", "use_cache",
+        "cache_position",
+        "deterministic",
+        "grid_thw",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "position_ids",
+        "return_dict",
+        "seq_idx",
+        "shift_labels",
+        "use_cache",
     }
 )
 # fmt: on
-# Arguments of continuous batching, which come with a paged cache.
+# Arguments of continuous batching, passed with a paged cache.
 _OF_PAGES = frozenset({"logits_indices", "logits_processor_args", "max_length_k", "read_index", "write_index"})
 
 _replaced: dict[Any, Callable[..., Any] | None] = {}
@@ -39,10 +47,10 @@ _undo: list[Callable[[], None]] = []
 
 
 def register() -> None:
-    """Make ``attn_implementation="fastattn"`` known to every model of transformers. A second call changes nothing.
+    """Register ``attn_implementation="fastattn"`` for every model of transformers. A second call changes nothing.
 
-    Then ``from_pretrained(..., attn_implementation="fastattn")``, or ``model.set_attn_implementation("fastattn")`` on a
-    model that exists.
+    Then call ``from_pretrained(..., attn_implementation="fastattn")``, or ``model.set_attn_implementation("fastattn")``
+    on an existing model.
 
     Raises:
         ImportError: transformers is not installed, or too old.
@@ -57,9 +65,9 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo `register`: whatever had the name before has it again. What others registered since then stays.
+    """Undo `register`: restore what had the name before. Later registrations of others stay.
 
-    Where nothing had it, a model that still asks for "fastattn" fails with an error that says so.
+    If nothing had the name, a model that still uses "fastattn" raises an error that explains this.
     """
     while _undo:
         _undo.pop()()
@@ -78,15 +86,15 @@ def unregister() -> None:
 
 
 def _unregistered(*args: Any, **kwargs: Any) -> NoReturn:
-    """Attention of the models that still ask for "fastattn"."""
+    """The attention function of models that still use "fastattn" after `unregister`: it raises."""
     raise RuntimeError(
-        "attn_implementation: expected one that is registered, got 'fastattn' after unregister(); call "
+        "attn_implementation: expected a registered one, got 'fastattn' after unregister(); call "
         "fastattn.integrations.huggingface.register() again or model.set_attn_implementation('sdpa')"
     )
 
 
 def _require_transformers() -> None:
-    """Raise ImportError unless transformers is there and as new as what was tested."""
+    """Raise ImportError unless a tested version of transformers, or a newer one, is installed."""
     expected = "transformers: expected 5.23 or later (pip install 'transformers>=5.23')"
     try:
         import transformers
@@ -117,7 +125,7 @@ def mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of one kind of layer, as transformers asks for it.
+    """The mask function for transformers: the mask of one kind of layer.
 
     Args:
         batch_size, q_length, kv_length: B, Lq, Lk.
@@ -125,15 +133,15 @@ def mask(
         mask_function: the pattern; default causal.
         attention_mask: bool (B, seen), False where there is padding.
         allow_is_causal_skip: not needed: a causal mask costs nothing.
-        allow_is_bidirectional_skip: whether to return None where nothing is forbidden.
+        allow_is_bidirectional_skip: whether to return None if nothing is forbidden.
         use_vmap: the pattern is a function of single indices.
         device: of the mask.
-        kwargs: ``config`` of the model, ``dtype``, and what else ``transformers.masking_utils.sdpa_mask`` takes.
+        kwargs: ``config`` of the model, ``dtype`` and the other arguments of ``transformers.masking_utils.sdpa_mask``.
 
     Returns:
-        (B, 1, Lq, Lk), True takes part: a `PatternMask`, or a dense bool mask where the pattern takes single indices or
-        the call is traced. For models that do not declare that they hand masks on, the float mask of their eager code.
-        None: nothing is forbidden.
+        (B, 1, Lq, Lk), True takes part: a `PatternMask`, or a dense bool mask if the pattern takes single indices or
+        under tracing. Models that do not declare that they pass masks on unchanged get the float mask of their eager
+        code. None: nothing is forbidden.
     """
     from transformers import masking_utils
     from transformers.utils.import_utils import is_tracing
@@ -170,7 +178,7 @@ def mask(
 
 
 def _forbids_nothing(padding: Tensor | None, pattern: dict[str, Any], kv_length: int) -> bool:
-    """Of a pattern to both sides: there is no padding, and no window shorter than the keys."""
+    """Whether a bidirectional pattern has no padding and no window shorter than the keys."""
     local = pattern.get("local_size")
     return (local is None or kv_length < local) and (padding is None or bool(padding.all()))
 
@@ -194,7 +202,7 @@ def attention_forward(
     cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as the layers of transformers call it, on `fastattn.attention`.
+    """The attention function for the layers of transformers, on `fastattn.attention`.
 
     Args:
         module: the layer; its ``training`` switches dropout.
@@ -205,26 +213,26 @@ def attention_forward(
             nothing, unless ``is_causal`` is True and there is more than one query.
         dropout: of the weights; 0 unless the layer is training.
         scaling: default ``1 / sqrt(D)``.
-        is_causal: query i sees keys 0 .. i. Only counts without a mask. False: every query sees all keys.
-        sliding_window: a query sees itself and the ``sliding_window - 1`` keys before it. Only counts without a mask,
-            and with ``is_causal``, which must be given where the window is shorter than the sequence.
+        is_causal: query i sees keys 0 .. i. It only applies without a mask. False: every query sees all keys.
+        sliding_window: a query sees itself and the ``sliding_window - 1`` keys before it. It only applies without a
+            mask and with ``is_causal``, which is required if the window is shorter than the sequence.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         s_aux: (Hq,) sinks, one more logit per head.
         position_bias: float, broadcastable to (B, Hq, Lq, Lk), added to the scores.
         cu_seq_lens_q: integer (sequences + 1,): where packed sequences begin, and the end. Queries see the keys of
             their own sequence, as far as the mask allows. B is 1.
-        cu_seq_lens_k: likewise for the keys; None means the same.
-        output_attentions: also return the weights, which are computed in full for this.
-        cache: the paged cache of continuous batching, to which k and v are appended first. What it and the arguments
-            beside it say takes the place of a mask: causal order within each request, and the window.
-        kwargs: what else the model passes on.
+        cu_seq_lens_k: the same for the keys; None means ``cu_seq_lens_q``.
+        output_attentions: also return the weights, computed in full.
+        cache: the paged cache of continuous batching; the call first appends k and v to it. Causal order within each
+            request, and the window, replace a mask.
+        kwargs: further arguments that the model passes on.
 
     Returns:
         (B, Lq, Hq, Dv), and the weights (B, Hq, Lq, Lk) where they are asked for, otherwise None.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; also for an argument that is not
-            known here and may change the result.
+        TypeError, ValueError: the text names the argument, the expected and the given value. Unknown arguments that may
+            change the result also raise.
     """
     _refuse({name: x for name, x in kwargs.items() if cache is None or name not in _OF_PAGES})
     if s_aux is not None and s_aux.shape != query.shape[1:2]:
@@ -267,7 +275,7 @@ def attention_forward(
 
 
 def _given(attention_mask: Tensor) -> dict[str, Any]:
-    """What a mask means, as arguments of `fastattn.attention`."""
+    """The arguments of `fastattn.attention` that mean the same as a mask."""
     if isinstance(attention_mask, PatternMask):
         return dict(attention_mask.operands())
     if attention_mask.ndim != 4:
@@ -285,24 +293,24 @@ def _given(attention_mask: Tensor) -> dict[str, Any]:
 
 
 def _implied(q_len: int, kv_len: int, is_causal: bool | None, sliding_window: int | None) -> dict[str, Any]:
-    """What no mask means, as arguments of `fastattn.attention`."""
+    """The arguments of `fastattn.attention` for a call without a mask."""
     if is_causal:
         window = None if sliding_window is None else (sliding_window - 1, 0)
-        return {"causal": True, "window": window, "q_offset": 0 if q_len > 1 else kv_len - 1}  # one query is the newest
+        return {"causal": True, "window": window, "q_offset": 0 if q_len > 1 else kv_len - 1}  # one query: the newest
     if is_causal is False:
-        return {}  # such a layer sees all; a window to both sides comes as a mask
+        return {}  # such a layer sees all keys; a window to both sides comes as a mask
     division, longest = divided.current(), max(q_len, kv_len)
     if sliding_window is not None and (longest if division is None else division.whole(longest)) > sliding_window:
-        # models differ in what a window means to both sides: the mask says it
+        # models differ in the meaning of a window to both sides; only the mask is clear
         raise ValueError(
             f"attention_mask: expected a mask where sliding_window == {sliding_window} is shorter than the sequence "
-            "and nothing says is_causal, got None"
+            "and is_causal is not given, got None"
         )
     return {}
 
 
 def _stated(options: dict[str, Any], query: Tensor, key: Tensor) -> PatternMask:
-    """What `_implied` says, as a mask."""
+    """The mask that means the same as `_implied`."""
     from transformers import masking_utils as own
 
     pattern: Any = own.causal_mask_function if options else own.bidirectional_mask_function
@@ -313,7 +321,7 @@ def _stated(options: dict[str, Any], query: Tensor, key: Tensor) -> PatternMask:
 
 
 def _within(mask: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """The mask that also forbids what crosses from one packed sequence to another."""
+    """The mask that also forbids pairs across packed sequences."""
     if query.shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q: expected a batch of 1, all sequences in one row, got {query.shape[0]}")
     ends = (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
@@ -328,7 +336,7 @@ def _within(mask: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor | None, q
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
-    """Raise for what cannot be honoured, rather than ignore it."""
+    """Raise for unsupported arguments instead of ignoring them."""
     for name, given in kwargs.items():
         known = name in _NOT_FOR_ATTENTION or name.startswith("output_")
         if given is not None and given is not False and not known:

@@ -1,4 +1,4 @@
-"""Attention of transformers' layers that also returns its weights, by plain operations."""
+"""Attention for transformers' layers that also returns its weights, in plain operations."""
 
 import functools
 import sys
@@ -12,7 +12,7 @@ from fastattn.functional import divided
 
 
 def weights_are_collected() -> bool:
-    """Whether ``output_attentions=True`` was asked of a model that does not tell its attention layers."""
+    """Whether the caller set ``output_attentions=True`` on a model that does not pass it to its attention layers."""
     if torch.compiler.is_compiling():
         return False
     collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
@@ -21,11 +21,11 @@ def weights_are_collected() -> bool:
 
 
 def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """`fastattn.attention` with the weights beside its result, in memory for all of them.
+    """`fastattn.attention` that also returns all weights, which it holds in memory.
 
     Args:
         query, key, value: (B, Hq, Lq, D), (B, Hk, Lk, D), (B, Hk, Lk, Dv).
-        options: arguments of `fastattn.attention`; ``softcap``, ``sinks``, ``scale`` and ``dropout_p`` are there.
+        options: arguments of `fastattn.attention`; they include ``softcap``, ``sinks``, ``scale`` and ``dropout_p``.
 
     Returns:
         (B, Hq, Lq, Dv), and the weights after dropout (B, Hq, Lq, Lk).
@@ -56,7 +56,7 @@ def attention_with_weights(query: Tensor, key: Tensor, value: Tensor, options: d
 
 
 def _allowed(options: dict[str, Any], scores: Tensor) -> Tensor | None:
-    """bool, broadcastable to the scores, or None where nothing is forbidden."""
+    """The allowed pairs: bool, broadcastable to the scores, or None if nothing is forbidden."""
     if "mask" in options:
         return options["mask"]
     if "block_mask" in options:
@@ -75,7 +75,7 @@ def _allowed(options: dict[str, Any], scores: Tensor) -> Tensor | None:
 @functools.cache
 def _warn() -> None:
     warnings.warn(
-        "output_attentions=True: attn_implementation='fastattn' computes the weights in full for such calls, by plain "
-        "operations; without it nothing of size Lq x Lk is kept",
+        "output_attentions=True: attn_implementation='fastattn' then computes all weights, in plain operations; "
+        "without it, no tensor of size Lq x Lk is kept",
         stacklevel=4,
     )

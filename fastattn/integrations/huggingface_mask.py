@@ -1,4 +1,4 @@
-"""Masks of transformers as a description instead of a matrix, so that attention skips what they forbid."""
+"""Masks of transformers as descriptions instead of matrices, so that attention skips forbidden tiles."""
 
 import importlib
 import sys
@@ -13,7 +13,7 @@ from fastattn.block_mask import BLOCK, BlockMask
 from fastattn.functional import divided
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Batch entry, head, query and key, each an index tensor, to a bool tensor to which they broadcast."""
+"""(batch entry, head, query, key), each an index tensor -> a bool tensor of their broadcast shape."""
 
 _aten = torch.ops.aten
 _ADDITIONS = (_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.Tensor)
@@ -22,8 +22,8 @@ _ADDITIONS = (_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.sub_.
 class PatternMask(Tensor):
     """A mask, bool (B, 1, Lq, Lk), that stores none of its elements; True takes part.
 
-    Layers that hand it on unchanged lose nothing: `operands` gives the same as arguments of `fastattn.attention`, made
-    once for all of them. Any operation on it gets the dense mask, so code may cut, join or combine it like any other.
+    For layers that pass it on unchanged, `operands` gives equivalent arguments of `fastattn.attention`, made once for
+    all layers. Any operation on it uses the dense mask, so code may slice, join or combine it like any other.
     """
 
     _predicate: Predicate
@@ -38,7 +38,7 @@ class PatternMask(Tensor):
         predicate: Predicate,
         plain: dict[str, Any] | None,
     ) -> "PatternMask":
-        """``plain``: the arguments of `fastattn.attention` that say all of it, where there are such."""
+        """``plain``: the arguments of `fastattn.attention` that express the whole mask, if any do."""
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask._predicate, mask._plain, mask._made = predicate, plain, {}
         return mask
@@ -52,7 +52,7 @@ class PatternMask(Tensor):
         if func is _aten.slice.Tensor and _is_whole(*args):
             return args[0]._same()
         if func in _ADDITIONS and any(isinstance(x, Tensor) and x.is_floating_point() for x in args):
-            raise ValueError(  # a TypeError would be lost: Python makes its own of one in `+`
+            raise ValueError(  # not a TypeError: in `+` Python replaces it by its own
                 "attention_mask: expected a layer that calls transformers' attention interface, got one that adds "
                 "the boolean mask to its own scores; use attn_implementation='eager' for this model"
             )
@@ -63,7 +63,7 @@ class PatternMask(Tensor):
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
     def _same(self) -> "PatternMask":
-        """Another tensor for the same mask: what is made for one is there for the other."""
+        """Another tensor for the same mask, which shares all results made for it."""
         shape: Any = tuple(self.shape)
         twin = PatternMask(shape, self.device, self._predicate, self._plain)
         twin._made = self._made
@@ -75,7 +75,7 @@ class PatternMask(Tensor):
         return self._made[name]
 
     def dense(self) -> Tensor:
-        """The same as an ordinary tensor."""
+        """The mask as an ordinary tensor."""
 
         def make() -> Tensor:
             indices = [
@@ -87,11 +87,11 @@ class PatternMask(Tensor):
         return self._make("dense", make)
 
     def operands(self) -> dict[str, Any]:
-        """Arguments of `fastattn.attention` that say what the mask says."""
+        """The arguments of `fastattn.attention` that express the mask."""
         if self._plain is not None and not ("kv_start" in self._plain and divided.current()):
             return self._plain
         divided.refuse("attention_mask", "padding, or another pattern than causal order and a window")
-        if self.shape[2] <= BLOCK:  # one row of tiles: as small as it gets
+        if self.shape[2] <= BLOCK:  # one row of tiles: a block mask would save nothing
             return {"mask": self.dense()}
         shape: Any = tuple(self.shape)
         return {
@@ -99,18 +99,18 @@ class PatternMask(Tensor):
         }
 
     def within(self, query_documents: Tensor, key_documents: Tensor, source: tuple[Tensor, Tensor]) -> "PatternMask":
-        """The mask that also forbids what crosses from one document to another.
+        """The mask that also forbids pairs across documents.
 
         Args:
-            query_documents, key_documents: (Lq,) and (Lk,), which document each query and each key belongs to.
-            source: what the documents come from; the same tensors again give the same mask.
+            query_documents, key_documents: (Lq,) and (Lk,), the document of each query and each key.
+            source: the tensors that the documents come from; the same tensors again give the same mask.
         """
 
         def both(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return self._predicate(b, h, i, j) & (query_documents[i] == key_documents[j])
 
         shape: Any = tuple(self.shape)
-        name = ("within", *map(id, source))  # kept beside the mask, so that no other tensor gets these ids
+        name = ("within", *map(id, source))  # the mask keeps the tensors alive, so no other tensor can get their ids
         return self._make(name, lambda: (PatternMask(shape, self.device, both, None), source))[0]
 
 
@@ -128,7 +128,7 @@ def pattern_mask(
     padding: Tensor | None,
     device: torch.device | str,
 ) -> PatternMask:
-    """The mask that transformers asks for by these.
+    """The mask for transformers' arguments.
 
     Args:
         batch_size, q_length, kv_length: B, Lq, Lk.
@@ -160,14 +160,15 @@ def pattern_mask(
 
 
 def _left_padding(tokens: Tensor) -> Tensor | None:
-    """Where the tokens of each row of a bool (B, L) begin, if there are none but padding before and none after."""
+    """The start of each row's tokens in a bool (B, L), if padding stands only before them; else None."""
     starts = tokens.shape[1] - tokens.sum(1)
     whole = torch.equal(tokens, torch.arange(tokens.shape[1], device=tokens.device) >= starts[:, None])
     return starts if whole else None
 
 
 def without_packing(mask_function: Predicate) -> Predicate:
-    """Without what transformers takes for packed sequences: the jumps of ``position_ids`` where shards meet."""
+    """Remove the pattern that transformers derives from jumps in ``position_ids``: where shards meet, they are no
+    packing."""
     from transformers import masking_utils as own
 
     parts = _enclosed(mask_function, own.and_masks()).get("mask_functions", ())
@@ -192,7 +193,7 @@ def _plain(mask_function: Predicate) -> dict[str, Any] | None:
 
 
 def _enclosed(function: Any, like: Any) -> dict[str, Any]:
-    """What ``function`` closes over, if it comes from the same ``def`` as ``like``."""
+    """The variables that ``function`` captures, if it comes from the same ``def`` as ``like``."""
     code = getattr(function, "__code__", None)
     if code is None or code is not like.__code__:
         return {}
@@ -201,9 +202,9 @@ def _enclosed(function: Any, like: Any) -> dict[str, Any]:
 
 
 def hands_masks_on(config: Any) -> bool:
-    """Whether the models of this configuration declare that their attention takes a mask function's masks as they are.
+    """Whether the models of this configuration declare that their attention takes a mask function's masks unchanged.
 
-    Where they do not, some add the mask to their scores themselves.
+    Among those that do not, some add the mask to their scores themselves.
     """
     kind = type(config)
     if kind not in _declared:
@@ -223,7 +224,7 @@ def _hands_masks_on(kind: type) -> bool:
         try:
             module = importlib.import_module(name)
         except ImportError:
-            return False  # a configuration from elsewhere: nothing is declared
+            return False  # a configuration from elsewhere declares nothing
     models = [
         x
         for x in vars(module).values()

@@ -1,7 +1,7 @@
 """Continuous batching of transformers: queries of many requests in one row, over its paged cache.
 
-Its manager takes implementations that it knows by name alone, so `admit` adds one. The cache hands out, for each layer,
-where every key of a request lies; that is its table of pages, and keys are read where they are.
+Its manager accepts only implementations whose names it knows, so `admit` adds one. For each layer the cache gives the
+place of every key of a request. These places form the table of pages, so attention reads keys in place.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fastattn.functional import attention_varlen, attention_with_kvcache
 
 
 def admit(name: str) -> Callable[[], None]:
-    """Let transformers' ``generate_batch`` take models whose attention has this name. Returns what undoes it."""
+    """Let transformers' ``generate_batch`` accept models with this attention. Returns a function that undoes it."""
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager as Manager
 
     theirs = Manager.switch_to_cb_friendly_attn
@@ -36,11 +36,11 @@ def admit(name: str) -> Callable[[], None]:
 def paged_attention(
     cache: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, passed: dict[str, Any], options: dict[str, Any]
 ) -> Tensor:
-    """Write the new keys and values of every request into the cache, then let its queries attend to what it holds.
+    """Write the new keys and values of every request into the cache, then attend from its queries to the cache.
 
     Args:
         cache: transformers' ``PagedAttentionCache``.
-        module: the layer, which knows its number in the model as ``layer_idx``.
+        module: the layer; ``layer_idx`` is its number in the model.
         query: (1, Hq, total_q, D), the requests one after the other, the last query of each at its last key.
         key: (1, Hk, total_q, D), the new keys.
         value: (1, Hk, total_q, Dv).
@@ -60,7 +60,7 @@ def paged_attention(
         out = attention_with_kvcache(
             row_q, *_pages(kind, layer), row_k, row_v, cu_seqlens_q=ends, **_table(kind, passed, reads), **options
         )
-    else:  # nothing is cached yet, or the slots are a ring whose old keys are read before new ones take their place
+    else:  # nothing is cached yet, or the slots are a ring: read its old keys before new ones replace them
         passed = dict(passed)
         key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=passed)
         row_q, row_k, row_v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -69,14 +69,14 @@ def paged_attention(
 
 
 def _pages(kind: Any, layer: int) -> tuple[Tensor, Tensor]:
-    """The keys and values of one layer as pages (blocks, tokens, Hk, D), views of the cache that do not meet."""
+    """The keys and values of one layer as pages (blocks, tokens, Hk, D): views of the cache that do not overlap."""
     slots = kind.cache_tensor
     blocks = slots.view(-1, len(kind.layer_indices), 2, kind.tokens_per_page, *slots.shape[2:])
     return tuple(blocks[:, kind.layer_indices.index(layer)].unbind(1))  # pyright: ignore[reportReturnType]
 
 
 def _table(kind: Any, passed: dict[str, Any], reads: Tensor) -> dict[str, Tensor]:
-    """The pages of each request, from the slots of all its keys, and how many keys it had before this step."""
+    """The pages of each request, from the slots of all its keys, and the number of keys before this step."""
     size, ends = kind.tokens_per_page, passed["cu_seq_lens_k"][kind.layer_type]
     pages = -(-passed["max_length_k"][kind.layer_type] // size)
     first = ends[:-1, None] + size * torch.arange(pages, device=ends.device)  # of each page, among the slots

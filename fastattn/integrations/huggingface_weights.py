@@ -1,8 +1,8 @@
 """Models of Hugging Face transformers as `fastattn.nn.CausalLM`, and weights back.
 
-`LlamaForCausalLM`, `MistralForCausalLM`, `Qwen3ForCausalLM` and `GPT2LMHeadModel`. Nothing is approximated: a weight
-without a place, a place without a weight, and a setting that changes results and that `CausalLMConfig` cannot say are
-errors that name it.
+`LlamaForCausalLM`, `MistralForCausalLM`, `Qwen3ForCausalLM` and `GPT2LMHeadModel`. Nothing is approximated. A weight
+without a place, a place without a weight, and a setting that changes results but that `CausalLMConfig` cannot express
+are errors that name it.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ _GPT2_LAYER = (
 def load(model: nn.Module | str | os.PathLike[str], **options: Any) -> CausalLM:
     """A model of transformers, or a checkpoint of one, as a `CausalLM` with copies of its weights.
 
-    It computes the same logits. Tokens are padded on the right; what stands at padding has no meaning. It has the
-    dtype, device and mode of `model`, and shares no memory with it, so that for a moment there are two copies.
+    It computes the same logits. Pad tokens on the right; the results at padding have no meaning. It has the dtype,
+    device and mode of `model` and shares no memory with it, so for a moment there are two copies.
 
     Args:
-        model: of a class named above, not a subclass; or what `from_pretrained` takes, a folder or a name on the Hub.
+        model: of a class named above, not a subclass; or a folder or a name on the Hub, for `from_pretrained`.
         options: for `from_pretrained`, such as `dtype`, `device_map` or `revision`.
 
     Raises:
         ImportError: transformers is not installed, or too old.
-        TypeError: another class, or `options` with a model.
-        ValueError: naming the weights that do not fit, or the setting that cannot be honoured.
+        TypeError: the model has another class, or the call gives `options` with a model.
+        ValueError: weights do not fit, or a setting has no equivalent; the text names them.
     """
     _require_transformers()
     if isinstance(model, nn.Module) and options:
-        raise TypeError(f"options: expected none with a model that is there already, got {', '.join(options)}")
+        raise TypeError(f"options: expected none with an existing model, got {', '.join(options)}")
     source: Any = model if isinstance(model, nn.Module) else _pretrained(model, options)
     family = _family(type(source))
     config = family.translate(source.config)
@@ -81,7 +81,7 @@ def load(model: nn.Module | str | os.PathLike[str], **options: Any) -> CausalLM:
 
 
 def export(model: CausalLM, hf_model: nn.Module) -> None:
-    """Copy the weights of `model` into a model of transformers that computes the same: `load` the other way round.
+    """Copy the weights of `model` into a model of transformers that computes the same: the inverse of `load`.
 
     `hf_model` keeps its dtype and device; `save_pretrained` then makes a checkpoint.
 
@@ -90,7 +90,7 @@ def export(model: CausalLM, hf_model: nn.Module) -> None:
         hf_model: such as `LlamaForCausalLM(config)`, of a configuration with the same meaning.
 
     Raises:
-        ImportError, TypeError, ValueError: as `load`; ValueError names a setting in which the two differ.
+        ImportError, TypeError, ValueError: as in `load`; ValueError names a setting in which the two differ.
     """
     _require_transformers()
     if not isinstance(model, CausalLM):
@@ -104,7 +104,7 @@ def export(model: CausalLM, hf_model: nn.Module) -> None:
 
 
 class _Family(NamedTuple):
-    """Models that name their weights alike."""
+    """Models that use the same names of weights."""
 
     translate: Callable[[Any], CausalLMConfig]
     model_links: tuple[Link, ...]
@@ -120,7 +120,7 @@ class _Family(NamedTuple):
 
 
 def _pretrained(path: Any, options: dict[str, Any]) -> Any:
-    """The model at `path`, with every weight from there; one that is refused costs no weights."""
+    """The model at `path`, with every weight from there. It reads no weights of a model that it refuses."""
     import transformers
 
     hub: Any = transformers
@@ -142,7 +142,7 @@ def _family(kind: type) -> _Family:
 
 
 def _meaning(config: CausalLMConfig) -> dict[str, Any]:
-    """What decides results in evaluation, with defaults resolved."""
+    """The settings that decide results in evaluation, with defaults resolved."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     values |= {"num_kv_heads": config.kv_heads, "head_dim": config.dim_per_head, "dim_feedforward": config.ff_dim}
     values["final_norm"] = config.norm_first if config.final_norm is None else config.final_norm
@@ -229,7 +229,7 @@ def _choose(name: str, given: str, known: dict[str, Any]) -> Any:
 
 
 def _window(config: Any) -> tuple[int, int] | None:
-    """The sliding window as `fastattn.attention` counts it: keys beside the query's own."""
+    """The sliding window in the terms of `fastattn.attention`: the keys beside the query's own."""
     if config.model_type == "qwen3":
         kinds = set(config.layer_types)
         if len(kinds) > 1:
@@ -240,7 +240,7 @@ def _window(config: Any) -> tuple[int, int] | None:
     return None if size is None else (size - 1, 0)
 
 
-_SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {  # and what their parameters are called
+_SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {  # class, and names of its parameters
     "default": (None, {}),
     "linear": (LinearScaling, {"factor": "factor"}),
     "llama3": (
@@ -266,7 +266,7 @@ _SCALINGS: dict[str, tuple[type | None, dict[str, str]]] = {  # and what their p
 
 
 def _rope(parameters: dict[str, Any]) -> RoPE:
-    """`config.rope_parameters`, each of which changes results: one that is not known is an error."""
+    """Convert `config.rope_parameters`. Each changes results, so an unknown one is an error."""
     given = {name: value for name, value in parameters.items() if value is not None}
     for name, only in (("partial_rotary_factor", 1.0), ("truncate", True)):
         if given.pop(name, only) != only:
@@ -274,7 +274,7 @@ def _rope(parameters: dict[str, Any]) -> RoPE:
     if "rope_theta" not in given:
         raise ValueError(f"config.rope_parameters: expected rope_theta, one for all layers, got {', '.join(given)}")
     theta, kind = given.pop("rope_theta"), given.pop("rope_type")
-    given.pop("type", None)  # its older name
+    given.pop("type", None)  # the older name of rope_type
     if kind not in _SCALINGS:
         raise ValueError(f"config.rope_parameters['rope_type']: expected one of {', '.join(_SCALINGS)}, got {kind!r}")
     scaling, names = _SCALINGS[kind]

@@ -1,4 +1,4 @@
-"""timm's ViT, Swin, Swin V2 and MaxViT attention on fastattn's operator; `fastattn.convert` puts these classes in.
+"""timm's ViT, Swin, Swin V2 and MaxViT attention on fastattn's operator; `fastattn.convert` uses these classes.
 
 Relative position biases are the operator's ``bias``, one for all windows, with its gradient; the masks of shifted
 windows are its ``mask``.
@@ -29,7 +29,7 @@ _COMMON = (
 
 
 class Attention(Converted, vision_transformer.Attention):
-    """Of ViT and what is built like it."""
+    """Attention of ViT and similar models."""
 
     replaces = vision_transformer.Attention
     known = _COMMON + "attn_dim gate head_dim k_norm maybe_add_mask norm q_norm resolve_self_attn_mask sigmoid"
@@ -50,7 +50,7 @@ class Attention(Converted, vision_transformer.Attention):
 
 
 class WindowAttention(Converted, swin_transformer.WindowAttention):
-    """Of Swin."""
+    """Attention of Swin."""
 
     replaces = swin_transformer.WindowAttention
     known = _COMMON + "_get_rel_pos_bias expand unsqueeze"
@@ -66,7 +66,7 @@ class WindowAttention(Converted, swin_transformer.WindowAttention):
 
 
 class WindowAttentionV2(Converted, swin_transformer_v2.WindowAttention):
-    """Of Swin V2: scores are cosines, times a learned scale for each head."""
+    """Attention of Swin V2: scores are cosines times a learned scale per head."""
 
     replaces = swin_transformer_v2.WindowAttention
     known = _COMMON + (
@@ -93,7 +93,7 @@ class WindowAttentionV2(Converted, swin_transformer_v2.WindowAttention):
 
 
 class AttentionCl(Converted, maxxvit.AttentionCl):
-    """Of MaxViT and CoAtNet with channels last."""
+    """Attention of MaxViT and CoAtNet with channels last."""
 
     replaces = maxxvit.AttentionCl
     known = _COMMON + "chunk dim_head get_bias head_first rel_pos"
@@ -113,7 +113,7 @@ class AttentionCl(Converted, maxxvit.AttentionCl):
 
 
 class Attention2d(Converted, maxxvit.Attention2d):
-    """Of MaxViT and CoAtNet with channels first."""
+    """Attention of MaxViT and CoAtNet with channels first."""
 
     replaces = maxxvit.Attention2d
     known = _COMMON + "chunk contiguous dim_head get_bias head_first rel_pos"

@@ -1,4 +1,4 @@
-"""torchvision's Swin, Swin V2 and MaxViT attention on fastattn's operator; `fastattn.convert` puts these classes in.
+"""torchvision's Swin, Swin V2 and MaxViT attention on fastattn's operator; `fastattn.convert` uses these classes.
 
 Relative position biases are the operator's ``bias``, one for all windows, with its gradient; regions that a shifted
 window must not mix are its ``mask``.
@@ -23,7 +23,7 @@ _OF_SWIN = (
 
 
 class ShiftedWindowAttention(Converted, swin_transformer.ShiftedWindowAttention):
-    """Of Swin."""
+    """Attention of Swin."""
 
     replaces = swin_transformer.ShiftedWindowAttention
     known = _OF_SWIN
@@ -35,7 +35,7 @@ class ShiftedWindowAttention(Converted, swin_transformer.ShiftedWindowAttention)
 
 
 class ShiftedWindowAttentionV2(Converted, swin_transformer.ShiftedWindowAttentionV2):
-    """Of Swin V2: scores are cosines, times a learned scale for each head."""
+    """Attention of Swin V2: scores are cosines times a learned scale per head."""
 
     replaces = swin_transformer.ShiftedWindowAttentionV2
     known = _OF_SWIN + " logit_scale"
@@ -51,7 +51,7 @@ class ShiftedWindowAttentionV2(Converted, swin_transformer.ShiftedWindowAttentio
 
 
 class RelativePositionalMultiHeadAttention(Converted, maxvit.RelativePositionalMultiHeadAttention):
-    """Of MaxViT."""
+    """Attention of MaxViT."""
 
     replaces = maxvit.RelativePositionalMultiHeadAttention
     known = (
@@ -70,7 +70,8 @@ class RelativePositionalMultiHeadAttention(Converted, maxvit.RelativePositionalM
 def _in_windows(
     module: swin_transformer.ShiftedWindowAttention, x: Tensor, qkv_bias: Tensor | None, cosine_scale: Tensor | None
 ) -> Tensor:
-    """x (B, height, width, C), padded to whole windows, rolled by the shift, attended in windows, and put back."""
+    """Pad x (B, height, width, C) to whole windows, roll it by the shift, attend in windows, and undo the roll and
+    padding."""
     (height, width), (wh, ww) = x.shape[1:3], module.window_size
     x = F.pad(x, (0, 0, 0, -width % ww, 0, -height % wh))
     B, H, W, C = x.shape
@@ -98,7 +99,7 @@ def _in_windows(
 def _regions(
     height: int, width: int, window: list[int], shift: tuple[int, int], device: torch.device, batch: int
 ) -> Tensor:
-    """Which pairs of a window were neighbours before the roll: bool (batch * windows, 1, N, N)."""
+    """The pairs of a window that were in one region before the roll: bool (batch * windows, 1, N, N)."""
 
     def parts(length: int, size: int, by: int) -> Tensor:
         at = torch.arange(length, device=device)

@@ -1,4 +1,4 @@
-"""What the attention modules of timm and torchvision have in common once they are converted."""
+"""The common part of converted attention modules of timm and torchvision."""
 
 from types import CodeType
 from typing import ClassVar, NoReturn
@@ -16,8 +16,8 @@ class Converted(nn.Module):
     """A module of another library with that library's parameters and a `forward` of ours.
 
     Attributes:
-        replaces: the class it had, whose `forward` ours says again.
-        known: every name that their `forward` reads in the versions that ours was written for, with spaces between.
+        replaces: the original class, whose `forward` ours reimplements.
+        known: every name that the original `forward` reads in the versions that ours supports, separated by spaces.
     """
 
     replaces: ClassVar[type[nn.Module]]
@@ -25,7 +25,7 @@ class Converted(nn.Module):
 
     @classmethod
     def unknown(cls) -> list[str]:
-        """What the installed version's `forward` reads and ours knows nothing of: it may do something else."""
+        """The names that the installed version's `forward` reads and ours does not know: it may do something else."""
         code: CodeType = cls.replaces.forward.__code__
         return sorted({*code.co_names} - {*cls.known.split()})
 
@@ -56,10 +56,10 @@ def attend(
 def allowed_in_windows(mask: Tensor | None, count: int) -> Tensor | None:
     """The mask of shifted windows (windows, N, N), 0 or -100 and below, as a boolean one (count, 1, N, N).
 
-    In the library the scores of a window's other image regions get -100 added; here those are forbidden.
+    The library adds -100 to scores between different image regions of a window; here those pairs are forbidden.
 
     Raises:
-        ValueError: there are other numbers in it, where the host can read them.
+        ValueError: the mask has other numbers, and the host can read them.
     """
     if mask is None:
         return None

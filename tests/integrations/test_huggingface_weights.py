@@ -325,7 +325,7 @@ def test_classes_that_are_refused():
     ):
         with pytest.raises(TypeError, match=f"{expected}.*{name}"):
             huggingface_weights.load(model)
-    with pytest.raises(TypeError, match="options: expected none with a model that is there already, got dtype"):
+    with pytest.raises(TypeError, match="options: expected none with an existing model, got dtype"):
         huggingface_weights.load(built("llama"), dtype=torch.float16)
     with pytest.raises(TypeError, match=r"model: expected fastattn\.nn\.CausalLM, got LlamaForCausalLM"):
         huggingface_weights.export(built("llama"), built("llama"))

@@ -1,6 +1,6 @@
-"""The fused CPU kernels of ``csrc/cpu``: everything the operator does, forward, backward and over a KV cache.
+"""The fused CPU kernels of ``csrc/cpu``: all features of the operator, forward, backward and over a KV cache.
 
-A call is packed into bytes (`packing`) and crosses in one ctypes call.
+`packing` packs a call into bytes, which one ctypes call passes to the library.
 """
 
 import itertools
@@ -33,10 +33,10 @@ def cache_reasons(spec: CacheSpec) -> list[str]:
 
 
 def _reasons(q: Tensor, v_dim: int) -> list[str]:
-    if q.device.type != "cpu":  # nothing else is said: no other argument would change it
+    if q.device.type != "cpu":  # the only reason: no other argument would change it
         return [f"runs on CPUs, the tensors are on {q.device.type!r}"]
     reasons = []
-    if torch.compiler.is_compiling():  # which cannot load it: the call itself then says what is wrong with it
+    if torch.compiler.is_compiling():  # tracing cannot load the library; the call itself then raises
         if not library.PRESENT:
             reasons.append(library.MISSING)
     elif problem := library.problem():
@@ -86,9 +86,9 @@ def kv_cache_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
     cu_seqlens_q: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write ``k`` and ``v`` (B, H, L, D) into the caches from position ``lens[b]`` on, where the cache has a place.
+    """Write ``k`` and ``v`` (B, H, L, D) into the caches from position ``lens[b]`` on, up to its capacity.
 
-    With ``cu_seqlens_q`` they are (1, H, total, D), one entry after the other. With scales the caches are quantised.
+    With ``cu_seqlens_q`` they are (1, H, total, D), one entry after the other. With scales, the caches are quantised.
     """
     arguments, _kept = packing.pack_append(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q, k_scale, v_scale)
     if status := library.load().fastattn_cpu_append(arguments):
@@ -98,7 +98,7 @@ def kv_cache_append(
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """Fill ``out`` (B, Hq, Lq, Dv), any strides, and ``lse`` (B, Hq, Lq), contiguous.
 
-    The keys are divided by shapes and lengths, whatever ``spec.num_splits``, unless it is `UNDIVIDED`.
+    Shapes and lengths decide how the kernel divides keys. It ignores ``spec.num_splits`` unless that is `UNDIVIDED`.
     """
     q_len = spec.q.shape[2]
     lens, shortest, longest, starts = spec.lens, q_len, q_len, packing.int32(spec.cu_seqlens_q)
@@ -120,9 +120,9 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
 
 
 def rotate(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
-    """Fill y (rows, heads, head_dim) with x, of which dimension i is turned with i + head_dim / 2; elements adjacent.
+    """Fill y (rows, heads, head_dim) with x, rotating dimension i with i + head_dim / 2; elements are adjacent.
 
-    Row r takes row ``r % positions`` of cos and sin, float32 (positions, head_dim / 2) and contiguous. ``back`` turns
+    Row r uses row ``r % positions`` of cos and sin, float32 (positions, head_dim / 2) and contiguous. ``back`` rotates
     the other way.
     """
     if status := library.load().fastattn_cpu_rotate(packing.pack_rotate(y, x, cos, sin, None, back)):
@@ -130,7 +130,7 @@ def rotate(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
 
 
 def dropout(y: Tensor, x: Tensor, p: float, seed: int) -> None:
-    """Fill ``y`` with what dropout leaves of x (..., width), both contiguous.
+    """Fill ``y`` with dropout of x (..., width), both contiguous.
 
     The bits are those of the reference's `dropout_keep` for batch entry 0, head 0, the row and the column.
     """
@@ -148,7 +148,7 @@ def rms_norm_gradients(dx: Tensor, dweight: Tensor, dy: Tensor, x: Tensor, weigh
     """Fill dx and dweight, the gradients of `rms_norm` where dy is that of y; all contiguous.
 
     Raises:
-        MemoryError: there is none for the sums over rows.
+        MemoryError: there is no memory for the sums over rows.
     """
     if status := library.load().fastattn_cpu_rms_norm(packing.pack_rms_norm(dx, x, weight, eps, dy, dweight)):
         library.check(status)
@@ -167,9 +167,9 @@ def gate_gradients(dgate: Tensor, dup: Tensor, dy: Tensor, gate: Tensor, up: Ten
 
 
 def _attend_tall(out: Tensor, lse: Tensor, spec: CacheSpec, lens: Tensor, least: int) -> None:
-    """The batch entries that have at least so many queries, by the kernel with taller tiles, which packs its keys.
+    """Compute the batch entries with at least this many queries by the kernel with taller tiles, which packs its keys.
 
-    It reads them where they are, page by page. ``lens``: keys of each entry.
+    It reads them in place, page by page. ``lens``: keys of each entry.
     """
     capacity = spec.capacity if spec.k_cache.shape[0] else 0
     k, v = spec.k_cache.transpose(1, 2), spec.v_cache.transpose(1, 2)
@@ -187,7 +187,7 @@ def _attend_tall(out: Tensor, lse: Tensor, spec: CacheSpec, lens: Tensor, least:
 
 
 def _attend_tall_by_entry(out: Tensor, lse: Tensor, spec: CacheSpec, lens: Tensor, least: int) -> None:
-    """`_attend_tall` where the kernel could not read the cache or a mask where they are: on a copy of each entry's."""
+    """`_attend_tall` on a copy of each entry's cache, for a cache or mask that the kernel cannot read in place."""
     q_len, starts = spec.q.shape[2], [0] * spec.entries if spec.mask_start is None else spec.mask_start.tolist()
     rows = [(0, q_len)] * spec.entries
     if spec.cu_seqlens_q is not None:

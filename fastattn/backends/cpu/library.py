@@ -1,6 +1,6 @@
-"""The CPU library: found, checked, loaded. `csrc/cpu/interface.h` is its other side, `fastattn.backends.cpu` calls it.
+"""Find, check and load the CPU library, which `fastattn.backends.cpu` calls. `csrc/cpu/interface.h` declares it.
 
-Only the standard library is imported here: `setup.py` takes `source_digest` from this file where PyTorch is missing.
+This module imports the standard library only: `setup.py` takes `source_digest` from it where PyTorch is missing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ABI = 6
 BUILD = "make ext-cpu, or install again where a C++ compiler is found"
 
 _PACKAGE = Path(__file__).resolve().parents[2]
-_LIBRARY = _PACKAGE / "libfastattn_cpu.so"  # nowhere else: no search path, no variable
+_LIBRARY = _PACKAGE / "libfastattn_cpu.so"  # the only place: no search path, no environment variable
 PRESENT = _LIBRARY.is_file()
 """A constant, because a trace cannot look for files."""
 MISSING = f"not compiled: {BUILD}"
@@ -24,7 +24,7 @@ _BAD_ARGUMENT = 1
 
 
 def source_digest(folder: Path) -> str:
-    """Of the C++ sources in ``folder``, names and contents; compiled into the library."""
+    """The digest of the C++ sources in ``folder``, names and contents. The library contains it too."""
     hasher = hashlib.sha256()
     for path in sorted((*folder.glob("*.cpp"), *folder.glob("*.h"))):
         hasher.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -36,8 +36,8 @@ def load(path: Path = _LIBRARY) -> ctypes.CDLL:
     """The library at ``path``, with the types of its functions.
 
     Raises:
-        OSError: it is not there or does not load.
-        ValueError: it is another version's, or compiled from other sources than those of this checkout.
+        OSError: the library is missing or does not load.
+        ValueError: it has another version, or other sources than this checkout.
     """
     library = ctypes.CDLL(str(path))  # releases the GIL during calls
     try:
@@ -64,7 +64,7 @@ def load(path: Path = _LIBRARY) -> ctypes.CDLL:
 
 @functools.cache
 def problem() -> str | None:
-    """Why there is no library to call; None if there is one. Looked for once in a process."""
+    """Why there is no library to call; None if there is one. It looks once per process."""
     if not _LIBRARY.is_file():
         return MISSING
     try:
@@ -75,10 +75,10 @@ def problem() -> str | None:
 
 
 def check(status: int) -> None:
-    """Raise what a function of the library reports.
+    """Raise the error that a function of the library reports.
 
     Raises:
-        ValueError: it refuses an argument.
+        ValueError: the library refuses an argument.
         MemoryError: memory ran out.
     """
     if status:
@@ -100,14 +100,15 @@ if hasattr(os, "register_at_fork"):
 
 @functools.cache
 def parallel_address() -> int:
-    """Of the `GOMP_parallel` that PyTorch itself uses; 0 where there is none: then each call starts threads."""
+    """The address of PyTorch's own `GOMP_parallel`. 0 if there is none: each call then starts threads."""
     try:
-        function = ctypes.CDLL(None).GOMP_parallel  # PyTorch has loaded its OpenMP runtime for all to see
+        function = ctypes.CDLL(None).GOMP_parallel  # PyTorch has loaded its OpenMP runtime globally
     except (AttributeError, OSError, TypeError):
         return 0
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def forked() -> bool:
-    """Whether this process is a fork: the threads of an OpenMP runtime stayed behind, entering it would never end."""
+    """Whether this process is a fork. It lacks the threads of the OpenMP runtime, so entering the runtime would
+    hang."""
     return not _OWN_PROCESS

@@ -1,6 +1,6 @@
-"""The structs of `csrc/cpu/interface.h`, filled from tensors field by field.
+"""Fill the structs of `csrc/cpu/interface.h` from tensors, field by field.
 
-A function returns the bytes; with them, where it made tensors or structs of its own, what is to be kept until the call
+Each function returns the bytes. If it makes tensors or structs, it returns these too, to be kept until the call
 returns.
 """
 
@@ -33,7 +33,7 @@ GATE = struct.Struct("@2q5q3q")
 ROTATE = struct.Struct("@2q2q2q4q5q")
 _ABSENT = (0,) * 5
 
-# A prompt goes to the kernel with taller tiles, whose keys it packs first: from this many query rows of a key head on.
+# From this many query rows per key head on, a prompt goes to the kernel with taller tiles, which packs keys first.
 _TALL = 32
 
 
@@ -41,7 +41,7 @@ def pack_attention(
     out: Tensor, lse: Tensor, statistics: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Options,
     capacity: int | None = None,
 ) -> bytes:  # fmt: skip
-    """``capacity``: positions of each batch entry of a cache, where k and v are one."""
+    """The struct of `attention`. ``capacity``: positions per batch entry, if k and v are a cache."""
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, kv_len, v_dim = v.shape[1:]
     kv_len = kv_len if capacity is None else capacity
@@ -97,7 +97,7 @@ def pack_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
     cu_seqlens_q: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> tuple[bytes, tuple[Any, ...]]:  # fmt: skip
-    """(the struct of `kv_cache_append`, what was made for it, to be kept until the call returns)."""
+    """(the struct of `kv_cache_append`, the tensors made for it, to be kept until the call returns)."""
     _, kv_heads, new_len, head_dim = k.shape
     lens, starts = lens.to(torch.int64).contiguous(), int32(cu_seqlens_q)
     table, pages = pages_of(k_cache, block_table)
@@ -113,14 +113,14 @@ def pack_append(
 
 
 def least_tall(spec: CacheSpec) -> int:
-    """From how many queries on a batch entry goes to the kernel with taller tiles."""
+    """The least number of queries with which a batch entry goes to the kernel with taller tiles."""
     return -(-_TALL // (spec.q.shape[1] // spec.v_cache.shape[2]))
 
 
 def pack_decode(
     out: Tensor, lse: Tensor, spec: CacheSpec, lens: Tensor, starts: Tensor | None
 ) -> tuple[bytes, tuple[Any, ...]]:  # fmt: skip
-    """(the struct of `attention_kvcache` for entries with few queries, what was made for it)."""
+    """(the struct of `attention_kvcache` for entries with few queries, the tensors made for it)."""
     _, q_heads, q_len, head_dim = spec.q.shape
     kv_heads, v_dim = spec.v_cache.shape[2:]
     lens = lens.to(torch.int64).contiguous()
@@ -147,7 +147,7 @@ def pack_decode(
 
 
 def _pack_score_terms(spec: CacheSpec) -> tuple[int, tuple[Any, ...]]:
-    """(address of the struct of mask and bias, what it lies in and points to)."""
+    """(address of the struct of mask and bias, its memory and the tensors that it points to)."""
     mask, bias = spec.mask, spec.bias
     start = _int64(spec.mask_start)
     packed = SCORE_TERMS.pack(
@@ -160,7 +160,7 @@ def _pack_score_terms(spec: CacheSpec) -> tuple[int, tuple[Any, ...]]:
 def _pack_quantised(
     k_cache: Tensor, k_scale: Tensor | None, v_cache: Tensor, v_scale: Tensor | None, dtype: torch.dtype
 ) -> tuple[int, tuple[Any, ...]]:  # fmt: skip
-    """(address of the struct of a quantised cache or 0, what it lies in and points to); ``dtype`` is that of rows."""
+    """(address of the struct of a quantised cache or 0, its memory and tensors); ``dtype`` is that of rows."""
     if k_scale is None or v_scale is None:
         return 0, ()
     views: list[int] = []
@@ -173,7 +173,7 @@ def _pack_quantised(
 
 
 def pack_rotate(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor | None, back: bool = False) -> bytes:
-    """The struct of `rotate`; ``position`` int64 (rows,) says which row of the tables each row takes."""
+    """The struct of `rotate`; ``position`` int64 (rows,) gives each row's row of the tables."""
     return ROTATE.pack(
         *team(), x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), cos.data_ptr(), sin.data_ptr(),
         _address(position), cos.shape[0], DTYPES[x.dtype], *x.shape, back,
@@ -206,7 +206,7 @@ def pack_gate(y: Tensor, gate: Tensor, up: Tensor, dy: Tensor | None, dup: Tenso
 
 
 def team() -> tuple[int, int]:
-    """Threads of a call, and who runs them."""
+    """The number of threads of a call, and the address of the function that runs them."""
     if library.forked():
         return 1, 0
     return torch.get_num_threads(), library.parallel_address()
@@ -219,7 +219,7 @@ def _placed(packed: bytes, *tensors: Tensor | None) -> tuple[int, tuple[Any, ...
 
 
 def _view(operand: Tensor | None) -> tuple[int, ...]:
-    """Address and strides; 0 where it broadcasts."""
+    """Address and strides; the stride is 0 along a dimension that broadcasts."""
     if operand is None:
         return _ABSENT
     strides = (0 if n == 1 else s for s, n in zip(operand.stride(), operand.shape, strict=True))
@@ -243,7 +243,7 @@ def int32(x: Tensor | None) -> Tensor | None:
 
 
 def in_compute_dtype(tensor: Tensor, dtype: torch.dtype, fresh: bool = False) -> Tensor:
-    """Contiguous and in the compute type: the tensor itself, or a copy; ``fresh`` asks for the copy's memory alone."""
+    """The tensor, or a copy, contiguous and in the compute type. With ``fresh``, a copy is only allocated."""
     if tensor.dtype == dtype and tensor.is_contiguous():
         return tensor
     return torch.empty(tensor.shape, dtype=dtype) if fresh else tensor.to(dtype).contiguous()

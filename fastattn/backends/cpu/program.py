@@ -1,4 +1,4 @@
-"""Several calls of the library as one: packed once, then run again and again on what their tensors hold by then."""
+"""Several calls of the library as one: packed once, then run repeatedly on the current contents of their tensors."""
 
 import ctypes
 import struct
@@ -19,8 +19,8 @@ _APPEND, _DECODE, _LINEAR, _NORM, _ROTATE = range(5)
 class Program:
     """Operations on few rows, in the order in which they were added. All tensors of a program have one of `DTYPES`.
 
-    A row is what stands at the same place in all dimensions but the last; rows are any distance apart, their elements
-    adjacent. The tensors are kept, and are to stay where they are.
+    A row is the last dimension at one place of all others. Rows may be any distance apart; their elements are adjacent.
+    The program keeps the tensors, which must not move.
     """
 
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,14 +32,14 @@ class Program:
         self._calls: bytes | None = None
 
     def current(self) -> bool:
-        """Whether PyTorch has as many threads as when the program was made, and the process is the same."""
+        """Whether the process and PyTorch's number of threads are the same as when the program was made."""
         return self._team == packing.team()
 
     def run(self) -> None:
-        """All of it.
+        """Run all operations.
 
         Raises:
-            MemoryError: there is none.
+            MemoryError: memory ran out.
         """
         if self._calls is None:
             self._calls = b"".join(CALL.pack(kind, ctypes.addressof(packed)) for kind, packed in self._structs)
@@ -53,8 +53,8 @@ class Program:
         """y (rows, columns of all) = x (rows, width) times each of up to three weights (columns, width), plus its bias.
 
         Args:
-            gated: of two weights of one size, y (rows, columns) = silu(x W0^T + b0) * (x W1^T + b1).
-            add: to what is in y.
+            gated: for two weights of one size, y (rows, columns) = silu(x W0^T + b0) * (x W1^T + b1).
+            add: add the result to y.
         """
         none = (0,) * (3 - len(weights))
         packed = LINEAR.pack(
@@ -68,7 +68,7 @@ class Program:
     def rms_norm(self, y: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> None:
         """y = x / sqrt(mean(x ** 2) + eps) * weight over the last dimension of x.
 
-        That is (rows, width), or (rows, heads, width) with heads adjacent. y may be x.
+        x is (rows, width), or (rows, heads, width) with adjacent heads. y may be x.
         """
         heads = x.shape[1] if x.ndim == 3 else 1
         packed = NORM.pack(
@@ -78,7 +78,7 @@ class Program:
         self._add(_NORM, packed, y, x, weight)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> None:
-        """Turn x (rows, heads, head_dim), heads adjacent, in place: dimension i with i + head_dim / 2.
+        """Rotate x (rows, heads, head_dim), with adjacent heads, in place: dimension i with i + head_dim / 2.
 
         Args:
             cos, sin: float32 (positions, head_dim / 2), contiguous.
