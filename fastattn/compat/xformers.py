@@ -81,8 +81,8 @@ def memory_efficient_attention(
         key: the same with another length; the heads of a group may be one expanded head. Without a gradient, the call
             reads such keys in place; with one, it repeats them in memory.
         value: like key, with head dim Kv.
-        attn_bias: None; a float tensor (B, H, M, N), (B, M, N) for a query of three dimensions, or (B, G, H, M, N) for one
-            of five, in which any size may be 1; or one of xformers' biases.
+        attn_bias: None; a float tensor (B, H, M, N), (B, M, N) for a query of three dimensions, or (B, G, H, M, N) for
+            one of five, in which any size may be 1; or one of xformers' biases.
         p: probability of dropout; it applies as given.
         scale: default ``1 / sqrt(K)``.
         op: ignored.

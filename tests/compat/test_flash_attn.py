@@ -250,7 +250,7 @@ BAD = {
     "both places": ({"cache_batch_idx": ONE, "block_table": ONE[None]}, NotImplementedError, "cache_batch_idx.*choose"),
     "q alone": ({"rotary_cos": NEW[0, 0], "rotary_sin": NEW[0, 0]}, NotImplementedError, "rotary_cos.*turn q before"),
     "one table": ({"rotary_cos": NEW[0, 0], "k": NEW, "v": NEW, "cache_seqlens": 3}, ValueError, "both or neither"),
-    "no length": ({"k": NEW, "v": NEW}, ValueError, "cache_seqlens: expected how much the cache holds"),
+    "no length": ({"k": NEW, "v": NEW}, ValueError, "cache_seqlens: expected the length of the cache"),
     "k alone": ({"k": NEW, "cache_seqlens": 3}, ValueError, "k, v: expected both or neither"),
     "full": (
         {"k": NEW, "v": NEW, "cache_seqlens": 16, "cache_leftpad": ONE}, ValueError, "cache_lens: expected 0 to 15"

@@ -141,11 +141,11 @@ def test_no_gradient_beside_what_its_operator_is_not_told(name, operators):
 
 
 UNSERVED = {
-    "return_debug_mask": ({"return_debug_mask": True}, "return_debug_mask: expected none where fastattn serves"),
+    "return_debug_mask": ({"return_debug_mask": True}, "return_debug_mask: expected none while fastattn serves"),
     "pages without lengths": ({"block_table": torch.zeros(1, 1).int()}, "seqused_k: expected how many keys"),
     "dropout over pages": (
         {"block_table": torch.zeros(1, 1).int(), "seqused_k": torch.tensor([3]).int(), "dropout_p": 0.1},
-        "dropout_p: expected none where fastattn serves",
+        "dropout_p: expected none while fastattn serves",
     ),
     "no starts of the keys": (
         {"query": torch.randn(4, 2, 8), "cum_seq_q": torch.tensor([0, 4]).int()},

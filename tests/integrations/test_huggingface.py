@@ -518,7 +518,7 @@ def test_weights_where_they_are_asked_for(name, padding):
 def test_weights_are_warned_about_once():
     huggingface_eager._warn.cache_clear()
     inputs = batch("llama", "none")[0]
-    with pytest.warns(UserWarning, match="output_attentions=True: .* computes the weights in full"):
+    with pytest.warns(UserWarning, match="output_attentions=True: .* then computes all weights"):
         logits("llama", "fastattn", inputs, output_attentions=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
