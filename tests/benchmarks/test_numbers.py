@@ -44,14 +44,21 @@ def test_unknown_numbers_are_an_error(texts):
         readme.outdated(texts, readme.Data(texts / "results"))
 
 
-@pytest.mark.parametrize("name", readme.BLOCKS)
-def test_every_block_has_a_text_with_and_without_data(name, dry, tmp_path):
-    empty = readme.Data(tmp_path)
-    assert readme.NO_GPU in readme.BLOCKS[name](empty) or "not measured yet" in readme.BLOCKS[name](empty)
+@pytest.fixture(scope="module")
+def filled(dry, tmp_path_factory):
+    """Results of every suite, of a GPU and of a CPU."""
+    root = tmp_path_factory.mktemp("filled")
     for folder in ("gpu", "cpu-x"):
         for path in dry.glob("*.csv"):
-            results.upsert(tmp_path / folder / path.name, results.read(path))
-    assert readme.BLOCKS[name](readme.Data(tmp_path))
+            results.upsert(root / folder / path.name, results.read(path))
+    return readme.Data(root)
+
+
+@pytest.mark.parametrize("name", readme.BLOCKS)
+def test_every_block_has_a_text_with_and_without_data(name, filled, tmp_path):
+    without = readme.BLOCKS[name](readme.Data(tmp_path))
+    assert readme.NO_GPU in without or "not measured yet" in without
+    assert readme.BLOCKS[name](filled)
 
 
 def test_texts_of_this_repository_are_what_the_data_says():

@@ -114,17 +114,20 @@ def test_tile_bounds(layout, q_len, kv_len, window):
     pair = (ctypes.c_int * 2)()
     for q_offset in (-200, -1, kv_len - q_len, 130):
         problem = cuda.Forward(q_len=q_len, kv_len=kv_len, left=left, right=right, q_offset=q_offset)
-        visible = []
+        keys, found = torch.arange(kv_len), []
+        distance = keys - torch.arange(q_len)[:, None] - q_offset
+        visible = (-left <= distance) & (distance <= right)
         for row in range(q_len):
-            visible.append([j for j in range(kv_len) if -left <= j - row - q_offset <= right])
             layout.schedule_visible_keys(ctypes.byref(problem), row, pair)
-            assert list(range(*pair)) == visible[row]
+            found.append(tuple(pair))
+        begin, end = torch.tensor(found)[..., None].unbind(1)
+        assert torch.equal((begin <= keys) & (keys < end), visible)
         for dim in cuda.HEAD_DIMS:
             problem.head_dim, rows = dim, layout.layout_block_rows(dim)
             for first in range(0, q_len, rows):
-                seen = [key // KEYS[dim] for keys in visible[first : first + rows] for key in keys]
+                seen = visible[first : first + rows].any(0).nonzero() // KEYS[dim]
                 layout.schedule_key_tiles(ctypes.byref(problem), first, pair)
-                assert not seen or list(pair) == [min(seen), max(seen) + 1]
+                assert not len(seen) or tuple(pair) == (seen.min(), seen.max() + 1)
 
 
 def test_far_positions(layout):

@@ -1,5 +1,6 @@
 """What is shipped: files of the sdist and the wheel, installs outside the checkout, the native libraries."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -100,6 +101,25 @@ def wheel(source, tmp_path_factory):
     return build("wheel", source, tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.fixture(scope="module")
+def installed(source, wheel, tmp_path_factory):
+    """The python of an environment with the package, for each way to install it; tests write nothing there."""
+
+    @functools.cache
+    def install(kind):
+        folder = tmp_path_factory.mktemp(f"installed-{kind}")
+        args = {
+            "wheel": [wheel],
+            "editable": ["--editable", source],
+            "editable-strict": ["--editable", source, "--config-settings", "editable_mode=strict"],
+        }[kind]
+        python = make_venv(folder / "venv")
+        pip_install(python, *args, cwd=folder)
+        return python
+
+    return install
+
+
 def python_files(folder, prefix):
     return {f"{prefix}/{p.relative_to(folder).as_posix()}" for p in folder.rglob("*.py")}
 
@@ -174,17 +194,11 @@ def test_sdist_builds_the_same_wheel(source, wheel, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable", "editable-strict"])
-def test_installed_package_imports_everything(kind, wheel, source, tmp_path):
-    python = make_venv(tmp_path / "venv")
-    args = {
-        "wheel": [wheel],
-        "editable": ["--editable", source],
-        "editable-strict": ["--editable", source, "--config-settings", "editable_mode=strict"],
-    }[kind]
-    pip_install(python, *args, cwd=tmp_path)
+def test_installed_package_imports_everything(kind, installed, source, tmp_path):
+    python = installed(kind)
     output = run(python, "-c", textwrap.dedent(IMPORT_EVERYTHING), cwd=tmp_path).stdout.splitlines()
     if kind != "editable":
-        assert Path(output[0]).is_relative_to(tmp_path / "venv" if kind == "wheel" else source / "build")
+        assert Path(output[0]).is_relative_to(python.parents[1] if kind == "wheel" else source / "build")
     else:
         assert Path(output[0]).is_relative_to(source)
     files = expected_modules()
@@ -204,11 +218,10 @@ CHECKERS = {"pyright": ["--pythonpath"], "mypy": ["--python-executable"]}
 
 @pytest.mark.parametrize("checker", CHECKERS)
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_type_checkers_see_the_package(checker, kind, wheel, source, tmp_path):
+def test_type_checkers_see_the_package(checker, kind, installed, tmp_path):
     """As installed by the README's own line, and from a wheel."""
     pytest.importorskip(checker, reason=f"{checker} is not installed: make env")
-    python = make_venv(tmp_path / "venv")
-    pip_install(python, *([wheel] if kind == "wheel" else ["--editable", source]), cwd=tmp_path)
+    python = shutil.copytree(installed(kind).parents[1], tmp_path / "venv", symlinks=True) / "bin" / "python"
     for outer in (tmp_path / "venv").rglob("outer.pth"):
         outer.unlink()  # the types of PyTorch take minutes to read, and are not what is asked
     program = tmp_path / "user" / "program.py"
@@ -221,11 +234,10 @@ def test_type_checkers_see_the_package(checker, kind, wheel, source, tmp_path):
     assert "import" not in result.stdout.lower().replace("important", "")  # nothing could not be found
 
 
-def test_an_editable_install_puts_nothing_else_on_the_path(source, tmp_path):
+def test_an_editable_install_puts_nothing_else_on_the_path(installed, source, tmp_path):
     """Not the checkout, whose other folders would be packages too; and new files are seen at once."""
-    python = make_venv(tmp_path / "venv")
-    pip_install(python, "--editable", source, cwd=tmp_path)
-    (added,) = [line for path in (tmp_path / "venv").rglob("__editable__*.pth") for line in path.read_text().split()]
+    python = installed("editable")
+    (added,) = [line for path in python.parents[1].rglob("__editable__*.pth") for line in path.read_text().split()]
     assert [path.name for path in Path(added).iterdir()] == ["fastattn"]
     (source / "fastattn" / "new_module.py").write_text("value = 42")
     code = "import fastattn.new_module as new; print(new.value)"
