@@ -94,14 +94,19 @@ class Backward {
     double dsink = 0.0;
     T delta_poison = T(0);
     for (int64_t row = 0; row < entry_.q_len; row++) {
-      out.read(row, 1, memory_->rows, memory_->v_width);
+      const T* out_row = memory_->rows;
+      if (out.plain()) {
+        out_row = out.fetch(row, 1).data;
+      } else {
+        out.read(row, 1, memory_->rows, memory_->v_width);
+      }
       const T* dout_row = memory_->dout + row * memory_->v_lanes;
       if constexpr (Step::kParts == 2) {
         dout.read(row, 1, memory_->rows + memory_->v_width, memory_->v_width);
         dout_row = memory_->rows + memory_->v_width;
       }
       Vec<T> sum{};
-      for (int64_t i = 0; i < memory_->v_width; i += kLanes<T>) sum += load(memory_->rows + i) * load(dout_row + i);
+      for (int64_t i = 0; i < memory_->v_width; i += kLanes<T>) sum += load(out_row + i) * load(dout_row + i);
       const int64_t at = problem_.row_index(entry_, head_, row);
       T delta = sum_lanes(sum);
       if (g_.dlse != nullptr) delta -= static_cast<const T*>(g_.dlse)[at];
@@ -255,12 +260,16 @@ class Backward {
       weights = memory_->ds_rows + first / Step::kParts;
     }
     T* dq = memory_->dq + (row + at) * memory_->q_width;
-    const int64_t width = memory_->q_width, steps = lanes_for<Step>(seen.end - first);
+    const int64_t width = memory_->q_width;
     if (keys_poisoned_) {
+      const int64_t steps = lanes_for<Step>(seen.end - first);
       careful_product<Step, Layout::kRows>(rows, weights, kPitch<T>, keys, width, dq, width, width, steps);
     } else {
-      product<Step, Layout::kRows>(
-          rows, weights, kPitch<T>, keys, kTileColumns<T>, width, dq, width, width, steps, true);
+      for_parts(visible + at, rows, key + seen.end, [&](int r, int some, int64_t seen_end) {
+        product<Step, Layout::kRows>(
+            some, weights + r * kPitch<T>, kPitch<T>, keys, kTileColumns<T>, width, dq + r * width, width, width,
+            lanes_for<Step>(seen_end - key - first), true);
+      });
     }
   }
 

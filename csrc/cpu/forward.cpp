@@ -72,8 +72,8 @@ class Forward {
     poisoned_ = false;
     for (int64_t key = keys.begin; key < keys.end; key += kKeys) {
       const int64_t count = least(kKeys, entry_.kv_len - key), place = key - keys.begin;
-      Step::read(k, key, count, memory_->rows, memory_->q_width);
-      pack_panels(memory_->rows, count, q_steps_, memory_->q_width, memory_->panels + place * q_steps_);
+      const Lanes<T> rows = Step::place(k, key, count, memory_->rows, memory_->q_width);
+      pack_panels(rows.data, count, q_steps_, rows.stride, memory_->panels + place * q_steps_);
       poisoned_ |= Step::read_steps(v, key, count, values(place), memory_->v_width);
     }
   }
@@ -83,7 +83,14 @@ class Forward {
     RowStates<T> states(count);
     Range visible[kQueries];
     RowKeys keys[kQueries];
-    Step::read(problem_.q_rows(a_.q, entry_, head, a_.head_dim), row, count, memory_->q, memory_->q_width);
+    const Rows<T> q = problem_.q_rows(a_.q, entry_, head, a_.head_dim);
+    if (entry_.kv_len <= kKeys) {
+      q_ = Step::place(q, row, count, memory_->q, memory_->q_width);
+    } else {
+      Step::read(q, row, count, memory_->q, memory_->q_width);
+      q_ = {memory_->q, memory_->q_width};
+    }
+    problem_.q_rows(a_.out, entry_, head, a_.v_dim).expect(row, count);
     bool begun[kQueries / kTileRows + 1] = {};  // rows of which `out` holds something
     for (int64_t i = 0; i < count; i++) visible[i] = problem_.visible(entry_, row + i);
     if (problem_.o.seed != nullptr) {
@@ -118,7 +125,7 @@ class Forward {
     T* s = memory_->scores;
     prefetch_ahead<0>(scores, row - at, at, count, key);
     product<Step, Layout::kRows>(
-        rows, memory_->q + at * memory_->q_width, memory_->q_width, memory_->panels + (place + begin) * q_steps_,
+        rows, q_.data + at * q_.stride, q_.stride, memory_->panels + (place + begin) * q_steps_,
         kTileColumns<T> * q_steps_, kTileColumns<T>, s + begin, kKeys, end - begin, q_steps_, false);
     T* out = memory_->out + at * memory_->v_width;
     for (int r = 0; r < rows; r++) scores.finish_scores(s + r * kKeys, row + r, key, begin, end, visible[r], block, nullptr);
@@ -138,15 +145,18 @@ class Forward {
       for (int r = 0; r < rows; r++) Step::round_row(s + r * kKeys, begin, end, s + r * kKeys);
     }
     const T* weights = s + begin / Step::kParts;
-    const int64_t steps = lanes_for<Step>(last - begin);
     if (poisoned_) {
       if (!begun) clear(at, rows);
       careful_product<Step, Layout::kRows>(
-          rows, weights, kKeys, values(place + begin), memory_->v_width, out, memory_->v_width, memory_->v_width, steps);
+          rows, weights, kKeys, values(place + begin), memory_->v_width, out, memory_->v_width, memory_->v_width,
+          lanes_for<Step>(last - begin));
     } else {
-      product<Step, Layout::kRows>(
-          rows, weights, kKeys, values(place + begin), kTileColumns<T>, memory_->v_width, out, memory_->v_width,
-          memory_->v_width, steps, begun);
+      for_parts(visible, rows, key + last, [&](int r, int some, int64_t seen_end) {
+        product<Step, Layout::kRows>(
+            some, weights + r * kKeys, kKeys, values(place + begin), kTileColumns<T>, memory_->v_width,
+            out + r * memory_->v_width, memory_->v_width, memory_->v_width,
+            lanes_for<Step>(most(seen_end - key - begin, 0)), begun);
+      });
     }
     begun = true;
   }
@@ -183,25 +193,29 @@ class Forward {
 
   // Normalises the rows of a tile and writes out, lse and statistics.
   void finish(const Scores<T>& scores, int64_t head, int64_t row, int64_t count, const RowStates<T>& states) {
-    const Rows<T> out = problem_.q_rows(a_.out, entry_, head, a_.v_dim);
-    T *lse = static_cast<T*>(a_.lse), *statistics = static_cast<T*>(a_.statistics);
+    // Loop by loop: what is slow of one row, as its logarithm, waits for nothing of the others.
+    T maximum[kQueries], total[kQueries], factor[kQueries];
     for (int64_t i = 0; i < count; i++) {
-      T maximum = states.maximum[i], sum = sum_lanes(states.sum[i]);
-      T factor = problem_.keep_scale();
-      const T shift = scores.shift(row + i);
-      if (problem_.o.sinks != nullptr) {  // one more score, whose value vector is 0
-        factor *= online_softmax_of_one(static_cast<const T*>(problem_.o.sinks)[head] * T(kLog2E), maximum, sum);
-      }
-      const bool empty = sum == T(0);
-      const T total = empty ? T(1) : sum;
-      if (empty) maximum = T(0);
-      const T log_total = log2_of(total);
-      out.write(row + i, memory_->out + i * memory_->v_width, factor / total);
-      const int64_t at = problem_.row_index(entry_, head, row + i);
-      statistics[at] = maximum;
-      statistics[problem_.all_rows() + at] = log_total;
-      lse[at] = empty ? -kInfinity<T> : T((double(maximum) - double(shift) + double(log_total)) * (1.0 / kLog2E));
+      maximum[i] = states.maximum[i];
+      total[i] = sum_lanes(states.sum[i]);
+      factor[i] = problem_.keep_scale();
     }
+    if (problem_.o.sinks != nullptr) {  // one more score, whose value vector is 0
+      const T sink = static_cast<const T*>(problem_.o.sinks)[head] * T(kLog2E);
+      for (int64_t i = 0; i < count; i++) factor[i] *= online_softmax_of_one(sink, maximum[i], total[i]);
+    }
+    const int64_t at = problem_.row_index(entry_, head, row);
+    T *lse = static_cast<T*>(a_.lse) + at, *maxima = static_cast<T*>(a_.statistics) + at, *logs = maxima + problem_.all_rows();
+    for (int64_t i = 0; i < count; i++) {
+      const bool empty = total[i] == T(0);
+      const T whole = empty ? T(1) : total[i], log_total = log2_of(whole), shift = scores.shift(row + i);
+      factor[i] /= whole;
+      maxima[i] = empty ? T(0) : maximum[i];
+      logs[i] = log_total;
+      lse[i] = empty ? -kInfinity<T> : T((double(maximum[i]) - double(shift) + double(log_total)) * (1.0 / kLog2E));
+    }
+    const Rows<T> out = problem_.q_rows(a_.out, entry_, head, a_.v_dim);
+    for (int64_t i = 0; i < count; i++) out.write(row + i, memory_->out + i * memory_->v_width, factor[i]);
   }
 
   // Merges one score; returns what earlier sums are to be multiplied by.
@@ -220,6 +234,7 @@ class Forward {
   Entry entry_;
   int64_t q_steps_;  // of a score
   Memory<T, Step>* memory_ = nullptr;
+  Lanes<T> q_{};  // the rows of a tile of queries
   int64_t first_key_ = 0;
   bool poisoned_ = false;
 };

@@ -49,6 +49,13 @@ struct Multiply {
   static bool read_steps(const Rows<T>& rows, int64_t row, int64_t count, T* to, int64_t padded) {
     return rows.read(row, count, to, padded);
   }
+
+  // Rows side by side: where they are, or a copy at `to`.
+  static Lanes<T> place(const Rows<T>& rows, int64_t row, int64_t count, T* to, int64_t padded) {
+    if (rows.plain()) return rows.fetch(row, count);
+    rows.read(row, count, to, padded);
+    return {to, padded};
+  }
 };
 
 #if FASTATTN_DOTS
@@ -106,6 +113,11 @@ struct Dot {
       for (int64_t i = 0; i < padded; i += kLanes<float>) add_pairs(poison, (VecBits)load(to + i));
     }
     return poison.found();
+  }
+
+  static Lanes<float> place(const Rows<float>& rows, int64_t row, int64_t count, float* to, int64_t padded) {
+    read(rows, row, count, to, padded);
+    return {to, padded};
   }
 
   // Rows in twos: (count / 2, padded) lanes, each the elements of a column in both.

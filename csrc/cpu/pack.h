@@ -18,6 +18,14 @@ template <class T>
 struct Format {
   bool (*read_rows)(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded);
   void (*write_row)(void* to, int64_t first, Placement place, const T* from, T factor);
+  int64_t bytes;  // of an element
+};
+
+// Rows of lanes in memory, so many apart.
+template <class T>
+struct Lanes {
+  const T* data;
+  int64_t stride;
 };
 
 template <class T, class Element>
@@ -97,11 +105,11 @@ void write_row(void* to, int64_t first, Placement place, const T* from, T factor
 template <class T>
 Format<T> format_of(int64_t dtype) {
   if constexpr (sizeof(T) == sizeof(double)) {
-    return {read_rows<double, double>, write_row<double, double>};
+    return {read_rows<double, double>, write_row<double, double>, 8};
   } else {
-    if (dtype == FASTATTN_FLOAT16) return {read_rows<float, float16>, write_row<float, float16>};
-    if (dtype == FASTATTN_BFLOAT16) return {read_rows<float, bfloat16>, write_row<float, bfloat16>};
-    return {read_rows<float, float>, write_row<float, float>};
+    if (dtype == FASTATTN_FLOAT16) return {read_rows<float, float16>, write_row<float, float16>, 2};
+    if (dtype == FASTATTN_BFLOAT16) return {read_rows<float, bfloat16>, write_row<float, bfloat16>, 2};
+    return {read_rows<float, float>, write_row<float, float>, 4};
   }
 }
 
@@ -142,6 +150,27 @@ struct Rows {
       row += some, to += some * padded;
     }
     return poisoned;
+  }
+
+  // Whether the rows can be read where they are: elements of the compute type, in whole vectors.
+  bool plain() const {
+    return format.bytes == sizeof(T) && place.step == 1 && place.width % kLanes<T> == 0 && pages.table == nullptr;
+  }
+
+  // Rows where they are, if they are plain. Starts loading them, and those that are read after them.
+  Lanes<T> fetch(int64_t row, int64_t count) const {
+    const T* from = static_cast<const T*>(data) + offset(row);
+    for (int64_t r = 0; r < count; r++) prefetch_after(from + (r - kRowsAhead) * place.stride, place);
+    return {from, place.stride};
+  }
+
+  // Starts loading rows that will be written.
+  void expect(int64_t row, int64_t count) const {
+    if (place.step != 1) return;
+    const char* to = static_cast<const char*>(data) + offset(row) * format.bytes;
+    for (int64_t r = 0; r < count; r++, to += place.stride * format.bytes) {
+      for (int64_t i = 0; i < place.width * format.bytes; i += 64) __builtin_prefetch(to + i, 1);
+    }
   }
 
   void write(int64_t row, const T* from, T factor) const {

@@ -25,6 +25,18 @@ struct Range {
 
 inline Range common(Range a, Range b) { return {most(a.begin, b.begin), least(a.end, b.end)}; }
 
+// `visit(first row, rows, end of the keys that they see)` for a group of rows, of which none sees a key from `end` on: as a
+// whole, or in two parts where the first one sees fewer keys, as at the diagonal.
+template <class Visit>
+[[gnu::always_inline]] inline void for_parts(const Range* visible, int rows, int64_t end, Visit visit) {
+  constexpr int kPart = 6;  // with fewer a product would wait for its own sums
+  int64_t first = 0;
+  for (int r = 0; r < least(kPart, rows); r++) first = most(first, visible[r].end);
+  if (rows <= kPart || first >= end) return visit(0, rows, end);
+  visit(0, kPart, first);
+  visit(kPart, rows - kPart, end);
+}
+
 // One batch entry, or one packed sequence: its number, where it is in memory, its lengths and its position; and the key
 // from which on they take part.
 struct Entry {
