@@ -109,6 +109,7 @@ class Split {
         k_scales.find(d_, d_.quantised->k_scale, entry_.number, key, count);
         v_scales.find(d_, d_.quantised->v_scale, entry_.number, key, count);
       }
+      if (key == keys.start && !k_in_order) fetch(tile(d_.k_cache, k.at[0], 0, head, head_end, d_.head_dim), head_end - head);
       if (k_in_order) {
         for (int j = 0; j < count; j++) {
           const Element* first = k.at[j] + head * k_width_;
@@ -118,7 +119,8 @@ class Split {
       } else {
         for (int j = 0; j < count; j += kKeyTile) {
           const int some = least(kKeyTile, count - j);
-          Ahead ahead = after(d_.k_cache, k, j, head, head_end, d_.head_dim);
+          Ahead ahead = j + kKeyTile < count ? tile(d_.k_cache, k.at[j], kKeyTile, head, head_end, d_.head_dim)
+                                             : tile(d_.v_cache, v.at[0], 0, head, head_end, d_.v_dim);
           for (int64_t h = head; h < head_end; h++) {
             const TileRows<Element> rows(k, j, some, d_.k_cache, h, d_.head_dim, k_width_, copy_, zeros_);
             multiply_keys(h - head, rows, j, some, ahead);
@@ -146,7 +148,8 @@ class Split {
       const bool whole = !forbidden && all_see(key, count);
       for (int j = 0; j < count; j += kKeyTile) {
         const int some = least(kKeyTile, count - j);
-        Ahead ahead = after(d_.v_cache, v, j, head, head_end, d_.v_dim);
+        Ahead ahead = j + kKeyTile < count ? tile(d_.v_cache, v.at[j], kKeyTile, head, head_end, d_.v_dim)
+                                           : tile(d_.k_cache, k.at[j], some, head, head_end, d_.head_dim);
         for (int64_t h = head; h < head_end; h++) {
           const TileRows<Element> rows(v, j, some, d_.v_cache, h, d_.v_dim, v_width_, copy_, zeros_);
           const Partial<Compute> partial(partials + (h - head) * step, rows_, v_width_);
@@ -166,12 +169,18 @@ class Split {
     return cache.stride[3] == 1 && cache.stride[2] == width && width == padded;
   }
 
-  // What is read after the tile of kKeyTile keys from key `j` of a block on; nothing where other heads lie between them.
-  static Ahead after(const FastattnView& cache, const Positions<Element>& positions, int j, int64_t head,
-                     int64_t head_end, int64_t width) {
-    const Element* first = positions.at[j] + head * cache.stride[2];
+  // The tile of keys that begins `keys` after a position; nothing where other heads lie between them.
+  static Ahead tile(const FastattnView& cache, const Element* position, int keys, int64_t head, int64_t head_end,
+                    int64_t width) {
+    const Element* first = position + head * cache.stride[2] + keys * cache.stride[1];
     const bool gapless = cache.stride[1] == (head_end - head) * width;
-    return {reinterpret_cast<const char*>(first + kKeyTile * cache.stride[1]), gapless ? Ahead::kLine : 0};
+    return {reinterpret_cast<const char*>(first), gapless ? Ahead::kLine : 0};
+  }
+
+  // Fetches a tile of keys at once: the first one of a split, which nothing comes before.
+  void fetch(Ahead ahead, int64_t heads) const {
+    const int64_t bytes = ahead.step == 0 ? 0 : kKeyTile * heads * d_.head_dim * int64_t(sizeof(Element));
+    for (int64_t i = 0; i < bytes; i += Ahead::kLine) ahead.line();
   }
 
   // Where position `j` of `count` is read: a position further on in this block, or in what is read after it.
