@@ -8,6 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import fastattn
 from fastattn import attention, attention_with_kvcache, reference
+from fastattn.backends.cpu import library
 from tests.support.attention_cases import HALF, SINGLE, make_bias, make_mask, make_qkv
 
 FORWARD = torch.ops.fastattn.attention_forward.default
@@ -116,6 +117,25 @@ def test_nothing_of_the_size_of_the_scores_is_saved(options, backend):
         assert any(x.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for x in saved)
     out, statistics, seed = q.numel(), 2 * q.numel() // q.shape[3], int("dropout_p" in options)
     assert sum(x.numel() for x in saved) == sum(x.numel() for x in (q, k, v, *operands)) + out + statistics + seed
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "bias", "alibi_slopes", "sinks", "out"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_changed_in_place_before_the_backward_pass(backend, name):
+    """PyTorch's own error for saved tensors: gradients of other values would be wrong in silence."""
+    if backend == "cpu" and (problem := library.problem()):
+        pytest.skip(f"cpu backend: {problem}")
+    q, k, v = (x.requires_grad_() * 1.0 for x in make_qkv("cpu", (9, 9), dtype=SINGLE))
+    heads = q.shape[1]
+    options = {
+        "mask": torch.ones(9, 9, dtype=torch.bool), "bias": torch.randn(9, 9), "alibi_slopes": torch.rand(heads),
+        "sinks": torch.randn(heads),
+    }  # fmt: skip
+    out = attention(q, k, v, backend=backend, **options)
+    with torch.no_grad():
+        {"q": q, "k": k, "v": v, "out": out, **options}[name].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_a_chain_saves_the_inputs_once():
