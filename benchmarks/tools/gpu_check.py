@@ -27,8 +27,10 @@ from benchmarks.harness.device import Compiling, Device, DryRun, choose
 from benchmarks.harness.large import check_large
 from benchmarks.harness.provenance import ROOT, provenance
 from benchmarks.harness.repeats import check_repeats, check_sanitizer, sanitized
+from benchmarks.tools.status import CUDA
 
 STEPS = ("parity", "large", "repeats", "sanitizer", "tests")
+OUTCOMES = {"passed": "passed", "failed": "failed", "skipped": "not run"}
 SECONDS_PER_KERNEL = 2.0
 """To compile one, roughly: for the forecast alone."""
 
@@ -48,6 +50,8 @@ class Recorder:
                 self.checks.count("tests", "failed", report.nodeid)
             elif report.outcome == "passed":
                 self.checks.count("tests", "passed")
+            if which := dict(report.user_properties).get("cuda_pass"):
+                self.checks.record(CUDA, OUTCOMES[report.outcome], kernel=which, note=reason(report.longrepr))
         if time.monotonic() - self.stored > 2.0:
             self.store()
         if self.checks.left <= 0:
@@ -71,6 +75,14 @@ class Recorder:
             if failed:
                 note += ": " + "; ".join(failed[:5])
             self.checks.record("tests", "failed" if failed else "passed", feature=Path(file).name, note=note)
+
+
+def reason(outcome: Any) -> str:
+    """In one line why a test failed or was skipped, from a report's ``longrepr``."""
+    if isinstance(outcome, tuple):  # of a skipped one: file, line, text
+        return str(outcome[2])
+    crash = getattr(outcome, "reprcrash", None)
+    return (str(crash.message if crash else outcome or "").splitlines() or [""])[0][:200]
 
 
 def check_tests(checks: Checks) -> None:

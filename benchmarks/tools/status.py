@@ -22,9 +22,11 @@ HEADER = """# Status on GPUs
 What the Triton kernels have been run on. A feature has passed where output, log-sum-exp and every gradient, or what was
 written into the cache, kept to the parity rule of `fastattn/testing` in every dtype and head dim listed. Without a
 GPU the same kernels run in Triton's interpreter and are compiled ahead of time for four architectures; that is part of
-the test suite and not of this page. The CUDA C++ kernel of `csrc/`, which nothing chooses unasked, is the last line of
-each table of checks.
+the test suite and not of this page. The CUDA C++ kernels of `csrc/`, which nothing chooses unasked, are the last lines
+of each table of checks.
 """
+CUDA = "CUDA C++"
+"""The check of the kernels that `make ext` compiles, each pass by itself; recorded among the tests."""
 OTHER_CHECKS = {
     "large": "tensors of more than 2^31 elements",
     "determinism": "50 repeats are equal bit for bit",
@@ -107,10 +109,9 @@ def section(title: str, rows: Sequence[results.Row], current: str, intro: str = 
     checks = [["check", "", "outcome"]]
     for check, text in OTHER_CHECKS.items():
         checks.append([check, text, verdict([row for row in rows if row["check"] == check], 0, current)])
-    # A file of tests that were all skipped, for want of the library, is stored as passed.
-    own = [row for row in rows if (row["check"], row["feature"]) == ("tests", "test_cuda.py")]
-    own = [row for row in own if row["outcome"] != "passed" or "passed" in row["note"]]
-    checks.append(["CUDA C++", "forward parity of the library that `make ext` compiles", verdict(own, 0, current)])
+    for which in ("forward", "backward"):
+        own = [row for row in rows if (row["check"], row["kernel"]) == (CUDA, which)]
+        checks.append([f"{CUDA} {which}", "parity of the library that `make ext` compiles", verdict(own, 0, current)])
     return f"## {title}\n\n{intro}" + "\n\n".join([*tables, markdown(checks)]) + "\n"
 
 

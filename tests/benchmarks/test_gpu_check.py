@@ -113,19 +113,17 @@ def test_status_of_some_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("outcome", "note", "expected"),
-    [
-        ("passed", "1 skipped", "never run"),
-        ("passed", "1 passed", "passed at abc"),
-        ("failed", "1 failed", "**failed**"),
-    ],
+    ("outcome", "expected"), [("not run", "not run"), ("passed", "passed at abc"), ("failed", "**failed**")]
 )
-def test_status_of_the_cuda_kernel(tmp_path, outcome, note, expected):
-    """Skipped is not passed."""
-    row = check_row("", outcome, check="tests", feature="test_cuda.py", dtype="", head_dim="", note=note)
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_status_of_the_cuda_kernels(tmp_path, which, outcome, expected):
+    """Each pass has a line of its own; skipped is not passed."""
+    row = check_row(which, outcome, check=status.CUDA, feature="", dtype="", head_dim="")
     results.upsert(tmp_path / "gpu" / "parity.csv", [row])
-    line = next(line for line in status.page(tmp_path, current="new").splitlines() if line.startswith("| CUDA C++ |"))
-    assert line.split("|")[3].strip().startswith(expected)
+    lines = [line.split("|") for line in status.page(tmp_path, current="new").splitlines() if "| CUDA C++ " in line]
+    assert [line[1].strip() for line in lines] == ["CUDA C++ forward", "CUDA C++ backward"]
+    for _, name, _, verdict, _ in lines:
+        assert verdict.strip().startswith(expected if name.strip().endswith(which) else "never run")
 
 
 def test_status_lists_each_kernel(tmp_path):
@@ -243,6 +241,11 @@ def test_device_tests_are_selected_and_recorded(tmp_path):
         "def test_host(): pass\n"
         "def test_on_device(device): pass\n"
         "def test_wrong(device): assert False\n"
+        "@pytest.mark.gpu\n@pytest.mark.parametrize('which', ['forward', 'backward', 'other'])\n"
+        "def test_cuda(which, record_property):\n"
+        "    record_property('cuda_pass', which)\n"
+        "    if which == 'other': pytest.skip('needs a GPU')\n"
+        "    assert which == 'forward', 'dq: largest error 1'\n"
     )
     script = (
         "import sys, pytest\nfrom pathlib import Path\n"
@@ -258,10 +261,14 @@ def test_device_tests_are_selected_and_recorded(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert "{('tests', 'passed'): 1, ('tests', 'failed'): 1}" in result.stdout, result.stdout + result.stderr
-    (recorded,) = results.read(tmp_path / "out" / "dry-run" / "parity.csv")
+    assert "{('tests', 'passed'): 2, ('tests', 'failed'): 2}" in result.stdout, result.stdout + result.stderr
+    rows = results.read(tmp_path / "out" / "dry-run" / "parity.csv")
+    (recorded,) = (row for row in rows if row["check"] == "tests")
     assert (recorded["outcome"], recorded["feature"]) == ("failed", "test_some.py")
-    assert recorded["note"] == "1 failed, 1 passed: test_wrong"
+    assert recorded["note"] == "2 failed, 2 passed, 1 skipped: test_wrong; test_cuda[backward]"
+    passes = {row["kernel"]: (row["outcome"], row["note"]) for row in rows if row["check"] == status.CUDA}
+    assert passes["forward"] == ("passed", "") and passes["other"] == ("not run", "Skipped: needs a GPU")
+    assert passes["backward"][0] == "failed" and "dq: largest error 1" in passes["backward"][1]
 
 
 @pytest.mark.parametrize(
