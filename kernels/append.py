@@ -1,4 +1,4 @@
-"""KV caches, contiguous or paged: their layout, and the append to them."""
+"""KV caches, contiguous or paged: their layout, and appending to them."""
 
 import triton
 import triton.language as tl
@@ -24,13 +24,13 @@ def columns(cache, UNIT: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def cached_rows(cache, page, slot, UNIT: tl.constexpr):
-    """Where rows (page, slot) of head 0 begin, in elements; 64-bit indices."""
+    """The offsets of rows (page, slot) of head 0 in elements, with 64 bits."""
     return page * decode_stride(cache.strides[0], UNIT) + slot * decode_stride(cache.strides[1], UNIT)
 
 
 @triton.jit
 def scale_offsets(cache, head, page, slot):
-    """Where the scales of rows (page, slot, head) of a quantised cache are; 64-bit indices."""
+    """The offsets of the scales of rows (page, slot, head) of a quantised cache, with 64 bits."""
     offset = head * decode_size(cache.scale_strides[2])
     if cache.scale_strides[0] is not None:
         offset += page * decode_size(cache.scale_strides[0]) + slot * decode_size(cache.scale_strides[1])
@@ -39,9 +39,9 @@ def scale_offsets(cache, head, page, slot):
 
 @triton.jit
 def quantised(tile, cache, head, page, slot, inside):
-    """Rows as a quantised cache holds them: divided by their scales, rounded and cut to what its dtype holds.
+    """Quantise rows: divide them by their scales, round, and clamp to the range of the cache's dtype.
 
-    Where tokens have scales of their own, these are measured and stored. See `reference.kvcache.quantise`.
+    If each token has its own scale, this measures and stores it. See `reference.kvcache.quantise`.
     """
     INTEGERS: tl.constexpr = cache.ptr.dtype.element_ty == tl.int8
     LARGEST: tl.constexpr = 127.0 if INTEGERS else 448.0
@@ -57,7 +57,7 @@ def quantised(tile, cache, head, page, slot, inside):
     known = y == y
     y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
     if INTEGERS:
-        whole = (y + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest integer, even ones where two are as near
+        whole = (y + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest integer, ties to even
         return tl.where(known, whole, 0.0).to(tl.int8)
     else:
         return cast(tl.where(known, y, float("nan")), cache.ptr.dtype.element_ty)
@@ -67,7 +67,7 @@ def quantised(tile, cache, head, page, slot, inside):
 def copy_rows(
     cache, x, batch, head, row, page, slot, inside, N_COLS: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Copy rows (head, row) of a batch entry of ``x`` to (page, slot, head) of the cache: bit by bit, or quantised."""
+    """Copy rows (head, row) of a batch entry of ``x`` to (page, slot, head) of the cache, unchanged or quantised."""
     cols = tl.arange(0, BLOCK_C)[None, :]
     mask = inside[:, None] & (cols < N_COLS)
     ptr, row_stride = head_rows(x, batch, head, 0, UNIT)
@@ -86,9 +86,9 @@ def append_kernel(
     table_stride, entries, kv_heads, new_len, capacity, pages,
     PAGE: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M new rows of one batch entry, heads of one position side by side, as the cache has them.
+    """One program: BLOCK_M new rows of one batch entry; the heads of a position are adjacent rows, as in the cache.
 
-    A row whose position or page does not exist is written nowhere: cut to a valid place, it would destroy another row.
+    It does not write a row whose position or page does not exist: at a clamped place, it would destroy another row.
     """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
@@ -108,9 +108,9 @@ def append_kernel(
 
 
 def cache_unit(k_cache: Tensor, v_cache: Tensor, *others: Tensor) -> int:
-    """The unit of all strides: twice the usual one for single bytes, where it can be.
+    """The unit of all strides: for single bytes twice the usual one, if the strides allow it.
 
-    A cache whose rows are not adjacent elements is too large to copy: its unit is 1.
+    The unit is 1 if elements of a row are not adjacent: the cache is too large to copy.
     """
     tensors = k_cache, v_cache, *others
     if not all(_adjacent(cache) for cache in (k_cache, v_cache)):
@@ -141,7 +141,7 @@ def pages_of(cache: Tensor, block_table: Tensor | None) -> tuple[Tensor | None, 
     if block_table is None:
         return None, 0, 0, cache.shape[1]
     table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    # Without a page nothing can be read: no position exists then.
+    # Without a page there is no position to read.
     return table, table.stride(0), cache.shape[1], table.shape[1] * cache.shape[1] if cache.shape[0] else 0
 
 
@@ -152,9 +152,9 @@ def append_rows(
     """Write ``k`` (B, Hk, L, D) and ``v`` (B, Hk, L, Dv) into the caches, from position ``lens[b]`` on.
 
     Caches (B, Lmax, Hk, D) and (B, Lmax, Hk, Dv), or (pages, page_size, Hk, D) and (pages, page_size, Hk, Dv) with
-    ``block_table`` int32 (B, max_pages); ``lens`` int32 or int64 (B,). Rows that have no place in the cache are left
-    out. With ``cu_seqlens_q`` int (B + 1,) ``k`` and ``v`` are (1, Hk, total, D), one entry behind the other. With
-    scales float32 (), (Hk,) or one for each position and head the caches are int8 or float8_e4m3fn.
+    ``block_table`` int32 (B, max_pages); ``lens`` int32 or int64 (B,). Rows without a place in the cache are dropped.
+    With ``cu_seqlens_q`` int (B + 1,), ``k`` and ``v`` are (1, Hk, total, D), one entry after the other. With scales,
+    float32 (), (Hk,) or one for each position and head, the caches are int8 or float8_e4m3fn.
     """
     memory_entries, kv_heads, new_len, head_dim = k.shape
     k, v = launch.unit_last(k), launch.unit_last(v)
@@ -178,5 +178,5 @@ def kv_cache_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
     cu_seqlens_q: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """`append_rows` by itself."""
+    """`append_rows`, as one call of the operator."""
     append_rows(k_cache, v_cache, k, v, lens, block_table, cu_seqlens_q, k_scale, v_scale)

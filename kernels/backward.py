@@ -1,6 +1,6 @@
-"""Backward attention: probabilities are recomputed from the softmax statistics, never stored (FlashAttention-2, Dao).
+"""Backward attention: recomputes probabilities from the softmax statistics, stores none (FlashAttention-2, Dao).
 
-README.md has the formulas. Each output element has one writer that adds in a fixed order, so repeats are bit-equal.
+README.md has the formulas. One program writes each output element and adds in a fixed order, so repeats are bit-equal.
 """
 
 import torch
@@ -46,7 +46,7 @@ def dkdv_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N keys of one key head, against the queries of every head that shares it.
 
-    ``dk`` or ``dv`` may hold None: then only the other is computed, and the compiler drops what only that one needs.
+    ``dk`` or ``dv`` may hold None. The kernel then computes the other only, and the compiler drops unused code.
     """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
@@ -107,7 +107,7 @@ def dkdv_kernel(
                     s, queries, cols, kv_len, offset, left, right, first_seen if STARTS else None, pool_tile, edge
                 )
                 dout_tile = load_tile(dout_ptr, row, dout_stride, q_rows, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV)
-                # What the first product does not need is read after it: it would hold registers meanwhile.
+                # Load what the first product does not need after it; otherwise it would occupy registers.
                 row_max, log_sum, delta = load_statistics(statistics_ptr + first_row, plane, rows, q_rows, EDGE == 1)
                 k0, k1 = rows, rows
                 if dropout.seed is not None:
@@ -138,8 +138,8 @@ def dq_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all the keys they see.
 
-    With ``dslopes_ptr`` also this tile's share of the gradient of the head's ALiBi slope, with ``dsinks_ptr`` of its
-    sink.
+    With ``dslopes_ptr`` it also computes this tile's share of the gradient of the head's ALiBi slope, with
+    ``dsinks_ptr`` of its sink.
     """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
@@ -212,7 +212,7 @@ def dq_kernel(
     store_tile(dq_ptr, dq_acc * terms.scale, row, dq_stride, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
     if dslopes_ptr is not None:
         tl.store(dslopes_ptr + tl.program_id(0), tl.sum(dslope, 0))
-    if dsinks_ptr is not None:  # a score whose value vector is 0: dP = 0 there
+    if dsinks_ptr is not None:  # the sink is a score with value vector 0, so its dP is 0
         sink = from_natural(tl.load(terms.sinks + head), terms)
         p = tl.math.exp2(base_2(sink - row_max, terms) - log_sum)
         tl.store(dsinks_ptr + tl.program_id(0), -tl.sum(tl.where(rows < q_len, p * delta, 0.0), 0))
@@ -256,7 +256,7 @@ def attention_backward(
                 replay.start(dkdv_kernel, programs, arguments, cfg)
         cfg = call.configure("dq", unit)
         tiles = launch.tiles(call.q_len, cfg.block_m, operands.cu_seqlens_q)
-        shares = (call.batch, call.q_heads, tiles)  # of the tiles, of a slope or a sink
+        shares = (call.batch, call.q_heads, tiles)  # one share per tile, of a slope or a sink
         dslope_tiles = None if dslopes is None else of_rows.new_zeros(shares)
         dsink_tiles = None if dsinks is None else of_rows.new_zeros(shares)
         if programs := tiles * call.batch * call.q_heads:
@@ -276,7 +276,7 @@ def attention_backward(
 
 
 def _sum_slopes(dslopes: Tensor, tiles: Tensor, cu_seqlens_q: Tensor | None, cfg: config.LaunchConfig) -> None:
-    """Add up the shares (batch, heads, tiles) of the dq kernel's tiles in the gradient of the ALiBi slopes."""
+    """Sum the shares (batch, heads, tiles) of the dq kernel's tiles to the gradient of the ALiBi slopes."""
     if cu_seqlens_q is None or dslopes.shape[0] == 1:
         dslopes.copy_(tiles.sum(-1).sum_to_size(dslopes.shape))
         return

@@ -69,7 +69,7 @@ def dbias_kernel(
                     first = tl.maximum(first, first_seen)
                 if dbias.cols is None:
                     first = first // BLOCK_N * BLOCK_N
-                else:  # the own tile, if these rows see it
+                else:  # this program's tile, if these rows see it
                     last = tl.where(own_col + BLOCK_N > first, tl.minimum(last, own_col + 1), 0)
                     first = own_col
                 for col in tl.range(first, last, BLOCK_N):

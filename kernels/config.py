@@ -1,7 +1,7 @@
-"""Launch configurations: the only place where a tile size, warp count or pipeline depth is written.
+"""Launch configurations: the only place with tile sizes, warp counts and pipeline depths.
 
-The tables are looked up, never tuned at run time: a training step must not stop to search. ``search_space`` is what an
-offline tuner may try, already pruned of shapes that cannot fit.
+Kernels read the tables and never tune at run time, because a training step must not stop to search. ``search_space``
+gives the candidates for an offline tuner, without shapes that cannot fit.
 """
 
 import contextlib
@@ -17,19 +17,19 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 
 @dataclasses.dataclass(frozen=True)
 class LaunchConfig:
-    """Tile of ``block_m`` queries by ``block_n`` keys, worked on by ``num_warps`` warps."""
+    """A tile of ``block_m`` queries by ``block_n`` keys, computed by ``num_warps`` warps."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     split_programs: int = 2
-    """For how many programs on each multiprocessor the decode kernel divides the keys."""
+    """The number of programs per multiprocessor for which the decode kernel divides the keys."""
     pipelined: bool = False
     """Whether the forward kernel starts the next product of queries and keys before the softmax of this tile."""
 
     def options(self) -> dict[str, int]:
-        """The arguments that Triton's launcher itself consumes."""
+        """The arguments for Triton's launcher itself."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
@@ -47,10 +47,10 @@ _SIXTEEN_BIT = {
         dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
         decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2)},
     ),
-    # H100: 228 KB, wgmma on warp groups of 4 warps and 64 rows. With 3 stages a copy is under way for a whole
-    # iteration; with 2 it is awaited as soon as it is issued. Registers may spill outside the loops, where that costs
-    # nothing, and inside where each smaller tile is predicted to be slower nevertheless (tests/kernels). At D 256
-    # the accumulators of dk and dv would not fit into the registers together: each has a pass.
+    # H100: 228 KB, wgmma on warp groups of 4 warps and 64 rows. With 3 stages a copy has a whole iteration to arrive;
+# with 2 the kernel waits as soon as it has issued the copy. Registers may spill outside the loops, where that costs
+# nothing. Inside, they may spill only if every smaller tile is predicted to be slower (tests/kernels). At D 256 the
+# accumulators of dk and dv do not fit into the registers together, so each has its own pass.
     "sm_90": _table(
         forward={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
         dkdv={64: (64, 128, 8, 3), 128: (64, 128, 8, 3)},
@@ -76,7 +76,7 @@ _SIXTEEN_BIT = {
         dbias={64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
         decode={64: (16, 64, 4, 1), 128: (16, 64, 4, 1), 256: (16, 32, 4, 1)},
     ),
-    # Small tiles, so that short sequences already take every path: inner, diagonal and tail.
+    # Small tiles, so that even short sequences take every path: inner, diagonal and tail.
     "interpreter": _table(
         forward={256: (32, 64, 1, 1)},
         dkdv={128: (32, 64, 1, 1)},
@@ -88,8 +88,8 @@ _SIXTEEN_BIT = {
     ),
 }  # fmt: skip
 
-# Where registers or shared memory hold more: a mask or bias with a row per query, rows that are read in pieces, and
-# beside the two accumulators of dkdv also random bits or the derivative of a softcap.
+# For cases with more data in registers or shared memory: a mask or bias with a row per query, rows read in pieces, and
+# in dkdv, beside its two accumulators, random bits or the derivative of a softcap.
 _CROWDED = {
     "sm_90": _table(
         forward={64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (128, 16, 8, 3)},
@@ -101,15 +101,15 @@ _CROWDED = {
 }  # fmt: skip
 
 LARGEST_AHEAD = {"sm_90": 2, "interpreter": 4}
-"""Where tiles of a mask or bias are loaded ahead: bytes of the largest numbers for which shared memory has room."""
+"""For kernels that load tiles of a mask or bias ahead: the largest element size, in bytes, that fits shared memory."""
 
-# Where shared memory has no room for them beside the tiles of three stages.
+# For kernels without shared memory for them beside the tiles of three stages.
 _AHEAD = {"sm_90": _table(dk={256: (32, 128, 8, 2)}, dq={256: (128, 16, 8, 3)})}
 
-# 16-bit inputs with a mask or bias that has one row for all queries, where one warp group keeps more in registers.
+# For 16-bit inputs with a mask or bias of one row for all queries: one warp group then keeps more in registers.
 _ONE_ROW = {"sm_90": _table(forward={64: (64, 64, 4, 3)}, dq={64: (64, 64, 4, 3)})}
 
-# 32-bit inputs where half the tile along both sides would spill so much that it is predicted to be slower.
+# For 32-bit inputs whose half tile along both sides spills so much that it is predicted to be slower.
 _SINGLE = {
     "sm_90": _table(
         forward={256: (32, 32, 8, 1)},
@@ -119,10 +119,10 @@ _SINGLE = {
     ),
 }
 
-# Where tiles are found through memory and twice the stages would not fit into shared memory.
+# For tiles whose place is loaded from memory, if twice the stages do not fit into shared memory.
 _INDIRECT = {"sm_90": _table(dk={256: (32, 128, 8, 3)}, dq={256: (128, 32, 8, 3)})}
 
-# At which padded head dims the forward kernel is `pipelined`, where nothing beside q, k and v takes registers.
+# Padded head dims at which the forward kernel is `pipelined`, if nothing beside q, k and v takes registers.
 _PIPELINED = {"sm_90": (64, 128)}
 
 _override: LaunchConfig | None = None
@@ -135,21 +135,22 @@ def lookup(
     """The launch config for one kernel.
 
     ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
-    loop dimension, since shared memory holds half as many elements. ``crowded``: a mask or bias with a row per query
-    is read and not ``ahead``, or rows begin at no multiple of 16 bytes, or dkdv has dropout or a softcap; smaller tiles
-    leave registers for that. ``ahead``: one is read whose tiles are loaded ahead, into shared memory (`launch.ahead`).
-    ``one_row``: a mask or bias is read that has one row for all queries. ``rows``: how many share a key head, query
-    heads times queries; beyond a few the decode kernel takes taller tiles.
-    ``indirect``: where a tile lies stands in memory, in a block table or a block mask. Each load of a tile then waits
-    for another, so that Triton halves the distance over which it loads ahead: twice the stages keep it.
+    loop dimension, because shared memory holds half as many elements. ``ahead``: the kernel loads tiles of a mask or
+    bias ahead into shared memory (`launch.ahead`). ``crowded``: the kernel reads a mask or bias with a row per query
+    that is not ``ahead``, or rows do not begin at multiples of 16 bytes, or dkdv has dropout or a softcap; smaller
+    tiles then leave registers. ``one_row``: the kernel reads a mask or bias with one row for all queries. ``rows``: the
+    rows that share a key head, query heads times queries; beyond a few, the decode kernel takes taller tiles.
+
+    ``indirect``: the kernel loads a tile's address from a block table or a block mask. Each load of a tile then waits
+    for another load, which costs one pipeline stage per stage. Twice the stages keep the prefetch distance.
     """
     if _override is not None:
         return _override
-    if kernel == "delta":  # one pass over (rows, Dv): memory-bound, any shape does
+    if kernel == "delta":  # one pass over (rows, Dv): memory-bound, so any shape works
         return LaunchConfig(64, 1, 4, 1)
-    if kernel == "combine":  # one row, and so many splits at a time
+    if kernel == "combine":  # one row, and this many splits at a time
         return LaunchConfig(1, 16, 4, 1)
-    if kernel == "append":  # so many rows; a decode step appends one per key head
+    if kernel == "append":  # this many rows; a decode step appends one per key head
         return LaunchConfig(16, 1, 4, 1)
     by_dim = _SIXTEEN_BIT[architecture][kernel]
     padded = min(d for d in by_dim if d >= head_dim)
@@ -167,7 +168,7 @@ def lookup(
     elif crowded and kernel == "forward" and architecture != "interpreter":
         config = dataclasses.replace(config, block_n=max(16, config.block_n // 2))
     if kernel == "decode" and rows > 2 * config.block_m:
-        warps = 8 if head_dim > (64 if crowded or architecture == "sm_80" else 128) else 4  # with 4 they would spill
+        warps = 8 if head_dim > (64 if crowded or architecture == "sm_80" else 128) else 4  # 4 warps would spill
         widest = 4096 // padded if crowded else 64
         config = LaunchConfig(64, min(config.block_n, widest), warps, min(config.num_stages, 2))
     if kernel == "decode" and element_size > 2:
@@ -189,12 +190,12 @@ def lookup(
 
 
 def current_override() -> LaunchConfig | None:
-    """The config of the `override` that is in force."""
+    """The config of the active `override`."""
     return _override
 
 
 def key_passes(architecture: str, head_dim: int) -> tuple[Kernel, ...]:
-    """The kernels that make dk and dv: one pass, or one for each where both accumulators leave too few registers."""
+    """The kernels that make dk and dv: one for both, or one each if both accumulators leave too few registers."""
     return ("dkdv",) if head_dim <= max(_SIXTEEN_BIT[architecture]["dkdv"]) else ("dk", "dv")
 
 
@@ -209,7 +210,7 @@ def override(config: LaunchConfig | None) -> Iterator[None]:
         _override = previous
 
 
-# Tiles that a program keeps: of inputs in shared memory, of float32 scores and accumulators in registers.
+# Tiles that a program keeps: inputs in shared memory, float32 scores and accumulators in registers.
 _OPERANDS: dict[Kernel, tuple[int, int, int]] = {
     "forward": (1, 1, 1), "dkdv": (2, 2, 2), "dk": (2, 2, 1), "dv": (1, 1, 1), "dq": (2, 2, 1), "dbias": (1, 3, 0),
 }  # fmt: skip
@@ -218,9 +219,8 @@ _OPERANDS: dict[Kernel, tuple[int, int, int]] = {
 def search_space(kernel: Kernel, head_dim: int) -> list[LaunchConfig]:
     """Candidates for an offline tuner, without those that exceed 227 KB of shared memory or a thread's registers.
 
-    More warps than one for 8 rows of the tile that a program keeps would have too little to do.
-
-    A decode step is bound by memory: its tiles are of 16 rows, and at least 16 KB of keys and values are on their way.
+    More than one warp for 8 rows of a program's own tile would have too little work. A decode step is memory-bound: its
+    tiles have 16 rows, and at least 16 KB of keys and values are in flight.
     """
     dim = max(64, 1 << (head_dim - 1).bit_length())
     fits = []
@@ -229,13 +229,13 @@ def search_space(kernel: Kernel, head_dim: int) -> list[LaunchConfig]:
         for n, warps, stages, programs in itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 5), (1, 2, 4)):
             tile_bytes, accumulators = 4 * dim * n, 16 * (n + dim) // (32 * warps)
             ahead = tile_bytes * (stages - 1)
-            resident = programs * tile_bytes * stages <= 227 * 1024  # programs that wait for room gain nothing
+            resident = programs * tile_bytes * stages <= 227 * 1024  # programs that wait for shared memory gain nothing
             if ahead >= 16 * 1024 and tile_bytes * stages <= 227 * 1024 and accumulators <= 208:
                 if resident or programs == 1:
                     fits.append(LaunchConfig(16, n, warps, stages, programs))
         return fits
     for m, n, warps, stages in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)):
-        own, walked = (n, m) if kernel in ("dkdv", "dk", "dv") else (m, n)  # rows: kept, and passed in tiles
+        own, walked = (n, m) if kernel in ("dkdv", "dk", "dv") else (m, n)  # rows: kept, and looped over in tiles
         inputs, scores, accumulators = _OPERANDS[kernel]
         tile_bytes = 2 * dim * (inputs * own + 2 * walked * stages)
         registers = (scores * m * n + accumulators * own * dim) // (32 * warps)

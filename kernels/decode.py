@@ -1,7 +1,7 @@
 """Attention over a KV cache, contiguous or paged: split-KV (flash-decoding, Dao et al., 2023).
 
-A decode step has few queries and many keys. So the query heads that share a key head are rows of one tile, and the keys
-are divided among several programs, whose partial results a second kernel merges.
+A decode step has few queries and many keys. So the query heads that share a key head form the rows of one tile, and
+several programs divide the keys. A second kernel merges their partial results.
 """
 
 import triton
@@ -39,7 +39,7 @@ COMBINE_RUNTIME = ("entries", "q_heads", "q_len", "total", "splits")
 
 @triton.jit
 def cached_length(lens_ptr, batch, added, capacity):
-    """Keys of this batch entry, cut to what the cache can hold."""
+    """The number of keys of this batch entry, at most the capacity of the cache."""
     return tl.minimum(tl.maximum(tl.load(lens_ptr + batch).to(tl.int64) + added, 0), capacity).to(tl.int32)
 
 
@@ -47,14 +47,14 @@ def cached_length(lens_ptr, batch, added, capacity):
 def locate_keys(table_ptr, batch, col, start, end, pages, CHECK: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr):
     """(page, slot) of the keys ``col .. col + BLOCK``, 64-bit; a contiguous cache has one page per batch entry.
 
-    ``table_ptr`` points to this entry's row. Page numbers are cut to those that exist; with ``CHECK`` the table is not
-    read outside ``start .. end``.
+    ``table_ptr`` points to this entry's row. Page numbers are clamped to existing pages. With ``CHECK`` the kernel does
+    not read the table outside ``start .. end``.
     """
     keys = col + tl.arange(0, BLOCK)
     if PAGE == 0:
         return batch, keys.to(tl.int64)
     else:
-        if PAGE % BLOCK == 0:  # the whole tile lies in one page
+        if PAGE % BLOCK == 0:  # one page holds the whole tile
             page = tl.load(table_ptr + col // PAGE)
         elif CHECK:
             page = tl.load(table_ptr + keys // PAGE, mask=(keys >= start) & (keys < end), other=0)
@@ -98,14 +98,14 @@ def load_scales(cache, kv_head, page, slot, col, start, end, CHECK: tl.constexpr
 
 @triton.jit
 def dequantised(tile, scales, dtype: tl.constexpr):
-    """Numbers of a quantised cache in the dtype of the queries: times their scales, or where these are None exact."""
+    """Numbers of a quantised cache in the dtype of the queries: times their scales, or unchanged if these are None."""
     wide = tile.to(tl.float32)
     return cast(wide if scales is None else wide * scales[:, None], dtype)
 
 
 @triton.jit
 def head_row_offsets(x, batch, heads, rows, UNIT: tl.constexpr):
-    """Where rows (batch, heads[i], rows[i]) of an `operands.Rows` begin, in elements."""
+    """The offsets of rows (batch, heads[i], rows[i]) of an `operands.Rows`, in elements."""
     offset = batch * decode_stride(x.strides[0], UNIT) + heads * decode_stride(x.strides[1], UNIT)
     return offset + rows.to(tl.int64) * decode_stride(x.strides[2], UNIT)
 
@@ -120,8 +120,8 @@ def decode_kernel(
     """One program: BLOCK_M rows of one key head against one split of the keys they see.
 
     Row r is query head r % group of the key head's group, at query position r // group. The result is final, or one of
-    ``splits`` partial ones where ``partial`` is not None. With ``cu_seqlens_ptr`` the queries are packed, and ``added``
-    None says that each entry has appended as many keys.
+    ``splits`` partial results if ``partial`` is not None. With ``cu_seqlens_ptr`` the queries are packed. ``added``
+    None means that each entry has appended as many keys as it has queries.
     """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
@@ -170,7 +170,7 @@ def decode_kernel(
             if k.scale is not None:
                 k_tile = dequantised(k_tile, None, q_tile.dtype)
             s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
-            if k.scale is not None:  # behind the product: fewer scores than numbers
+            if k.scale is not None:  # after the product: there are fewer scores than numbers
                 s *= load_scales(k, kv_head, page, slot, col, start, end, EDGE == 1, BLOCK_N)[None, :]
             queries = rows[:, None]
             s, _ = finish_scores(
@@ -179,7 +179,7 @@ def decode_kernel(
             first = None if kv_start_ptr is None else first_seen
             s = hide_unseen(s, queries, cols, kv_len, offset, left, right, first, None, EDGE == 1)
             v_tile = load_keys(v, kv_head, page, slot, col, start, end, EDGE == 1, V_DIM, UNIT, BLOCK_N, BLOCK_DV)
-            if v.scale is not None:  # before it: weights times a small scale would leave the range of float16
+            if v.scale is not None:  # before the product: weights times a small scale could leave the range of float16
                 scales = load_scales(v, kv_head, page, slot, col, start, end, EDGE == 1, BLOCK_N)
                 v_tile = dequantised(v_tile, scales, q_tile.dtype)
             if EDGE or READS_SCORES:
@@ -187,7 +187,7 @@ def decode_kernel(
             p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, terms, EDGE == 1 or READS_SCORES)
             acc = dot(cast(p, v_tile.dtype), v_tile, acc, PRECISION)
 
-    if terms.slopes is not None:  # what `finish_scores` has added to every score of the row
+    if terms.slopes is not None:  # `finish_scores` has added this to every score of the row
         slope = tl.load(terms.slopes + batch * kv_heads * group + heads)
         row_max -= slope * nearest_key(rows, offset, kv_len, terms).to(tl.float32)
     if terms.sinks is not None:
@@ -249,7 +249,7 @@ def combine_kernel(
     index = tl.program_id(0).to(tl.int64)
     row, batch_head = index % q_len, index // q_len
     if cu_seqlens_ptr is not None:
-        if row >= tl.load(cu_seqlens_ptr + entries):  # a row of no entry
+        if row >= tl.load(cu_seqlens_ptr + entries):  # a row outside every entry
             return
     batch, head = batch_head // q_heads, batch_head % q_heads
     log_sums = partial.statistics + tl.cast(total, tl.int64) * splits
@@ -260,7 +260,7 @@ def combine_kernel(
         at = split.to(tl.int64) * total + index
         maxima = tl.load(partial.statistics + at, mask=split < splits, other=float("-inf"))
         largest = tl.maximum(largest, tl.max(maxima))
-    if terms.sinks is not None:  # one more score, whose value vector is 0
+    if terms.sinks is not None:  # one more score, with value vector 0
         sink = from_natural(tl.load(terms.sinks + head), terms)
         largest = tl.maximum(largest, sink)
     pivot = tl.where(largest == float("-inf"), 0.0, largest)
@@ -286,23 +286,23 @@ def combine_kernel(
 
 
 def choose_splits(programs: int, keys: int, block_n: int, multiprocessors: int, split_programs: int) -> int:
-    """Into how many parts to divide ``keys`` so that ``programs`` times as many fill the device.
+    """The number of parts of ``keys`` such that ``programs`` times as many programs fill the device.
 
-    ``split_programs`` for each multiprocessor, at least four tiles of keys for each at full length, at most 128 parts.
-    A function of shapes alone: lengths are on the device, and a captured graph keeps its grid.
+    It aims at ``split_programs`` per multiprocessor, with at least four tiles of keys each at full length and at most
+    128 parts. It depends on shapes only: lengths are on the device, and a captured graph keeps its grid.
     """
     return max(1, min(split_programs * multiprocessors // max(programs, 1), keys // (4 * block_n), 128))
 
 
 def splits_of(spec: CacheSpec) -> int:
-    """Into how many parts `attention_kvcache` divides the keys."""
+    """The number of parts into which `attention_kvcache` divides the keys."""
     cfg = _configure(spec)
     return _splits(spec, cfg, _programs(spec, cfg))
 
 
 def _configure(spec: CacheSpec) -> config.LaunchConfig:
     _, q_heads, q_len, head_dim = spec.q.shape
-    mean = q_len if spec.cu_seqlens_q is None else -(-q_len // spec.entries)  # whether most are prompts or steps
+    mean = q_len if spec.cu_seqlens_q is None else -(-q_len // spec.entries)  # most are prompts, or steps
     return config.lookup(
         "decode", launch.architecture(spec.q.device), max(head_dim, spec.v_cache.shape[3]), spec.q.element_size(),
         rows=q_heads // spec.k_cache.shape[2] * mean, indirect=spec.block_table is not None,
@@ -311,7 +311,7 @@ def _configure(spec: CacheSpec) -> config.LaunchConfig:
 
 
 def _programs(spec: CacheSpec, cfg: config.LaunchConfig) -> int:
-    """Of one part of the keys."""
+    """The programs for one part of the keys."""
     memory_entries, q_heads, q_len, _ = spec.q.shape
     kv_heads = spec.k_cache.shape[2]
     return launch.tiles(q_heads // kv_heads * q_len, cfg.block_m, spec.cu_seqlens_q) * memory_entries * kv_heads
@@ -328,20 +328,20 @@ def _splits(spec: CacheSpec, cfg: config.LaunchConfig, programs: int) -> int:
 def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     """Launch the decode kernel, and the combine kernel if there are splits; they fill ``out`` and ``lse``.
 
-    ``out`` (B, Hq, Lq, Dv) and ``lse`` (B, Hq, Lq), float32, contiguous. The entries that `spec` adds are in the caches
-    already. Scratch memory: num_splits * (Dv + 2) float32 per row of the result, if there is more than one split.
+    ``out`` (B, Hq, Lq, Dv) and ``lse`` (B, Hq, Lq), float32, contiguous. The caches already hold the entries that
+    `spec` adds. Scratch memory: num_splits * (Dv + 2) float32 per row of the result, if there is more than one split.
     """
     _attend(out, lse, spec._replace(k=None, v=None, length=None))
 
 
 def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
-    """Launch the append kernel for the entries that `spec` adds, then what `attention_kvcache` launches."""
+    """Launch the append kernel for the entries that `spec` adds, then the kernels of `attention_kvcache`."""
     _attend(out, lse, spec if spec.length is None else spec._replace(length=None))
 
 
 @replay.replayed
 def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
-    """``spec`` without its length, which changes with every step and nothing here reads."""
+    """Launch the kernels. ``spec`` has no length: it changes with every step, and nothing here reads it."""
     if spec.k is not None and spec.v is not None:
         append_rows(
             spec.k_cache, spec.v_cache, spec.k, spec.v, spec.lens, spec.block_table, spec.cu_seqlens_q, spec.k_scale,

@@ -1,4 +1,4 @@
-"""Dropout bits: they depend on the seed, batch entry, head, query and key alone, so tile sizes do not matter."""
+"""Dropout bits. They depend on the seed, batch entry, head, query and key only, not on tile sizes."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def dropout_row_keys(dropout, batch, head, rows):
-    """Two 32-bit keys per query row from Philox-4x32-7 (Salmon et al., 2011), the strong half of the dropout bits."""
+    """Two 32-bit keys per query row from Philox-4x32-7 (Salmon et al., 2011), the strong part of the dropout bits."""
     if dropout.part is not None:
         batch += tl.load(dropout.part + 1)
         head += tl.load(dropout.part + 2)
@@ -20,7 +20,7 @@ def dropout_row_keys(dropout, batch, head, rows):
 
 @triton.jit
 def dropout_keep(k0, k1, cols, dropout):
-    """Which weights of a tile stay: a keyed full-avalanche mix of the key index."""
+    """The weights of a tile that dropout keeps, by a keyed full-avalanche mix of the key index."""
     if dropout.part is not None:
         first, step = tl.load(dropout.part + 5).to(tl.int32), tl.load(dropout.part + 6).to(tl.int32)
         cols = first + cols.to(tl.int32) * step

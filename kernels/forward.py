@@ -51,8 +51,8 @@ def forward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all the keys they see.
 
-    With ``PIPELINED`` inner tiles start the product of the next queries and keys before the softmax of this tile, so
-    that tensor cores and exponentials work side by side; the last iteration repeats a product that nobody reads.
+    With ``PIPELINED`` inner tiles start the next tile's product of queries and keys before the softmax of this tile, so
+    that tensor cores and exponentials work in parallel. The last iteration repeats a product that nothing reads.
     """
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
@@ -63,7 +63,7 @@ def forward_kernel(
     tl.static_assert(not (PIPELINED and SPARSE), "expected no PIPELINED where a block mask says which tile is next")
     tile, tiles, batch, head = locate(tl.program_id(0), packed.q, sequences, q_heads, q_len, BLOCK_M)
     if right is not None and packed.q is None:
-        tile = tiles - 1 - tile  # the longest rows first, so that no program is left running alone
+        tile = tiles - 1 - tile  # longest rows first, so that no program runs alone at the end
     entry, q_first, q_rows = rows_of(packed.q, batch, q_len)
     k_entry, k_first, kv_len = keys_of(packed, batch, kv_len)
     row = tile * BLOCK_M
@@ -93,11 +93,11 @@ def forward_kernel(
         start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, row), BLOCK_N)
     q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     acc, row_max, row_sum = empty_softmax(BLOCK_M, BLOCK_DV)
-    for PASS in tl.static_range(3):  # inner tiles; edge tiles; again, with care, if the result is not finite
+    for PASS in tl.static_range(3):  # inner tiles; edge tiles; all again, with checks, if the result is not finite
         count = inners if PASS == 0 else edges
         if PASS == 2:
             count, acc, row_max, row_sum = start_again(acc, row_max, row_sum, inners + edges)
-        if PIPELINED and PASS == 0:  # checked, since there may be no inner tile at all
+        if PIPELINED and PASS == 0:  # checked, because there may be no inner tile
             k_tile = load_tile(k_ptr, inner_start, k_stride, kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
             ahead = dot(q_tile, tl.trans(k_tile), None, PRECISION)
         for tile in tl.range(0, count, num_stages=1 if PASS == 2 else None):
@@ -130,7 +130,7 @@ def forward_kernel(
                 v_tile = finite(v_tile)
             acc = dot(cast(p, v_tile.dtype), v_tile, acc, PRECISION)
 
-    shift = 0.0  # what `finish_scores` has added to every score of the row
+    shift = 0.0  # `finish_scores` has added this to every score of the row
     if slope is not None:
         shift = slope * nearest_key(rows, offset, kv_len, terms).to(tl.float32)
     if terms.sinks is not None:
@@ -151,9 +151,9 @@ def attention_forward(
     """Launch the forward kernel, which fills ``out`` (B, Hq, Lq, Dv), ``lse`` (B, Hq, Lq) and ``statistics``.
 
     ``lse`` and ``statistics`` (2, B, Hq, Lq) are float32 and contiguous. ``q`` (B, Hq, Lq, D), ``k`` (B, Hk, Lk, D) and
-    ``v`` (B, Hk, Lk, Dv) are of one dtype: float16, bfloat16 or float32. Rows of no packed sequence are left as they
-    are. ``statistics`` holds the maximum of each row, sink included, and log2 of its sum of exponentials, and 0 and 0
-    where nothing is allowed; `scores` says in which unit.
+    ``v`` (B, Hk, Lk, Dv) are of one dtype: float16, bfloat16 or float32. Rows outside every packed sequence stay
+    unwritten. ``statistics`` holds the maximum of each row, sink included, and log2 of its sum of exponentials; both
+    are 0 if nothing is allowed. `scores` describes the unit.
     """
     call = launch.Call(q, k, v, operands, options)
     unit = launch.stride_unit(call.q, call.k, call.v, out)

@@ -1,4 +1,4 @@
-"""What the backward kernels share: what they take of each row, and dS of one tile."""
+"""Code that the backward kernels share: their input per row, and dS of one tile."""
 
 import triton
 import triton.language as tl
@@ -13,11 +13,11 @@ def delta_kernel(
     out, dout, dlse_ptr, statistics_ptr, rows_ptr, q_heads, q_len,
     UNIT: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What the backward pass takes of each row, (3, rows): the statistics, and delta = rowsum(dO * O) - dlse, so that a
-    gradient through lse costs nothing further.
+    """Compute the backward pass's input per row, (3, rows): the statistics, and delta = rowsum(dO * O) - dlse, so that
+    a gradient through lse costs nothing more.
 
-    A row whose result is not finite is lost, and all that it sees with it: the lowest number for its maximum makes
-    probabilities infinite, and leaves those of what it does not see at 0.
+    A row whose result is not finite is lost, with all keys that it sees. The lowest number as its maximum makes their
+    probabilities infinite, and leaves those of other keys at 0.
     """
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     tiles = tl.cdiv(q_len, BLOCK_M)
@@ -43,7 +43,7 @@ def delta_kernel(
 
 @triton.jit
 def probabilities(s, row_max, log_sum, k0, k1, cols, terms, dropout):
-    """(p, what dropout multiplies it by, or 1) of a tile, in whichever orientation the arguments broadcast to."""
+    """(p, dropout's factor or 1) of a tile, in the orientation to which the arguments broadcast."""
     p = tl.math.exp2(exponent(s, row_max, terms) - log_sum)
     if dropout.seed is not None:
         return p, tl.where(dropout_keep(k0, k1, cols, dropout), dropout.keep_scale, 0.0)
@@ -57,7 +57,8 @@ def tile_ds(
     batch, head, q_len, kv_len, offset, left, right, terms, dropout, EDGE: tl.constexpr, CHECK: tl.constexpr,
     CAREFUL: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(dS, d capped / d uncapped, K) of one tile of queries by keys; ``CAREFUL`` about keys and values not finite."""
+    """(dS, d capped / d uncapped, K) of one tile of queries by keys; ``CAREFUL`` handles keys and values that are not
+    finite."""
     BLOCK_D: tl.constexpr = q_tile.shape[1]
     BLOCK_DV: tl.constexpr = dout_tile.shape[1]
     cols = (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :]
@@ -67,7 +68,7 @@ def tile_ds(
     s, cap_gradient = finish_scores(products, queries, cols, q_len, kv_len, offset, terms, slope, batch, head, CHECK)
     s = hide_unseen(s, queries, cols, kv_len, offset, left, right, None, pool_tile, CHECK)
     v_tile = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
-    if CAREFUL:  # what they stand for is infinite in the rows that see them, by the probabilities of `delta_kernel`
+    if CAREFUL:  # `delta_kernel` makes their probabilities infinite in the rows that see them
         k_tile, v_tile = finite(k_tile), finite(v_tile)
     dp = dot(dout_tile, tl.trans(v_tile), None, PRECISION)
     p, factor = probabilities(s, row_max[:, None], log_sum[:, None], k0[:, None], k1[:, None], cols, terms, dropout)

@@ -1,4 +1,4 @@
-"""Host-side helpers shared by the launchers: operands as kernels take them, strides, device facts."""
+"""Host-side helpers of the launchers: kernel operands, strides, device facts."""
 
 import functools
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from .scores import LOG2E
 from .tiles import INTERPRETED
 
 SCORES_UNIT = 16
-"""What strides of a mask or bias are multiples of where 16-byte accesses read it, the numbers being bytes or larger."""
+"""Strides of a mask or bias are multiples of this if 16-byte accesses read it, for elements of one byte or more."""
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The name under which `config` knows this device."""
+    """The name of this device in `config`."""
     if device.type == "cpu" and INTERPRETED.value:
         return "interpreter"
     if torch.version.hip:
@@ -31,58 +31,58 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; 1 where kernels are interpreted."""
+    """The least number of programs that run in parallel; 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed: exact unless torch's own matmul setting allows TF32."""
+    """The precision of float32 products: exact unless torch's own matmul setting allows TF32."""
     if dtype != torch.float32 or INTERPRETED.value:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def unit_last(tensor: Tensor) -> Tensor:
-    """The tensor with adjacent elements along its last dimension, copied only if they are not."""
+    """The tensor with adjacent elements along its last dimension; a copy only if necessary."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def stride_unit(*tensors: Tensor) -> int:
     """8 where every row starts at a multiple of 8 elements, which lets the compiler use 16-byte accesses; else 1.
 
-    Kernels get strides divided by this unit and multiply it back: divisibility becomes a compile-time fact that
-    depends on the layout, not on a length, so a new sequence length never compiles again.
+    Kernels get strides divided by this unit and multiply it back. Divisibility is then a compile-time fact that depends
+    on the layout, not on a length, so a new sequence length never causes recompilation.
     """
     return 8 if all(s % 8 == 0 for t in tensors for s in t.stride()[:-1]) else 1
 
 
 def encode(size: int) -> int:
-    """An integer for a group. Why it is encoded, and how: README.md."""
+    """Encode an integer for a group; README.md explains why and how."""
     return 16 * size
 
 
 def encode_strides(tensor: Tensor, unit: int) -> tuple[int, int, int]:
-    """Batch, head and row strides, in units, for a group; see README.md."""
+    """Encode batch, head and row strides, in units, for a group; see README.md."""
     b, h, m, _ = (16 * (s // unit) for s in tensor.stride())
     return b, h, m
 
 
 def encode_wide(stride: int) -> int:
-    """A stride of a mask or bias for a group; see README.md."""
+    """Encode a stride of a mask or bias for a group; see README.md."""
     return 16 * (stride + (1 << 40))
 
 
 def rows(tensor: Tensor | None, unit: int) -> Rows:
-    """The rows of a (B, H, L, D) tensor whose last dimension is adjacent."""
+    """The rows of a (B, H, L, D) tensor whose last dimension has adjacent elements."""
     return Rows(None, None) if tensor is None else Rows(tensor, encode_strides(tensor, unit))
 
 
 def scores(
     tensor: Tensor | None, shape: tuple[int, int, int, int], unit: int | None = None, columns: int | None = None
 ) -> Scores:
-    """A mask or bias, 4-D, broadcast to ``shape`` without a copy. bool is read as bytes.
+    """A 4-D mask or bias, broadcast to ``shape`` without a copy. Kernels read bool as bytes.
 
-    ``unit`` from `ahead`. ``columns``: over a KV cache, whose keys may be others than those that it is about.
+    ``unit`` comes from `ahead`. ``columns``: for a KV cache, whose keys may differ from the columns.
     """
     if tensor is None:
         return Scores(None, None, None, None)
@@ -98,10 +98,10 @@ def scores(
 
 
 def ahead(q: Tensor, operands: Operands) -> int | None:
-    """`SCORES_UNIT` where the tiles of a mask or bias with a row per query are loaded ahead, as those of keys are.
+    """`SCORES_UNIT` if kernels load the tiles of a mask or bias with a row per query ahead, like those of keys.
 
-    Its rows have to begin at multiples of as many elements. Shared memory has room for one of the two, of numbers as
-    small as `config.LARGEST_AHEAD` says, and beside a block mask, which takes more stages, for none.
+    Its rows have to begin at multiples of this many elements. Shared memory has room for only one of mask and bias,
+    with elements up to `config.LARGEST_AHEAD`, and for neither with a block mask, which takes more stages.
     """
     largest = config.LARGEST_AHEAD.get(architecture(q.device), 0)
     if q.element_size() > largest or operands.block_mask:
@@ -133,26 +133,26 @@ def sparse_table(block_mask: Sequence[Tensor]) -> Table:
 
 
 def _line_strides(lines: Tensor) -> tuple[int, int]:
-    """How many lines two batch entries and two heads are apart, encoded."""
+    """The distance in lines between batch entries and between heads, encoded."""
     batches, heads, count, _ = lines.shape
     return encode(heads * count if batches > 1 else 0), encode(count if heads > 1 else 0)
 
 
 def tiles(length: int, block: int, cu_seqlens: Tensor | None) -> int:
-    """Tiles per head and batch entry: for packed sequences the slots of `ranges.locate`, from the shapes alone."""
+    """Tiles per head and batch entry; for packed sequences the slots of `ranges.locate`, from shapes only."""
     return -(-length // block) if cu_seqlens is None else length // block + cu_seqlens.shape[0] - 1
 
 
 def keep_scale(dropout_p: float) -> float:
-    """What kept probabilities are multiplied by, so that their expectation stays."""
+    """The factor of kept probabilities that preserves their expectation."""
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
 
 
 def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """(q, scale, sign): the same scores from a positive scale, which the running maximum of the softmax needs.
+    """(q, scale, sign) that give the same scores with a positive scale, which the running maximum of the softmax needs.
 
-    The gradient of the given q is ``sign`` times that of the returned one. A scale of 0 moves into q, since 0 * -inf
-    is not -inf; so does one that float32 arithmetic takes for 0.
+    The gradient of the given q is ``sign`` times that of the returned one. A scale of 0 moves into q, because
+    0 * -inf is not -inf; so does one that float32 arithmetic rounds to 0.
     """
     scale = float(scale)
     if abs(scale) < SMALLEST_NORMAL:
@@ -164,7 +164,7 @@ def terms(
     operands: Operands, scale: float, softcap: float | None, sequences: int, shape: tuple[int, int, int, int],
     unit: int | None = None,
 ) -> Terms:  # fmt: skip
-    """The score terms of a call with scores of ``shape``; ``scale`` is positive, ``unit`` from `ahead`."""
+    """The score terms of a call with scores of ``shape``; ``scale`` is positive, ``unit`` comes from `ahead`."""
     softcap = None if softcap is None else float(softcap)  # an integer would compile another kernel
     return Terms(
         scores(operands.mask, shape, unit), scores(operands.bias, shape, unit),
@@ -174,7 +174,7 @@ def terms(
 
 
 class Call:
-    """What the launchers of the forward and the backward pass derive from the same arguments."""
+    """Values that the launchers of the forward and the backward pass derive from the same arguments."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, operands: Operands, options: Options) -> None:
         self.batch, self.q_heads, self.q_len, head_dim = q.shape
@@ -203,11 +203,11 @@ class Call:
         self._reads_late = False in read and unit is None
 
     def key_passes(self) -> tuple[config.Kernel, ...]:
-        """The kernels that make the gradients of the keys and values: one, or one for each."""
+        """The kernels for the gradients of keys and values: one for both, or one each."""
         return config.key_passes(*self._facts[:2])
 
     def configure(self, kernel: config.Kernel, unit: int) -> config.LaunchConfig:
-        """The launch config of one of the call's kernels; ``unit`` from `stride_unit`."""
+        """The launch config of one of the call's kernels; ``unit`` comes from `stride_unit`."""
         crowded = self._reads_late or unit == 1
         crowded |= kernel == "dkdv" and (self.dropout.seed is not None or self.terms.softcap is not None)
         return config.lookup(
@@ -217,12 +217,12 @@ class Call:
 
 
 def slopes(alibi_slopes: Tensor | None, batch: int) -> Tensor | None:
-    """ALiBi slopes (1 or B, Hq) as kernels take them: one float32 per batch entry and head."""
+    """ALiBi slopes (1 or B, Hq) for kernels: one float32 per batch entry and head."""
     if alibi_slopes is not None and alibi_slopes.shape[0] != batch:
         alibi_slopes = alibi_slopes.expand(batch, -1)
     return float32(alibi_slopes)
 
 
 def float32(tensor: Tensor | None) -> Tensor | None:
-    """One float32 per element, adjacent."""
+    """The tensor as adjacent float32 elements."""
     return None if tensor is None else tensor.to(torch.float32).contiguous()

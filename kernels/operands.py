@@ -1,8 +1,8 @@
 """The named groups in which kernels take their arguments.
 
-An absent operand is None: that is a compile-time fact, at any depth. Integers inside a group are encoded, see "Encoded
-strides" in README.md; lengths and sizes are plain arguments instead. Hand groups down as they are: Triton cannot
-rebuild one that holds None inside a kernel.
+An absent operand is None, at any depth, which is a compile-time fact. Integers inside a group are encoded; see "Encoded
+strides" in README.md. Lengths and sizes are plain arguments instead. Pass groups on unchanged: inside a kernel, Triton
+cannot rebuild a group that holds None.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Rows(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the forward kernel fills."""
+    """The tensors that the forward kernel fills."""
 
     out: Any
     """`Rows`"""
@@ -35,26 +35,26 @@ class Cache(NamedTuple):
     strides: Any
     """(page, slot, head, column or None if adjacent) from `launch.encode_strides`"""
     scale: Any
-    """float32, what the numbers of a row are multiplied by; None where the cache is not quantised"""
+    """float32, the factor of a row's numbers; None if the cache is not quantised"""
     scale_strides: Any
-    """(page, slot, head), encoded; page and slot None where all rows of a head have one scale"""
+    """(page, slot, head), encoded; page and slot are None if all rows of a head share one scale"""
 
 
 class Scores(NamedTuple):
     """A mask or a bias, broadcast to (batch, head, query, key) by strides of 0."""
 
     ptr: Any
-    """None without one. Ask this and not the group: Triton 3.6.0 cannot compare a tuple that holds None."""
+    """None if absent. Test this and not the group: Triton 3.6.0 cannot compare a tuple that holds None."""
     strides: Any
-    """from `launch.encode_wide`; None for heads or queries: one for all of them; None for keys: adjacent elements"""
+    """from `launch.encode_wide`; None for heads or queries: all share one; None for keys: adjacent elements"""
     columns: Any
-    """how many keys it is about, encoded, the others being allowed and without a bias; None: about all"""
+    """the number of its columns, encoded; keys without one are allowed and have no bias. None: every key has one"""
     unit: Any
-    """16 where the strides count as many elements, else None: then a row begins at any element"""
+    """16 if the strides count units of 16 elements; None if a row may begin at any element"""
 
 
 class Terms(NamedTuple):
-    """What becomes of the products of queries and keys before the softmax."""
+    """The terms that change the products of queries and keys before the softmax."""
 
     mask: Any
     """`Scores`; 0 forbids"""
@@ -68,26 +68,27 @@ class Terms(NamedTuple):
     """positive"""
     softcap: Any
     to_base_2: Any
-    """log2(e) times softcap, or else scale: what `finish_scores` leaves to the exponential where it adds no term"""
+    """log2(e) times softcap, or else scale: the factor that `finish_scores` leaves to the exponential if it adds no
+    term"""
 
 
 class Dropout(NamedTuple):
     seed: Any
     """int64, or None without dropout"""
     part: Any
-    """None, or the seed again where behind it stand: first batch entry, head, row, step of rows, key, step of keys"""
+    """None, or the seed again if these follow it: first batch entry, head, row, step of rows, key, step of keys"""
     p: Any
     keep_scale: Any
-    """what kept probabilities are multiplied by"""
+    """the factor of kept probabilities"""
 
 
 class Packed(NamedTuple):
-    """Where packed sequences begin, int (sequences + 1,), or None."""
+    """The starts of packed sequences, int (sequences + 1,), or None."""
 
     q: Any
     k: Any
     used: Any
-    """int (sequences,), how many of its keys each one uses; or None"""
+    """int (sequences,), the number of keys that each one uses; or None"""
 
 
 class Sparse(NamedTuple):
@@ -98,7 +99,7 @@ class Sparse(NamedTuple):
     entries: Any
     pool: Any
     batch_stride: Any
-    """how many lines two batch entries are apart, encoded"""
+    """the distance between batch entries in lines, encoded"""
     head_stride: Any
 
 
@@ -113,7 +114,7 @@ class Table(NamedTuple):
 
 
 class BiasGradient(NamedTuple):
-    """The contiguous gradient of a bias: sizes, encoded, and None along dimensions that are summed over."""
+    """The contiguous gradient of a bias: encoded sizes, None along the dimensions that the kernel sums over."""
 
     ptr: Any
     batches: Any
@@ -123,7 +124,7 @@ class BiasGradient(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """Results of one split of the keys: None where the keys are not divided."""
+    """Results of one split of the keys; None if the keys are not divided."""
 
     out: Any
     """float32 (splits, rows, Dv), normalised"""

@@ -1,4 +1,4 @@
-"""Which tiles a program works on: positions, packed sequences, edge and inner tiles, lines of a block mask."""
+"""The tiles that a program computes: positions, packed sequences, edge and inner tiles, lines of a block mask."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,7 @@ SPARSE_BLOCK: tl.constexpr = tl.constexpr(128)
 
 @triton.jit
 def query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len):
-    """Absolute position of query row 0 of this batch entry, cut to what int32 arithmetic can hold."""
+    """The absolute position of query row 0 of this batch entry, clamped to a range that is safe in int32."""
     if q_offset_ptr is not None:
         return tl.minimum(tl.maximum(tl.load(q_offset_ptr + batch), -(1 << 30)), 1 << 30).to(tl.int32)
     elif q_offset is None:
@@ -24,11 +24,10 @@ def query_offset(q_offset, q_offset_ptr, batch, q_len, kv_len):
 def locate(program, cu_seqlens_ptr, sequences, heads, length, BLOCK: tl.constexpr, scale=1):
     """(tile, number of tiles, batch, head) of a program: tiles of ``length`` rows of each head of each batch entry.
 
-    A packed sequence has ``scale`` times the rows that ``cu_seqlens`` says.
-
-    The grid for packed sequences is made without reading their lengths: sequence b has the slots from
-    ``cu_seqlens[b] // BLOCK + b`` on, never fewer than its tiles, and a binary search finds the sequence of a slot.
-    Lengths 30, 0, 70 with BLOCK 32: slots 0, 1 and 2 to 5. A tile may lie after the last one of its sequence.
+    A packed sequence has ``scale`` times the rows that ``cu_seqlens`` gives. The host sizes the grid for packed
+    sequences without reading their lengths: the slots of sequence b start at ``cu_seqlens[b] // BLOCK + b``, which
+    leaves at least as many slots as it has tiles. A binary search finds the sequence of a slot. Lengths 30, 0, 70 with
+    BLOCK 32 have slots 0, 1 and 2 to 5. A tile may lie after the last one of its sequence.
     """
     if cu_seqlens_ptr is None:
         tiles = tl.cdiv(length, BLOCK)
@@ -49,7 +48,7 @@ def locate(program, cu_seqlens_ptr, sequences, heads, length, BLOCK: tl.constexp
 
 @triton.jit
 def row_count(packed, sequences, q_heads, q_len):
-    """Query rows of all batch entries in memory and heads, 64-bit: packed sequences are one batch entry there."""
+    """Query rows of all heads and batch entries, 64-bit. In memory, packed sequences are one batch entry."""
     entries = sequences if packed.q is None else 1
     return tl.cast(q_len, tl.int64) * q_heads * entries
 
@@ -66,7 +65,7 @@ def rows_of(cu_seqlens_ptr, batch, length):
 
 @triton.jit
 def keys_of(packed, batch, length):
-    """`rows_of` for keys: those behind what a packed sequence uses are none."""
+    """`rows_of` for keys: the number stops at the keys that a packed sequence uses."""
     entry, first, count = rows_of(packed.k, batch, length)
     if packed.used is not None:
         count = tl.minimum(tl.maximum(tl.load(packed.used + batch), 0), count).to(tl.int32)
@@ -75,12 +74,12 @@ def keys_of(packed, batch, length):
 
 @triton.jit
 def tile_ranges(start, inner_start, inner_end, end, past_end, READS_SCORES: tl.constexpr, BLOCK: tl.constexpr):
-    """Split the visible range ``start .. end`` into edge tiles, on both sides, and inner tiles, fully visible.
+    """Split the visible range ``start .. end`` into edge tiles on both sides and inner tiles, which are fully visible.
 
-    Returns (start, edges_left, right_start, edges, inner_start, inners), drawn in README.md: ``edges`` edge tiles, of
-    them ``edges_left`` from ``start`` on and the others from ``right_start`` on; ``inners`` inner tiles from
-    ``inner_start`` on. A mask or bias (``READS_SCORES``) is read at every index of a tile: where the own side is
-    ``past_end``, all tiles are edge tiles.
+    Returns (start, edges_left, right_start, edges, inner_start, inners); README.md has a picture. There are ``edges``
+    edge tiles: ``edges_left`` of them start at ``start``, the others at ``right_start``. ``inners`` inner tiles start
+    at ``inner_start``. Kernels read a mask or bias (``READS_SCORES``) at every index of a tile, so if the program's own
+    tile reaches ``past_end``, all tiles are edge tiles.
     """
     start = start // BLOCK * BLOCK
     limit = tl.maximum(tl.cdiv(end, BLOCK) * BLOCK, start)
@@ -120,13 +119,13 @@ def key_range(
 
 @triton.jit
 def first_key(kv_start_ptr, batch, kv_len):
-    """The key of a batch entry from which on they take part."""
+    """The first key of a batch entry that takes part."""
     return tl.minimum(tl.maximum(tl.load(kv_start_ptr + batch), 0), kv_len).to(tl.int32)
 
 
 @triton.jit
 def skip_before(first, start, edges_left, right_start, edges, inner_start, inners, BLOCK: tl.constexpr):
-    """`tile_ranges` over keys, without those before ``first``, whose own tile is an edge tile."""
+    """`tile_ranges` over keys without those before ``first``; the tile of ``first`` is an edge tile."""
     begin, right = first // BLOCK * BLOCK, edges - edges_left
     start = tl.maximum(start, tl.minimum(begin, right_start))
     inner_start = tl.minimum(tl.maximum(inner_start, tl.cdiv(first, BLOCK) * BLOCK), right_start)
@@ -156,7 +155,8 @@ def seen_tiles(
 
 @triton.jit
 def unseen_before(first, col, right_start, edges, inner_start, inners, BLOCK: tl.constexpr):
-    """(right_start, edges, inners) of `query_range` for the key tile ``col``: none before ``first``, edges at it."""
+    """(right_start, edges, inners) of `query_range` for the key tile ``col``: no tiles before ``first``, edge tiles at
+    it."""
     apart = col < first
     right_start, edges = tl.where(apart, inner_start, right_start), tl.where(apart, edges + inners, edges)
     return right_start, tl.where(col + BLOCK <= first, 0, edges), tl.where(apart, 0, inners)
@@ -180,9 +180,9 @@ def query_range(
 
 @triton.jit
 def tile_position(tile, start, edges_left, right_start, inner_start, EDGE: tl.constexpr, BLOCK: tl.constexpr):
-    """Where tile number ``tile`` of the edge or the inner tiles begins.
+    """The start of tile number ``tile`` of the edge or the inner tiles.
 
-    Inner tiles in 64 bits from the start: only then does the compiler see addresses that grow by a constant.
+    Inner tiles use 64 bits from the start: only then can the compiler see that addresses grow by a constant.
     """
     if EDGE:
         return tl.where(tile < edges_left, start + tile * BLOCK, right_start + (tile - edges_left) * BLOCK)
@@ -192,8 +192,9 @@ def tile_position(tile, start, edges_left, right_start, inner_start, EDGE: tl.co
 
 @triton.jit
 def tile_of_pass(tile, start, edges_left, inner_start, inners, PASS: tl.constexpr):
-    """What to ask `tile_position` (the first three arguments) or `sparse_position` (two) for tile number ``tile`` of a
-    pass: 0 over the inner tiles, 1 over the edge tiles, 2 over the inner and then the edge tiles, all as edge tiles.
+    """The first three arguments of `tile_position`, or two of `sparse_position`, for tile number ``tile`` of a pass.
+    Pass 0 goes over the inner tiles, 1 over the edge tiles, 2 over the inner and then the edge tiles, all as edge
+    tiles.
     """
     if PASS == 0:
         return tile, inner_start, edges_left
@@ -207,7 +208,7 @@ def tile_of_pass(tile, start, edges_left, inner_start, inners, PASS: tl.constexp
 
 @triton.jit
 def sparse_line(sparse, batch, head, index):
-    """The line of an `operands.Sparse` or `Table` that query or key ``index`` of a head of a batch entry lies in."""
+    """The line of an `operands.Sparse` or `Table` that contains query or key ``index`` of a head of a batch entry."""
     first = batch * decode_size(sparse.batch_stride) + head * decode_size(sparse.head_stride)
     return first + (index + batch * 0) // SPARSE_BLOCK
 
@@ -226,7 +227,7 @@ def sparse_range(sparse, line, BLOCK: tl.constexpr):
 
 @triton.jit
 def sparse_position(tile, first_entry, sparse, BLOCK: tl.constexpr):
-    """Where tile number ``tile`` of the edge or the inner tiles begins; ``first_entry`` is that of the first."""
+    """The start of tile number ``tile`` of the edge or the inner tiles; ``first_entry`` is the entry of the first."""
     pieces: tl.constexpr = SPARSE_BLOCK // BLOCK
     tile += first_entry * 0  # the interpreter's loop counters are Python integers
     block = tl.load(sparse.entries + (first_entry + tile // pieces).to(tl.int64) * 2)
@@ -235,7 +236,7 @@ def sparse_position(tile, first_entry, sparse, BLOCK: tl.constexpr):
 
 @triton.jit
 def sparse_pool_tile(tile, first_entry, sparse, BLOCK: tl.constexpr):
-    """Pointer to the tile of the pool in which edge tile number ``tile`` lies."""
+    """Pointer to the tile of the pool that contains edge tile number ``tile``."""
     pieces: tl.constexpr = SPARSE_BLOCK // BLOCK
     tile += first_entry * 0
     return pool_tile(sparse.pool, tl.load(sparse.entries + (first_entry + tile // pieces).to(tl.int64) * 2 + 1))

@@ -1,14 +1,14 @@
-"""Launches that are bound once for each layout and then repeated with new addresses.
+"""Bind launches once for each layout and then repeat them with new addresses.
 
-Triton binds each launch anew: it walks over all arguments, finds out what of them is compiled in, and looks the kernel
-up. For kernels with as many arguments as these, that and the host code that makes the arguments cost more than a small
-call computes. Of a call everything but the addresses follows from its layout: shapes, strides, dtypes, numbers, and
-which addresses are multiples of 16. So a launcher marked `replayed` is watched once for each layout, and from then on
-its launches are repeated: the same compiled kernels, grids and arguments, with the addresses of the call at hand.
+Triton binds each launch anew: it inspects all arguments, finds the compile-time ones and looks the kernel up. These
+kernels have so many arguments that this, and the host code that makes the arguments, costs more than a small call
+computes. A call's layout (shapes, strides, dtypes, numbers, and which addresses are multiples of 16) determines
+everything but the addresses. So this module records a launcher marked `replayed` once for each layout. Later calls
+repeat its launches: the same compiled kernels, grids and arguments, with the addresses of the present call.
 
-A layout is repeated only if its launcher did nothing else: what PyTorch computes beside the launches (a copy, a sum)
-would be missing. Whoever watches launches (a profiler's hooks) gets Triton's own way, as does a Triton whose launcher
-is not known here.
+It repeats a layout only if the launcher did nothing else, because a repeat would miss what PyTorch computes beside the
+launches (a copy, a sum). If a profiler's hooks watch launches, or the launcher of this Triton is unknown, launches go
+through Triton.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ from . import config
 from .tiles import INTERPRETED
 
 KNOWN_TRITONS = ((3, 6), (3, 9))
-"""The oldest and the newest whose compiled kernels are launched as `Launch` does: see tests/kernels/test_replay.py."""
+"""The oldest and the newest Triton whose compiled kernels `Launch` can launch: see tests/kernels/test_replay.py."""
 MOST_LAYOUTS = 1024
-"""For each launcher; then all are forgotten: lengths that change with every call must not fill the memory."""
+"""Layouts per launcher. Beyond this it forgets all, so that lengths that change with every call do not fill memory."""
 
 _SEEN, _TRITONS_OWN = object(), object()
 _state = threading.local()
@@ -46,12 +46,12 @@ class Launch(NamedTuple):
     """A bound launch."""
 
     run: Callable[..., None]
-    """Triton's launcher for the compiled kernel; it allocates what scratch memory the kernel asks for."""
+    """Triton's launcher for the compiled kernel; it allocates the scratch memory that the kernel needs."""
     programs: int
     function: int
     metadata: Any
     arguments: Callable[[Sequence[int]], tuple[Any, ...]]
-    """what the kernel takes, from the addresses"""
+    """makes the kernel's arguments from the addresses"""
 
 
 class Plan(NamedTuple):
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
 
 def start(kernel: Any, programs: int, arguments: tuple[Any, ...], cfg: config.LaunchConfig) -> None:
-    """Launch a kernel on a grid of one dimension, Triton's own way."""
+    """Launch a kernel on a grid of one dimension through Triton."""
     _offer_memory()
     compiled = kernel[(programs,)](*arguments, **cfg.options())
     if (recorder := getattr(_state, "recorder", None)) is not None:
@@ -78,7 +78,7 @@ def scratch(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def same_address(view: Tensor, of: Tensor) -> Tensor:
-    """``view``, which begins where ``of`` does: an argument in another shape or dtype."""
+    """``view``, which starts at the address of ``of``: an argument in another shape or dtype."""
     if (recorder := getattr(_state, "recorder", None)) is not None:
         recorder.slots[id(view)] = recorder.slots.get(id(of))
         recorder.held.append(view)
@@ -86,7 +86,7 @@ def same_address(view: Tensor, of: Tensor) -> Tensor:
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make that the tensor's."""
+    """Make the tensor's device current, because Triton launches there."""
     if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.get_device())
     return _NOTHING
@@ -97,7 +97,7 @@ _NOTHING = contextlib.nullcontext()
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """Inside, every launch goes Triton's own way: for measurements and for tests that catch launches."""
+    """Inside the block, every launch goes through Triton: for measurements and for tests that catch launches."""
     global _off
     before, _off = _off, True
     try:
@@ -108,7 +108,7 @@ def off() -> Iterator[None]:
 
 @functools.cache
 def known_triton(version: str = triton.__version__) -> bool:
-    """Whether compiled kernels of this Triton are launched as `Launch` does. Warns, once, where they are not."""
+    """Whether `Launch` can launch compiled kernels of this Triton. It warns once if not."""
     oldest, newest = KNOWN_TRITONS
     if oldest <= tuple(int(part) for part in version.split(".")[:2]) <= newest:
         return True
@@ -124,9 +124,9 @@ def known_triton(version: str = triton.__version__) -> bool:
 def replayed(launcher: Callable[..., None]) -> Callable[..., None]:
     """Repeat the launches of ``launcher`` wherever it is called with a layout that it was called with before.
 
-    It gets tensors, None, numbers, and named groups and lists of these, starts kernels by `start` and returns nothing.
-    Equal numbers make equal launches: 1 and 1.0 compile differently, so it converts those that may be either. What else
-    its launches depend on belongs into `_surroundings`.
+    It takes tensors, None, numbers, and named groups and lists of these, starts kernels by `start` and returns nothing.
+    Equal numbers must make equal launches. 1 and 1.0 compile differently, so the launcher converts numbers that may be
+    either. Anything else that its launches depend on belongs in `_surroundings`.
     """
     if INTERPRETED.value:
         return launcher
@@ -148,7 +148,7 @@ def replayed(launcher: Callable[..., None]) -> Callable[..., None]:
         plan = layouts.get(layout)
         if type(plan) is Plan:
             _repeat(plan, tensors[0], addresses)
-        elif plan is _SEEN:  # a second time, so that watching pays
+        elif plan is _SEEN:  # the second time, so that recording pays off
             layouts[layout] = _watch(launcher, arguments)
         else:
             if plan is None:
@@ -162,12 +162,12 @@ def replayed(launcher: Callable[..., None]) -> Callable[..., None]:
 
 
 def _watched() -> bool:
-    """Whether somebody wants to see each launch."""
+    """Whether a hook wants to see each launch."""
     return bool(_runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)
 
 
 def _survey(arguments: Any, tensors: list[Tensor], facts: list[Any]) -> None:
-    """Collect the tensors, and what of the arguments a layout consists of."""
+    """Collect the tensors, and the facts about the arguments that form a layout."""
     for x in arguments:
         if x is None:
             facts.append(x)
@@ -192,7 +192,7 @@ _PLAIN = frozenset((int, float, bool, Options))
 
 
 def _surroundings(tensor: Tensor) -> tuple[Any, ...]:
-    """What compiled code and launches depend on beside the arguments of the call."""
+    """The state, beside the arguments of the call, that compiled code and launches depend on."""
     precision = torch.backends.cuda.matmul.fp32_precision if tensor.dtype == torch.float32 else None
     return (
         tensor.get_device(), precision, config.current_override(), knobs.runtime.debug,
@@ -212,20 +212,20 @@ def _repeat(plan: Plan, like: Tensor, addresses: list[int]) -> None:
 
 
 def _offer_memory() -> None:
-    """For kernels that ask for scratch memory of their own, PyTorch's; whoever has set an allocator keeps it."""
+    """Give PyTorch's memory to kernels that need scratch memory; an allocator that is already set stays."""
     if _allocation._allocator.get() is _allocation._NULL_ALLOCATOR:
         triton.set_allocator(_allocate)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")  # PyTorch aligns to 512 bytes
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # PyTorch aligns it to 512 bytes
 
 
 # Watching a launcher
 
 
 def _watch(launcher: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
-    """Run the launcher and return its plan, or `_TRITONS_OWN` where it did something that launches do not repeat."""
+    """Run the launcher and return its plan, or `_TRITONS_OWN` if it did something that launches do not repeat."""
     tensors: list[Tensor] = []
     arguments = _alias(arguments, tensors)
     recorder = _state.recorder = _Recorder(tensors)
@@ -238,7 +238,8 @@ def _watch(launcher: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
 
 
 def _alias(x: Any, tensors: list[Tensor]) -> Any:
-    """``x`` with a tensor object of its own for each tensor: one may be given twice, and not the next time."""
+    """``x`` with a new tensor object for each tensor, because a call may pass one tensor twice and the next call
+    not."""
     if isinstance(x, Tensor):
         tensors.append(x.detach())
         return tensors[-1]
@@ -249,7 +250,7 @@ def _alias(x: Any, tensors: list[Tensor]) -> Any:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees launches, and whether PyTorch computes anything beside them."""
+    """Records launches, and whether PyTorch computes anything beside them."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
@@ -275,7 +276,7 @@ class _Recorder(TorchDispatchMode):
         return x
 
     def launched(self, compiled: Any, programs: int, arguments: tuple[Any, ...]) -> None:
-        if not isinstance(compiled, triton.compiler.CompiledKernel):  # its compilation is still under way
+        if not isinstance(compiled, triton.compiler.CompiledKernel):  # its compilation has not finished
             self.repeatable = False
             return
         constants: dict[str, Any] = {}
@@ -285,10 +286,10 @@ class _Recorder(TorchDispatchMode):
             self.launches.append(Launch(compiled.run, programs, compiled.function, compiled.packed_metadata, build))
 
     def _expression(self, x: Any, constants: dict[str, Any]) -> str:
-        """Python for ``x``, with an item of `addresses` for each tensor."""
+        """A Python expression for ``x``, with an item of `addresses` for each tensor."""
         if isinstance(x, Tensor):
             slot = self.slots.get(id(x))
-            if slot is None:  # made on the way
+            if slot is None:  # the launcher made it
                 self.repeatable = False
             return f"addresses[{slot}]"
         if isinstance(x, tuple) and any(isinstance(item, (Tensor, tuple)) for item in x):

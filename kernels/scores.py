@@ -1,7 +1,7 @@
 """From the products of queries and keys to probabilities: score terms, the running softmax, its statistics.
 
-The running maximum has one of two units. Where a bias or ALiBi is added, it is that of the scores, so that no finite
-bias overflows; otherwise scores stay as they are, and one fused multiply-add takes them to base 2.
+The running maximum has one of two units. With a bias or ALiBi it has the unit of the scores, so that no finite bias
+overflows. Otherwise scores stay as they are, and one fused multiply-add converts them to base 2.
 """
 
 import triton
@@ -18,7 +18,7 @@ LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def load_columns(x, batch, cols, OTHER: tl.constexpr):
-    """What an `operands.Scores` with one row for all queries and heads says of some keys."""
+    """The values for some keys of an `operands.Scores` with one row for all queries and heads."""
     stride = 1 if x.strides[3] is None else decode_wide(x.strides[3])
     ptrs = x.ptr + batch * decode_wide(x.strides[0]) + cols.to(tl.int64) * stride
     return tl.load(ptrs, mask=(cols >= 0) & (cols < decode_size(x.columns)), other=OTHER)
@@ -26,10 +26,10 @@ def load_columns(x, batch, cols, OTHER: tl.constexpr):
 
 @triton.jit
 def load_scores(x, batch, head, rows, cols, n_rows, n_cols, CHECK: tl.constexpr, OTHER: tl.constexpr = 0):
-    """A tile of an `operands.Scores`, OTHER outside of it; a single row where that broadcasts over the queries."""
+    """A tile of an `operands.Scores`, with OTHER outside it; a single row if it broadcasts over the queries."""
     cols64 = cols if x.columns is not None and x.strides[3] is None else cols.to(tl.int64)
     if x.columns is not None and x.strides[1] is None and x.strides[2] is None:
-        # One for all rows: as a vector, since the scores would take the layout in which a tile is loaded.
+        # One row for all: load a vector, because the scores would take the layout of a loaded tile.
         return tl.expand_dims(load_columns(x, batch, tl.reshape(cols, [cols.shape[1]]), OTHER), 0)
     offset = batch * decode_wide(x.strides[0], x.unit)
     if x.strides[1] is not None:
@@ -59,9 +59,9 @@ def tanh(x):
 
 @triton.jit
 def nearest_key(rows, offset, kv_len, terms):
-    """How far the nearest of all keys is from each query: ALiBi counts from there, so that no large term cancels.
+    """The distance of each query from the nearest of all keys. ALiBi counts from there, so that no large terms cancel.
 
-    0 beside a sink, which does not move with the scores: what far keys weigh is as good as nothing there.
+    It is 0 with a sink, which does not move with the scores: the weights of far keys are negligible then.
     """
     if terms.sinks is not None:
         return rows * 0
@@ -76,10 +76,10 @@ def finish_scores(
 ):  # fmt: skip
     """Apply every term to the products ``s = Q K^T`` of one tile; returns (scores, d capped / d uncapped).
 
-    The scores are -inf where the mask forbids; `hide_unseen` adds what else does. ``rows`` and ``cols`` come in any
-    orientation that broadcasts to the tile. Where no term is added, the scores still lack a factor, which `exponent`
+    The scores are -inf where the mask forbids; `hide_unseen` handles all else that forbids. ``rows`` and ``cols`` have
+    any orientation that broadcasts to the tile. If no term is added, the scores still lack a factor, which `exponent`
     applies at no cost. ``EDGE`` tiles check their loads against the end of the sequence. The first column of mask and
-    bias belongs to the key ``mask_start``.
+    bias belongs to key ``mask_start``.
     """
     ADDED: tl.constexpr = terms.bias.ptr is not None or slope is not None
     cap_gradient = 1.0
@@ -107,9 +107,9 @@ def finish_scores(
 def hide_unseen(s, rows, cols, kv_len, offset, left, right, first_seen, pool_tile, EDGE: tl.constexpr):
     """The scores of one tile, -inf where the block mask, causal, the window or the end of the keys forbids.
 
-    ``EDGE`` tiles cross the border of what is visible or the end of a sequence; only they pay for comparing indices.
-    Keys before ``first_seen``, if that is not None, are hidden too.
-    ``pool_tile`` points to the tile of a block mask in which these indices lie, or is None.
+    ``EDGE`` tiles cross the border of the visible range or the end of a sequence; only they compare indices. It also
+    hides keys before ``first_seen``, unless that is None. ``pool_tile`` points to the tile of a block mask that
+    contains these indices, or is None.
     """
     if pool_tile is not None:
         keep = tl.load(pool_tile + (rows % SPARSE_BLOCK * SPARSE_BLOCK + cols % SPARSE_BLOCK))
@@ -127,14 +127,14 @@ def hide_unseen(s, rows, cols, kv_len, offset, left, right, first_seen, pool_til
 
 @triton.jit
 def lose_rows(s, v_tile):
-    """The scores, NaN where a row sees a key whose value is not finite."""
+    """The scores, with NaN where a row sees a key whose value is not finite."""
     whole = tl.min(is_finite(v_tile), 1)[None, :]
     return tl.where((whole == 0) & (s > float("-inf")), float("nan"), s)
 
 
 @triton.jit
 def natural(x, terms):
-    """A natural logarithm, from one in the unit of the running maximum."""
+    """Convert a logarithm in the unit of the running maximum to a natural logarithm."""
     return x * LN2 if terms.bias.ptr is None and terms.slopes is None else x
 
 
@@ -146,7 +146,7 @@ def from_natural(x, terms):
 
 @triton.jit
 def base_2(x, terms):
-    """A logarithm to base 2, from one in the unit of the running maximum."""
+    """Convert a logarithm in the unit of the running maximum to base 2."""
     return x if terms.bias.ptr is None and terms.slopes is None else x * LOG2E
 
 
@@ -167,7 +167,7 @@ def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
 def online_softmax(s, acc, row_max, row_sum, terms, MAY_BE_EMPTY: tl.constexpr):
     """Merge a score tile into the running softmax; returns (p, acc, row_max, row_sum), p unnormalised.
 
-    With ``MAY_BE_EMPTY`` a row may have seen only -inf so far; its maximum then stands at 0 to avoid inf - inf.
+    With ``MAY_BE_EMPTY`` a row may have seen only -inf so far; its maximum is then taken as 0 to avoid inf - inf.
     """
     tile_max = tl.max(s, 1)
     tile_max = tile_max * terms.to_base_2 if terms.bias.ptr is None and terms.slopes is None else tile_max
@@ -180,7 +180,7 @@ def online_softmax(s, acc, row_max, row_sum, terms, MAY_BE_EMPTY: tl.constexpr):
 
 @triton.jit
 def start_again(acc, row_max, row_sum, tiles):
-    """(tiles, a new accumulator and running softmax) if ``acc`` is not finite, else (0, those at hand)."""
+    """(tiles, a new accumulator and running softmax) if ``acc`` is not finite, else (0, the present ones)."""
     lost = not all_finite(acc)
     row_max = tl.where(lost, float("-inf"), row_max)
     return tl.where(lost, tiles, 0), tl.where(lost, 0.0, acc), row_max, tl.where(lost, 0.0, row_sum)
@@ -197,16 +197,17 @@ def merge_sink(sink, acc, row_max, row_sum, terms):
 
 @triton.jit
 def finish_softmax(row_max, row_sum):
-    """(maximum, sum, whether nothing was allowed): 0 and 1 there, so that the output is 0 and no logarithm infinite."""
+    """(maximum, sum, whether nothing was allowed). If nothing was, they are 0 and 1: the output is 0 and the log
+    finite."""
     empty = row_sum == 0.0
     return tl.where(empty, 0.0, row_max), tl.where(empty, 1.0, row_sum), empty
 
 
 @triton.jit
 def store_statistics(ptr, plane, rows, row_max, row_sum, inside):
-    """What the backward pass needs to make the same probabilities: the maximum, and apart from it log2 of the sum.
+    """Store what the backward pass needs to recompute the probabilities: the maximum, and separately log2 of the sum.
 
-    Their sum would lose the smaller one: a rounding error of lse multiplies the whole row.
+    Adding them would lose digits of the smaller one, and a rounding error of lse scales the whole row.
     """
     tl.store(ptr + rows, row_max, mask=inside)
     tl.store(ptr + plane + rows, tl.math.log2(row_sum), mask=inside)
@@ -214,9 +215,9 @@ def store_statistics(ptr, plane, rows, row_max, row_sum, inside):
 
 @triton.jit
 def load_statistics(ptr, plane, rows, q_len, CHECK: tl.constexpr):
-    """What `delta_kernel` stored: (maximum, log2 of the sum, delta).
+    """(maximum, log2 of the sum, delta), as `delta_kernel` stored them.
 
-    With ``CHECK`` rows outside get a maximum of +inf: probability 0.
+    With ``CHECK`` rows outside get a maximum of +inf, hence probability 0.
     """
     if CHECK:
         inside = rows < q_len

@@ -5,7 +5,7 @@ import triton.language as tl
 from triton import knobs
 from triton.language.target_info import cuda_capability_geq
 
-# Whether kernels run in Triton's interpreter. Fixed at import, exactly as `triton.jit` itself decides it.
+# Whether kernels run in Triton's interpreter. Fixed at import, like the decision of `triton.jit` itself.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
 
@@ -13,7 +13,7 @@ INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 def cast(x, dtype: tl.constexpr):
     """``x.to(dtype)``, rounding to nearest even everywhere.
 
-    The interpreter truncates float32 to bfloat16, and loses the carry of what it rounds to float8.
+    The interpreter truncates float32 to bfloat16, and loses the carry when it rounds to float8.
     """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -22,14 +22,15 @@ def cast(x, dtype: tl.constexpr):
     if INTERPRETED and dtype == tl.float8e4nv:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
-        small = (x + 24576.0) - 24576.0  # 1.5 * 2^14: to the nearest 2^-9, as far as subnormal numbers go
+        small = (x + 24576.0) - 24576.0  # 1.5 * 2^14: rounds to the nearest 2^-9, for subnormal numbers
         x = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
     return x.to(dtype)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in float32; ``acc`` may be None. The interpreter cannot multiply bfloat16, so it gets float32."""
+    """``acc + a @ b`` in float32; ``acc`` may be None. The interpreter cannot multiply bfloat16, so it gets float32
+    inputs."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -38,7 +39,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def is_finite(tile):
-    """1 where an element is neither NaN nor infinite, else 0. The interpreter takes bfloat16 for integers."""
+    """1 where an element is neither NaN nor infinite, else 0. The interpreter treats bfloat16 as integers."""
     return tl.where(tl.abs(tile.to(tl.float32)) < float("inf"), 1, 0)
 
 
@@ -51,7 +52,7 @@ def finite(tile):
 @triton.jit
 def all_finite(acc):
     """Whether no element of a float32 tile is NaN or infinite."""
-    if cuda_capability_geq(10, 0):  # tensor memory: Triton 3.7.1 does not compile a sum of sums there
+    if cuda_capability_geq(10, 0):  # with tensor memory: Triton 3.7.1 does not compile a sum of sums there
         return tl.sum(acc * 0.0) == 0.0
     else:
         return tl.sum(tl.sum(acc * 0.0, 1), 0) == 0.0
@@ -59,26 +60,26 @@ def all_finite(acc):
 
 @triton.jit
 def decode_stride(encoded, UNIT: tl.constexpr):
-    """A stride in elements from what `launch.encode_strides` gives."""
+    """The stride in elements that `launch.encode_strides` encoded."""
     return encoded // 16 * UNIT
 
 
 @triton.jit
 def decode_wide(encoded, unit=None):
-    """A stride of a mask or bias in elements from what `launch.encode_wide` gives, in units."""
+    """The stride in elements of a mask or bias, which `launch.encode_wide` encoded in units."""
     stride = encoded // 16 - (1 << 40)
     return stride if unit is None else stride * unit
 
 
 @triton.jit
 def decode_size(encoded):
-    """A size or a stride in elements from what `launch.encode` gives."""
+    """The size or the stride in elements that `launch.encode` encoded."""
     return encoded // 16
 
 
 @triton.jit
 def head_rows(x, entry, head, row, UNIT: tl.constexpr):
-    """(pointer to ``row`` of one head of one batch entry, row stride) of an `operands.Rows`; 64-bit indices."""
+    """(pointer to ``row`` of one head of one batch entry, row stride) of an `operands.Rows`, with 64-bit offsets."""
     row_stride = decode_stride(x.strides[2], UNIT)
     offset = entry * decode_stride(x.strides[0], UNIT) + head * decode_stride(x.strides[1], UNIT) + row * row_stride
     return x.ptr + offset, row_stride
@@ -109,7 +110,7 @@ def load_finite_rows(
 ):  # fmt: skip
     """`load_tile` with ``CHECK_ROWS``, and zero in rows that hold NaN or infinity.
 
-    Loaded twice: a tile that is computed would stay in registers, where one that is loaded goes to shared memory.
+    It loads twice: a computed tile would stay in registers, while a loaded tile goes to shared memory.
     """
     whole = tl.min(is_finite(load_tile(ptr, row, row_stride, n_rows, True, N_COLS, BLOCK_R, BLOCK_C)), 1)
     rows = tl.arange(0, BLOCK_R)
