@@ -100,8 +100,9 @@ def scores(
 def ahead(q: Tensor, operands: Operands) -> int | None:
     """`SCORES_UNIT` if kernels load the tiles of a mask or bias with a row per query ahead, like those of keys.
 
-    Its rows have to begin at multiples of this many elements. Shared memory has room for only one of mask and bias,
-    with elements up to `config.LARGEST_AHEAD`, and for neither with a block mask, which takes more stages.
+    Otherwise None. The rows have to begin at multiples of this many elements. Shared memory has room for only one of
+    mask and bias, with elements up to `config.LARGEST_AHEAD`, and for neither with a block mask, which takes more
+    stages.
     """
     largest = config.LARGEST_AHEAD.get(architecture(q.device), 0)
     if q.element_size() > largest or operands.block_mask:
