@@ -119,6 +119,16 @@ def test_dtypes_and_nothing_appended(dtype, page, device, backend):
     check(make(device, page, new=False, dtype=dtype, kind=torch.int64), backend)
 
 
+@pytest.mark.parametrize("new", [True, False])
+def test_the_pages_of_an_entry_without_queries_are_not_asked_for(new, device, backend):
+    whole = make(device, 16, new)
+    freed = whole.copy()
+    assert freed.table is not None and QUERIES[2] == 0
+    freed.table = freed.table.clone()
+    freed.table[2] = -1
+    assert torch.equal(freed.run(backend=backend), whole.run(backend=backend))
+
+
 @pytest.mark.parametrize("page", [0, 16])
 @pytest.mark.parametrize("queries", [1, 20])
 def test_equal_numbers_are_the_call_without_starts(queries, page, device, backend):

@@ -112,6 +112,7 @@ def test_tanh_is_accurate_to_float32(device):
     # The exponent 2x log2(e) is rounded at its own size, and so is 1 - 2 / (...) below it.
     allowed = 4 * torch.finfo(SINGLE).eps * exact.abs().clamp(min=torch.finfo(SINGLE).tiny)
     wide = 4 * torch.finfo(SINGLE).eps * (1.0 + x.double().abs()) * (1.0 - exact.square())
+    wide[x.abs() < 0.099] = 0.0  # a series, which has neither
     assert ((actual - exact).abs() <= allowed + wide).all()
 
 
