@@ -3,12 +3,14 @@
 import ast
 import copy
 import importlib.util
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -146,7 +148,8 @@ def assert_equal_to_eager(model, name):
     eager, following = results()
     with Float64(), torch.no_grad():
         exact = copy.deepcopy(model).double()(**inputs).logits[seen]
-    model.set_attn_implementation(name)
+    trusted = {"allow_all_kernels": True} if "/" in name else {}  # that are not of a repository of Hugging Face's
+    model.set_attn_implementation(name, **trusted)
     ours, ours_following = results()
     assert_parity(ours, exact, eager, "logits", intermediate=float(exact.abs().max()))
     assert torch.equal(ours_following, following)
@@ -185,29 +188,47 @@ def test_a_left_padded_llama(layout):
         del sys.modules[kernel.__name__]
 
 
-def why_not():
-    """Why transformers cannot load a kernel here, or None."""
+def no_library():
+    """Why the library kernels cannot load the layout here, or None."""
     if "site-packages" not in str(getattr(importlib.util.find_spec("kernels"), "origin", "")):
         return "the package kernels is not installed"
+    if "package_name" in inspect.signature(importlib.import_module("kernels").get_local_kernel).parameters:
+        return f"kernels {version('kernels')} loads another layout: 0.14 and later are served"
+    return None
+
+
+def why_not():
+    """Why transformers cannot load a kernel here, or None: as transformers itself reports."""
+    if reason := no_library():
+        return reason
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
-    from transformers.utils import import_utils
+    import transformers
+    from transformers.dependency_versions_table import deps
+    from transformers.integrations import hub_kernels
+    from transformers.utils.import_utils import is_kernels_available
 
-    if not import_utils.is_kernels_available():
-        return f"transformers takes another version of kernels: {import_utils.KERNELS_MIN_VERSION} and later"
+    if not is_kernels_available():
+        return f"transformers {transformers.__version__} takes {deps['kernels']}, got {version('kernels')}"
+    if "supports_flash_attn" not in inspect.getsource(hub_kernels):
+        return f"transformers {transformers.__version__} asks no kernel for flash_attn_forward: 5.17 and later do"
     return None
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}")
 def test_transformers_loads_it_from_a_folder(layout, monkeypatch):
+    """And runs it: what it cannot load, it may replace."""
     monkeypatch.setenv("LOCAL_KERNELS", f"{NAME}={layout}")
-    assert_equal_to_eager(make_llama(), NAME)
+    model = make_llama()
+    assert_equal_to_eager(model, NAME)
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = json.loads((layout / "build" / "torch-cpu" / "metadata.json").read_text())["id"]
+    assert model.config._attn_implementation == NAME
+    assert ALL_ATTENTION_FUNCTIONS[NAME].__module__ == f"{name}.integrations.hub"
 
 
-@pytest.mark.skipif(
-    "site-packages" not in str(getattr(importlib.util.find_spec("kernels"), "origin", "")),
-    reason="the package kernels is not installed",
-)
+@pytest.mark.skipif(no_library() is not None, reason=f"{no_library()}")
 def test_the_library_loads_it(layout):
     kernel = importlib.import_module("kernels").get_local_kernel(layout, backend="cpu")
     q = torch.randn(1, 2, 5, 8)
