@@ -450,6 +450,27 @@ def test_the_number_of_splits():
     assert decode.choose_splits(programs=1, keys=0, block_n=64, multiprocessors=132, split_programs=2) == 1
 
 
+def test_cross_attention_is_split_among_programs(device, monkeypatch):
+    """Few queries over the keys of an encoder, which stand still: as many programs as the device has room for."""
+    decode = pytest.importorskip("fastattn.kernels.decode")
+    started, partial = [], []
+
+    def start(kernel, programs, arguments, cfg, start=decode.replay.start):
+        started.append((kernel, programs))
+        start(kernel, programs, arguments, cfg)
+        if kernel is decode.decode_kernel:
+            partial.append(arguments[5])
+
+    monkeypatch.setattr(decode.replay, "start", start)
+    monkeypatch.setattr(decode.launch, "multiprocessors", lambda device: 6)
+    problem = make_problem(device, (1021,), new=0, q_len=3, heads=(4, 2), capacity=1024)
+    check(problem, "triton", causal=False)
+    splits = partial[0].out.shape[0]
+    assert splits > 1
+    assert started == [(decode.decode_kernel, 2 * splits), (decode.combine_kernel, 3 * 4)]  # key heads; rows
+    assert partial[0].statistics[0].isfinite().all()  # each split of each row has keys
+
+
 COUNT_SPECIALISATIONS = """
 from unittest import mock
 import torch
