@@ -19,7 +19,7 @@ TRITON_STAMP := .stamp-$(shell $(PYTHON) -c 'import sys; print(sys.implementatio
 TRITONS := $(FASTATTN_TRITON_3_6)/$(TRITON_STAMP) $(FASTATTN_TRITON_3_9)/$(TRITON_STAMP)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test quick demo demo-quick demo-dates demo-charlm lint types docs compile-report resources ext ext-cpu sanitize dist \
+.PHONY: help env test quick demo demo-quick demo-dates demo-charlm lint types docs compile-report resources ext ext-cpu sanitize arm dist \
 	hub bench-overhead gpu-first gpu-check gpu-bench gpu-tune clean
 
 help:  ## list the targets
@@ -75,6 +75,11 @@ ext-cpu: $(CPU_LIBRARY)  ## compile csrc/cpu with a C++ compiler, in place; an i
 
 sanitize: $(VENV)/.stamp-test  ## the CPU kernels under ASan, UBSan and TSan, against plain loops
 	$(BIN)/python -m pytest -q tests/cpu/test_sanitizers.py -k sanitizers
+
+arm: $(VENV)/.stamp-test  ## the CPU kernels compiled for 64-bit ARM, on an emulated processor, against plain loops
+	@command -v aarch64-linux-gnu-g++ >/dev/null && { command -v qemu-aarch64-static || command -v qemu-aarch64; } >/dev/null || \
+		{ echo "make arm: expected aarch64-linux-gnu-g++ and qemu-aarch64, as of Debian's g++-aarch64-linux-gnu and qemu-user"; exit 1; }
+	$(BIN)/python -m pytest -q tests/cpu/test_sanitizers.py -k arm
 
 dist: $(VENV)/.stamp-test  ## sdist, and from it a wheel with the CPU library, into dist/; for every Python and every system as old as this
 	rm -rf dist
