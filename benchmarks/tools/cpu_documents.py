@@ -58,11 +58,8 @@ class Case:
         starts = torch.tensor([0, *lengths]).cumsum(0).int()
         shape = (int(starts[-1]), HEADS, HEAD_DIM)
         self.inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
-        self.plain, self.gradient, self.target = (
-            [x.detach() for x in self.inputs],
-            torch.randn(shape),
-            torch.empty(shape),
-        )
+        self.plain = [x.detach() for x in self.inputs]
+        self.gradient, self.target = torch.randn(shape), torch.empty(shape)
         self.options = {
             "cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths),
             "causal": True, "backend": "cpu",
@@ -103,6 +100,8 @@ def measure(lengths: Sequence[int], tile: Tile) -> dict[str, tuple[float, float,
 def main() -> None:
     torch.set_num_threads(1)
     variant = library.load().fastattn_cpu_variant().decode()
+    if variant not in TILES:
+        raise SystemExit(f"expected a processor whose kernels are {', '.join(TILES)}, got {variant}")
     print(f"share of the rate of one causal sequence of {TOKENS} tokens, {variant}, one thread")
     print("documents of    " + "".join(f"{mode:>9} products and memory" for mode in MODES))
     mixed = document_lengths(TOKENS)

@@ -1,5 +1,7 @@
 """What convert says of modules that it cannot help, and converted layers under torch.fx and TorchScript."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import nn
 import fastattn
 import fastattn.nn as fnn
 from fastattn.testing import assert_parity
+from tests.support.layer_checks import Pool
 
 
 class OwnAttention(nn.Module):
@@ -87,13 +90,15 @@ def test_a_program_of_jit_trace_runs_again_and_again():
     torch.manual_seed(0)
     model = Around()
     fastattn.convert(model)
-    traced = None
+    traced, pool = None, Pool()
     for lengths in ([5, 2, 3], [1, 5, 4], [4, 4, 5]):
         x, padding = torch.randn(3, 5, 8, requires_grad=True), torch.arange(5) >= torch.tensor(lengths)[:, None]
         traced = traced or torch.jit.trace(model, (x, padding), check_trace=False)
-        actual, expected = traced(x, padding), model(x, padding)
-        torch.testing.assert_close(actual, expected)
-        torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x)[0] for out in (actual, expected)))
+        exact = copy.deepcopy(model).double()(y := x.detach().double().requires_grad_(), padding)
+        actual, eager = traced(x, padding), model(x, padding)
+        pool.add("out", actual, exact, eager)
+        pool.add("dx", *(torch.autograd.grad(out.sum(), of)[0] for out, of in ((actual, x), (exact, y), (eager, x))))
+    pool.check()
 
 
 @pytest.mark.parametrize("name", ["transformer", "attention", "encoder_layer", "decoder_layer"])

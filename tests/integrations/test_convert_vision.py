@@ -127,7 +127,7 @@ def test_revert_gives_the_class_and_the_bits_back(name):
     assert record.kind.startswith(("timm.", "torchvision.")) and record.note.startswith("fastattn.integrations.")
     assert fastattn.convert(module).skipped[0].note == "already fastattn's"
     copied = pickle.loads(pickle.dumps(module))
-    torch.testing.assert_close(copied(x), expected)
+    assert torch.equal(copied(x), module(x))
     assert [r.kind for r in fastattn.revert(module).converted] == [record.note]
     assert [type(m) for m in module.modules()] == classes
     assert [id(p) for p in module.parameters()] == parameters
