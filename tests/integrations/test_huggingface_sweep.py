@@ -53,7 +53,7 @@ def test_all(shard):
 def test_stored_table_has_no_model_that_differs():
     rows = sweep.stored()
     assert len(rows) > 500 and all(row["result"] in RIGHT for row in rows)
-    assert sum(row["result"] == "not built" for row in rows) <= 39  # what can be called small, is
+    assert sum(row["result"] == "not built" for row in rows) <= 38  # what can be called small, is
     assert {row["architecture"] for row in rows if row["result"] == "as sdpa"} == AS_SDPA
     assert all(row["reason"] for row in rows if row["result"] in ("refused", "not built"))
 
