@@ -1,4 +1,4 @@
-// New rows into a KV cache.
+// Appends new rows to a KV cache.
 #pragma once
 
 #include "interface.h"

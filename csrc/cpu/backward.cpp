@@ -3,18 +3,19 @@
 // With P = exp(S - lse), dP = dO V^T and delta = rowsum(dO * O) - dlse:
 // dS = P * (dP - delta), dV = P^T dO, dK = scale * dS^T Q, dQ = scale * dS K, dbias = dS.
 //
-// One task has one key head of one batch entry: it computes the scores once, and all sums are its own. Where there are few
-// heads the keys are divided into pieces, as the sizes alone say, whose shares of dQ are added up in their order.
+// A task has one key head of one batch entry: it computes the scores once and shares no sum with other tasks. With few
+// heads the keys are divided into pieces, by the sizes alone, and their shares of dQ are added up in their order.
 #include "backward_task.h"
 #include "variant.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// Where there are fewer key heads, their keys are divided into pieces of at least so many blocks: each packs all queries.
+// With fewer tasks than kLeastTasks, keys are divided into pieces of at least kLeastBlocks blocks: each packs all
+// queries.
 constexpr int64_t kLeastTasks = 16, kLeastBlocks = 4;
 
-// Adds up the gradients of slopes and sinks over pieces, and over the batch entries that share them.
+// Sums the gradients of slopes and sinks over pieces, and over the batch entries that share them.
 template <class T>
 void add_learned(const Problem<T>& problem, const FastattnGradients& g, const Results<T>& results) {
   const int64_t heads = problem.a.q_heads, entries = problem.entries();

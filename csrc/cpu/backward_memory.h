@@ -1,4 +1,4 @@
-// What a task of the backward pass is, where it puts its sums, and how it divides its memory.
+// A task of the backward pass, the results that tasks share, and the parts of a task's memory.
 #pragma once
 
 #include "bias_gradient.h"
@@ -8,8 +8,8 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// Elements between the rows of a tile: one line of the cache more than kKeys, since columns are read as well, and lines a
-// power of two apart would push each other out.
+// Elements between the rows of a tile: kKeys and one cache line more. Columns are read as well, and cache lines a power
+// of two apart would evict each other.
 template <class T>
 constexpr int64_t kPitch = kKeys + 64 / sizeof(T);
 
@@ -17,28 +17,28 @@ struct Task {
   int64_t entry, kv_head, piece;
 };
 
-// What all tasks of a call share.
+// Shared by all tasks of a call.
 template <class T>
 struct Results {
   int64_t pieces;   // of the keys of a head
-  T* dq;            // (B, Hq, Lq, padded head dim), the sum over the pieces so far, or null: one piece writes the result
+  T* dq;            // (B, Hq, Lq, padded head dim), the sum over the pieces so far; null if one piece writes the result
   T* dslopes;       // (pieces, B, Hq), sums over rows and keys, or null
   T* dsinks;        // (B, Hq), or null
-  int64_t* turns;   // of each task, or null
+  int64_t* turns;   // one number for each task (turns.h), or null
 };
 
-// How a task divides its memory. What is summed over keys or queries ("steps") has a layout of its own where a lane holds two
-// elements, or is the same memory as rows.
+// The parts of a task's memory. Operands of products that sum over keys or queries ("steps") have a layout of their own
+// if a lane holds two elements; else they are the same memory as the rows.
 template <class T, class Step>
 struct Memory {
   int64_t q_width, v_width, q_lanes, v_lanes;                // padded head dims; lanes of a row of q or k, and of dout or v
-  T *key_steps, *key_panels, *value_panels, *dk, *dv;        // of all keys of the task
-  T *q, *dout, *q_steps, *dout_steps, *dq, *delta;           // of all queries of one head
-  T *p, *ds, *ds_rows, *cap;                                 // a tile: queries x keys; gradients of the cap of a row
+  T *key_steps, *key_panels, *value_panels, *dk, *dv;        // for all keys of the task
+  T *q, *dout, *q_steps, *dout_steps, *dq, *delta;           // for all queries of one head
+  T *p, *ds, *ds_rows, *cap;                                 // a tile: queries x keys; derivatives of the cap in a row
   T* rows;                                                   // keys or values of one block, or a row of out
-  T* dbias;                                                  // of one head, where rows or keys share it
-  RowKeys* row_keys;                                         // of all queries of one head, with dropout
-  int64_t size;                                              // elements of all
+  T* dbias;                                                  // for one head, if rows or keys share elements
+  RowKeys* row_keys;                                         // for all queries of one head, with dropout
+  int64_t size;                                              // elements of all parts together
 
   Memory(const FastattnAttention& a, const BiasSharing& bias, int64_t queries, int64_t keys, T* data)
       : q_width(round_up(a.head_dim, kLanes<T>)), v_width(round_up(a.v_dim, kLanes<T>)),

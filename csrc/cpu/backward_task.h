@@ -19,7 +19,7 @@ class Backward {
     keys_ = {first_key(task.piece), first_key(task.piece + 1)};
   }
 
-  // False where memory ran out.
+  // Returns false if memory runs out.
   bool run() {
     const int64_t keys = keys_.end - keys_.begin;
     T* data = scratch<T>(Memory<T, Step>(a_, bias_.sharing(), entry_.q_len, keys, nullptr).size);
@@ -51,7 +51,7 @@ class Backward {
     }
   }
 
-  // Those of the key at a place, where a lane begins.
+  // The steps from the key at `place` on, which is the first one of a lane.
   T* key_steps(int64_t place) const { return memory_->key_steps + place / Step::kParts * memory_->q_width; }
 
   void write_keys() {
@@ -80,7 +80,7 @@ class Backward {
     write_queries();
   }
 
-  // q, dout and delta of the head; and the gradient of its sink.
+  // Packs q and dout of the head, and computes delta and the gradient of the sink.
   void pack_queries() {
     const Rows<T> dout = problem_.q_rows(g_.dout, entry_, head_, a_.v_dim);
     const Rows<T> out = problem_.q_rows(a_.out, entry_, head_, a_.v_dim);
@@ -113,7 +113,7 @@ class Backward {
       memory_->delta[row] = delta;
       delta_poison += delta * T(0);  // 0, or NaN
       if (o_.seed != nullptr) memory_->row_keys[row] = dropout_row_keys(o_, entry_.number, head_, row);
-      if (results_.dsinks != nullptr) {  // a score whose value vector is 0
+      if (results_.dsinks != nullptr) {  // one more score, whose value vector is 0
         const T sink = static_cast<const T*>(o_.sinks)[head_] * T(kLog2E);
         dsink -= double(exp2_of_difference(Vec<T>{} + (sink - maximum(at) - log_total(at)))[0] * delta);
       }
@@ -124,7 +124,7 @@ class Backward {
     }
   }
 
-  // Where a piece of the keys begins: before it are as many pairs as its number says.
+  // The first key of a piece. Pieces have equal numbers of pairs, as nearly as whole blocks allow.
   int64_t first_key(int64_t piece) const {
     const int64_t blocks = (entry_.kv_len + kKeys - 1) / kKeys;
     if (results_.pieces == 1) return piece * blocks * kKeys;
@@ -134,14 +134,15 @@ class Backward {
     return block * kKeys;
   }
 
-  // Rows that see some of the keys `key .. key + kKeys`, as far as causal order and window tell; and what packing costs.
+  // The work for keys `key .. key + kKeys`: the rows that see some of them by causal order and window, and the packing.
   int64_t work(int64_t key) const {
     const int64_t first = a_.right == FASTATTN_OPEN ? 0 : most(0, key - entry_.offset - a_.right);
     const int64_t end = a_.left == FASTATTN_OPEN ? entry_.q_len : least(entry_.q_len, key + kKeys + a_.left - entry_.offset);
     return most(0, end - first) + kQueries;
   }
 
-  // dQ of the head, or what it is so far: pieces add their shares in their order, tile by tile.
+  // Writes dQ of the head. Pieces add their shares to a common sum in their order, tile by tile; the last one writes
+  // dQ.
   void write_queries() {
     const Rows<T> dq = problem_.q_rows(g_.dq, entry_, head_, a_.head_dim);
     const int64_t width = memory_->q_width, tiles = (entry_.q_len + kQueries - 1) / kQueries;
@@ -164,13 +165,13 @@ class Backward {
     }
   }
 
-  // Every tile of queries that sees keys `key .. key + kKeys`.
+  // Computes every tile of queries that sees keys `key .. key + kKeys`.
   void key_block(const Scores<T>& scores, int64_t key) {
     if (o_.table == nullptr) {
       for (int64_t row = 0; row < entry_.q_len; row += kQueries) tile(scores, row, key, nullptr);
       return;
     }
-    // Partial tiles come before full ones: turns are for all rows at once.
+    // A block mask lists partial tiles before full ones, so rows do not rise: one turn covers all rows.
     bias_.begin_tiles(entry_.q_len - 1, key);
     const int64_t lines = (a_.kv_len + kKeys - 1) / kKeys;
     const int64_t line = ((o_.block_batch > 1 ? entry_.batch : 0) * o_.block_heads +
@@ -217,7 +218,8 @@ class Backward {
     return common({visible.begin - key, visible.end - key}, {0, kKeys});
   }
 
-  // P and dS of some rows of a tile, 0 where nothing is seen between `begin` and `end`; and their share of dQ.
+  // Computes P and dS of some rows of a tile and adds their share of dQ. Keys between `begin` and `end` that no row of
+  // the group sees get 0.
   void row_group(
       const Scores<T>& scores, int64_t row, int64_t at, int rows, int64_t key, const uint8_t* block,
       const Range* visible, int begin, int end) {
@@ -273,7 +275,7 @@ class Backward {
     }
   }
 
-  // Rows `at .. at + rows` of a tile, in twos, to the front of the tile: behind rows that were rounded before.
+  // Rounds rows `at .. at + rows` of a tile in pairs and moves them forward, next to the rows that were rounded before.
   static void round_steps(T* tile, int64_t at, int rows, int begin, int end) {
     for (int64_t r = at; r < at + rows; r += 2) {
       const T* second = r + 1 < at + rows ? tile + (r + 1) * kPitch<T> : nullptr;
@@ -281,7 +283,7 @@ class Backward {
     }
   }
 
-  // A third of what later rows than those at `row` will read, as in forward.cpp.
+  // Prefetches a third of what a later group of rows will read, as in forward.cpp.
   template <int third>
   void prefetch_ahead(const Scores<T>& scores, int64_t row, int64_t key) const {
     if (!scores.may_forbid()) return;
@@ -293,7 +295,7 @@ class Backward {
     }
   }
 
-  // From products (q k^T, dout v^T) of a row to (P after dropout, dS), at places `first .. last`.
+  // Turns the products q k^T and dout v^T of a row into P after dropout and dS, at places `first .. last`.
   void finish_row(
       const Scores<T>& scores, int64_t row, int64_t key, Range visible, const uint8_t* block, int first, int last, T* p,
       T* ds) {
@@ -325,7 +327,7 @@ class Backward {
     }
   }
 
-  // Zeroes what NaN or infinity has made of pairs that do not take part.
+  // Zeroes the pairs that do not take part: NaN or infinity may have reached them.
   void forget_forbidden(
       const Scores<T>& scores, int64_t row, int64_t key, Range visible, const uint8_t* block, int first, int last, T* p,
       T* ds, T* cap) {
@@ -345,7 +347,8 @@ class Backward {
     dslope_ += double(sum);
   }
 
-  // dV += P^T dO and dK += dS^T Q for the keys of a tile: one after the other, so that dO and Q have the cache in turn.
+  // dV += P^T dO, then dK += dS^T Q, for the keys of a tile. In this order only one of dO and Q needs the cache at a
+  // time.
   void add_to_keys(int64_t row, int64_t count, int64_t key, const Range* visible, int begin, int end) {
     const int64_t place = key - keys_.begin, q_width = memory_->q_width, v_width = memory_->v_width;
     add_to_keys(memory_->p, memory_->dout_steps + row / Step::kParts * v_width, memory_->dv + place * v_width, v_width,
@@ -357,7 +360,7 @@ class Backward {
   // sums (keys x width) += weights^T (keys x rows) values (rows x width).
   void add_to_keys(const T* weights, const T* values, T* sums, int64_t width, int64_t count, int64_t key,
                    const Range* visible, int begin, int end) const {
-    int64_t low = 0, high = 0;  // the rows that see some of the keys at hand
+    int64_t low = 0, high = 0;  // the rows that see some of the keys of this step
     for (int k = begin; k < end; k += kTileRows) {
       const int keys = int(least(kTileRows, end - k));
       while (low < count && visible[low].end <= key + k) low++;
@@ -389,7 +392,7 @@ class Backward {
   uint32_t threshold_;
   const Turns& turns_;
   BiasGradient<T> bias_;
-  int64_t q_steps_, v_steps_;  // of a score, and of its gradient
+  int64_t q_steps_, v_steps_;  // lanes that are summed for a score, and for its gradient
   Range keys_;
   Memory<T, Step>* memory_ = nullptr;
   int64_t member_ = 0, head_ = 0;

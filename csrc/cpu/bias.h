@@ -9,7 +9,8 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634074;
 
-// A finite bias stays finite in base 2: a row of the lowest numbers weighs all its keys alike.
+// Converts a bias to base 2 and keeps a finite one finite: a row of the lowest numbers then gives all keys equal
+// weight.
 template <class T>
 inline Vec<T> bias_in_base_2(Vec<T> bias) {
   constexpr T largest = sizeof(T) == 4 ? T(__FLT_MAX__) : T(__DBL_MAX__);
@@ -26,7 +27,7 @@ void add_bias_row(const void* bias, int64_t first, int64_t step, T* s, int64_t c
   using Wide = std::conditional_t<sizeof(Element) == 8, double, float>;
   int64_t i = 0;
   if constexpr (same_lanes) {
-    // 0, or NaN: only then is there something that must be kept finite. Two chains, as a sum waits for the one before.
+    // Two sums, since each addition waits for the last one. They are 0, or NaN if an element has to be kept finite.
     Vec<T> beyond{}, other{};
     const auto add = [&](int64_t at, Vec<T>& found) {
       const Vec<T> scaled = load<T>(from + at) * T(kLog2E);

@@ -1,4 +1,4 @@
-// dbias = dS, added up over what shares an element of the bias: batch entries, heads, rows or keys.
+// dbias = dS, summed over the batch entries, heads, rows or keys that share an element of the bias.
 #pragma once
 
 #include "scores.h"
@@ -12,15 +12,15 @@ inline void fill(T* x, int64_t count, T value) {
   for (int64_t i = 0; i < count; i++) x[i] = value;
 }
 
-constexpr int64_t kStreamed = 1 << 20;  // elements that no cache keeps for who reads them next
+constexpr int64_t kStreamed = 1 << 20;  // elements: a larger dbias leaves the caches before it is read again
 
-// How a bias is shared, as its sizes alone say.
+// How a bias is shared; its sizes alone determine this.
 struct BiasSharing {
   bool wanted = false;
-  // Every element belongs to one pair of one head: its tile writes it without a look at what is there. Tiles that a block
-  // mask leaves out are not visited.
+  // Every element belongs to one pair of one head, so its tile writes it without reading it. Never with a block mask,
+  // since some of its tiles are not visited.
   bool own = false;
-  // Rows or keys share elements: a head adds up its own before they join the others.
+  // Rows or keys share elements: a head first sums its own, then adds them to those of others.
   bool reduced = false;
   // Several tasks add to the same elements.
   bool tasks = false;
@@ -39,7 +39,7 @@ struct BiasSharing {
   }
 };
 
-// Of the heads of one task.
+// The gradient of the bias for the heads of one task.
 template <class T>
 class BiasGradient {
  public:
@@ -48,7 +48,8 @@ class BiasGradient {
 
   const BiasSharing& sharing() const { return sharing_; }
 
-  // The next head of the task, number `member` of its group. `room`: for the sums of a head, where they are `reduced`.
+  // Begins the next head of the task, number `member` of its group. `room` holds the sums of a head if they are
+  // `reduced`.
   void begin(int64_t member, int64_t head, T* room) {
     member_ = member;
     if (!sharing_.wanted) return;
@@ -59,7 +60,7 @@ class BiasGradient {
     if (sharing_.reduced) fill(sums_, sharing_.elements_of_head, T(0));
   }
 
-  // Adds what the head has added up to what it shares with others.
+  // Ends a head: adds its own sums to the elements that it shares with others.
   void end() {
     if (streamed_) end_streams();
     if (!sharing_.reduced) return;
@@ -68,7 +69,7 @@ class BiasGradient {
     pass(entry_.q_len - 1, entry_.kv_len - 1);
   }
 
-  // Around the tiles up to that of a row and a key, where each adds to elements of others.
+  // These two enclose the tiles up to that of a row and a key. They keep order if tiles add to elements of other tasks.
   void begin_tiles(int64_t row, int64_t key) const {
     if (adds_to_others()) wait(row, key);
   }
@@ -76,7 +77,7 @@ class BiasGradient {
     if (adds_to_others()) pass(row, key);
   }
 
-  // dS of a row against keys `key ..`, computed at places `first .. last`, seen at `seen`.
+  // Adds dS of a row for keys `key ..`: places `first .. last` are computed, and the row sees places `seen`.
   void take(int64_t row, int64_t key, int64_t first, int64_t last, Range seen, const T* ds) const {
     if (sharing_.own) {
       write(row, key, first, last, [ds](int64_t i) { return load(ds + i); });
@@ -90,19 +91,19 @@ class BiasGradient {
     }
   }
 
-  // Of pairs that no tile computes.
+  // Writes 0 for pairs that no tile computes.
   void take_nothing(int64_t row, int64_t key, int64_t first, int64_t last) const {
     if (sharing_.own) write(row, key, first, last, [](int64_t) { return Vec<T>{}; });
   }
 
-  // `seen`: places of a block that the row sees.
+  // Starts loading what `take` will add to. `seen`: the places of a block that the row sees.
   void prefetch(int64_t row, int64_t key, Range seen) const {
     if (!sharing_.wanted || sharing_.own || o_.bias_size[3] == 1) return;
     prefetch_line(line(row) + key, seen.begin, seen.end);
   }
 
  private:
-  // Places `first .. last` of a block, `first` at a whole vector.
+  // Writes places `first .. last` of a block; `first` is a multiple of a vector's lanes.
   template <class Values>
   void write(int64_t row, int64_t key, int64_t first, int64_t last, Values values) const {
     T* to = line(row) + key;
@@ -119,13 +120,14 @@ class BiasGradient {
 
   T* line(int64_t row) const { return sums_ + (o_.bias_size[2] > 1 ? row : 0) * o_.bias_size[3]; }
 
-  // The head whose tile the task before must have added: the last one of the group, if heads share dbias.
+  // Waits until the previous task has added this tile: of the same member of its group, or of the last one if heads
+  // share dbias.
   void wait(int64_t row, int64_t key) const {
     turns_.wait(position(o_.bias_size[1] > 1 ? member_ : problem_.group() - 1, row, key));
   }
   void pass(int64_t row, int64_t key) const { turns_.pass(position(member_, row, key)); }
 
-  // Where a tile of a head of the group comes in the order of all tiles of a task.
+  // The position of a tile of one head of the group in the order of all tiles of a task.
   int64_t position(int64_t member, int64_t row, int64_t key) const {
     const int64_t blocks = (entry_.kv_len + kKeys - 1) / kKeys, tiles = (entry_.q_len + kQueries - 1) / kQueries;
     return (member * blocks + key / kKeys) * tiles + row / kQueries;

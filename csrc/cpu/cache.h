@@ -1,4 +1,4 @@
-// Where the positions of a KV cache lie.
+// The places of positions in a KV cache.
 #pragma once
 
 #include "interface.h"
@@ -6,7 +6,7 @@
 namespace fastattn::cpu {
 namespace {
 
-// Keys of batch entry `b`, cut to what the cache can hold.
+// The number of keys of batch entry `b`, clamped to what the cache can hold.
 inline int64_t cached_length(const int64_t* lens, int64_t b, int64_t added, int64_t capacity, int64_t pages) {
   if (pages == 0) return 0;
   const int64_t length = lens[b] < 0 ? (lens[b] + added < 0 ? 0 : lens[b] + added)
@@ -14,7 +14,8 @@ inline int64_t cached_length(const int64_t* lens, int64_t b, int64_t added, int6
   return length;
 }
 
-// (page, slot) of one position; a contiguous cache has one page per batch entry. Pages are cut to those that exist.
+// The page and slot of one position. A contiguous cache has one page per batch entry. A page that does not exist is
+// clamped to one that does.
 struct Place {
   int64_t page, slot;
 };
@@ -26,7 +27,7 @@ inline Place locate(const Cache& c, int64_t b, int64_t position) {
   return {page < 0 ? 0 : page < c.pages ? page : c.pages - 1, position % c.page_size};
 }
 
-// Whether the block table gives a position a page that exists.
+// Whether the page of a position exists.
 template <class Cache>
 inline bool has_page(const Cache& c, int64_t b, int64_t position) {
   if (c.page_size == 0) return true;
@@ -34,9 +35,9 @@ inline bool has_page(const Cache& c, int64_t b, int64_t position) {
   return page >= 0 && page < c.pages;
 }
 
-// `visit(batch entry of k and v, row of theirs, place in the caches)` for every new row that has a place.
+// Calls `visit(batch entry of k and v, row in them, place in the caches)` for every new row that has a place.
 //
-// On one thread: a step appends some kilobytes, and a prompt's rows are read once more than they are computed with.
+// One thread does this: a step appends a few kilobytes, and appending a prompt is one pass over its rows.
 template <class Visit>
 void for_new_rows(const FastattnAppend& a, const Visit& visit) {
   for (int64_t b = 0; b < a.batch; b++) {
@@ -44,11 +45,11 @@ void for_new_rows(const FastattnAppend& a, const Visit& visit) {
     const int64_t begin = packed ? a.cu_seqlens_q[b] : 0, new_len = packed ? a.cu_seqlens_q[b + 1] - begin : a.new_len;
     for (int64_t row = 0; row < new_len; row++) {
       const int64_t first = a.lens[b];
-      if (first < -new_len || first >= a.capacity) break;  // first, so that the sum below cannot overflow
+      if (first < -new_len || first >= a.capacity) break;  // before the sum below, which could overflow
       const int64_t position = first + row;
       if (position < 0) continue;
       if (position >= a.capacity || a.pages == 0) break;
-      if (!has_page(a, b, position)) continue;  // cut to a page that exists, it would destroy another row
+      if (!has_page(a, b, position)) continue;  // clamped to a page that exists, it would overwrite another row
       visit(packed ? 0 : b, begin + row, locate(a, b, position));
     }
   }

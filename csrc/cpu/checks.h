@@ -1,4 +1,4 @@
-// What the exported functions refuse: arguments are checked before a byte is touched.
+// Checks of the exported functions' arguments, before any memory is touched.
 #pragma once
 
 #include <cstdarg>
@@ -9,7 +9,7 @@
 namespace fastattn::cpu {
 namespace {
 
-constexpr int64_t kFar = int64_t(1) << 30;  // positions are 32-bit in the engines: sums of two and a length still fit
+constexpr int64_t kFar = int64_t(1) << 30;  // engines have 32-bit positions: two of them plus a length still fit
 constexpr int64_t kWidest = 1 << 16;        // head dims
 constexpr int64_t kMostThreads = 1024;
 
@@ -36,7 +36,7 @@ class Checks {
            (long long)most, (long long)value);
   }
 
-  // A product of sizes that a tensor's bytes are counted with.
+  // The number of elements of a tensor, a product of sizes: its bytes must be countable.
   void count(const char* name, int64_t a, int64_t b, int64_t c, int64_t d) {
     int64_t n = 0;
     const bool fits = good_ && !__builtin_mul_overflow(a, b, &n) && !__builtin_mul_overflow(n, c, &n) &&
@@ -65,7 +65,7 @@ class Checks {
            (long long)kv_heads, (long long)q_heads);
   }
 
-  // Sequences that rise from a start to at most `total`.
+  // The starts of sequences, which must rise from 0 or more to at most `total`.
   void bounds(const char* name, const int32_t* values, int64_t sequences, int64_t total) {
     for (int64_t i = 0; good_ && i <= sequences; i++) {
       size(name, values[i], i == 0 ? 0 : values[i - 1], total);

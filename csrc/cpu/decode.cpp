@@ -1,7 +1,8 @@
 // Attention of few queries to a KV cache: split-KV (flash-decoding, Dao et al., 2023).
 //
-// Bound by the bytes of the cache, so each is read once: the query heads that share a key head are rows of one tile. Keys
-// are divided into splits by shapes and lengths alone, whatever the number of threads, and merged in their order.
+// The bytes of the cache bound its speed, so each is read once: the query heads that share a key head are rows of one
+// tile. Shapes and lengths alone divide keys into splits, not the number of threads, and splits are merged in their
+// order.
 #include <cmath>
 
 #include "decode_split.h"
@@ -53,7 +54,7 @@ bool decode_as(const FastattnDecode& d, const Team& team) {
   using Part = Split<Cached, Compute, Step>;
   const int64_t keys = split_keys(d, sizeof(Cached));
   const int64_t stride = padded<Step, Compute>(d.v_dim);
-  // Splits of all batch entries, numbered through: entry b has first[b] .. first[b + 1].
+  // Splits are numbered across batch entries: entry b has the splits first[b] .. first[b + 1].
   Shared numbers(size_t(d.batch + 1) * sizeof(int64_t));
   int64_t* first = numbers.as<int64_t>();
   if (first == nullptr) return false;
@@ -70,7 +71,7 @@ bool decode_as(const FastattnDecode& d, const Team& team) {
   Compute* results = partials.as<Compute>();
   if (results == nullptr) return false;
 
-  // Neighbouring heads lie side by side in memory: one task takes as many of them as leave work for every thread.
+  // Neighbouring heads are adjacent in memory: one task takes as many of them as leave work for every thread.
   int64_t heads = d.kv_heads;
   while (heads > 1 && splits * ((d.kv_heads + heads - 1) / heads) < 4 * team.threads()) heads = (heads + 1) / 2;
   const int64_t parts = (d.kv_heads + heads - 1) / heads;
@@ -92,7 +93,7 @@ bool decode_as(const FastattnDecode& d, const Team& team) {
     return true;
   });
   if (!good) return false;
-  // On one thread where there is little: waking the others costs some microseconds.
+  // One thread merges a few elements alone: waking the others takes some microseconds.
   const int64_t elements = splits * d.q_heads * longest * stride;
   return (elements < kMergedByOne ? Team(1, nullptr) : team).run(d.batch * d.kv_heads, [&](int64_t task) {
     const int64_t b = task / d.kv_heads, head = task % d.kv_heads, own = first[b + 1] - first[b];

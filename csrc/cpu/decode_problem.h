@@ -1,4 +1,4 @@
-// A call over a KV cache, taken apart: batch entries, what their rows see, and how their keys are divided.
+// The parts of a call over a KV cache: batch entries, what their rows see, and how their keys are divided.
 #pragma once
 
 #include "decode_tiles.h"
@@ -6,7 +6,7 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-constexpr int64_t kSplitBytes = 1 << 19;  // of the cache, at least, for each split
+constexpr int64_t kSplitBytes = 1 << 19;  // of the cache that a split reads, where the bounds below allow it
 constexpr int64_t kFewestKeys = 64, kMostKeys = 2048, kLongCache = 1024;
 
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return least(most(x, low), high); }
@@ -15,7 +15,7 @@ struct Range {
   int64_t start, end;
 };
 
-// A batch entry: its number, where its queries are in memory and how many, and its keys.
+// A batch entry: its number, the batch entry and row where its queries begin, and how many queries and keys it has.
 struct Entry {
   int64_t number, batch, first, q_len, length;
 
@@ -37,14 +37,14 @@ Range visible(const FastattnDecode& d, const Entry& e, int64_t query) {
   return range;
 }
 
-// The same for all its rows.
+// The keys that some row of a batch entry sees.
 Range visible(const FastattnDecode& d, const Entry& e) {
   return {visible(d, e, 0).start, visible(d, e, e.q_len - 1).end};
 }
 
 int64_t split_keys(const FastattnDecode& d, int64_t element_size) {
   const int64_t key_bytes = d.kv_heads * (d.head_dim + d.v_dim) * element_size;
-  const int64_t fewest = d.capacity < kLongCache ? kFewestKeys : 2 * kBlock;  // a short cache is to serve every thread
+  const int64_t fewest = d.capacity < kLongCache ? kFewestKeys : 2 * kBlock;  // a short cache keeps every thread busy
   return clamp(kSplitBytes / key_bytes, fewest, kMostKeys) / kFewestKeys * kFewestKeys;
 }
 

@@ -1,4 +1,4 @@
-// One split of the keys of a batch entry, for some heads: what attention to a KV cache does between reading and merging.
+// One split of the keys of a batch entry, for some heads: attention to a KV cache up to the merge of the splits.
 #pragma once
 
 #include <cmath>
@@ -11,10 +11,10 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-constexpr int64_t kFarthest = int64_t(1) << 30;  // of a column from the keys
-constexpr int64_t kFetched = 8192;  // bytes between what is read and what is fetched meanwhile
+constexpr int64_t kFarthest = int64_t(1) << 30;  // the largest distance of a mask's or bias's first column from key 0
+constexpr int64_t kFetched = 8192;  // how many bytes ahead of reading to prefetch
 
-// The running softmax of each query row: maximum and sum in base 2, and the weighted values, not normalised.
+// The running softmax of each query row: maximum and sum in base 2, and the weighted values before normalisation.
 template <class Compute>
 struct Partial {
   Compute *maximum, *sum, *acc;
@@ -26,13 +26,13 @@ struct Partial {
       : maximum(data + rows * stride), sum(maximum + rows), acc(data), stride(stride) {}
 };
 
-// Whole vectors of lanes.
+// A width rounded up to whole vectors of lanes.
 template <class Step, class Compute>
 int64_t padded(int64_t width) {
   return round_up(width, kElements<Step, Compute>);
 }
 
-// `count` numbers, `step` apart.
+// Reads `count` numbers, `step` apart.
 template <class Element, class Compute>
 void widen_row(const void* data, int64_t first, int64_t step, int64_t count, Compute* to) {
   const Element* from = static_cast<const Element*>(data) + first;
@@ -43,7 +43,8 @@ void widen_row(const void* data, int64_t first, int64_t step, int64_t count, Com
   for (; i < count; i++) to[i] = widen<Compute>(from[i * step]);
 }
 
-// What a mask or a bias says of the keys `key ..` of one row: of those at places `begin .. end`, from element `first` on.
+// The part of a mask's or bias's row that is about keys `key ..`: it has places `begin .. end`, from element `first`
+// on.
 struct Columns {
   int64_t first;
   int begin, end;
@@ -54,8 +55,8 @@ struct Columns {
   }
 };
 
-// Row r of a key head: query head r % group of its group, query r / group. Rows of several heads are numbered through.
-// `Element` is that of the caches. `Step` says what a lane of q, of keys and of weights holds (operand.h).
+// Row r of a key head is query r / group of query head r % group in its group. Rows of several heads follow one
+// another. `Element` is the type of the caches. `Step` says what a lane of q, of keys and of weights holds (operand.h).
 template <class Element, class Compute, class Step>
 class Split {
  public:
@@ -71,19 +72,21 @@ class Split {
     if (d.terms->mask_start != nullptr) mask_start_ = clamp(d.terms->mask_start[entry.number], -kFarthest, kFarthest);
   }
 
-  // Elements of type Compute, for `heads` key heads.
+  // The memory that `run` needs for `heads` key heads, in elements of type Compute.
   static int64_t scratch_size(const FastattnDecode& d, const Entry& entry, int64_t heads) {
     const int64_t rows = heads * (d.q_heads / d.kv_heads) * entry.q_len;
     const int64_t k_width = padded<Step, Compute>(d.head_dim), v_width = padded<Step, Compute>(d.v_dim);
     return rows * (k_width / Step::kParts + kBlock) + kBlock + k_width + (kKeyTile + heads) * most(k_width, v_width);
   }
 
-  // `keys` of the key heads `head .. head_end` into `partials`, one for each head, with memory of `scratch_size`.
+  // Computes `keys` of the key heads `head .. head_end` into `partials`, one for each head, with memory of
+  // `scratch_size`.
   //
-  // Where the heads of a position lie side by side: all heads of a few positions, then the next ones. Head by head, the
-  // rows would be a power of two apart and fall out of the cache before their turn.
+  // If the heads of a position are adjacent in memory, a tile takes all heads of a few positions, then the next
+  // positions. Head by head, the rows would be a power of two apart, and the caches would evict them before they are
+  // read.
   void run(Range keys, int64_t head, int64_t head_end, Compute* partials, int64_t step, Compute* memory) {
-    if (d_.k_cache.stride[2] > d_.k_cache.stride[1] && head + 1 < head_end) {  // a head's positions lie side by side
+    if (d_.k_cache.stride[2] > d_.k_cache.stride[1] && head + 1 < head_end) {  // a head's positions are adjacent
       for (int64_t h = head; h < head_end; h++) run(keys, h, h + 1, partials + (h - head) * step, step, memory);
       return;
     }
@@ -164,12 +167,12 @@ class Split {
   int64_t query(int64_t r) const { return r / group_; }
 
  private:
-  // Whether the rows of a position's heads are whole vectors without gaps.
+  // Whether the rows of a position's heads are whole vectors without gaps between them.
   static bool side_by_side(const FastattnView& cache, int64_t width, int64_t padded) {
     return cache.stride[3] == 1 && cache.stride[2] == width && width == padded;
   }
 
-  // The tile of keys that begins `keys` after a position; nothing where other heads lie between them.
+  // The tile that begins `keys` positions after this one. Nothing to fetch if other heads are between its rows.
   static Ahead tile(const FastattnView& cache, const Element* position, int keys, int64_t head, int64_t head_end,
                     int64_t width) {
     const Element* first = position + head * cache.stride[2] + keys * cache.stride[1];
@@ -177,13 +180,13 @@ class Split {
     return {reinterpret_cast<const char*>(first), gapless ? Ahead::kLine : 0};
   }
 
-  // Fetches a tile of keys at once: the first one of a split, which nothing comes before.
+  // Fetches the first tile of a split at once: there is no earlier tile during which to fetch it.
   void fetch(Ahead ahead, int64_t heads) const {
     const int64_t bytes = ahead.step == 0 ? 0 : kKeyTile * heads * d_.head_dim * int64_t(sizeof(Element));
     for (int64_t i = 0; i < bytes; i += Ahead::kLine) ahead.line();
   }
 
-  // Where position `j` of `count` is read: a position further on in this block, or in what is read after it.
+  // What to fetch while position `j` of `count` is read: a later position of this block, or of what is read after it.
   static Ahead further(const Positions<Element>& now, const Positions<Element>& next, int j, int count,
                        const FastattnView& cache, int64_t head, int64_t elements) {
     const int64_t bytes = elements * int64_t(sizeof(Element));
@@ -192,7 +195,7 @@ class Split {
     return {reinterpret_cast<const char*>(from + head * cache.stride[2]), Ahead::kLine};
   }
 
-  // Rows by fours, twos and ones; the first of them fetch ahead, the others read the same tile again.
+  // Visits rows in fours, twos and ones. The first visit fetches ahead; the others read the same tile again.
   struct ForRows {
     int64_t rows, at = 0;
     Ahead& ahead;
@@ -208,7 +211,7 @@ class Split {
     }
   };
 
-  // Of a block of keys, those that a row sees.
+  // The places of a block of keys that a row sees.
   struct Seen {
     int first, end;
   };
@@ -223,7 +226,7 @@ class Split {
     return first.end == count && last.first == 0 && first.first == 0 && last.end == count;
   }
 
-  // `row` has room for a query row.
+  // Loads the query rows of a head and clears its `partial`. `row` has room for one query row.
   void start(int64_t head, int64_t number, Compute* partial, Compute* row) const {
     for (int64_t r = 0; r < rows_; r++) {
       const int64_t from = entry_.batch * d_.q.stride[0] + q_head(head, r) * d_.q.stride[1] +
@@ -262,7 +265,7 @@ class Split {
     });
   }
 
-  // The values of `some` keys from key `j` of a block on. `whole`: all rows see all of these keys.
+  // Adds the values of `some` keys, from key `j` of a block on. `whole`: all rows see all of these keys.
   void add_values(int64_t number, const TileRows<Element>& v, int j, int some, bool whole, Compute* acc, Ahead& ahead) const {
     const Compute* p = scores_ + number * rows_ * kBlock + j / Step::kParts;
     ForRows rows(rows_, ahead);
@@ -274,7 +277,7 @@ class Split {
         all_weighted_values<Step, 2>(acc + r * v_width_, v_width_, p + r * kBlock, v.row, some, next);
       });
     }
-    rows.template each<1>([&](int64_t r, Ahead& next) {  // not even 0 times a value that a row may not see: it could be NaN
+    rows.template each<1>([&](int64_t r, Ahead& next) {  // an unseen value may be NaN: 0 times it is NaN
       const Element* row[kKeyTile];
       for (int i = 0; i < kKeyTile; i++) {
         const Compute weight = Step::part(p[r * kBlock + i / Step::kParts], i % Step::kParts);
@@ -284,7 +287,7 @@ class Split {
     });
   }
 
-  // The same for all keys of a block that are seen, with one row for each head.
+  // Adds the values of all keys of a block that are seen, with one row for each head.
   void add_values_in_order(const Positions<Element>& v, const Positions<Element>& k, int count, int64_t head,
                            int64_t head_end, Seen seen, Compute* partials, int64_t step) const {
     constexpr int kLanesAtOnce = 2, kKeysAtOnce = kLanesAtOnce * Step::kParts;
@@ -300,7 +303,8 @@ class Split {
     }
   }
 
-  // Scores of one row from products, in place: `count` keys from `key` on. In base 2, but for what `exponent_scale_` is for.
+  // Turns products of one row into scores in base 2, in place, for `count` keys from `key` on. The exponential applies
+  // `exponent_scale_`.
   void finish_scores(Compute* s, int64_t head, int64_t r, int64_t key, int count) const {
     constexpr Compute kLog2e = Compute(kLog2E);
     const Compute scale = Compute(d_.scale);
@@ -319,8 +323,8 @@ class Split {
     }
   }
 
-  // Adds the bias of one row to finished scores, of the keys that it sees, and forbids what its mask does. Returns whether
-  // one of these keys is forbidden.
+  // Applies bias and mask to finished scores of one row, for the keys that it sees. Returns whether one of these keys
+  // is forbidden.
   bool add_terms(Compute* s, int64_t head, int64_t r, int64_t key, Seen seen) const {
     const FastattnView &mask = d_.terms->mask, &bias = d_.terms->bias;
     if (bias.data != nullptr) {
@@ -343,7 +347,8 @@ class Split {
     return entry_.number * view.stride[0] + q_head(head, r) * view.stride[1] + query(r) * view.stride[2];
   }
 
-  // Numbers of all rows of a head by the scales of their keys; 0 stays 0, whatever the scale of a key that is not seen.
+  // Multiplies the numbers of all rows of a head by the scales of their keys. 0 stays 0 if the scale of an unseen key
+  // is NaN or infinite.
   void scale_keys(Compute* s, const Positions<float>& scales, const FastattnView& view, int64_t head, int count) const {
     for (int j = 0; j < count; j++) scales_[j] = Compute(scales.at[j][head * view.stride[2]]);
     for (int64_t r = 0; r < rows_; r++, s += kBlock) {
@@ -351,7 +356,7 @@ class Split {
     }
   }
 
-  // Turns one row's scores into weights, of the keys that it sees; the others get 0.
+  // Turns one row's scores into weights for the keys that it sees; the others get 0.
   void online_softmax(Compute* s, Seen seen, int64_t r, const Partial<Compute>& partial) const {
     constexpr int kL = kLanes<Compute>;
     const bool nothing = seen.first >= seen.end;
@@ -379,8 +384,8 @@ class Split {
   int64_t mask_start_ = 0;  // the key of the first column of a mask or bias
   AddBiasRow<Compute> add_bias_row_ = nullptr;
   int64_t group_, rows_, k_width_, k_lanes_, v_width_;
-  bool plain_;              // nothing is done to scores but to multiply them
-  Compute exponent_scale_;  // what they are multiplied by inside the exponential
+  bool plain_;              // scores are products times a factor, with no other term
+  Compute exponent_scale_;  // the exponential multiplies scores by this
   Compute *q_ = nullptr, *scores_ = nullptr, *scales_ = nullptr;
   Element *zeros_ = nullptr, *copy_ = nullptr;
 };

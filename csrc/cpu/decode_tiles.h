@@ -35,8 +35,8 @@ struct Positions {
   }
 };
 
-// Rows of one head: in the cache, or copied, with zeros behind them, where they are not whole vectors. As many as a lane
-// holds of are there at once: behind the last one, `zeros` may follow.
+// Rows of one head. They are read in the cache, or as copies padded with zeros if they are not whole vectors. A lane
+// may hold elements of two rows, so `zeros` may follow the last row.
 template <class Element>
 struct TileRows {
   const Element* row[kKeyTile];
@@ -60,9 +60,9 @@ struct TileRows {
   }
 };
 
-// Fetches what is read after a tile, line by line in the order of memory: a processor fetches ahead by itself where
-// addresses rise, but a tile reads the rows of its keys head by head. Into the second level of cache, since more lines
-// are on their way there than into the first.
+// Prefetches what is read after a tile, line by line in the order of memory. A processor itself prefetches rising
+// addresses, but a tile reads the rows of its keys head by head. The target is the second level of cache, which accepts
+// more lines at a time than the first.
 struct Ahead {
   static constexpr int64_t kLine = 64;
   const char* at;
@@ -73,7 +73,7 @@ struct Ahead {
     at += step;
   }
 
-  // Whether a vector is the first one of a line, of rows that begin with one.
+  // Whether a vector is the first one of a line, if rows begin at a line.
   template <int lanes, class Element>
   static constexpr bool begins_line(int64_t column) {
     constexpr int64_t elements = kLine / int64_t(sizeof(Element));
@@ -81,11 +81,11 @@ struct Ahead {
   }
 };
 
-// Elements that a vector of lanes holds.
+// How many elements a vector of lanes holds.
 template <class Step, class Compute>
 constexpr int kElements = kLanes<Compute>* Step::kParts;
 
-// s[r][j] = <q_r, k_j> for kRows rows and kKeys keys of `width` elements, whole times kChains vectors.
+// s[r][j] = <q_r, k_j> for kRows rows and kKeys keys of `width` elements, a multiple of kChains vectors.
 template <class Step, int kRows, int kKeys, int kChains, class Compute, class Element>
 void products(Compute* s, const Compute* q, const Element* const* k, int64_t width, Ahead& ahead) {
   constexpr int kE = kElements<Step, Compute>, kSums = kRows * kKeys;
@@ -128,14 +128,14 @@ void products(Compute* s, const Compute* q, const Element* const* k, int64_t wid
   for (int r = 0; r < kRows; r++) std::memcpy(s + r * kBlock, sums + r * kKeys, kKeys * sizeof(Compute));
 }
 
-// How much a tile takes at once: as many sums as the registers hold, and enough that none waits for itself.
+// The sums of a tile: as many as the registers hold, and enough that no addition waits for the one before.
 constexpr int kSumsHeld = FASTATTN_VECTOR_BYTES == 64 ? 16 : 8;
 
 template <class Step, int kRows, class Compute, class Element>
 __attribute__((noinline)) void all_products(Compute* s, const Compute* q, const Element* const* k, int count,
                                             int64_t width, Ahead& ahead) {
   constexpr int kKeys = kRows == 4 ? kSumsHeld / 4 : 4;
-  constexpr int kChains = kRows == 1 ? 2 : 1;  // with the keys, enough sums that none waits for itself
+  constexpr int kChains = kRows == 1 ? 2 : 1;  // times the keys: enough sums that no addition waits
   int j = 0;
   if (width % (kChains * kElements<Step, Compute>) == 0) {
     for (; j + kKeys <= count; j += kKeys) products<Step, kRows, kKeys, kChains>(s + j, q, k + j, width, ahead);
@@ -143,8 +143,8 @@ __attribute__((noinline)) void all_products(Compute* s, const Compute* q, const 
   for (; j < count; j++) products<Step, kRows, 1, 1>(s + j, q, k + j, width, ahead);
 }
 
-// acc[r] += sum_j p[r][j] v_j, over the columns of kVectors vectors. A lane of p holds the weights of as many keys as Step
-// says.
+// acc[r] += sum_j p[r][j] v_j, over the columns of kVectors vectors. A lane of p holds the weights of Step::kParts
+// keys.
 template <class Step, int kRows, int kVectors, class Compute, class Element>
 void weighted_values(Compute* acc, int64_t width, const Compute* p, const Element* const* v, int count, int64_t column,
                      Ahead& ahead) {
@@ -192,8 +192,8 @@ __attribute__((noinline)) void all_weighted_values(Compute* acc, int64_t width, 
   }
 }
 
-// Of one position and heads that lie side by side there, with a query row each: s[h * step] = <q_h, k_h>. By fours, of
-// which the last may be fewer: how lanes are added up must not depend on how heads are divided among threads.
+// s[h * step] = <q_h, k_h> for one position, whose heads are adjacent in memory, with one query row each. Heads are
+// taken in fours, the last of which may be fewer, so that sums do not depend on how heads are divided among threads.
 template <class Step, int kHeads, class Compute, class Element>
 void products_of_heads(Compute* s, int64_t step, const Compute* q, const Element* k, int64_t width, Ahead& ahead) {
   Vec<Compute> sum[4] = {};
@@ -220,7 +220,7 @@ __attribute__((noinline)) void all_products_of_heads(Compute* s, int64_t step, c
   if (heads % 4 == 3) products_of_heads<Step, 3>(s + h * step, step, q + h * lanes, k + h * width, width, ahead);
 }
 
-// acc[h * acc_step] += sum_j p[h * step][j] v_j,h over kAtOnce lanes of p: of positions whose heads lie side by side.
+// acc[h * acc_step] += sum_j p[h * step][j] v_j,h over kAtOnce lanes of p, for positions whose heads are adjacent.
 template <class Step, int kAtOnce, class Compute, class Element>
 __attribute__((noinline)) void weighted_values_of_heads(Compute* acc, int64_t acc_step, const Compute* p, int64_t step,
                                                         const Element* const* v, int64_t width, int64_t heads,

@@ -1,4 +1,4 @@
-// Which probabilities dropout keeps: the bits of fastattn's reference and of its Triton kernels.
+// Which probabilities dropout keeps, with the bits of fastattn's reference and of its Triton kernels.
 #pragma once
 
 #include "interface.h"
@@ -34,7 +34,8 @@ inline RowKeys dropout_row_keys(const FastattnOperands& o, int64_t batch, int64_
 
 constexpr uint32_t kColumnFactor = 0x9E3779B1u;
 
-// A full-avalanche mix of the key index, so that tile sizes do not matter: 24 bits. The column times kColumnFactor.
+// 24 bits from a full-avalanche mix of the key index, so that tile sizes do not matter. `scaled_column` is the column
+// times kColumnFactor.
 template <class Bits>
 [[gnu::always_inline]] inline Bits dropout_bits(RowKeys keys, Bits scaled_column) {
   Bits x = scaled_column ^ keys.first;
@@ -44,14 +45,14 @@ template <class Bits>
   return x >> 8;
 }
 
-// The upper 24 bits, as a fraction, are compared with dropout_p as a float.
+// The least 24 bits that keep a probability: as a fraction, they are not less than dropout_p as a float.
 inline uint32_t dropout_threshold(double dropout_p) {
   const double scaled = double(float(dropout_p)) * double(1 << 24);
   const uint32_t whole = uint32_t(scaled);
   return whole + (double(whole) < scaled ? 1 : 0);
 }
 
-// factors[i] = kept for the keys key + i that a row keeps, else 0; for i in begin .. end, whole vectors.
+// factors[i] = `kept` for the keys key + i that a row keeps, else 0, for i in begin .. end, whole vectors.
 template <class T>
 inline void dropout_keep(
     const FastattnOperands& o, RowKeys keys, int64_t key, int begin, int end, uint32_t threshold, T kept, T* factors) {

@@ -1,4 +1,4 @@
-// Powers of two, the hyperbolic tangent, and what a softmax does with a row of scores.
+// Powers of two, the hyperbolic tangent, and the steps of a softmax over one row of scores.
 #pragma once
 
 #include "simd.h"
@@ -12,7 +12,7 @@ struct Exponential {
   Vec<T> power, fraction;
 };
 
-// For |x| below the exponent's range.
+// For |x| within the range of the exponent.
 inline Exponential<float> exponential(Vec<float> x) {
   const Vec<float> shift = Vec<float>{} + 0x1.8p23f;
   const Vec<float> rounded = x + shift;
@@ -39,14 +39,14 @@ inline Exponential<double> exponential(Vec<double> x) {
 constexpr float lowest_exponent(float) { return -127.0f; }
 constexpr double lowest_exponent(double) { return -1023.0; }
 
-// 2^x for x up to a little over 0; NaN stays NaN, and what would be denormal is 0.
+// 2^x for x up to slightly above 0. NaN stays NaN; results that would be denormal are 0.
 inline Vec<double> exp2_of_difference(Vec<double> x) {
   const Exponential<double> parts = exponential(larger(Vec<double>{} + lowest_exponent(0.0), x));
   return parts.power * parts.fraction + parts.power;
 }
 
-// The exponential of the softmax: a polynomial of the least degree (relative error 9.2e-8), and an exponent that the
-// rounding itself leaves in the lowest bits.
+// The exponential of the softmax: a polynomial of the least degree (relative error 9.2e-8), times a power of two whose
+// exponent the rounding leaves in the lowest bits.
 inline Vec<float> exp2_of_difference(Vec<float> x) {
   x = larger(Vec<float>{} + lowest_exponent(0.0f), x);
   const Vec<float> shift = Vec<float>{} + (0x1.8p23f + 127.0f);
@@ -68,7 +68,7 @@ inline V exp2(V x) {
   return exp2_of_difference(x > highest ? V{} + highest : x);
 }
 
-// To float accuracy near 0 too.
+// Accurate to float near 0 too.
 template <class V>
 inline V tanh(V x) {
   using T = std::remove_reference_t<decltype(x[0])>;
@@ -81,10 +81,10 @@ inline V tanh(V x) {
   return less_one / (less_one + T(2));
 }
 
-// Of whole vectors at `begin .. end`; NaN does not count.
+// The largest of whole vectors at `begin .. end`, leaving out NaN.
 template <class T>
 [[gnu::always_inline]] inline T largest_of(const T* s, int begin, int end) {
-  Vec<T> most = Vec<T>{} - T(__builtin_inf()), other = most;  // two chains: a maximum waits for the one before
+  Vec<T> most = Vec<T>{} - T(__builtin_inf()), other = most;  // two, since each waits for its last result
   int i = begin;
   for (; i + kLanes<T> < end; i += 2 * kLanes<T>) {
     most = larger(load(s + i), most);
@@ -94,8 +94,8 @@ template <class T>
   return largest_lane(larger(most, other));
 }
 
-// Makes -inf of a row at places `begin .. low` and `high .. end`, of which the outer ones bound whole vectors. Vector by
-// vector: what is stored in smaller parts has to be in the cache before a vector of it can be loaded.
+// Sets places `begin .. low` and `high .. end` of a row to -inf; `begin` and `end` bound whole vectors. It stores whole
+// vectors: a processor cannot forward smaller stores to the load of a vector.
 template <class T>
 inline void forbid_outside(T* s, int begin, int low, int high, int end) {
   const Vec<T> numbers = lane_numbers<T>(), forbidden = Vec<T>{} - T(__builtin_inf());
@@ -105,8 +105,8 @@ inline void forbid_outside(T* s, int begin, int low, int high, int end) {
   }
 }
 
-// Turns the scores at places `begin .. end` of a row, whole vectors, into 2^(score * scale - pivot). Returns `sum` and all of
-// them, lane by lane.
+// Turns the scores at places `begin .. end` of a row, whole vectors, into 2^(score * scale - pivot). Returns them added
+// to `sum`, lane by lane.
 template <class T>
 [[gnu::always_inline]] inline Vec<T> weigh(T* s, int begin, int end, T scale, T pivot, Vec<T> sum) {
   Vec<T> other{};

@@ -1,8 +1,8 @@
 // Forward attention: one pass over the keys with an online softmax (FlashAttention-2, Dao, 2023).
 //
-// A task packs the keys and values that it needs, once: keys as panels of columns, values as rows. Then it takes 64 rows of
-// q at a time over blocks of 128 keys, within them as many rows as a tile of registers has: their scores (rows x 128) never
-// leave the first level of cache.
+// A task packs the keys and values that it needs once: keys as panels of columns, values as rows. Then it takes 64 rows
+// of q at a time over blocks of 128 keys. Within a block it takes as many rows as a tile of registers has, so that
+// their scores (rows x 128) never leave the first level of cache.
 #include "softmax.h"
 #include "variant.h"
 
@@ -14,14 +14,14 @@ struct Task {
   int64_t entry, kv_head, first, last;
 };
 
-// How a task divides its memory.
+// The parts of a task's memory.
 template <class T, class Step>
 struct Memory {
   int64_t q_width, v_width;          // lanes of a row of q or k, and of v
   T *rows, *panels, *values;         // keys as rows (one block), keys, values
   T *q, *out, *scores;               // a tile of queries, its output, the scores of some rows
 
-  int64_t size;                      // elements of all
+  int64_t size;                      // elements of all parts together
 
   Memory(const FastattnAttention& a, int64_t keys, T* data)
       : q_width(round_up(lanes_for<Step>(a.head_dim), kLanes<T>)), v_width(round_up(a.v_dim, kLanes<T>)) {
@@ -44,7 +44,7 @@ class Forward {
       : problem_(problem), a_(problem.a), task_(task), entry_(problem.entry(task.entry)),
         q_steps_(lanes_for<Step>(problem.a.head_dim)) {}
 
-  // False where memory ran out.
+  // Returns false if memory runs out.
   bool run() {
     const int64_t row = task_.first * kQueries, row_end = least(task_.last * kQueries, entry_.q_len);
     Range keys = problem_.visible(entry_, row, row_end);
@@ -91,7 +91,7 @@ class Forward {
       q_ = {memory_->q, memory_->q_width};
     }
     problem_.q_rows(a_.out, entry_, head, a_.v_dim).expect(row, count);
-    bool begun[kQueries / kTileRows + 1] = {};  // rows of which `out` holds something
+    bool begun[kQueries / kTileRows + 1] = {};  // whether `out` holds something for a group of rows
     for (int64_t i = 0; i < count; i++) visible[i] = problem_.visible(entry_, row + i);
     if (problem_.o.seed != nullptr) {
       for (int64_t i = 0; i < count; i++) keys[i] = dropout_row_keys(problem_.o, entry_.number, head, row + i);
@@ -109,7 +109,7 @@ class Forward {
     finish(scores, head, row, count, states);
   }
 
-  // `rows` rows, from place `at` in the tile on, against one block of keys.
+  // Computes `rows` rows, from place `at` in the tile on, for one block of keys.
   void key_block(
       const Scores<T>& scores, int64_t row, int rows, int64_t key, const uint8_t* block, const Range* visible,
       RowStates<T>& states, const RowKeys* keys, int64_t at, int64_t count, bool& begun) {
@@ -120,7 +120,7 @@ class Forward {
     }
     if (seen.empty()) return;
     const int begin = int(seen.begin / kTileColumns<T> * kTileColumns<T>);
-    const int last = int(seen.end), end = int(round_up(last, kLanes<T>));  // whole vectors of scores, but no value too many
+    const int last = int(seen.end), end = int(round_up(last, kLanes<T>));  // whole vectors of scores, seen values alone
     const int64_t place = key - first_key_;
     T* s = memory_->scores;
     prefetch_ahead<0>(scores, row - at, at, count, key);
@@ -161,16 +161,16 @@ class Forward {
     begun = true;
   }
 
-  // Some rows of the output of the tile.
+  // Sets some rows of the tile's output to 0.
   void clear(int64_t at, int64_t rows) {
     for (int64_t i = at * memory_->v_width; i < (at + rows) * memory_->v_width; i++) memory_->out[i] = T(0);
   }
 
-  // Those of the key at a place, where a lane begins.
+  // The values from the key at `place` on, which is the first one of a lane.
   T* values(int64_t place) const { return memory_->values + place / Step::kParts * memory_->v_width; }
 
-  // A third of what later rows of the tile of queries at `tile` will read, or its first rows from the next block: in
-  // thirds, since more lines than a processor waits for at once would hold up the loads of a product.
+  // Prefetches a third of what a later group of rows of the tile at `tile` will read, or one of the first groups for
+  // the next block. Thirds, since more lines than a processor can wait for at once would delay the loads of a product.
   template <int third>
   void prefetch_ahead(const Scores<T>& scores, int64_t tile, int64_t at, int64_t count, int64_t key) const {
     if (!scores.may_forbid()) return;
@@ -193,7 +193,7 @@ class Forward {
 
   // Normalises the rows of a tile and writes out, lse and statistics.
   void finish(const Scores<T>& scores, int64_t head, int64_t row, int64_t count, const RowStates<T>& states) {
-    // Loop by loop: what is slow of one row, as its logarithm, waits for nothing of the others.
+    // Separate loops, so that slow steps of one row, such as its logarithm, overlap with those of others.
     T maximum[kQueries], total[kQueries], factor[kQueries];
     for (int64_t i = 0; i < count; i++) {
       maximum[i] = states.maximum[i];
@@ -218,7 +218,7 @@ class Forward {
     for (int64_t i = 0; i < count; i++) out.write(row + i, memory_->out + i * memory_->v_width, factor[i]);
   }
 
-  // Merges one score; returns what earlier sums are to be multiplied by.
+  // Merges one score. Returns the factor for earlier sums.
   static T online_softmax_of_one(T score, T& maximum, T& sum) {
     const T before = maximum;
     maximum = score > before ? score : before;
@@ -232,14 +232,14 @@ class Forward {
   const FastattnAttention& a_;
   Task task_;
   Entry entry_;
-  int64_t q_steps_;  // of a score
+  int64_t q_steps_;  // lanes that are summed for a score
   Memory<T, Step>* memory_ = nullptr;
   Lanes<T> q_{};  // the rows of a tile of queries
   int64_t first_key_ = 0;
   bool poisoned_ = false;
 };
 
-// Calls `visit` with every task, those with the most work first. `pieces`: into how many a head is divided.
+// Calls `visit` with every task, those with the most work first. A head is divided into `pieces`.
 template <class T, class Visit>
 void for_tasks(const Problem<T>& problem, int64_t pieces, Visit visit) {
   for (int64_t piece = pieces - 1; piece >= 0; piece--) {
@@ -256,7 +256,7 @@ void for_tasks(const Problem<T>& problem, int64_t pieces, Visit visit) {
 template <class T, class Step>
 bool forward_as(const FastattnAttention& a, const FastattnOperands& o, const Team& team) {
   const Problem<T> problem{a, o};
-  // Rows do not depend on each other, so heads may be divided as the number of threads wants it.
+  // Rows do not depend on each other, so the number of threads may decide how heads are divided.
   const int64_t heads = problem.entries() * a.kv_heads;
   const int64_t pieces = team.threads() == 1 || heads == 0 ? 1 : most(1, (4 * team.threads() + heads - 1) / heads);
   int64_t count = 0;

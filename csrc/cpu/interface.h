@@ -1,5 +1,5 @@
-// The C interface: no PyTorch, no Python, nothing but pointers and 8-byte numbers, so that Python packs a call into bytes.
-// `fastattn/backends/cpu` is its other side: it lists the fields of each struct in this order.
+// The C interface has only pointers and 8-byte numbers, no PyTorch and no Python, so that Python can pack a call into
+// bytes. `fastattn/backends/cpu` calls it and lists the fields of each struct in this order.
 #pragma once
 
 #include <cstdint>
@@ -10,25 +10,26 @@
 
 extern "C" {
 
-// Counts changes of what is declared here.
+// The version of this interface: each change of the declarations below raises it.
 #define FASTATTN_CPU_ABI 6
 
 enum FastattnCpuDtype { FASTATTN_FLOAT32 = 0, FASTATTN_FLOAT16 = 1, FASTATTN_BFLOAT16 = 2, FASTATTN_FLOAT64 = 3 };
-// Of quantised caches alone: integers, and float8_e4m3fn.
+// For quantised caches only: int8 and float8_e4m3fn.
 enum FastattnCacheDtype { FASTATTN_INT8 = 4, FASTATTN_FLOAT8 = 5 };
 
 enum FastattnCpuStatus { FASTATTN_CPU_OK = 0, FASTATTN_CPU_BAD_ARGUMENT = 1, FASTATTN_CPU_NO_MEMORY = 2 };
 
-// A side of a window that is open; as `q_offset`: the last query stands at the last key, for each packed sequence.
+// An open side of a window. As `q_offset` it aligns the last query with the last key, in each packed sequence.
 #define FASTATTN_OPEN INT64_MIN
 
-// A tensor of four dimensions; strides in elements, 0 where it broadcasts.
+// A tensor of four dimensions. Strides are in elements, 0 in a dimension that broadcasts.
 struct FastattnView {
   void* data;
   int64_t stride[4];
 };
 
-// Who runs a call. `parallel` is a `GOMP_parallel` of the process, or null: then threads of this library's own.
+// The threads that run a call. `parallel` is the `GOMP_parallel` of the process; if null, the library starts its own
+// threads.
 struct FastattnTeam {
   int64_t threads;
   void* parallel;
@@ -46,35 +47,36 @@ struct FastattnAttention {
   double scale, softcap, dropout_p;  // softcap 0: none
 };
 
-// The tensors beside them; a null pointer is an operand that is absent.
+// The other tensors of a call; a null pointer means that there is none.
 struct FastattnOperands {
   FastattnView mask;        // one byte per element, 0 or 1
   FastattnView bias;        // of `bias_dtype`
   int64_t bias_dtype;
-  int64_t bias_size[4];     // 1 where it broadcasts
+  int64_t bias_size[4];     // 1 in a dimension that broadcasts
   const void* alibi_slopes; // (B or 1, Hq), compute type
   int64_t slopes_stride;    // of a batch entry, 0 or Hq
   const void* sinks;        // (Hq,), compute type
   const int64_t* q_offset;  // (B,)
   const int64_t* seed;      // one element, with dropout only
-  const int64_t* dropout_origin; // where its bits begin: batch entry, head, row, step of rows, key, step of keys; or null
+  const int64_t* dropout_origin; // of its bits: first batch entry, head, row, step of rows, key, step of keys; or null
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (sequences + 1,)
-  const int32_t* seqused_k; // (B,): of the keys of each entry, how many are used, the first ones; or null
-  const int64_t* kv_start;  // (B,): the key from which on they are used; or null
-  int64_t sequences;        // "B" above then means this for all per-entry operands; q, k, v have one batch entry
+  const int32_t* seqused_k; // (B,): how many of each entry's keys are used, from its first on; or null
+  const int64_t* kv_start;  // (B,): the first key that is used; or null
+  int64_t sequences;        // with cu_seqlens, B in the shapes above is this, and q, k, v have one batch entry
   // The tensors of `fastattn.block_mask.BlockTensors`, contiguous.
   const int32_t *query_offsets, *query_entries, *key_offsets, *key_entries, *table;
   const uint8_t* pool;
-  int64_t block_batch, block_heads;  // sizes: 1 where it broadcasts
-  // Of a forward pass over a KV cache, with `seqused_k` and without `cu_seqlens_k`: k and v have a batch entry for each of
-  // B, or with a block table (B, kv_len / page_size) pages (pages, Hk, page_size, D). Entries with fewer than so many
-  // queries are left out.
+  int64_t block_batch, block_heads;  // sizes: 1 in a dimension that broadcasts
+  // For a forward pass over a KV cache, which has `seqused_k` and no `cu_seqlens_k`: k and v have B batch entries.
+  // With a block table (B, kv_len / page_size) they have pages (pages, Hk, page_size, D) instead. Entries with fewer
+  // than `least_queries` queries are left out.
   const int32_t* block_table;
   int64_t table_stride, pages, page_size, least_queries;
 };
 
-// What a backward pass reads and fills beside the above. dlse (B, Hq, Lq) contiguous. dbias has `bias_size`, dalibi_slopes
-// the shape of the slopes, dsinks (Hq,): contiguous, compute type. Null: not given, not wanted.
+// The tensors that a backward pass reads and writes besides those above. dlse (B, Hq, Lq) is contiguous. dbias has
+// `bias_size`, dalibi_slopes the shape of the slopes, and dsinks (Hq,): all contiguous, in the compute type. Null means
+// not given or not wanted.
 struct FastattnGradients {
   FastattnView dout;
   const void* dlse;
@@ -82,32 +84,34 @@ struct FastattnGradients {
   void *dbias, *dalibi_slopes, *dsinks;
 };
 
-// A mask, one byte per element, 0 or 1, and a bias: (B, Hq, Lq, columns), each with columns of its own. The first one is
-// about key mask_start[b], or where that is null key 0. Keys without a column are allowed, and get no bias.
+// A mask, one byte per element, 0 or 1, and a bias: (B, Hq, Lq, columns), each with its own number of columns. The
+// first column belongs to key mask_start[b], or to key 0 if mask_start is null. Keys without a column are allowed and
+// get no bias.
 struct FastattnScoreTerms {
-  FastattnView mask, bias;     // null: there is none
+  FastattnView mask, bias;     // data null: there is none
   int64_t mask_columns, bias_columns, bias_dtype;
   const int64_t* mask_start;   // (B,)
 };
 
-// A cache of FastattnCacheDtype, whose numbers are multiplied by scales, float (pages, slots, Hk).
+// A cache of FastattnCacheDtype and the scales that multiply its numbers, float (pages, slots, Hk).
 struct FastattnQuantised {
   int64_t cache_dtype;
   FastattnView k_scale, v_scale;  // the last stride is not read
   int64_t dtype;                  // of new rows
-  int64_t k_measured, v_measured; // 1: an append finds the scales and writes them, 0: it takes those that are there
+  int64_t k_measured, v_measured; // 1: an append measures the scales and writes them; 0: it uses the stored ones
 };
 
-// Attention of few queries to a KV cache. q (B, Hq, Lq, D), out (B, Hq, Lq, Dv); the caches are (B, Lmax, Hk, D), or
-// (pages, page_size, Hk, D) with a `block_table` (B, max_pages): their strides are those of page, slot, head, column.
-// Batch entry b has lens[b] + added keys, cut to 0 .. capacity, and its last query stands at the last of them.
+// Attention of few queries to a KV cache. q (B, Hq, Lq, D), out (B, Hq, Lq, Dv). The caches are (B, Lmax, Hk, D), or
+// (pages, page_size, Hk, D) with a `block_table` (B, max_pages); their strides are of page, slot, head and column.
+// Batch entry b has lens[b] + added keys, clamped to 0 .. capacity, and its last query has the position of the last
+// one.
 struct FastattnDecode {
   FastattnTeam team;
   FastattnView q, k_cache, v_cache, out;
   void* lse;                   // (B, Hq, Lq), contiguous, compute type
   const int64_t* lens;         // (B,)
   const int32_t* block_table;
-  int64_t table_stride;        // of a row of the table
+  int64_t table_stride;        // between rows of the table
   const void* alibi_slopes;    // (B or 1, Hq), compute type
   int64_t slopes_stride;
   const void* sinks;           // (Hq,), compute type
@@ -116,17 +120,18 @@ struct FastattnDecode {
   int64_t pages, page_size, capacity;  // page_size 0: contiguous; capacity in positions per batch entry
   int64_t added, left, right;
   double scale, softcap;
-  // (B + 1,): q, out and lse then are those of one batch entry with q_len rows, in which each entry has its own. Null: all
-  // have q_len rows.
+  // (B + 1,): the rows of each entry in q, out and lse, which then have one batch entry with q_len rows. Null: each
+  // entry has q_len rows.
   const int32_t* cu_seqlens_q;
   int64_t most_queries;        // packed entries with more are left out
-  const FastattnScoreTerms* terms;     // or null; not beside cu_seqlens_q
+  const FastattnScoreTerms* terms;     // or null; none with cu_seqlens_q
   const FastattnQuantised* quantised;  // or null: the caches have the dtype of q
-  const int64_t* kv_start;     // (B,): the key of each entry from which on they are used; or null
+  const int64_t* kv_start;     // (B,): the first key of each entry that is used; or null
 };
 
-// New rows k (B, Hk, L, D) and v (B, Hk, L, Dv), written into the caches from position lens[b] on; rows without a place are
-// left out. With `cu_seqlens_q` (B + 1,) k and v are those of one batch entry with L rows, in which each entry has its own.
+// Writes new rows k (B, Hk, L, D) and v (B, Hk, L, Dv) into the caches, from position lens[b] on. Rows without a place
+// are left out. With `cu_seqlens_q` (B + 1,) k and v have one batch entry with L rows, and it gives the rows of each
+// entry.
 struct FastattnAppend {
   FastattnTeam team;
   FastattnView k, v, k_cache, v_cache;
@@ -140,10 +145,10 @@ struct FastattnAppend {
   const FastattnQuantised* quantised;  // or null: the caches have the dtype of k and v, whose element_size this is
 };
 
-// What a step of generation does beside attention, of few rows; `dtype` is that of all tensors but tables, and not
-// FASTATTN_FLOAT64. Elements of a row are adjacent, and rows `stride` elements apart.
+// The other operations of a step of generation, for few rows. All tensors but tables have `dtype`, which is not
+// FASTATTN_FLOAT64. Elements of a row are adjacent, and rows are `stride` elements apart.
 
-// y = x W^T + b for up to three matrices W (columns, width), whose results lie side by side in y (rows, columns of all).
+// y = x W^T + b for up to three matrices W (columns, width). Their results are adjacent in y (rows, columns of all).
 struct FastattnLinear {
   FastattnTeam team;
   const void* x;             // (rows, width)
@@ -151,15 +156,15 @@ struct FastattnLinear {
   const void* weight[3];
   int64_t weight_stride[3];
   const void* bias[3];       // (columns,), or null
-  int64_t columns[3];        // 0: there is no such matrix
+  int64_t columns[3];        // 0: no such matrix
   void* y;
   int64_t y_stride;
   int64_t dtype, rows, width;
   int64_t gated;             // 1: y = silu(x W0^T + b0) * (x W1^T + b1), of two matrices of one size
-  int64_t add;               // 1: added to what is in y
+  int64_t add;               // 1: the result is added to y
 };
 
-// y = x / sqrt(mean(x^2) + eps) * weight over each of the heads that lie side by side in a row; y may be x.
+// y = x / sqrt(mean(x^2) + eps) * weight over each of the adjacent heads of a row; y may be x.
 struct FastattnNorm {
   const void* x;             // (rows, heads, width)
   int64_t x_stride;
@@ -170,7 +175,7 @@ struct FastattnNorm {
   double eps;
 };
 
-// Rotary positions: dimension i of a head turns with dimension i + head_dim / 2; y may be x.
+// Rotary positions: dimension i of a head rotates with dimension i + head_dim / 2; y may be x.
 struct FastattnRotate {
   FastattnTeam team;
   const void* x;             // (rows, heads, head_dim)
@@ -178,14 +183,14 @@ struct FastattnRotate {
   void* y;
   int64_t y_stride;
   const float *cos, *sin;    // (positions, head_dim / 2), contiguous
-  const int64_t* position;   // (rows,), cut to 0 .. positions - 1; null: row r stands at r % positions
+  const int64_t* position;   // (rows,), clamped to 0 .. positions - 1; null: row r has position r % positions
   int64_t positions;
   int64_t dtype, rows, heads, head_dim;
-  int64_t back;              // 1: the other way round, which is the derivative
+  int64_t back;              // 1: the inverse rotation, which is the derivative
 };
 
-// y = x * factor, 1 / (1 - p) for the elements that are kept, else 0: those whose bits, as dropout of attention has them at
-// row `row` and key `column` of the first head, are p or more as a fraction. x and y (rows, width) contiguous.
+// y = x / (1 - p) for the elements that are kept, else 0. The element at (row, column) is kept if attention's dropout
+// keeps query `row` and key `column` of the first head. x and y (rows, width) are contiguous.
 struct FastattnDropout {
   FastattnTeam team;
   const void* x;
@@ -194,7 +199,7 @@ struct FastattnDropout {
   double p;                  // below 1
 };
 
-// y = x / sqrt(mean(x^2) + eps) * weight of each row; with dweight, its gradient: then y is that of x.
+// y = x / sqrt(mean(x^2) + eps) * weight for each row. With dweight it computes gradients: y is then that of x.
 // x, y and dy (rows, width), weight and dweight (width,), all contiguous.
 struct FastattnRmsNorm {
   FastattnTeam team;
@@ -205,7 +210,7 @@ struct FastattnRmsNorm {
   double eps;
 };
 
-// y = silu(gate) * up; with dup, its gradient: then y is that of gate. All (rows, width), contiguous.
+// y = silu(gate) * up. With dup it computes gradients: y is then that of gate. All (rows, width), contiguous.
 struct FastattnGate {
   FastattnTeam team;
   const void *gate, *up;
@@ -222,7 +227,7 @@ enum FastattnCallKind {
   FASTATTN_CALL_ROTATE = 4
 };
 
-// One of several calls: its struct.
+// One of several calls: its kind and its struct.
 struct FastattnCall {
   int64_t kind;
   const void* arguments;
@@ -236,10 +241,10 @@ struct FastattnCall {
 
 FASTATTN_EXPORT int fastattn_cpu_abi();
 FASTATTN_EXPORT const char* fastattn_cpu_digest();
-FASTATTN_EXPORT const char* fastattn_cpu_last_error();  // of this thread's last call that failed
-FASTATTN_EXPORT const char* fastattn_cpu_variant();     // the instruction set in use
+FASTATTN_EXPORT const char* fastattn_cpu_last_error();  // the last error of this thread
+FASTATTN_EXPORT const char* fastattn_cpu_variant();     // the name of the instruction set in use
 FASTATTN_EXPORT int fastattn_cpu_use_variant(const char* name);  // for tests: 1 if this processor has it
-// `operands` may be null where there are none.
+// `operands` may be null if there are none.
 FASTATTN_EXPORT int fastattn_cpu_forward(const FastattnAttention* attention, const FastattnOperands* operands);
 FASTATTN_EXPORT int fastattn_cpu_backward(
     const FastattnAttention* attention, const FastattnOperands* operands, const FastattnGradients* gradients);
@@ -251,6 +256,6 @@ FASTATTN_EXPORT int fastattn_cpu_rotate(const FastattnRotate* rotate);
 FASTATTN_EXPORT int fastattn_cpu_dropout(const FastattnDropout* dropout);
 FASTATTN_EXPORT int fastattn_cpu_rms_norm(const FastattnRmsNorm* norm);
 FASTATTN_EXPORT int fastattn_cpu_gate(const FastattnGate* gate);
-// One after another, up to the first that fails.
+// Runs calls one after another, up to the first that fails.
 FASTATTN_EXPORT int fastattn_cpu_run(const FastattnCall* calls, int64_t count);
 }

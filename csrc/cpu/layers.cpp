@@ -1,4 +1,4 @@
-// What stands between the products of a layer in training: RMS norm, gated activations, and their gradients.
+// The steps of a layer in training between its matrix products: RMS norm, gated activations, and their gradients.
 #include <cstring>
 
 #include "exponential.h"
@@ -8,7 +8,7 @@ namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
 constexpr int64_t kTaskElements = 1 << 14;
-// Sums are made in blocks, which keeps float32's accuracy.
+// Sums are made block by block, which keeps the accuracy of float32.
 constexpr int64_t kBlock = 1 << 9;  // elements of a row
 constexpr int64_t kTaskRows = 64;
 
@@ -85,7 +85,7 @@ inline Vec<float> sigmoid(Vec<float> x) {
   return 1.0f / (exp2(x * -kLog2e) + 1.0f);
 }
 
-// The vector at i of y = gate sigmoid(gate) up; with dup, of the gradients: then y is that of gate.
+// Computes the vector at i of y = gate sigmoid(gate) up. With dup it computes the gradients, and y is that of gate.
 template <class Element>
 inline void gate_some(Element* y, Element* dup, const Element* gate, const Element* up, const Element* dy, int64_t i) {
   const Vec<float> g = load<float>(gate + i), u = load<float>(up + i), s = sigmoid(g);

@@ -1,4 +1,4 @@
-// The exported functions: arguments checked before a byte is touched, then the engine of this processor.
+// The exported functions check their arguments before any memory is touched, then call the engine of this processor.
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -58,7 +58,7 @@ const Engine kEngines[] = {
 #endif
     ENGINE(baseline, always),
 #if defined(FASTATTN_TEST_VARIANTS)
-    ENGINE(wide, has_avx2),  // after one that always serves: by name only
+    ENGINE(wide, has_avx2),  // used by name only: an engine before it always serves
 #endif
 };
 
@@ -80,7 +80,7 @@ const Engine& engine() {
 
 const FastattnOperands kNoOperands{};
 
-// As many threads as there is work for: waking one costs some microseconds.
+// A team of as many threads as the work is worth: waking one takes some microseconds.
 Team team_for(const FastattnTeam& team, double operations) {
   constexpr double kGrain = 1 << 19;
   const double useful = 1.0 + operations / kGrain;
@@ -102,7 +102,7 @@ int missing(const char* name) {
   return FASTATTN_CPU_BAD_ARGUMENT;
 }
 
-// Large pages for a result (B, heads, rows, width), unless its rows are spread over memory that is not its own.
+// Asks for large pages for a result (B, heads, rows, width), unless other tensors' memory lies between its rows.
 void expect_result(const FastattnView& x, int64_t dtype, int64_t batch, int64_t heads, int64_t rows, int64_t width) {
   const int64_t size[] = {batch, heads, rows, width};
   uint64_t count = 1, last = 0;
@@ -177,7 +177,7 @@ int fastattn_cpu_decode(const FastattnDecode* decode) {
   if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
   const FastattnDecode& d = *decode;
   if (d.batch == 0 || d.q_len == 0) return FASTATTN_CPU_OK;
-  // Bound by memory, so a key costs a little more than its operations.
+  // Memory bounds the speed, so a key takes somewhat longer than its operations.
   const double work = 8.0 * double(d.cu_seqlens_q == nullptr ? d.batch : 1) * double(d.q_heads) * double(d.q_len) * double(d.capacity) *
                       double(d.head_dim + d.v_dim);
   return status(engine().decode(d, team_for(d.team, work)));
@@ -201,7 +201,7 @@ int fastattn_cpu_linear(const FastattnLinear* linear) {
   if (!checks.good()) return FASTATTN_CPU_BAD_ARGUMENT;
   if (linear->rows == 0) return FASTATTN_CPU_OK;
   const int64_t* columns = linear->columns;
-  // Of few rows bound by memory: an element of W costs a few operations more than its products.
+  // Memory bounds products of few rows: an element of W takes a few operations more than its products.
   const double work = double(columns[0] + columns[1] + columns[2]) * double(linear->width) * (8.0 + 2.0 * double(linear->rows));
   return status(engine().linear(*linear, team_for(linear->team, work)));
 }

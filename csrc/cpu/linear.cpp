@@ -1,7 +1,7 @@
-// Products of few rows, y = x W^T + b, as a step of generation makes them: bound by the bytes of W, which is read once.
+// Products of few rows, y = x W^T + b, in a step of generation. Reading W bounds their speed, so it is read once.
 //
-// Every sum runs along a row of W, as it lies in memory, and its lanes are added in one order: a row of y does not depend on
-// the others. Tasks are blocks of columns of y, whatever the number of threads.
+// Every sum runs along a row of W, in the order of memory, and its lanes are added in one order: a row of y does not
+// depend on the others. Tasks are blocks of columns of y, whatever the number of threads.
 #include <cstring>
 
 #include "exponential.h"
@@ -11,19 +11,19 @@ namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
 constexpr int kBlock = 64;  // columns of a task
-// A tile of registers: as many sums as they hold.
+// The rows and columns of a tile: as many sums as registers hold.
 constexpr int kRows = 4;
 constexpr int kColumns = FASTATTN_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int kColumnsOfOneRow = 4;
 constexpr int kMatrices = 3;
 
-// Rows of x in float, whole vectors with zeros behind them.
+// Rows of x in float, padded with zeros to whole vectors.
 struct Rows {
   const float* data;
   int64_t stride;
 };
 
-// The last elements of a row of W that are no whole vector, with zeros behind them.
+// The last elements of a row of W, less than a vector, padded with zeros.
 template <class Element>
 inline Vec<float> load_some(const Element* from, int64_t count) {
   Element lanes[kLanes<float>] = {};
@@ -31,10 +31,10 @@ inline Vec<float> load_some(const Element* from, int64_t count) {
   return load<float>(lanes);
 }
 
-// As many sums as have their lanes added together, which others would be added to in another order.
+// A number of sums rounded up to fours: four vectors' lanes are summed together, in an order of their own.
 constexpr int in_fours(int sums) { return (sums + 3) / 4 * 4; }
 
-// sums[r * columns + c] = <x_r, w_c>, in memory for `in_fours` of them.
+// sums[r * columns + c] = <x_r, w_c>; `sums` has room for `in_fours` of them.
 template <int rows, int columns, class Element>
 [[gnu::always_inline]] inline void products(float* sums, const Rows& x, const Element* w, int64_t w_stride, int64_t width) {
   constexpr int kL = kLanes<float>;
@@ -71,7 +71,7 @@ __attribute__((noinline)) void tile(
   for (int r = 0; r < rows; r++) std::memcpy(y + r * y_stride, sums + r * columns, columns * sizeof *y);
 }
 
-// All rows for `columns` rows of W.
+// Computes all rows of x for `columns` rows of W.
 template <int columns, class Element>
 void all_rows(
     float* y, int64_t y_stride, const Rows& x, int64_t rows, const Element* w, int64_t w_stride, int64_t width) {
@@ -82,7 +82,7 @@ void all_rows(
   for (; r < rows; r++) tile<1, columns>(y + r * y_stride, y_stride, from(), w, w_stride, width);
 }
 
-// Columns `first .. first + count` of matrix `number`, with its bias, to y (rows, kBlock).
+// Computes columns `first .. first + count` of matrix `number`, with its bias, into y (rows, kBlock).
 template <class Element>
 void block(float* y, const FastattnLinear& l, const Rows& x, int number, int64_t first, int64_t count) {
   const int64_t stride = l.weight_stride[number];

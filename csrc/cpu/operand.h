@@ -1,8 +1,9 @@
-// What products are made of: elements in the compute type, or pairs of bfloat16 where the processor multiplies those.
+// The operands of products: elements in the compute type, or pairs of bfloat16 if the processor multiplies those.
 //
-// `Multiply` has one element in a lane. `Dot` has two, of steps side by side, in half of the memory, and one instruction adds
-// both products to a sum in float. What is summed over decides which two: neighbours in a row (`read`, `round_row`), or the
-// elements of a column in two rows (`read_steps`, `round_rows`).
+// `Multiply` has one element in a lane. `Dot` has the elements of two neighbouring steps in a lane, in half of the
+// memory, and one instruction adds both products to a sum in float. If a product sums along rows, these are neighbours
+// in a row (`read`, `round_row`). If it sums over rows, they are the elements of a column in two rows (`read_steps`,
+// `round_rows`).
 #pragma once
 
 #include "pack.h"
@@ -32,14 +33,14 @@ struct Multiply {
     return load<T>(from);
   }
 
-  // `vectors` vectors of the elements of kParts rows, from a column on.
+  // Loads `vectors` vectors of the elements of kParts rows, from a column on.
   template <int vectors, class Element>
   static void columns(const Element* const* rows, int64_t column, Vec<T>* to) {
 #pragma GCC unroll 8
     for (int n = 0; n < vectors; n++) to[n] = load<T>(rows[0] + column + n * kLanes<T>);
   }
 
-  // Rounds elements of a row to what a lane holds: nothing to do.
+  // Rounds elements of a row to lanes: here nothing changes.
   static void round_row(const T*, int, int, T*) {}
 
   static bool read(const Rows<T>& rows, int64_t row, int64_t count, T* to, int64_t padded) {
@@ -50,7 +51,7 @@ struct Multiply {
     return rows.read(row, count, to, padded);
   }
 
-  // Rows side by side: where they are, or a copy at `to`.
+  // Rows in lanes: where they are, or as a copy at `to`.
   static Lanes<T> place(const Rows<T>& rows, int64_t row, int64_t count, T* to, int64_t padded) {
     if (rows.plain()) return rows.fetch(row, count);
     rows.read(row, count, to, padded);
@@ -86,7 +87,7 @@ struct Dot {
   // A vector of elements side by side in a row.
   static Vec<float> neighbours(const bfloat16* from) { return load(reinterpret_cast<const float*>(from)); }
 
-  // `vectors` vectors, an even number, of the elements of two rows, from a column on.
+  // Loads `vectors` vectors, an even number, of the elements of two rows, from a column on.
   template <int vectors>
   static void columns(const bfloat16* const* rows, int64_t column, Vec<float>* to) {
 #pragma GCC unroll 8
@@ -96,7 +97,7 @@ struct Dot {
     }
   }
 
-  // Side by side: (count, padded) lanes. Returns whether there is a NaN or an infinity.
+  // Reads rows into (count, padded) lanes of neighbours. Returns whether there is a NaN or an infinity.
   static bool read(const Rows<float>& rows, int64_t row, int64_t count, float* to, int64_t padded) {
     PoisonCheck<float> poison;
     const Placement place = rows.place;
@@ -120,7 +121,7 @@ struct Dot {
     return {to, padded};
   }
 
-  // Rows in twos: (count / 2, padded) lanes, each the elements of a column in both.
+  // Reads pairs of rows into (count / 2, padded) lanes, each the elements of a column in both rows.
   static bool read_steps(const Rows<float>& rows, int64_t row, int64_t count, float* to, int64_t padded) {
     PoisonCheck<float> poison;
     const Placement place = rows.place;
@@ -148,7 +149,7 @@ struct Dot {
     return poison.found();
   }
 
-  // Elements `begin .. end` of a row, whole vectors, to pairs along the row; `to` may be `from`.
+  // Rounds elements `begin .. end` of a row, whole vectors, to pairs along the row. `to` may be `from`.
   static void round_row(const float* from, int begin, int end, float* to) {
     for (int i = begin; i < end; i += kLanes<float>) {
       bfloat16* rounded = reinterpret_cast<bfloat16*>(to) + i;
@@ -160,8 +161,8 @@ struct Dot {
     }
   }
 
-  // Elements `begin .. end` of two rows, whole vectors, to pairs of a column; `second` may be null, for zeros, and `to` may
-  // be `first`.
+  // Rounds elements `begin .. end` of two rows, whole vectors, to pairs of a column. `second` null means zeros; `to`
+  // may be `first`.
   static void round_rows(const float* first, const float* second, int begin, int end, float* to) {
     for (int i = begin; i < end; i += kLanes<float>) {
       store(to + i, pairs(load(first + i), second == nullptr ? Vec<float>{} : load(second + i)));
@@ -186,7 +187,7 @@ struct Dot {
     poison.add((Vec<float>)(bits << 16));
   }
 
-  // Elements of two rows, side by side in each, to pairs of a column.
+  // Turns adjacent elements of two rows into pairs of a column.
   static void interleave(Vec<float> a, Vec<float> b, Vec<float>* to) {
     interleave(a, b, to, std::make_integer_sequence<int, 2 * kLanes<float>>{});
   }
@@ -199,7 +200,7 @@ struct Dot {
     to[1] = (Vec<float>)__builtin_shufflevector((Elements)a, (Elements)b, ((I & 1) * count + count / 2 + I / 2)...);
   }
 
-  // Lanes of a in the low halves, of b in the high ones.
+  // Pairs: lanes of a in the low halves, of b in the high ones.
   static Vec<float> pairs(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512BF16__)
     const __m512i order = (__m512i)(VecBits{0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
@@ -215,7 +216,7 @@ struct Dot {
 };
 #endif
 
-// Lanes for so many steps.
+// The number of lanes for this many steps.
 template <class Step>
 constexpr int64_t lanes_for(int64_t steps) {
   return (steps + Step::kParts - 1) / Step::kParts;

@@ -1,4 +1,4 @@
-// Rows of q, k, v and dout in the compute type, laid out as products read them.
+// Rows of q, k, v and dout in the compute type, in the layout that products read.
 #pragma once
 
 #include "interface.h"
@@ -7,21 +7,21 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// Rows of elements in memory: `width` each, `step` apart, the rows `stride` apart. `next`: from each to one that is read soon,
-// where that is known, or 0.
+// Rows of elements in memory: each has `width` elements, `step` apart, and rows are `stride` apart. `next` is the
+// distance from a row to one that is read soon, or 0 if that is not known.
 struct Placement {
   int64_t stride, width, step, next = 0;
 };
 
-// How rows are read and written: each element type, seen from the compute type.
+// How rows of an element type are read to and written from the compute type.
 template <class T>
 struct Format {
   bool (*read_rows)(const void* from, int64_t first, Placement place, int64_t rows, T* to, int64_t padded);
   void (*write_row)(void* to, int64_t first, Placement place, const T* from, T factor);
-  int64_t bytes;  // of an element
+  int64_t bytes;  // per element
 };
 
-// Rows of lanes in memory, so many apart.
+// Rows of lanes in memory, `stride` apart.
 template <class T>
 struct Lanes {
   const T* data;
@@ -58,10 +58,10 @@ class PoisonCheck {
   VecInt<T> largest_{};
 };
 
-// Rows of a head may be far apart, as those of packed sequences are: the processor does not foresee them.
+// Rows of a head may be far apart, as in packed sequences: the processor then does not prefetch them itself.
 constexpr int64_t kRowsAhead = 8;
 
-// Starts loading what is read after a row.
+// Starts loading rows that are read after this one.
 template <class Element>
 inline void prefetch_after(const Element* row, Placement place) {
   for (int64_t i = 0; i < place.width; i += 64 / int64_t(sizeof(Element))) {
@@ -87,7 +87,7 @@ bool read_rows(const void* from, int64_t first, Placement place, int64_t rows, T
   return poison.found();
 }
 
-// `from` ends with a whole vector.
+// Writes one row; `from` is padded to a whole vector.
 template <class T, class Element>
 void write_row(void* to, int64_t first, Placement place, const T* from, T factor) {
   Element* target = static_cast<Element*>(to) + first;
@@ -115,7 +115,8 @@ Format<T> format_of(int64_t dtype) {
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// The pages of a KV cache in which the rows of a batch entry lie, `size` in each, `stride` apart. Cut to those that exist.
+// The pages of a KV cache that hold the rows of a batch entry, `size` rows in each, `stride` apart. A page that does
+// not exist is clamped to one that does.
 struct Pages {
   const int32_t* table;
   int64_t count, size, stride;
@@ -140,7 +141,7 @@ struct Rows {
     return pages.table == nullptr ? base + row * place.stride : base + pages.offset(row) + row % pages.size * place.stride;
   }
 
-  // Side by side: (count, padded). Returns whether there is a NaN or an infinity.
+  // Reads rows into (count, padded) elements. Returns whether there is a NaN or an infinity.
   bool read(int64_t row, int64_t count, T* to, int64_t padded) const {
     if (pages.table == nullptr) return format.read_rows(data, offset(row), place, count, to, padded);
     bool poisoned = false;
@@ -157,7 +158,7 @@ struct Rows {
     return format.bytes == sizeof(T) && place.step == 1 && place.width % kLanes<T> == 0 && pages.table == nullptr;
   }
 
-  // Rows where they are, if they are plain. Starts loading them, and those that are read after them.
+  // Rows where they are, if they are plain. Starts loading them and the rows that are read after them.
   Lanes<T> fetch(int64_t row, int64_t count) const {
     const T* from = static_cast<const T*>(data) + offset(row);
     for (int64_t r = 0; r < count; r++) prefetch_after(from + (r - kRowsAhead) * place.stride, place);
@@ -178,7 +179,7 @@ struct Rows {
   }
 };
 
-// Swaps blocks of `size` lanes between the rows of a square of lanes; all sizes together transpose it.
+// Swaps blocks of `size` lanes between the rows of a square of lanes. Done for all sizes, this transposes the square.
 template <int size, class T, int... I>
 [[gnu::always_inline]] inline void swap_blocks(Vec<T>& low, Vec<T>& high, std::integer_sequence<int, I...>) {
   constexpr int lanes = sizeof...(I);
@@ -200,8 +201,8 @@ template <class T, int size>
   }
 }
 
-// Panels of kTileColumns keys, (panel, width, kTileColumns): the transposed rows as the B of a product. `rows` holds
-// `count` packed rows; keys after them, up to a whole vector, are 0.
+// Packs panels of kTileColumns keys, (panel, width, kTileColumns): the transposed rows, as operand B of a product.
+// `rows` holds `count` packed rows; keys after them, up to a whole vector, are 0.
 template <class T>
 void pack_panels(const T* rows, int64_t count, int64_t width, int64_t padded, T* to) {
   constexpr int lanes = kLanes<T>;

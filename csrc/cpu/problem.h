@@ -1,4 +1,4 @@
-// A call, taken apart: batch entries or packed sequences, heads, and what is visible to a row.
+// The parts of a call: batch entries or packed sequences, heads, and the keys that a row sees.
 #pragma once
 
 #include "bias.h"
@@ -8,9 +8,9 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-constexpr int64_t kQueries = 64;      // rows of q that share a visit to a block of keys
-constexpr int64_t kKeys = 128;        // a block of keys; a tile of a block mask
-constexpr int64_t kShort = 256;       // rows of a head that stay in the second level of cache until its turn comes
+constexpr int64_t kQueries = 64;      // rows of q that are computed together for a block of keys
+constexpr int64_t kKeys = 128;        // a block of keys; the tile size of a block mask
+constexpr int64_t kShort = 256;       // rows of a head that stay in the second level of cache until they are read
 template <class T>
 constexpr T kInfinity = T(__builtin_inf());
 
@@ -25,11 +25,11 @@ struct Range {
 
 inline Range common(Range a, Range b) { return {most(a.begin, b.begin), least(a.end, b.end)}; }
 
-// `visit(first row, rows, end of the keys that they see)` for a group of rows, of which none sees a key from `end` on: as a
-// whole, or in two parts where the first one sees fewer keys, as at the diagonal.
+// Calls `visit(first row, rows, end of the keys that they see)` for a group of rows, none of which sees a key from
+// `end` on. It does so once, or for two parts if the first part sees fewer keys, as at the diagonal.
 template <class Visit>
 [[gnu::always_inline]] inline void for_parts(const Range* visible, int rows, int64_t end, Visit visit) {
-  constexpr int kPart = 6;  // with fewer a product would wait for its own sums
+  constexpr int kPart = 6;  // with fewer rows a product would wait for its own sums
   int64_t first = 0;
   for (int r = 0; r < least(kPart, rows); r++) first = most(first, visible[r].end);
   if (rows <= kPart || first >= end) return visit(0, rows, end);
@@ -37,8 +37,8 @@ template <class Visit>
   visit(kPart, rows - kPart, end);
 }
 
-// One batch entry, or one packed sequence: its number, where it is in memory, its lengths and its position; and the key
-// from which on they take part.
+// One batch entry or packed sequence: its number, its place in memory, its lengths, the offset of its queries, and its
+// first key that takes part.
 struct Entry {
   int64_t number, batch, k_batch, q_first, k_first, q_len, kv_len, offset, kv_start;
 };
@@ -75,7 +75,7 @@ struct Problem {
     return e;
   }
 
-  // The keys that a row sees, as far as causal order and window tell.
+  // The keys that a row sees by causal order and window.
   Range visible(const Entry& e, int64_t row) const {
     Range keys{e.kv_start, e.kv_len};
     if (a.left != FASTATTN_OPEN) keys.begin = most(e.kv_start, row + e.offset - a.left);
@@ -83,7 +83,7 @@ struct Problem {
     return keys.empty() ? Range{0, 0} : keys;
   }
 
-  // Those that some of the rows `first .. last` see.
+  // The keys that some of the rows `first .. last` see.
   Range visible(const Entry& e, int64_t first, int64_t last) const {
     Range keys{e.kv_start, e.kv_len};
     if (a.left != FASTATTN_OPEN) keys.begin = most(e.kv_start, first + e.offset - a.left);
@@ -91,20 +91,20 @@ struct Problem {
     return keys.empty() ? Range{0, 0} : keys;
   }
 
-  // Of a block of keys, the places of those that a row sees.
+  // The places of a block of keys that a row sees.
   Range seen(const Entry& e, int64_t row, int64_t key) const {
     const Range keys = visible(e, row);
     return common({keys.begin - key, keys.end - key}, {0, kKeys});
   }
 
-  // `next`: how many heads further on the one is that the thread probably reads next, or 0.
+  // `next`: the distance in heads to the one that this thread probably reads next, or 0.
   Rows<T> rows(
       const FastattnView& view, int64_t batch, int64_t head, int64_t first, int64_t width, int64_t next) const {
     const int64_t base = batch * view.stride[0] + head * view.stride[1] + first * view.stride[2];
     return {format, view.data, base, {view.stride[2], width, view.stride[3], next * view.stride[1]}};
   }
 
-  // Tasks are a key head each, and threads take them in turn.
+  // `next` for `rows`: a task is one key head, and threads take tasks in turn.
   int64_t next_of(int64_t head, int64_t heads, int64_t away, int64_t length) const {
     return length <= kShort && head + away < heads ? away : 0;
   }
@@ -121,7 +121,7 @@ struct Problem {
     return found;
   }
 
-  // Where a row of a head is in lse, and in each half of the statistics.
+  // The index of a head's row in lse, and in each half of the statistics.
   int64_t row_index(const Entry& e, int64_t head, int64_t row) const {
     return (e.batch * a.q_heads + head) * a.q_len + e.q_first + row;
   }

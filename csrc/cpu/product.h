@@ -1,5 +1,6 @@
-// Matrix products from tiles that stay in registers. All five products of attention, forward and backward, are calls of
-// `product`: C (rows x columns) = or += A (rows x steps) B (steps x columns), rows of B and C along vector lanes.
+// Matrix products from tiles that stay in registers. All products of attention, two forward and five backward, are
+// calls of `product`: C (rows x columns) = or += A (rows x steps) B (steps x columns), with rows of B and C along
+// vector lanes.
 #pragma once
 
 #include "simd.h"
@@ -7,16 +8,16 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// A tile of C is kTileRows x 2 vectors: as many sums as hide the latency of a multiply-add, and as the registers hold
-// beside two vectors of B and one element of A.
+// A tile of C is kTileRows x 2 vectors: enough sums to hide the latency of a multiply-add, and as many as the registers
+// hold beside two vectors of B and one element of A.
 constexpr int kTileRows = FASTATTN_VECTOR_BYTES == 64 ? 12 : 6;
 template <class T>
 constexpr int kTileColumns = 2 * kLanes<T>;
 
-enum class Layout { kRows, kColumns };  // of A: the steps of a row side by side, or the rows of a step
+enum class Layout { kRows, kColumns };  // of A: the steps of a row are adjacent, or the rows of a step
 
-// A place of its own in a register: compilers otherwise keep the distances of all rows, more than there are registers,
-// and fetch them in each step.
+// Keeps a value in a register. Otherwise compilers keep the distances of all rows, which are more than there are
+// registers, and load them in each step.
 template <class T>
 [[gnu::always_inline]] inline void keep_in_register(T& x) {
 #if defined(__GNUC__)
@@ -33,7 +34,7 @@ template <class Step, class T, Layout layout, int rows, int vectors>
 #pragma GCC unroll 2
     for (int n = 0; n < vectors; n++) sums[r][n] = Vec<T>{};
   }
-  // Rows in fours from a pointer each: an address adds a register, or twice a register.
+  // One pointer for each four rows: an address can add one register, or twice one.
   constexpr int fours = (rows + 3) / 4;
   int64_t a_thrice = 3 * a_stride;
   keep_in_register(a_thrice);
@@ -57,7 +58,7 @@ template <class Step, class T, Layout layout, int rows, int vectors>
 #pragma GCC unroll 4
     for (int i = 0; i < (layout == Layout::kRows ? fours : 1); i++) weights[i] += layout == Layout::kRows ? 1 : a_stride;
   }
-  // What C holds is added last: a sum over all blocks in one chain would round once per step at its full size.
+  // C is added last: one sum over all blocks would be rounded in each step at its full size.
 #pragma GCC unroll 16
   for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
@@ -68,7 +69,7 @@ template <class Step, class T, Layout layout, int rows, int vectors>
   }
 }
 
-// B in panels of two vectors, `b_panel` elements apart; a last panel of one vector may follow.
+// B has panels of two vectors, `b_panel` elements apart; a last panel of one vector may follow.
 template <class Step, class T, Layout layout, int rows>
 void product_rows(
     const T* a, int64_t a_stride, const T* b, int64_t b_panel, int64_t b_stride, T* c, int64_t c_stride,
@@ -95,8 +96,8 @@ inline void product(
   product_rows<Step, T, layout, most>(a, a_stride, b, b_panel, b_stride, c, c_stride, columns, steps, add);
 }
 
-// The same for plain rows of B, added to C, where a weight of 0 keeps out whatever stands in B: for tiles with NaN or
-// infinity. Sums are made in the order of `product`, so that what a row does not see changes none of its bits.
+// `product` for tiles with NaN or infinity, with plain rows of B, added to C: a weight of 0 leaves out the element of
+// B. Sums are made in the order of `product`, so that what a row does not see changes none of its bits.
 template <class Step, Layout layout, class T>
 void careful_product(
     int rows, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t columns,

@@ -1,4 +1,4 @@
-// What is done to single rows, beside products and attention: RMS norm, rotary positions, dropout, quantising.
+// Operations on single rows: RMS norm, rotary positions, dropout, quantising.
 #include <type_traits>
 
 #include "cache.h"
@@ -42,7 +42,7 @@ void normalise_as(const FastattnNorm& n) {
   }
 }
 
-// Dimension i of a head with dimension i + half: one vector, or one number, of each.
+// Rotates dimension i of a head with dimension i + half: one vector, or one number, of each.
 template <class Number, class Load, class Store>
 [[gnu::always_inline]] inline void turn(int64_t i, int64_t half, Number cos, Number sin, const Load& get, const Store& put) {
   const Number first = get(i), second = get(i + half);
@@ -94,7 +94,7 @@ inline Cached quantised(float y) {
   else return narrow<float8>(cut);
 }
 
-// One row, and its scale where that is measured: see `quantise` of the reference.
+// Quantises one row, and measures its scale if asked to: see `quantise` of the reference.
 template <class Cached, class Element>
 void quantise_row(Cached* to, int64_t to_step, const Element* from, int64_t from_step, int64_t width, float* scale,
                   bool measured) {

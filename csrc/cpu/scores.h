@@ -1,4 +1,4 @@
-// From products of q and k to scores, in the base-2 units of the exponential.
+// Scores from products of q and k, in the base-2 units of the exponential.
 #pragma once
 
 #include "exponential.h"
@@ -8,7 +8,7 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// How many rows ahead of its use a term is fetched, into the second level of cache: a few groups.
+// How many rows ahead of its use a mask or bias is prefetched into the second level of cache: three groups.
 constexpr int64_t kTermsAhead = 3 * kTileRows;
 
 // Starts loading elements `begin .. end`.
@@ -17,7 +17,7 @@ inline void prefetch_line(const E* from, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(E))) fetch_line<2>(from + i);
 }
 
-// What one query head adds to its products. A term that is absent costs a branch per row and block.
+// The score terms of one query head. A term that is absent costs a branch per row and block.
 template <class T>
 class Scores {
  public:
@@ -34,21 +34,22 @@ class Scores {
     plain_ = softcap_ == T(0) && !has_slope_ && o_.bias.data == nullptr && scale_ > T(0);
   }
 
-  // What finished scores are multiplied by inside the exponential, in one multiply-add.
+  // The factor that the exponential applies to finished scores, in one multiply-add.
   T exponent_scale() const { return plain_ ? scale_ * T(kLog2E) : T(1); }
 
-  // How far the nearest key is from a row. ALiBi counts from there, which keeps small differences of far distances. Beside
-  // a sink it counts from the row: the sink stays where it is, and keys so far that they round weigh nothing beside it.
+  // The distance from a row to its nearest key. ALiBi counts from that key, which keeps small differences between large
+  // distances. With a sink it counts from the row, since the sink does not move. Keys so far that they round then have
+  // no weight beside the sink.
   int64_t nearest(int64_t row) const {
     if (o_.sinks != nullptr) return 0;
     const int64_t position = row + entry_.offset;
     return most(most(-position, position - most(entry_.kv_len - 1, 0)), 0);
   }
-  // By how much that makes the scores of a row too large.
+  // By how much this makes the scores of a row too large.
   T shift(int64_t row) const { return has_slope_ ? slope_ * T(nearest(row)) : T(0); }
 
-  // Finishes the products `s` of a row with keys `column ..` at places `begin .. end`, whole vectors; what lies outside
-  // `visible`, or is masked, becomes -inf. `block` is the tile of a block mask or null. Where there is a cap,
+  // Turns the products `s` of a row with keys `column ..` into scores, at places `begin .. end`, whole vectors. Keys
+  // outside `visible` and masked keys get -inf. `block` is the tile of a block mask or null. With a softcap,
   // `cap_gradient` gets its derivative, unless null.
   void finish_scores(
       T* s, int64_t row, int64_t column, int begin, int end, Range visible, const uint8_t* block,
@@ -61,7 +62,7 @@ class Scores {
         cap(s, begin, end, cap_gradient);
         factor = T(1);
       }
-      if (o_.bias.data != nullptr) {  // whole vectors, where there are such keys: what lies outside is forbidden below
+      if (o_.bias.data != nullptr) {  // whole vectors, as far as there are keys: `forbid_outside` sets the others
         const int last = int(least(round_up(high, kLanes<T>), entry_.kv_len - column));
         add_bias(s, row, column, low / kLanes<T> * kLanes<T>, last, factor);
       } else if (factor != T(1)) {
@@ -77,8 +78,8 @@ class Scores {
     forbid_outside(s, begin, low, high, end);
   }
 
-  // Starts loading what `finish_scores` will read of a block of keys, of which the row sees those at places `seen`: rows of a
-  // bias or a mask are too far apart for the processor to foresee.
+  // Starts loading what `finish_scores` will read for a block of keys; `seen` are the places that the row sees. Rows of
+  // a bias or mask are too far apart for the processor to prefetch them itself.
   void prefetch(int64_t row, int64_t column, Range seen) const {
     if (o_.bias.data != nullptr && o_.bias.stride[3] == 1) {
       prefetch_line(static_cast<const char*>(o_.bias.data) + (bias_row(row) + column) * bias_bytes_,
@@ -95,7 +96,7 @@ class Scores {
 
   bool has_cap() const { return softcap_ != T(0); }
 
-  // Whether every pair within `visible` takes part.
+  // Whether a mask or a bias may forbid pairs within `visible`.
   bool may_forbid() const { return o_.mask.data != nullptr || o_.bias.data != nullptr; }
 
  private:

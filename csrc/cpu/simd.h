@@ -1,4 +1,4 @@
-// Vectors of the compiler: one source for every instruction set. Only conversions of half precision know which one it is.
+// Vectors of the compiler: one source for every instruction set. Few functions use the instructions of one set.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ struct VecOf {
 template <class T>
 using Vec = typename VecOf<T, kLanes<T>>::type;
 
-// As wide as a vector of T.
+// Integers as wide as T, and vectors of them.
 template <class T>
 using IntOf = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 template <class T>
@@ -65,7 +65,7 @@ inline void store(T* to, Vec<T> x) {
   *reinterpret_cast<typename VecOf<T, kLanes<T>>::unaligned*>(to) = x;
 }
 
-// Stores past the caches, at a multiple of a vector: what is there is not read first.
+// Stores past the caches, at a multiple of a vector: the old contents are not read first.
 template <class T>
 inline void stream(T* to, Vec<T> x) {
 #if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
@@ -77,15 +77,15 @@ inline void stream(T* to, Vec<T> x) {
 #endif
 }
 
-// Before others may read what was streamed.
+// Called before other threads may read what was streamed.
 inline void end_streams() {
 #if defined(__AVX2__)
   _mm_sfence();
 #endif
 }
 
-// Starts loading the line of the cache at an address, which need not be mapped. Without the empty statement a function
-// that does no more than this has no effect, and compilers leave out its calls.
+// Starts loading the cache line at an address, which need not be mapped. Without the empty statement, compilers take a
+// function that only prefetches for one without effect and remove its calls.
 template <int locality = 3>
 inline void fetch_line(const void* at) {
   __builtin_prefetch(at, 0, locality);
@@ -155,7 +155,7 @@ inline Vec<float> load(const int8_t* from) {
 #endif
 }
 
-// By way of half precision: its exponent has one bit more, and its denormals are wide enough for those of float8.
+// Widens by way of half precision: its exponent has one bit more, and its denormals include those of float8.
 template <class Compute>
 inline Vec<float> load(const float8* from) {
 #if defined(__AVX512F__) && FASTATTN_VECTOR_BYTES == 64
@@ -255,7 +255,7 @@ inline double narrow(double x) {
   return x;
 }
 
-// Rounded to the element type.
+// Stores numbers rounded to the element type.
 inline void store_narrow(float* to, Vec<float> x) { store(to, x); }
 inline void store_narrow(double* to, Vec<double> x) { store(to, x); }
 
@@ -285,7 +285,7 @@ inline Vec<T> lane_numbers() {
   return x;
 }
 
-// Lane by lane; b where either is NaN. Compilers see one instruction in the plain form only now and then.
+// The larger number, lane by lane; b if either is NaN. Compilers often do not make one instruction of the plain form.
 template <class V>
 inline V larger(V a, V b) {
 #if defined(__AVX512F__)
@@ -321,7 +321,7 @@ inline auto largest_lane(V x) {
   }
 }
 
-// Adds halves until `left` lanes are left: always in the same order.
+// Adds the halves of a vector until `left` lanes are left, always in the same order.
 template <int left, class V>
 inline auto add_down_to(V x) {
   using T = std::remove_reference_t<decltype(x[0])>;
@@ -342,7 +342,7 @@ inline auto sum_lanes(V x) {
   return two[0] + two[1];
 }
 
-// Of each four lanes a0 a1 a2 a3 of a, and b0 b1 b2 b3 of b: those at places first, second of a, then of b.
+// From each four lanes of a and the same four of b: the lanes at places first and second of a, then of b.
 template <int first, int second, class T, int... I>
 inline Vec<T> pick(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (I % 4 < 2 ? 0 : int(sizeof...(I))) + I / 4 * 4 + (I % 2 == 0 ? first : second)...);

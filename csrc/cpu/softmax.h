@@ -6,8 +6,8 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// What the rows of a tile have seen: the maximum of their scores in base 2, and the sum of 2^(score - maximum), which stays
-// divided into lanes until the end. There is room behind the last row for whole vectors of rows.
+// The running softmax of the rows of a tile: the maximum of their scores in base 2, and the sum of 2^(score - maximum),
+// which stays divided into lanes until the end. There is room after the last row for whole vectors of rows.
 template <class T>
 struct RowStates {
   T maximum[kQueries + kLanes<T>];
@@ -20,8 +20,8 @@ struct RowStates {
 };
 
 // Turns the scores of `rows` rows, kKeys apart, at places `begin .. end`, whole vectors, into unnormalised
-// probabilities and merges them into the states of rows `at ..`. `alpha` gets what earlier sums of each row are to be
-// multiplied by. `scale` is positive. NaN among the scores becomes NaN in the sum.
+// probabilities and merges them into the states of rows `at ..`. `alpha` gets the factor of each row for its earlier
+// sums. `scale` is positive. NaN among the scores becomes NaN in the sum.
 template <class T>
 [[gnu::always_inline]] inline void online_softmax(
     T* s, int rows, int begin, int end, T scale, RowStates<T>& states, int64_t at, T* alpha) {
@@ -42,7 +42,7 @@ template <class T>
   }
 }
 
-// Of a positive number.
+// The logarithm of a positive number.
 inline float log2_of(float x) { return __builtin_log2f(x); }
 inline double log2_of(double x) { return __builtin_log2(x); }
 

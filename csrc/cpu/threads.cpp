@@ -1,4 +1,4 @@
-// POSIX threads rather than C++'s: the library then needs nothing of the C++ library, and fits older systems.
+// POSIX threads, not those of C++: the library then needs no C++ library and runs on older systems.
 #include "threads.h"
 
 #include <pthread.h>
@@ -17,7 +17,7 @@ constexpr size_t kAlignment = 64;
 constexpr size_t kKept = 4 << 20;  // bytes that a thread keeps between calls
 constexpr int64_t kMostOwn = 255;  // threads of its own that one call starts
 
-// Exact under sanitizers, which then see the first byte behind it.
+// Under sanitizers memory has the exact size, so that they see an access to the first byte after it.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr bool kExact = true;
 #else
@@ -26,11 +26,11 @@ constexpr bool kExact = false;
 
 void* allocate(size_t bytes) {
   void* data = nullptr;
-  const size_t spare = kExact && bytes > 0 ? 0 : kAlignment;  // never of 0 bytes
+  const size_t spare = kExact && bytes > 0 ? 0 : kAlignment;  // never 0 bytes
   return posix_memalign(&data, kAlignment, bytes + spare) == 0 ? data : nullptr;
 }
 
-// Of one thread; freed when the thread ends.
+// The memory of one thread, freed when the thread ends.
 struct Arena {
   void* data;
   size_t size;
@@ -80,7 +80,7 @@ void run_on_own_threads(Work& work, int64_t threads) {
   while (started < kMostOwn && started < threads - 1 && pthread_create(&others[started], nullptr, enter, &work) == 0) {
     started++;
   }
-  work();  // with fewer threads, if no more can be had: this one is always there
+  work();  // this thread works too, alone if no other could be started
   for (int64_t i = 0; i < started; i++) pthread_join(others[i], nullptr);
 }
 
@@ -95,7 +95,7 @@ bool Team::run(int64_t tasks, bool (*body)(const void*, int64_t), const void* co
   if (threads <= 1) {
     work();
   } else if (parallel_ != nullptr) {
-    // PyTorch's own threads: a second pool would fight them for the cores while either spins.
+    // These are PyTorch's own threads: a second pool would compete for the cores while either pool spins.
     reinterpret_cast<Parallel*>(parallel_)([](void* work) { enter(work); }, &work, unsigned(threads), 0);
   } else {
     run_on_own_threads(work, threads);
@@ -115,7 +115,7 @@ void ask_for_large_pages(void* data, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kLarge = 2 << 20;
   const uintptr_t first = (uintptr_t(data) + kLarge - 1) / kLarge * kLarge, end = (uintptr_t(data) + bytes) / kLarge * kLarge;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: refused where there are none
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // may be refused
 #else
   (void)data, (void)bytes;
 #endif

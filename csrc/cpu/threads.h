@@ -1,4 +1,4 @@
-// Tasks on threads, and memory for each thread. Defined in threads.cpp, which every engine shares.
+// Tasks on threads, and memory for each thread. threads.cpp defines them for all engines.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,8 @@
 
 namespace fastattn::cpu {
 
-// Runs task 0, 1, ... on up to `threads` threads; each takes the next one when it is done, so the longest come first.
-// What a task computes depends on its number alone: results do not depend on who ran it.
+// Runs task 0, 1, ... on up to `threads` threads. Each takes the next task when it is done, so callers put the longest
+// first. A task's result depends on its number alone, not on the thread that runs it.
 class Team {
  public:
   // `parallel` is a GOMP_parallel, or null.
@@ -15,7 +15,7 @@ class Team {
 
   int64_t threads() const { return threads_; }
 
-  // `body(task)` returns false where memory ran out; so does this.
+  // `body(task)` returns false if memory runs out; then this does too.
   template <class Body>
   bool run(int64_t tasks, const Body& body) const {
     return run(tasks, [](const void* context, int64_t task) { return (*static_cast<const Body*>(context))(task); }, &body);
@@ -28,8 +28,9 @@ class Team {
   void* parallel_;
 };
 
-// Uninitialised memory of this thread, at a multiple of 64 bytes, or null where there is none. The next call on the same
-// thread gives the same memory again: a task asks once, for all it needs. Small arenas are kept for the next call.
+// Uninitialised memory of this thread, at a multiple of 64 bytes, or null if there is none left. The next call on the
+// same thread returns the same memory, so a task asks once, for all that it needs. Threads keep small arenas for later
+// calls.
 void* scratch_bytes(size_t bytes);
 
 template <class T>
@@ -37,7 +38,7 @@ T* scratch(int64_t count) {
   return static_cast<T*>(scratch_bytes(size_t(count) * sizeof(T)));
 }
 
-// Asks for large pages, where `bytes` are many: a new tensor has no pages yet, and each small one would be a fault.
+// Asks for large pages if `bytes` is large: a new tensor has no pages yet, and each small page would be a page fault.
 void ask_for_large_pages(void* data, size_t bytes);
 
 // Memory that the threads of one call share.
@@ -48,7 +49,7 @@ class Shared {
   Shared(const Shared&) = delete;
   Shared& operator=(const Shared&) = delete;
 
-  // Null where there is none.
+  // Null if there was no memory left.
   template <class T>
   T* as() const {
     return static_cast<T*>(data_);

@@ -1,4 +1,4 @@
-// An order in which tasks add to memory that they share, so that sums do not depend on threads.
+// A fixed order in which tasks add to shared memory, so that sums do not depend on threads.
 #pragma once
 
 #include <sched.h>
@@ -8,15 +8,15 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// Tasks go through the same positions, upwards; some they leave out. At each, a task comes after another one. Since tasks start
-// in their order, the one waited for is running or done.
+// All tasks pass through the same rising positions and may skip some. At each position a task waits for an earlier one.
+// Tasks start in order, so the one that it waits for is running or done.
 class Turns {
  public:
-  // `done` holds one number for each task, or is null: nothing is shared, nobody waits.
-  // `before`: how many tasks earlier the one that comes first has started.
+  // `done` holds the last position of each task. If it is null, nothing is shared and no task waits.
+  // A task waits for the task whose number is `before` less than its own.
   Turns(int64_t* done, int64_t task, int64_t before) : done_(done), task_(task), before_(before) {}
   ~Turns() {
-    wait(INT64_MAX);  // who comes after this task must not overtake the one before
+    wait(INT64_MAX);  // the task after this one must not overtake the one before it
     pass(INT64_MAX);
   }
   Turns(const Turns&) = delete;
@@ -37,7 +37,7 @@ class Turns {
   }
 
  private:
-  static constexpr int kPatience = 4096;  // looks, until another thread may have the processor
+  static constexpr int kPatience = 4096;  // tries before another thread may have the processor
 
   int64_t* done_;
   int64_t task_, before_;

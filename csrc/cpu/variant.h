@@ -14,7 +14,7 @@ constexpr int64_t element_bytes(int64_t dtype) {
 }  // namespace
 }  // namespace fastattn::cpu
 
-// Calls whose sizes library.cpp has checked. They return false where memory ran out.
+// library.cpp has checked the arguments of these calls. They return false if memory runs out.
 #define FASTATTN_DECLARE_ENGINE(VARIANT)                                                                            \
   namespace fastattn::cpu::VARIANT {                                                                                \
   bool forward(const FastattnAttention&, const FastattnOperands&, const Team&);                                     \
@@ -33,8 +33,8 @@ FASTATTN_DECLARE_ENGINE(baseline)
 #if defined(__x86_64__)
 FASTATTN_DECLARE_ENGINE(avx2)
 FASTATTN_DECLARE_ENGINE(avx512)
-FASTATTN_DECLARE_ENGINE(avx512_bf16)  // products of pairs, beside avx512, which does the rest
+FASTATTN_DECLARE_ENGINE(avx512_bf16)  // products of pairs; avx512 does the rest
 #endif
 #ifdef FASTATTN_TEST_VARIANTS
-FASTATTN_DECLARE_ENGINE(wide)  // the 16 lanes of avx512_bf16, and its products of pairs, on AVX2
+FASTATTN_DECLARE_ENGINE(wide)  // the 16 lanes and products of pairs of avx512_bf16, on AVX2
 #endif
