@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.harness import results, summary
+from benchmarks.harness import predictions, results, summary
 from benchmarks.harness.provenance import ROOT, digest
 from benchmarks.harness.results import Row
 
@@ -168,6 +168,20 @@ def gpu_sentence(data: Data) -> str:
     return data.conditions(rows) if rows else NO_GPU
 
 
+def predictions_block(_: Data) -> str:
+    """Shares of the tensor cores' peak by head dim, of kernels that no GPU has run yet."""
+    rows = [row for row in predictions.rows() if row["case"] == "grid" and row["dtype"] == "bf16"]
+    head_dims = sorted({int(row["head_dim"]) for row in rows})
+    shares = {(row["mode"], row["causal"], int(row["head_dim"])): float(row["of_matmul"]) for row in rows}
+    table = [["", *(f"D={head_dim}" for head_dim in head_dims)]]
+    for mode in ("forward", "backward"):
+        for causal, name in (("no", "full"), ("yes", "causal")):
+            found = [shares.get((mode, causal, head_dim)) for head_dim in head_dims]
+            table.append([f"{mode}, {name}", *("" if share is None else f"{share:.0%}" for share in found)])
+    made = {f"with Triton {row['triton']} at commit {row['commit']}" for row in rows}
+    return block(table, f"Compiled {' and '.join(sorted(made))}; predicted, never run on a GPU.")
+
+
 def scaling_block(data: Data) -> str:
     rows = [row for row in data.suite("scaling", gpu=False) if row["mode"] == summary.PLAYED]
     if not rows:
@@ -207,6 +221,7 @@ BLOCKS: dict[str, Callable[[Data], str]] = {
     "overhead-grad-us": added_microseconds("sdpa, gradients recorded"),
     "targets": targets_block,
     "gpu": gpu_sentence,
+    "predictions": predictions_block,
     "scaling": scaling_block,
     "scaling-breakeven": breakeven_block,
     "scaling-checks": scaling_checks_block,
