@@ -22,6 +22,14 @@ def quick_interpreter():
         quick_interpreter.install()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def remembered():
+    """The specification of a call is computed once, whatever is held to it."""
+    from tests.support import remembered
+
+    remembered.install()
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """`torch.empty` returns NaN, so an element that a kernel forgets to write fails the test."""

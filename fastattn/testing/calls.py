@@ -21,11 +21,11 @@ ORDERS = 8
 
 def run_specification(
     inputs: dict[str, Any], options: dict[str, Any], seed: int, dtype: torch.dtype, order: Tensor | None = None,
-    sums: contextlib.AbstractContextManager[Any] | None = None,
+    sums: contextlib.AbstractContextManager[Any] | None = None, gradients: bool = True,
 ) -> list[Tensor]:  # fmt: skip
     """[out, lse, dq, dk, dv, ...] of `reference.attention` in ``dtype``; the head dim in this order on the way.
 
-    ``sums``: within which the forward pass runs.
+    ``sums``: within which the forward pass runs. Without ``gradients`` out and lse alone.
     """
     q, k, v = (inputs[name].detach().to(dtype).requires_grad_() for name in ("q", "k", "v"))
     # Operands are promoted for float64; otherwise left in their own dtype, as eager code would.
@@ -42,7 +42,26 @@ def run_specification(
     in_order = (q, k) if order is None else (q[..., order], k[..., order])
     with sums or contextlib.nullcontext():
         out, lse = definition.attention(*in_order, v, spec.operands(seed_tensor), spec.options)
-    return [out, lse, *_gradients(out, lse, leaves, inputs)]
+    found = [out, lse, *(_gradients(out, lse, leaves, inputs) if gradients else ())]
+    return [x.detach() for x in found]
+
+
+def specified(
+    inputs: dict[str, Any], options: dict[str, Any], seed: int
+) -> tuple[list[Tensor], list[list[Tensor]]]:  # fmt: skip
+    """What results are held to: [out, lse, dq, dk, dv, ...] in float64, and those of eager PyTorch in each order.
+
+    In float64 the specification is rounded as much as what it judges. Eager PyTorch that adds up in its order repeats
+    its error, which then does not show; so there eager PyTorch adds up rows and keys in other orders, too.
+    """
+    q = inputs["q"]
+    orders = orders_of(q.shape[-1], q.device)
+    others = OtherOrders(torch.Generator().manual_seed(seed)) if q.dtype == torch.float64 else None
+    eager = [run_specification(inputs, options, seed, q.dtype, order, others) for order in orders]
+    if q.dtype.itemsize < 4:  # lse is never kept in half precision
+        for one, order in zip(eager, orders, strict=True):
+            one[1] = run_specification(inputs, options, seed, torch.float32, order, gradients=False)[1]
+    return run_specification(inputs, options, seed, torch.float64), eager
 
 
 def orders_of(head_dim: int, device: torch.device) -> list[Tensor]:
@@ -132,27 +151,18 @@ def hold_to_the_rule(
 ) -> None:  # fmt: skip
     """Compare [out, lse, dq, dk, dv, ...], computed by whatever means, with the specification.
 
-    In float64 the specification is rounded as much as what it judges. Eager PyTorch that adds up in its order repeats
-    its error, which then does not show; so there eager PyTorch adds up rows and keys in other orders, too.
-
     ``sums``: the last column of v and of the gradient of out is 1, and the sums of the weights there are checked.
     """
-    q, out = inputs["q"], actual[0]
+    out = actual[0]
     learned = [name for name, x in learned_operands(options).items() if x.requires_grad]
-    expected = run_specification(inputs, options, seed, torch.float64)
-    orders = orders_of(q.shape[-1], q.device)
-    others = OtherOrders(torch.Generator().manual_seed(seed)) if q.dtype == torch.float64 else None
-    eager = [run_specification(inputs, options, seed, q.dtype, order, others) for order in orders]
-    if q.dtype.itemsize < 4:  # lse is never kept in half precision
-        for one, order in zip(eager, orders, strict=True):
-            one[1] = run_specification(inputs, options, seed, torch.float32, order)[1]
+    expected, eager = specified(inputs, options, seed)
     names = ["out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in learned)]
     if "cu_seqlens_q" in options:
         effects = rounding.packed_effects(inputs, options, seed, expected[0], expected[1], out)
     else:
         effects = rounding.effects(inputs, options, seed, expected[0], expected[1], out, lse_alone=lse_alone)
     for name, ours, exact, *plain in zip(names, actual, expected, *eager, strict=False):
-        if name[1:] in learned and ours.dtype == torch.float64 != q.dtype:
+        if name[1:] in learned and ours.dtype == torch.float64 != inputs["q"].dtype:
             ours = ours.float()  # computed in float32, whatever it is kept in
         if name != "lse" or lse_gradient:
             assert_parity(ours, exact, plain, name, *effects.get(name, ()))
