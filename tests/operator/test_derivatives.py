@@ -95,7 +95,7 @@ def test_second_derivatives_and_directions(case):
 @pytest.mark.parametrize("case", ["plain", "dropout"])
 def test_second_derivatives_without_lse(case):
     function, learned = function_of_leaves(case, return_lse=False)
-    assert gradgradcheck(function, (*inside(case), *learned))
+    assert gradgradcheck(function, (*inside(case), *learned), fast_mode=True)
 
 
 @pytest.mark.parametrize("per_sequence", [False, True])
@@ -234,38 +234,41 @@ TRANSFORMS = {
 }
 
 
-def results_of_transform(call, q, k, v, backend):
-    """Ours, the exact one, and those of eager PyTorch."""
+BACKENDS = (None, "reference")
+
+
+def results_of_transform(call, q, k, v):
+    """Ours of each of BACKENDS, the exact one, and those of eager PyTorch."""
     direction = torch.randn_like(q)
 
-    def ours(q):
-        return scalar(q, k.to(q.dtype), v.to(q.dtype), backend=backend)
+    def ours(backend):
+        return lambda q: scalar(q, k.to(q.dtype), v.to(q.dtype), backend=backend)
 
     def definition(order):
         return lambda q: defined_scalar(q[..., order], k.to(q.dtype)[..., order], v.to(q.dtype))
 
     exact = call(definition(slice(None)), q, direction)
     eager = [call(definition(order), q.float(), direction.float()) for order in orders_of(q.shape[-1], q.device)]
-    return call(ours, q.float(), direction.float()), exact, eager
+    return [call(ours(backend), q.float(), direction.float()) for backend in BACKENDS], exact, eager
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_torch_func(backend, name):
+def test_torch_func(name):
     batch, call = TRANSFORMS[name]
-    actual, exact, eager = results_of_transform(call, *(x.detach() for x in leaves(batch=batch)), backend)
-    assert_parity(actual, exact, eager, name, intermediate=exact)
+    results, exact, eager = results_of_transform(call, *(x.detach() for x in leaves(batch=batch)))
+    for backend, actual in zip(BACKENDS, results, strict=True):
+        assert_parity(actual, exact, eager, f"{name}, {backend}", intermediate=exact)
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_torch_func_grad(backend):
+def test_torch_func_grad():
     """With what the rule grants a backward pass, which reads an output that was rounded."""
     q, k, v = (x.detach() for x in leaves(batch=16))
-    results = results_of_transform(lambda f, q, t: torch.func.grad(f)(q), q, k, v, backend)
+    results, *held_to = results_of_transform(lambda f, q, t: torch.func.grad(f)(q), q, k, v)
     out, lse = attention(q, k, v, causal=True, return_lse=True, backend="reference")
-    stored = attention(q.float(), k.float(), v.float(), causal=True, backend=backend)
-    effect = effects({"q": q, "k": k, "v": v, "dout": 2.0 * out}, {"causal": True}, 0, out, lse, stored)["dq"]
-    assert_parity(*results, "grad", intermediate=effect.summed, stored=effect.stored)
+    for backend, actual in zip(BACKENDS, results, strict=True):
+        stored = attention(q.float(), k.float(), v.float(), causal=True, backend=backend)
+        effect = effects({"q": q, "k": k, "v": v, "dout": 2.0 * out}, {"causal": True}, 0, out, lse, stored)["dq"]
+        assert_parity(actual, *held_to, "grad", intermediate=effect.summed, stored=effect.stored)
 
 
 def test_vmap():
@@ -331,7 +334,7 @@ def test_second_derivatives_through_pytorchs_kernel(case, kv_heads):
 
     inputs = leaves(kv_heads=kv_heads)
     assert function(*inputs).grad_fn.next_functions[0][0].name().startswith("ScaledDotProductFlashAttentionForCpu")
-    assert gradgradcheck(function, inputs)
+    assert gradgradcheck(function, inputs, fast_mode=True)
 
 
 def test_second_derivatives_of_small_plain_calls():
@@ -339,7 +342,7 @@ def test_second_derivatives_of_small_plain_calls():
     q, k, v = leaf(1, HEADS, Q_LEN, 8), leaf(1, HEADS, KV_LEN, 8), leaf(1, HEADS, KV_LEN, 8)
     for _ in range(2):
         assert explain(q, k, v).backend == "torch"
-        assert gradgradcheck(attention, (q, k, v))
+        assert gradgradcheck(attention, (q, k, v), fast_mode=True)
         assert not any(x.requires_grad for x in torch.autograd.grad(attention(q, k, v).sum(), (q, k, v)))
 
 
@@ -384,6 +387,9 @@ def test_a_pytorch_with_other_names_has_first_derivatives_and_a_clear_error(abse
 MEMORY = """
     import resource, sys, torch
     import fastattn
+    from fastattn.backends.reference import blockwise
+
+    blockwise.BLOCK_ELEMENTS = {block}
 
     def peak():  # bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -403,12 +409,12 @@ MEMORY = """
 
 def test_a_second_derivative_needs_memory_for_some_blocks_only():
     pytest.importorskip("resource", reason="no getrusage on this platform")
-    length = 8192
-    source = textwrap.dedent(MEMORY).format(length=length)
+    length, block = 4096, BLOCK_ELEMENTS // 4
+    source = textwrap.dedent(MEMORY).format(length=length, block=block)
     environment = {"PYTHONPATH": ":".join(sys.path), "PATH": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 10 * 4 * BLOCK_ELEMENTS < length * length * 4
+    assert int(result.stdout) < 10 * 4 * block < length * length * 4
 
 
 def test_the_first_derivative_keeps_its_graph_empty():
