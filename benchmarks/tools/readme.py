@@ -168,16 +168,19 @@ def gpu_sentence(data: Data) -> str:
     return data.conditions(rows) if rows else NO_GPU
 
 
-def predictions_block(_: Data) -> str:
+def predictions_block(data: Data) -> str:
     """Shares of the tensor cores' peak by head dim, of kernels that no GPU has run yet."""
-    rows = [row for row in predictions.rows() if row["case"] == "grid" and row["dtype"] == "bf16"]
+    found = predictions.rows(data.folder / predictions.HERE.name)
+    rows = [row for row in found if row["case"] == "grid" and row["dtype"] == "bf16"]
+    if not rows:
+        return f"\n{NOTHING}\n"
     head_dims = sorted({int(row["head_dim"]) for row in rows})
     shares = {(row["mode"], row["causal"], int(row["head_dim"])): float(row["of_matmul"]) for row in rows}
     table = [["", *(f"D={head_dim}" for head_dim in head_dims)]]
     for mode in ("forward", "backward"):
         for causal, name in (("no", "full"), ("yes", "causal")):
-            found = [shares.get((mode, causal, head_dim)) for head_dim in head_dims]
-            table.append([f"{mode}, {name}", *("" if share is None else f"{share:.0%}" for share in found)])
+            cells = [shares.get((mode, causal, head_dim)) for head_dim in head_dims]
+            table.append([f"{mode}, {name}", *("" if share is None else f"{share:.0%}" for share in cells)])
     made = {f"with Triton {row['triton']} at commit {row['commit']}" for row in rows}
     return block(table, f"Compiled {' and '.join(sorted(made))}; predicted, never run on a GPU.")
 
