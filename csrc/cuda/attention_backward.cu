@@ -37,7 +37,7 @@ int start(const FastattnBackward& b) {
   const FastattnForward& f = b.f;
   cudaError_t error = cudaSetDevice(f.device);
   if (error != cudaSuccess) return failed(error);
-  using Any = PassShape<D, kQueriesAlone>;  // boxes are the same in all passes
+  using Any = PassShape<D, kQueriesAlone>;  // boxes of TMA are the same in all passes
   const PassPlan plan = make_plan<Any>(b);
   Maps maps;
   for (int i = 0; i < kOperands; ++i) {

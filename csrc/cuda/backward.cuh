@@ -1,9 +1,9 @@
 // One block of a backward pass (passes.cuh), specialised by warp group like the forward pass, on the same Machine.
 //
-// The loader fills stages of passing rows. A consumer has 64 own rows. It starts the scores of the next tile, X U^T, and
-// the products Y W^T, together with what this tile adds to the sums, and makes the weights and gradients of the next
-// tile while those sums are still multiplied. Weights and gradients stay in registers, and one consumer adds up all of
-// its rows in one order: repeats are bit-equal.
+// The loader fills stages of passing rows. A consumer has 64 own rows. It starts the products of the next tile, X U^T
+// and Y W^T, together with the products that add this tile to the sums. While the latter still run, it computes the
+// weights and gradients of the next tile, which stay in registers. One consumer adds up all of its rows in one order,
+// so repeats are bit-equal.
 #pragma once
 
 #include "forward.cuh"
@@ -19,11 +19,11 @@ struct PassRegisters {
   int index;  // 0 to 127
   Array<float, kElements, kOfScores> s;                                       // X U^T, then weights
   Array<float, Shape::kFirst ? kElements : kAbsent, kOfProducts> d;           // Y W^T, then gradients of the scores
-  Array<uint32_t, Shape::kSecond ? kElements / 2 : kAbsent, kOfWeights> p;    // both in the inputs' dtype, as operands A
+  Array<uint32_t, Shape::kSecond ? kElements / 2 : kAbsent, kOfWeights> p;    // p, g: the inputs' dtype, as operands A
   Array<uint32_t, Shape::kFirst ? kElements / 2 : kAbsent, kOfGradients> g;
   Array<float, Shape::kFirst ? kSums : kAbsent, kOfFirst> first;              // dS U
   Array<float, Shape::kSecond ? kSums : kAbsent, kOfSecond> second;           // P W
-  float log[2], delta[2];  // lse and delta of rows r and r + 8, where queries stay
+  float log[2], delta[2];  // lse and delta of rows r and r + 8, if queries are own rows
 };
 
 template <class Shape, class Machine>
@@ -37,7 +37,7 @@ FASTATTN_DEVICE void prepare_pass(Machine& m) {
   m.publish();
 }
 
-// The loader: one thread.
+// The loader, one thread.
 template <class Shape, class Machine>
 FASTATTN_DEVICE void produce_pass(Machine& m, const PassPlan& plan) {
   constexpr int kOwnOperands = Shape::kFirst ? 2 : 1;  // dV alone needs no V
@@ -67,7 +67,7 @@ FASTATTN_DEVICE void produce_pass(Machine& m, const PassPlan& plan) {
     };
     const int tiles = work.heads * work.tiles;
     if (tiles > 0) pass();
-    // After the first tile: gradients of the work before may still lie in their place.
+    // Own rows come after the first tile: gradients of the previous work may still occupy their place.
     m.wait(Shape::kFreeOwn, parity);
     m.expect(Shape::kFullOwn, kOwnOperands * Shape::kOwnBytes);
     for (int second = 0; second < kOwnOperands; ++second) {
@@ -82,7 +82,7 @@ FASTATTN_DEVICE void produce_pass(Machine& m, const PassPlan& plan) {
   }
 }
 
-// Passing rows that every own row of a consumer has to do with.
+// The passing rows that form a visible pair with every own row of a consumer.
 template <class Shape>
 FASTATTN_HD Range common_rows(const PassPlan& plan, const PassWork& work, int group) {
   const int own = work.first + group * kGroupRows;
@@ -90,7 +90,8 @@ FASTATTN_HD Range common_rows(const PassPlan& plan, const PassWork& work, int gr
           passing_rows<Shape>(plan.f, work.extent, own).end};
 }
 
-// Scores become weights, and products of values gradients of the scores before `scale`. `row` is the first that passes.
+// Turns scores into weights, and products of values into gradients of the scores before `scale`. `row` is the first
+// passing row.
 template <class Shape, class Machine>
 FASTATTN_DEVICE void differentiate(Machine& m, const PassPlan& plan, int index, int group, const Range& common, int row,
                                    int stage, const Scaling& scaling) {
@@ -133,7 +134,7 @@ FASTATTN_DEVICE void differentiate(Machine& m, const PassPlan& plan, int index, 
   });
 }
 
-// Into the operands of the next products, once those before have read them.
+// Packs weights and gradients into the operands of the next products, once the previous products have read them.
 template <class Shape, class Machine>
 FASTATTN_DEVICE void hand_over_pass(Machine& m) {
   m.each([&](auto& t) {
@@ -163,7 +164,7 @@ FASTATTN_DEVICE void start_sums(Machine& m, const PassPlan& plan, const PassWork
   });
 }
 
-// Into shared memory in place of the group's own rows, from there by TMA.
+// Writes sums into shared memory in place of the group's own rows; TMA stores them from there.
 template <class Shape, class Machine>
 FASTATTN_DEVICE void finish_sums(Machine& m, const PassPlan& plan, const PassWork& work, int group) {
   m.sync(kStaging + group, kGroupThreads);  // all warps of the group have multiplied with its rows
@@ -212,7 +213,7 @@ FASTATTN_DEVICE void consume_pass(Machine& m, const PassPlan& plan, int group) {
   const auto scores = [&](int n) {
     if constexpr (Shape::kFirst) m.begin(&Own::s, &Own::d);
     else m.begin(&Own::s);
-    const uint32_t first = m.again(m.shared());  // kept, the descriptors of all steps would fill the registers
+    const uint32_t first = m.again(m.shared());  // otherwise the descriptors of all steps would fill the registers
     FASTATTN_UNROLL for (int k = 0; k < Shape::kDim / 16; ++k) {
       m.scores(&Own::s, row_of(first, 0, k), column_of(n, 0, k), k > 0);
     }
@@ -288,7 +289,7 @@ FASTATTN_DEVICE void consume_pass(Machine& m, const PassPlan& plan, int group) {
   }
 }
 
-// The whole block. `group` 0 loads, the others compute.
+// The whole block. Group 0 loads, the others compute.
 template <class Shape, class Machine>
 FASTATTN_DEVICE void run_pass(Machine& m, const PassPlan& plan, int group) {
   if (group == 0) m.elected([&] { prepare_pass<Shape>(m); });
@@ -302,7 +303,8 @@ FASTATTN_DEVICE void run_pass(Machine& m, const PassPlan& plan, int group) {
   }
 }
 
-// Before the passes: lse and delta of a tile of 64 rows, by the 128 threads of a block. Four share rows r and r + 32.
+// Before the passes, the 128 threads of a block compute lse and delta of a tile of 64 rows. Four threads share rows r
+// and r + 32.
 struct RowRegisters {
   int index;
   float delta[2];

@@ -1,33 +1,33 @@
 // One block of the forward pass, specialised by warp group: one loads, the others compute (Shah et al.,
 // FlashAttention-3, 2024, arXiv:2407.08608).
 //
-// The loader fills stages of keys and values by TMA. A consumer starts the scores of the next tile and the product of
-// this tile's weights with the values together, and exponentiates those scores while the values are still multiplied.
-// The consumers take turns in starting products, so that one multiplies while the others exponentiate.
+// The loader fills stages of keys and values by TMA. A consumer starts two products together: the scores of the next
+// tile, and this tile's weights times the values. While the second still runs, it exponentiates the scores. The
+// consumers take turns to start products, so that one multiplies while the others exponentiate.
 //
-// The steps are written once and run on a Machine: the GPU (attention_forward.cu), where each thread is one, or the
-// tests' model of it (tests/support/hopper), which has one per warp group. A Machine has
+// The steps are written once and run on a Machine. On the GPU (attention_forward.cu) each thread is a Machine; the
+// tests' model of the GPU (tests/support/hopper) has one for each warp group. A Machine has
 //   each(f)                          f on every thread's registers, a Registers<Shape, Array>
 //   elected(f)                       f in one thread of the warp group
-//   registers<n, more>()             from here on a thread has n registers
-//   init(barrier, count), publish()  in the elected thread: an mbarrier, and all of them made visible to TMA
-//   wait(barrier, parity)            until the phase with this parity has ended
-//   arrive(barrier), release(barrier)  by one thread; by one thread of each of the group's four warps
-//   expect(barrier, bytes)           arrive, and the phase ends no sooner than after these bytes
+//   registers<n, more>()             sets the number of registers of a thread
+//   init(barrier, count), publish()  in the elected thread: initialises an mbarrier; makes all of them visible to TMA
+//   wait(barrier, parity)            waits until the phase with this parity has ended
+//   arrive(barrier), release(barrier)  arrives by one thread; by one thread of each of the group's four warps
+//   expect(barrier, bytes)           arrives; the phase then ends only after these bytes
 //   load(operand, to, column, place, barrier), store(operand, from, column, place)
-//                                    a box of 64 columns by TMA, of rows as operand_map has them; asynchronous, a load
-//                                    counts its bytes on the barrier
-//   copy(to, from, bytes, barrier)   adjacent bytes, the same way
-//   stored()                         the elected thread's stores have read what they store
-//   put(to, value), get(from, x)     4 bytes into shared memory, 16 out of it
-//   fence()                          what this thread wrote there is visible to TMA and wgmma
-//   sync(id, threads), signal(id, threads)  a named barrier: arrive and wait, or arrive alone
-//   begin(arrays...)                 products that use these arrays of registers follow
-//   scores(to, a, b, add)            to (+)= a b^T, 64 x n x 16, both from shared memory
+//                                    moves a box of 64 columns by TMA, with the rows of operand_map; asynchronous. A
+//                                    load counts its bytes on the barrier
+//   copy(to, from, bytes, barrier)   copies adjacent bytes, the same way
+//   stored()                         waits until the elected thread's stores have read their sources
+//   put(to, value), get(from, x)     writes 4 bytes to shared memory, reads 16 from it
+//   fence()                          makes what this thread wrote there visible to TMA and wgmma
+//   sync(id, threads), signal(id, threads)  arrives at a named barrier and waits; arrives only
+//   begin(arrays...)                 comes before products that use these arrays of registers
+//   scores(to, a, b, add)            to (+)= a b^T, 64 x n x 16, a and b from shared memory
 //   values(to, from, k, b)           to += from b, 64 x n x 16, columns 16 k of `from`, both from registers
-//   commit(), finish(n, arrays...)   products are asynchronous: a group of them; all groups but the last n have ended,
-//                                    and with them the use of these arrays
-//   again(x)                         x; what is made from it is computed anew, not kept in registers over the loop
+//   commit()                         ends a group of products, which are asynchronous
+//   finish(n, arrays...)             waits until all groups but the last n have ended; these arrays are then free
+//   again(x)                         x, such that results from it are computed anew, not kept in registers
 //   quad_max(array), quad_sum(array)  over the four threads that share a row
 //   exp2(x), log2(x), inverse(x), pack(a, b), shared() (the address of the first tile), block(), blocks(),
 //   capped() (whether there is a softcap)
@@ -41,13 +41,13 @@
 namespace fastattn {
 
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr std::integral_constant<int, 0> kNone = {};  // groups of products that may remain
+constexpr std::integral_constant<int, 0> kNone = {};  // groups of products that may still run
 constexpr std::integral_constant<int, 1> kOne = {};
 
-// Named barriers; 0 is the whole block's.
+// Named barriers; 0 is for the whole block.
 constexpr int kEveryone = 0, kTurn = 1, kStaging = kTurn + 3;
 
-enum Held { kScores = 1, kWeights = 2, kOutput = 4, kRowState = 8 };  // of a consumer's registers, for the model
+enum Held { kScores = 1, kWeights = 2, kOutput = 4, kRowState = 8 };  // names of a consumer's registers, for the model
 
 template <class Shape, template <class, int, int> class Array>
 struct Registers {
@@ -55,13 +55,13 @@ struct Registers {
   Array<float, Shape::kKeys / 2, kScores> s;       // scores, then weights: fragment of 64 x kKeys
   Array<uint32_t, Shape::kKeys / 4, kWeights> p;   // weights in the inputs' dtype: operand A of kKeys / 16 products
   Array<float, Shape::kDim / 2, kOutput> o;        // fragment of 64 x D
-  float peak[2], sum[2];  // of rows r and r + 8: running maximum of the unscaled scores, and sum of the weights
+  float peak[2], sum[2];  // running maximum of the unscaled scores and sum of the weights, for rows r and r + 8
   float maximum[2], correction[2];
   int begin[2], seen[2];  // the first key that the row sees, and how many
 };
 
-// Stage and parity of the n-th tile. A barrier's phase n / stages has parity n / stages % 2; the wait for a stage to be
-// free looks one phase back, and the first one passes at once.
+// Stage and parity of the n-th tile. A barrier's phase n / stages has parity n / stages % 2. The wait for a free stage
+// is for the phase before, so the first wait passes at once.
 template <class Shape>
 FASTATTN_HD constexpr int stage(int n) { return n % Shape::kStages; }
 template <class Shape>
@@ -82,7 +82,7 @@ FASTATTN_DEVICE void prepare(Machine& m) {
   m.publish();
 }
 
-// The loader: one thread. Tiles are asked for in the order in which they are needed.
+// The loader, one thread. It requests tiles in the order in which they are needed.
 template <class Shape, class Machine>
 FASTATTN_DEVICE void produce(Machine& m, const Plan& plan) {
   const auto load = [&](Operand operand, uint32_t to, int rows, const Place& place, int barrier) {
@@ -104,7 +104,7 @@ FASTATTN_DEVICE void produce(Machine& m, const Plan& plan) {
       key.row += Shape::kKeys;
     };
     if (work.tiles > 0) keys(n);
-    // After the first keys: the output of the work before may still lie in their place.
+    // Queries come after the first keys: the output of the previous work may still occupy their place.
     m.wait(Shape::kFreeQueries, parity);
     m.expect(Shape::kFullQueries, Shape::kConsumers * panel_bytes(plan.rows * plan.heads) * Shape::kPanels);
     for (int group = 0; group < Shape::kConsumers; ++group) {
@@ -123,14 +123,14 @@ FASTATTN_DEVICE void produce(Machine& m, const Plan& plan) {
   }
 }
 
-// Keys that every row of a consumer sees.
+// The keys that every row of a consumer sees.
 FASTATTN_HD Range common_keys(const Plan& plan, const Work& work, int group) {
   const int first = work.first + group * plan.rows;
   return {visible_keys(plan.f, work.extent, first + plan.rows - 1).begin,
           visible_keys(plan.f, work.extent, first).end};
 }
 
-// Scores to the power of 2: what they are multiplied with, and under a cap, what with before tanh.
+// The factor from scores to exponents of 2, and with a cap, the factor before tanh.
 struct Scaling {
   float scale, inner;
 };
@@ -142,7 +142,7 @@ FASTATTN_HD constexpr Scaling scaling(const FastattnForward& f) {
   return {(capped ? f.softcap : f.scale) * kLog2e, capped ? f.scale / f.softcap : 1.0f};
 }
 
-// From one exponential; near 0, where 1 - 2 / (e^2x + 1) cancels, a series.
+// tanh from one exponential; near 0, where 1 - 2 / (e^2x + 1) cancels, from a series.
 template <class Machine>
 FASTATTN_DEVICE float tanh(Machine& m, float x) {
   const float square = x * x;
@@ -151,7 +151,8 @@ FASTATTN_DEVICE float tanh(Machine& m, float x) {
   return square < 0.01f ? near : far;
 }
 
-// Scores become weights relative to the running maximum, which moves on; `correction` is what older sums are worth.
+// Turns scores into weights relative to the running maximum and updates it; `correction` is the factor for earlier
+// sums.
 template <class Shape, class Machine>
 FASTATTN_DEVICE void weigh(Machine& m, int first_key, const Range& common, const Scaling& scaling) {
   constexpr int kElements = Shape::kKeys / 2;
@@ -160,12 +161,12 @@ FASTATTN_DEVICE void weigh(Machine& m, int first_key, const Range& common, const
     if (m.capped()) {
       FASTATTN_UNROLL for (int i = 0; i < kElements; ++i) t.s[i] = tanh(m, t.s[i] * scaling.inner);
     }
-    // The same for all threads: wgmma, elect.sync and shuffles ask that warps do not part.
+    // The condition is the same for all threads: wgmma, elect.sync and shuffles require that warps do not diverge.
     if (first_key < common.begin || first_key + Shape::kKeys > common.end) {
       const int start = first_key + fragment_column(t.index, 0);
       const int before[2] = {t.begin[0] - start, t.begin[1] - start};
       FASTATTN_UNROLL for (int i = 0; i < kElements; ++i) {
-        const int column = fragment_column(0, i) - before[i / 2 % 2];  // below 0: a large unsigned number
+        const int column = fragment_column(0, i) - before[i / 2 % 2];  // a negative one is a large unsigned number
         if (uint32_t(column) >= uint32_t(t.seen[i / 2 % 2])) t.s[i] = -kInfinity;
       }
     }
@@ -176,7 +177,7 @@ FASTATTN_DEVICE void weigh(Machine& m, int first_key, const Range& common, const
   m.each([&](auto& t) {
     float base[2];
     FASTATTN_UNROLL for (int r = 0; r < 2; ++r) {
-      base[r] = t.peak[r] == -kInfinity ? 0.0f : t.peak[r] * scale;  // no key yet: -inf - -inf would be NaN
+      base[r] = t.peak[r] == -kInfinity ? 0.0f : t.peak[r] * scale;  // no key seen yet: -inf - -inf is NaN
       t.correction[r] = m.exp2(t.maximum[r] * scale - base[r]);
       t.maximum[r] = t.peak[r];
       t.sum[r] *= t.correction[r];
@@ -188,7 +189,7 @@ FASTATTN_DEVICE void weigh(Machine& m, int first_key, const Range& common, const
   });
 }
 
-// Into the operand of the next product, once the product before has read it and the output is there to be corrected.
+// Packs weights into the operand of the next product and corrects the output, once the previous product has ended.
 template <class Shape, class Machine>
 FASTATTN_DEVICE void hand_over(Machine& m) {
   m.each([&](auto& t) {
@@ -212,7 +213,8 @@ FASTATTN_DEVICE void start_rows(Machine& m, const Plan& plan, const Work& work, 
   });
 }
 
-// Into shared memory in place of the group's own queries, from there by TMA, which leaves out rows past the end.
+// Writes the output into shared memory in place of the group's queries. TMA stores it from there, without rows past the
+// end.
 template <class Shape, class Machine>
 FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work, int group, float scale) {
   const FastattnForward& f = plan.f;
@@ -227,7 +229,7 @@ FASTATTN_DEVICE void finish_rows(Machine& m, const Plan& plan, const Work& work,
       const float sink = f.sinks == nullptr ? -kInfinity : f.sinks[head] * kLog2e;
       const float maximum = t.maximum[r] * scale, top = fmaxf(maximum, sink), base = top == -kInfinity ? 0.0f : top;
       const float share = m.exp2(maximum - base), total = t.sum[r] * share + m.exp2(sink - base);
-      const float inverse = total == 0.0f ? 0.0f : share / total;  // nothing allowed: output 0
+      const float inverse = total == 0.0f ? 0.0f : share / total;  // no key is allowed: the output is 0
       FASTATTN_UNROLL for (int i = 0; i < Shape::kDim / 8; ++i) {
         m.put(m.shared() + Shape::queries() + tile_offset(Shape::kRows, group * kGroupRows + own, i) + t.index % 4 * 4,
               m.pack(t.o[4 * i + 2 * r] * inverse, t.o[4 * i + 2 * r + 1] * inverse));
@@ -291,7 +293,7 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
       hand_over<Shape>(m);
       for (int tile = 1; tile < work.tiles; ++tile, ++n) {
         m.wait(Shape::full_keys(stage<Shape>(n + 1)), full_parity<Shape>(n + 1));
-        m.sync(kTurn + group, 2 * kGroupThreads);  // with the one before
+        m.sync(kTurn + group, 2 * kGroupThreads);  // waits for the consumer before
         scores(n + 1);
         m.wait(Shape::full_values(stage<Shape>(n)), full_parity<Shape>(n));
         values(n);
@@ -314,7 +316,7 @@ FASTATTN_DEVICE void consume(Machine& m, const Plan& plan, int group) {
   }
 }
 
-// The whole block. `group` 0 loads, the others compute.
+// The whole block. Group 0 loads, the others compute.
 template <class Shape, class Machine>
 FASTATTN_DEVICE void attend(Machine& m, const Plan& plan, int group) {
   if (group == 0) m.elected([&] { prepare<Shape>(m); });

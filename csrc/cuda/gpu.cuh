@@ -1,4 +1,4 @@
-// The GPU as a Machine (see forward.cuh), and what a launch needs of the CUDA runtime.
+// The GPU as a Machine (see forward.cuh), and the calls of the CUDA runtime for a launch.
 #pragma once
 
 #include <cuda.h>
@@ -16,7 +16,7 @@ struct Maps {
 template <class T, int N, int>
 using Plain = T[N];
 
-// `Shape` of layout.cuh or passes.cuh, `Own` the registers of a thread.
+// `Shape` is from layout.cuh or passes.cuh; `Own` are the registers of a thread.
 template <class Element, class Shape, class Own, bool kCapped>
 struct Gpu {
   using Registers = Own;
@@ -142,7 +142,7 @@ __device__ __forceinline__ uint32_t first_tile_address(const uint8_t* memory) {
   return (uint32_t(__cvta_generic_to_shared(memory)) + 1023) / 1024 * 1024;
 }
 
-// The warp group of a thread: the same in all threads of a warp, and the compiler sees that it is.
+// The warp group of a thread. The shuffle shows the compiler that it is the same in all threads of a warp.
 __device__ __forceinline__ int warp_group() { return __shfl_sync(0xFFFFFFFF, threadIdx.x / kGroupThreads, 0); }
 
 __device__ __forceinline__ void prefetch(const Maps& maps, int first, int count) {
@@ -156,7 +156,7 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// The driver's function is looked up, so that nothing is linked but the runtime.
+// Looks up the driver's function, so that the library links only the runtime.
 static Encode find_encode(cudaError_t* error) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
@@ -164,7 +164,8 @@ static Encode find_encode(cudaError_t* error) {
   return *error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
 }
 
-// The map of one operand; where there are no keys its base may be null, and nothing is loaded through it: `instead`.
+// Encodes the map of one operand. Without keys its base may be null; `instead` replaces it, and nothing is loaded
+// through it.
 static int encode(const OperandMap& map, Operand operand, int dtype, const void* instead, CUtensorMap* encoded) {
   cudaError_t error = cudaSuccess;
   static const Encode function = find_encode(&error);
@@ -184,7 +185,7 @@ static int encode(const OperandMap& map, Operand operand, int dtype, const void*
   return fail(FASTATTN_CUDA_ERROR, "CUDA: no tensor map for %s: driver error %d", names[operand], int(result));
 }
 
-// Start `kernel` with as many blocks as there are multiprocessors, or works.
+// Starts `kernel` with one block for each multiprocessor, or for each work if there are fewer.
 template <class Shape, class Call>
 int start(void (*kernel)(Call, Maps), const Call& plan, const Maps& maps) {
   const FastattnForward& f = plan.f;

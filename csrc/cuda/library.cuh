@@ -1,6 +1,6 @@
-// The functions of the C interface: they check a call and launch it.
+// The functions of the C interface check a call and launch it.
 //
-// Included by one source of a library, which defines `fastattn::launch` for both passes.
+// One source of a library includes this file and defines `fastattn::launch` for both passes.
 #pragma once
 
 #include <initializer_list>
@@ -16,15 +16,16 @@ namespace fastattn {
 int launch(const FastattnForward& f);
 int launch(const FastattnBackward& b);
 
-// What TMA takes (CUDA driver API, cuTensorMapEncodeTiled): addresses and strides at multiples of 16 bytes, strides
-// below 2^40 bytes, and none of 0; heads and batch entries of stride 0 are one place (schedule.cuh), rows cannot be.
+// Whether TMA takes an operand (CUDA driver API, cuTensorMapEncodeTiled): addresses and strides are multiples of 16
+// bytes, and strides are above 0 and below 2^40 bytes. Stride 0 of heads and batch entries is allowed here, since they
+// become one place (schedule.cuh); stride 0 of rows is not.
 static bool fits(const void* pointer, const int64_t* stride, int32_t rows) {
   bool fits = reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && (stride[2] != 0 || rows <= 1);
   for (int i = 0; i < 3; ++i) fits = fits && stride[i] % 8 == 0 && stride[i] >= 0 && stride[i] < int64_t(1) << 39;
   return fits;
 }
 
-// What both passes take.
+// The checks that both passes share.
 static int check(const FastattnForward& f) {
   constexpr int64_t longest = 1 << 30;  // positions and their sums are 32-bit
   if (!::fastattn_supported(f.dtype, f.head_dim)) {

@@ -1,9 +1,9 @@
-// The passes of the backward computation: which rows stay with a block, which pass by, and what TMA is told of them.
+// The passes of the backward computation: the own rows of a block, the passing rows, and their tensor maps for TMA.
 //
-// A block holds its own rows of a pair of operands X, Y in shared memory; tiles of another pair U, W pass by. Where the
-// keys stay, X, Y = K, V and U, W = Q, dO, of all query heads that share the key head; where the queries stay, the other
-// way round. With P the weights and dS the gradients of the scores, both of own rows by passing rows, a pass adds up
-// dS U, which is dK or dQ, and P W, which is dV.
+// A block holds its own rows of a pair of operands X, Y in shared memory; tiles of another pair U, W pass by. If the
+// own rows are keys, X, Y = K, V and U, W = Q, dO, of all query heads that share the key head. If they are queries, the
+// pairs are exchanged. P are the weights and dS the gradients of the scores, both (own rows x passing rows). A pass
+// adds up dS U, which is dK or dQ, and P W, which is dV.
 #pragma once
 
 #include "schedule.cuh"
@@ -19,9 +19,9 @@ struct PassShape {
   static constexpr int kPanels = D / 64;
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = kGroupThreads * (1 + kConsumers);
-  static constexpr int kRows = kConsumers * kGroupRows;  // that stay
-  static constexpr int kPassing = D == 256 ? 32 : 64;    // rows of a tile that passes
-  static constexpr int kStages = 3;                      // two are multiplied with while the third is filled
+  static constexpr int kRows = kConsumers * kGroupRows;  // own rows
+  static constexpr int kPassing = D == 256 ? 32 : 64;    // passing rows of a tile
+  static constexpr int kStages = 3;                      // products read two while the third is filled
   static constexpr int kLoaderRegisters = 24, kConsumerRegisters = 240;
 
   static constexpr bool kOfKeys = kPass != kQueriesAlone;
@@ -44,7 +44,7 @@ struct PassShape {
   static FASTATTN_HD constexpr uint32_t columns(int stage) { return kTiles + stage * kColumnBytes; }
   static constexpr uint32_t kBarrierPlace = kTiles + kStages * kColumnBytes;
 
-  // Barriers by number: the own rows, or a stage with all that passes, are full, or free again.
+  // Numbers of the barriers. They say that the own rows, or a stage of passing rows, are full, or free again.
   static constexpr int kFullOwn = 0, kFreeOwn = 1, kBarriers = 2 + 2 * kStages;
   static FASTATTN_HD constexpr int full(int stage) { return 2 + stage; }
   static FASTATTN_HD constexpr int free(int stage) { return 2 + kStages + stage; }
@@ -52,7 +52,7 @@ struct PassShape {
   static constexpr uint32_t kSharedBytes = 1024 + kBarrierPlace + 8 * kBarriers;
 };
 
-// A call, and what the host derived from it for one pass. A work is a block's rows of one head of one batch entry.
+// A call, and what the host derives from it for one pass. A work is a block's rows of one head of one batch entry.
 struct PassPlan : FastattnBackward {
   int32_t group;              // query heads that share a key head
   int32_t pairs, row_tiles;   // own heads of all batch entries; works of each
@@ -61,12 +61,12 @@ struct PassPlan : FastattnBackward {
   int32_t apart[kOperands][2];  // as in Plan
 };
 
-// Queries that see a key.
+// The queries that see a key.
 FASTATTN_HD constexpr Range seeing_queries(const FastattnForward& f, const Extent& e, int key) {
   return {clamp(key - e.q_offset - f.right, e.q_len), clamp(key - e.q_offset + f.left + 1, e.q_len)};
 }
 
-// Passing rows that an own row has to do with.
+// The passing rows that form a visible pair with an own row.
 template <class Shape>
 FASTATTN_HD constexpr Range passing_rows(const FastattnForward& f, const Extent& e, int row) {
   return Shape::kOfKeys ? seeing_queries(f, e, row) : visible_keys(f, e, row);
@@ -76,13 +76,13 @@ struct PassWork {
   int entry;  // batch entry or sequence
   Extent extent;
   int head, first;              // own; past the last row if there is nothing to do
-  int passing_head, heads;      // the first of those that pass by, and how many
-  int first_passing, tiles;     // where the first passing tile of each begins, and how many
+  int passing_head, heads;      // the first passing head, and the number of them
+  int first_passing, tiles;     // the first row of each one's first passing tile, and the number of tiles
   bool empty;
 };
 
 // Works in the order in which blocks take them, as in the forward pass: under causal order the first keys and the last
-// queries have most to do.
+// queries have the most work.
 template <class Shape>
 FASTATTN_HD PassWork work_at(const PassPlan& plan, int index) {
   const FastattnForward& f = plan.f;
@@ -117,7 +117,8 @@ FASTATTN_HD Place place_of(const PassPlan& plan, Operand operand, const PassWork
   return place_of(plan.f, of_query(operand), plan.apart[operand], work.entry, head, work.extent, row);
 }
 
-// Of each row, in tiles of 64 that are filled up with rows whose weights are 0: lse and delta, adjacent.
+// The rows of a tile of lse and delta, which are adjacent for each row. The last tile is padded with rows whose weights
+// are 0.
 constexpr int kRowTile = 64;
 FASTATTN_HD constexpr int64_t padded_rows(const FastattnForward& f) {
   return count_tiles(f, f.q_len, kRowTile) * kRowTile;
@@ -141,7 +142,7 @@ inline Tensor tensor_of(const FastattnBackward& b, Operand operand) {
   return all[operand];
 }
 
-// Boxes have as many rows as a tile that passes; own rows are several boxes.
+// A box has as many rows as a passing tile; own rows are several boxes.
 template <class Shape>
 OperandMap operand_map(const PassPlan& plan, Operand operand) {
   const Tensor tensor = tensor_of(plan, operand);

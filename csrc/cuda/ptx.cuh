@@ -1,4 +1,4 @@
-// The instructions of sm_90a that C++ has no words for. Names in quotation marks are sections of the PTX ISA.
+// Instructions of sm_90a that C++ cannot express. Names in quotation marks are sections of the PTX ISA.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
   } while (!done);
 }
 
-// "membar / fence": barriers that a thread made, visible to other threads; "Proxies": what it wrote, visible to TMA and
-// wgmma, which reach shared memory by another way than loads and stores.
+// "membar / fence": makes the barriers that a thread initialised visible to other threads. "Proxies": makes what it
+// wrote visible to TMA and wgmma, which do not access shared memory by ordinary loads and stores.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -73,7 +73,7 @@ __device__ __forceinline__ void tma_store(uint32_t from, const void* map, int co
                "r"(column), "r"(row), "r"(head), "r"(batch), "r"(from)
                : "memory");
 }
-// "cp.async.bulk.wait_group": with .read, until the sources have been read.
+// "cp.async.bulk.wait_group": with .read, waits until the sources have been read.
 __device__ __forceinline__ void tma_stored() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
@@ -95,7 +95,7 @@ __device__ __forceinline__ void load_shared(uint32_t from, float (&x)[4]) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(from));
 }
 
-// "Asynchronous Warpgroup Level Matrix Instructions: wgmma". Lists of registers by number of them.
+// "Asynchronous Warpgroup Level Matrix Instructions: wgmma". Below are lists of registers of each length.
 // clang-format off
 #define F4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 #define U4(x, i) "+r"(x[i]), "+r"(x[i + 1]), "+r"(x[i + 2]), "+r"(x[i + 3])
@@ -116,8 +116,9 @@ __device__ __forceinline__ void load_shared(uint32_t from, float (&x)[4]) {
   "%120, %121, %122, %123, %124, %125, %126, %127"
 // clang-format on
 
-// Registers that a product writes may not be touched before it has ended, and those it reads not after it has begun.
-// The compiler does not know that it runs beside the program: naming them here keeps their other uses where they are.
+// Nothing may use the registers that a product writes before it ends, nor change those that it reads after it has
+// begun. The compiler does not know that products are asynchronous: naming the registers here keeps it from moving
+// their other uses.
 #define HOLD(count, type, list) \
   __device__ __forceinline__ void hold(type (&x)[count]) { asm volatile("" : list(x)::"memory"); }
 HOLD(16, float, FLOATS16)

@@ -1,4 +1,4 @@
-// Which rows a block computes, in what order, which keys they see, and what TMA is told of them.
+// Which rows a block computes, in what order, which keys they see, and their tensor maps for TMA.
 #pragma once
 
 #include "interface.cuh"
@@ -13,26 +13,26 @@ FASTATTN_HD constexpr bool of_query(Operand operand) {
   return operand == kQueries || operand == kOut || operand == kOutGradient || operand == kQueryGradient;
 }
 
-// A call and what the host derived from it. A work is a block's rows of one tile of heads of one batch entry.
+// A call, and what the host derives from it. A work is a block's rows of one tile of heads of one batch entry.
 //
 // The 64 rows of a consumer are `rows` query rows of `heads` heads, which share a key head: row i of head h is its row
-// i * heads + h. Where that makes fewer than 64, the last ones are nobody's.
+// i * heads + h. If these are fewer than 64, the last rows of the consumer are unused.
 struct Plan {
   FastattnForward f;
   int32_t heads, rows;
-  int32_t group, head_tiles, pairs;  // query heads that share a key head; tiles of heads; of all batch entries
-  int32_t row_tiles;                 // works of a pair: with packed sequences of all that it has
+  int32_t group, head_tiles, pairs;  // query heads that share a key head; tiles of heads; the same in all batch entries
+  int32_t row_tiles;                 // works of a tile of heads, in all packed sequences together
   int32_t works;
   int32_t section;  // tiles of heads, of all batch entries, whose keys and values stay in the L2 cache together
-  int32_t apart[kForwardOperands][2];  // 0 where all heads, or all batch entries, of an operand are one (stride 0), else 1
+  int32_t apart[kForwardOperands][2];  // 0 if all heads, or batch entries, of an operand are one (stride 0), else 1
 };
 
-// Keys from `begin`, before `end`; none where end <= begin.
+// Keys `begin` to `end` - 1; none if end <= begin.
 struct Range {
   int begin, end;
 };
 
-// A batch entry, or a packed sequence and where it begins.
+// A batch entry, or a packed sequence and its first rows.
 struct Extent {
   int q_start, q_len, k_start, kv_len;
   int64_t q_offset;
@@ -44,7 +44,7 @@ FASTATTN_HD constexpr int clamp(int64_t position, int length) {
 
 FASTATTN_HD constexpr bool packed(const FastattnForward& f) { return f.q_starts != nullptr; }
 
-// Starts that do not rise, which the host cannot see, make it empty.
+// The host cannot check that starts rise; where they do not, the sequence is empty.
 FASTATTN_HD constexpr Extent extent_of(const FastattnForward& f, int entry) {
   const int64_t q_offset = f.q_offsets == nullptr ? f.q_offset : f.q_offsets[entry];
   if (!packed(f)) return {0, f.q_len, 0, f.kv_len, q_offset};
@@ -54,22 +54,22 @@ FASTATTN_HD constexpr Extent extent_of(const FastattnForward& f, int entry) {
   return {q_start, q_len, k_start, kv_len, q_offset == FASTATTN_ENDS ? kv_len - q_len : q_offset};
 }
 
-// What a query row sees.
+// The keys that a query row sees.
 FASTATTN_HD constexpr Range visible_keys(const FastattnForward& f, const Extent& e, int row) {
   return {clamp(row + e.q_offset - f.left, e.kv_len), clamp(row + e.q_offset + f.right + 1, e.kv_len)};
 }
 
-// Entries that have heads of their own.
+// The number of entries that have heads of their own.
 FASTATTN_HD constexpr int entries(const FastattnForward& f) { return packed(f) ? 1 : f.batch; }
 
-// Between the two statistics of a row.
+// The distance between the two statistics of a row.
 FASTATTN_HD constexpr int64_t statistics_plane(const FastattnForward& f) {
   return int64_t(entries(f)) * f.q_heads * f.q_len;
 }
 
 FASTATTN_HD constexpr int divide_up(int length, int size) { return (length + size - 1) / size; }
 
-// Tiles of keys that one of `rows` query rows from `first` sees.
+// The tiles of keys that some of `rows` query rows from `first` on see.
 template <class Shape>
 FASTATTN_HD constexpr Range key_tiles(const FastattnForward& f, const Extent& e, int first, int rows) {
   const int last = first + rows < e.q_len ? first + rows - 1 : e.q_len - 1;
@@ -86,7 +86,7 @@ struct Work {
   FASTATTN_HD bool empty() const { return first >= extent.q_len; }
 };
 
-// Rows that packed sequences divide, and where each begins.
+// The rows of packed sequences, and where each sequence begins.
 struct Starts {
   const int32_t* at;
   int length, sequences;
@@ -94,13 +94,13 @@ struct Starts {
 FASTATTN_HD constexpr Starts query_starts(const FastattnForward& f) { return {f.q_starts, f.q_len, f.batch}; }
 FASTATTN_HD constexpr Starts key_starts(const FastattnForward& f) { return {f.k_starts, f.kv_len, f.batch}; }
 
-// The tile of rows from which packed sequence s may have its own: as many tiles as its rows can need follow before that
-// of the next one, so that no sum over the sequences is needed.
+// The first tile of rows reserved for packed sequence s. Up to the first one of the next sequence there are enough
+// tiles for any length, so that no sum over the sequences is needed.
 FASTATTN_HD constexpr int first_tile(const Starts& starts, int sequence, int rows) {
   return clamp(starts.at[sequence], starts.length) / rows + sequence;
 }
 
-// The sequence that has a tile of rows: the last one that begins no later.
+// The sequence of a tile of rows: the last one whose first tile is not later.
 FASTATTN_HD constexpr int sequence_of(const Starts& starts, int tile, int rows) {
   int sequence = 0, after = starts.sequences;
   while (after - sequence > 1) {
@@ -111,15 +111,16 @@ FASTATTN_HD constexpr int sequence_of(const Starts& starts, int tile, int rows) 
   return sequence;
 }
 
-// Tiles of `rows` rows of an entry, or of all packed sequences.
+// The number of tiles of `rows` rows in an entry, or in all packed sequences.
 FASTATTN_HD constexpr int64_t count_tiles(const FastattnForward& f, int length, int rows) {
   return packed(f) ? length / rows + int64_t(f.batch) : (int64_t(length) + rows - 1) / rows;
 }
 
 // Works in the order in which blocks take them: block b has b, b + blocks, b + 2 blocks, ...
 //
-// Section by section, so that the cache serves those who read the same keys; heads of one group are neighbours. Inside
-// a section the last rows come first: under causal order they see most, and what is long must not start last.
+// They come section by section, so that blocks that read the same keys find them in the cache; heads of one group are
+// neighbours. Inside a section the last rows come first: under causal order they see the most keys, and long works must
+// not start last.
 template <class Shape>
 FASTATTN_HD Work work_at(const Plan& plan, int index) {
   const FastattnForward& f = plan.f;
@@ -144,7 +145,7 @@ FASTATTN_HD Work work_at(const Plan& plan, int index) {
   return work;
 }
 
-// Where a box begins, as TMA counts (operand_map): row, head or tile of heads, batch entry.
+// The first element of a box in the coordinates of operand_map: row, head or tile of heads, batch entry.
 struct Place {
   int row, head, batch;
 };
@@ -170,13 +171,13 @@ inline int section_heads(const FastattnForward& f) {
   return int(heads < pairs ? heads : pairs);
 }
 
-// What TMA is told of an operand: (D, heads of a tile, rows, tiles of heads, batch entries), sizes and strides, and the
+// The tensor map of an operand: sizes and strides of (D, heads of a tile, rows, tiles of heads, batch entries), and the
 // heads and rows of a box.
 //
-// A box of packed sequences must end with its sequence, as one of a batch entry ends with the tensor: nothing else is
-// read or written. So there is an entry for every row at which a sequence can end, each with all the rows before that
-// one, and row i of a sequence of n is row N - n + i of N in the entry of its end. The entries overlap: that of end 0
-// begins N rows before the tensor, where nothing is ever asked for.
+// A box of a batch entry ends with the tensor. A box of a packed sequence must end with its sequence, so that nothing
+// else is read or written. The map therefore has one batch entry for every row at which a sequence can end, with the N
+// rows before that row. Row i of a sequence of n rows is row N - n + i of the entry of its end. The entries overlap:
+// that of end 0 begins N rows before the tensor, and nothing is ever requested there.
 struct OperandMap {
   const void* base;
   int64_t size[5];
@@ -192,7 +193,7 @@ inline OperandMap operand_map(const FastattnForward& f, const void* base, const 
     if (stride[1 - i] == 0) map.size[3 + i] = 1;
   }
   const int64_t all[] = {stride[1], stride[2], stride[1] * heads, stride[0]};
-  for (int i = 0; i < 4; ++i) {  // a stride says nothing where there is one place only, and TMA takes none of 0
+  for (int i = 0; i < 4; ++i) {  // a dimension of size 1 gets any stride, since TMA refuses 0
     map.stride[i] = map.size[i + 1] <= 1 ? 2 * f.head_dim : 2 * all[i];
   }
   if (packed(f)) {
@@ -213,15 +214,15 @@ OperandMap operand_map(const Plan& plan, Operand operand) {
                      query ? plan.rows : Shape::kKeys);
 }
 
-// Works, if a tile has so many heads; 0 where there is no query.
+// The number of works if a tile has this many heads; 0 without queries.
 inline int64_t count_works(const FastattnForward& f, int heads) {
   if (f.q_len == 0 || f.batch == 0) return 0;
   const int64_t rows = block_rows(f.head_dim) / kGroupRows * (kGroupRows / heads);
   return count_tiles(f, f.q_len, rows) * entries(f) * (f.q_heads / heads);
 }
 
-// All heads that share a key head where that makes fewer works, as it does for short or packed sequences, else 1. A box
-// of several heads needs a stride from one to the next.
+// The heads of a tile: all that share a key head if this makes fewer works, as for short or packed sequences, else 1. A
+// box of several heads needs a stride from one to the next.
 inline int heads_of_tile(const FastattnForward& f) {
   const int group = f.q_heads / f.kv_heads;
   const bool possible = group <= kGroupRows && f.q_stride[1] != 0 && f.out_stride[1] != 0;
