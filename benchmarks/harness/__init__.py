@@ -1,1 +1,1 @@
-"""What measures: devices, peers, problems, parity, results, and the runner of the suites."""
+"""The parts that measure: devices, peers, problems, parity, results, and the runner of the suites."""

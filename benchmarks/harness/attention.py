@@ -1,4 +1,4 @@
-"""Time one attention problem on every provider: what the suites of attention share."""
+"""Time one attention problem on every provider, for the suites of attention."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ from .runner import Bench, raise_if_lost
 def measure(
     bench: Bench, suite: str, case: str, problem: Problem, mode: str, providers: Sequence[str]
 ) -> None:  # fmt: skip
-    """Time the providers against each other and record a row for each, also for one that cannot.
+    """Time the providers against each other and record a row for each, also for one that cannot compute the problem.
 
-    ``mode`` is "forward", without autograd, or "backward", of a forward pass that is not timed.
+    ``mode`` is "forward", without autograd, or "backward", after a forward pass that is not timed.
     """
     key = {"case": case, "mode": mode, **problem.key()}
     actual = fit(problem, bench.device)
@@ -30,7 +30,7 @@ def measure(
             bench.refused(suite, key | {"provider": name}, error)
     try:
         timings = bench.time(calls)
-    except Exception as error:  # one of them fails when it is repeated: each alone shows which
+    except Exception as error:  # one of them fails when repeated: timing each alone shows which
         raise_if_lost(error)
         timings = {}
         for name, call in calls.items():
@@ -44,9 +44,9 @@ def measure(
 
 
 def build_call(name: str, problem: Problem, sets: Sequence[Inputs], mode: str) -> Call:
-    """The call to time, run once and its output checked; each repeat takes the next set of inputs."""
+    """The call to time, after one run whose output is checked; each repeat takes the next set of inputs."""
     if name == "sdpa-math":
-        sets = sets[:1]  # it keeps scores: one graph of them is enough
+        sets = sets[:1]  # it keeps the scores, so that only one graph fits
     prepared = [PEERS[name].prepare(problem, x) for x in sets]
     first, n = prepared[0], len(prepared)
     if mode == "forward":
@@ -71,5 +71,5 @@ def build_call(name: str, problem: Problem, sets: Sequence[Inputs], mode: str) -
 
 
 def backend_of(problem: Problem, x: Inputs) -> str:
-    """Which of fastattn's backends a row was measured on: nothing falls back unseen."""
+    """The backend of fastattn that a row was measured on, so that no other one serves unnoticed."""
     return fastattn.explain(x.q, x.k, x.v, **options(problem, x)).backend

@@ -1,4 +1,4 @@
-"""Where the outcomes of checks on a GPU go, and the check of parity: what the commands that check share."""
+"""The record of the outcomes of checks on a GPU, and the check of parity, for the commands that check."""
 
 import time
 from collections import Counter
@@ -12,7 +12,7 @@ from .device import Device
 
 @dataclass
 class Checks:
-    """Where outcomes go."""
+    """The record of outcomes."""
 
     device: Device
     output: Path
@@ -22,11 +22,11 @@ class Checks:
     problems: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
     lost: bool = False
-    """Whether the device answers no more."""
+    """Whether the device no longer answers."""
 
     @property
     def left(self) -> float:
-        """Seconds; none on a device that is lost."""
+        """Seconds left; 0 on a lost device."""
         return 0.0 if self.lost else self.deadline - self.device.clock()
 
     def see(self, error: BaseException) -> None:
@@ -34,7 +34,7 @@ class Checks:
         self.lost = self.lost or runner.is_lost(error)
 
     def skip(self, check: str, what: str) -> str:
-        """Count what is left out; the reason."""
+        """Count a check that is left out; return the reason."""
         reason = "the device is lost" if self.lost else "the time budget is spent"
         self.tally[check, "not run"] += 1
         self.not_run.append(f"{check}: {what}")
@@ -61,7 +61,7 @@ class Checks:
 
 
 def check_parity(checks: Checks, cases: Sequence[parity.ParityCase]) -> dict[parity.ParityCase, Exception]:
-    """One row per kernel of each case; returns what is red, and why."""
+    """Store one row per kernel of each case; return the failed cases with their reasons."""
     red = {}
     for case in cases:
         if checks.left <= 0:

@@ -1,8 +1,8 @@
-"""Where a benchmark runs and how time is taken there: a GPU, a CPU, or a dry run that measures nothing.
+"""The device of a benchmark and how it takes time: a GPU, a CPU, or a dry run that measures nothing.
 
 On a GPU the method is that of `triton.testing.do_bench`: events around each call, the L2 cache overwritten before it,
-median and 20th / 80th percentile over many. Added to it: the calls that are compared take turns, repeat by repeat, so
-that clocks and temperature are the same for all; each call gets its repeat index, to rotate between inputs.
+median and 20th / 80th percentile over many. In addition, the compared calls take turns, repeat by
+repeat, so that clocks and temperature are the same for all; each call gets its repeat index, to rotate between inputs.
 """
 
 import functools
@@ -22,9 +22,9 @@ Call = Callable[[int], Any]
 
 
 SHORT_SECONDS = 4e-4
-"""Calls that take less, the overwriting of the cache counted in, may end on the GPU before the host has queued them."""
+"""Calls that take less, with the overwriting of the cache, may end before the host has queued the next."""
 SLEEP_CYCLES = 1_000_000
-"""For which the GPU waits then: more than half a millisecond, longer than any call keeps the host."""
+"""The GPU then waits this many cycles: more than half a millisecond, longer than the host takes for any call."""
 
 
 class Timing(NamedTuple):
@@ -56,16 +56,16 @@ def repeats_within(seconds: float, estimate: float, at_most: int) -> int:
 
 
 class Allocations(NamedTuple):
-    """Of one call on a CPU, in bytes."""
+    """The memory of one call on a CPU, in bytes."""
 
     peak: int
-    """The most that was held at once, beyond what was held before."""
+    """The most that was held at a time, beyond what was held before."""
     largest: int
     """The largest single buffer."""
 
 
 def allocations(call: Callable[[], Any]) -> Allocations:
-    """What a call asks of PyTorch's CPU allocator. Scratch memory that libraries take elsewhere is not seen."""
+    """The memory of a call from PyTorch's CPU allocator, without scratch memory that libraries take elsewhere."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     results: Any = recorded.profiler and recorded.profiler.kineto_results
@@ -75,7 +75,7 @@ def allocations(call: Callable[[], Any]) -> Allocations:
 
 
 class Device:
-    """What the suites need to know and do. The methods here serve a CPU."""
+    """The facts and methods of a device that the suites need. The methods here serve a CPU."""
 
     torch_device = "cpu"
     input_sets = 2
@@ -87,14 +87,14 @@ class Device:
 
     @property
     def folder(self) -> str:
-        """Under which its results are kept: letters, digits, dots and dashes."""
+        """The folder of its results: letters, digits, dots and dashes."""
         return slug(f"cpu {processor()}")
 
     def time(self, calls: Mapping[str, Call], seconds: float = 0.1, block_seconds: float = 0.0) -> dict[str, Timing]:
         """Time the calls against each other.
 
         Args:
-            calls: by name; each is given its repeat index.
+            calls: by name; each gets its repeat index.
             seconds: how long to repeat each of them.
             block_seconds: time blocks of calls that take at least this long and divide, for calls so short that
                 reading the clock shows.
@@ -106,7 +106,7 @@ class Device:
             counts[name] = repeats_within(seconds, estimate * blocks[name], at_most=1000)
         samples: dict[str, list[float]] = {name: [] for name in calls}
         enabled = gc.isenabled()
-        gc.disable()  # a collection in the middle would be charged to whoever triggers it
+        gc.disable()  # a garbage collection would count for the call that triggers it
         try:
             for repeat in range(max(counts.values(), default=0)):
                 for name in rotated(list(calls), repeat):
@@ -146,21 +146,21 @@ class Device:
         return {name: summarize(values) for name, values in samples.items()}
 
     def synchronize(self) -> None:
-        """Wait until all that was asked for is done."""
+        """Wait until all queued work is done."""
 
     def host_time(self, calls: Mapping[str, Call], seconds: float = 0.1) -> dict[str, Timing]:
-        """Time that the calling thread needs, in blocks long enough for the clock."""
+        """The time that the calling thread needs, in blocks long enough for the clock."""
         return self.time(calls, seconds, block_seconds=1e-3)
 
     def peak_memory(self, call: Callable[[], Any]) -> float | None:
-        """MiB that the call allocates at its peak beyond what is there already; None where nobody counts.
+        """The peak of the MiB that the call allocates; None if this device cannot count them.
 
-        On a CPU what PyTorch's allocator gives out, which its profiler tells.
+        On a CPU this is the memory of PyTorch's allocator, from its profiler.
         """
         return allocations(call).peak / 2**20
 
     def capture(self, call: Callable[[], Any]) -> Callable[[], Any] | None:
-        """The call as a replayable graph, or None where there are none."""
+        """The call as a replayable graph, or None if the device has none."""
         return None
 
     def total_memory(self) -> float:
@@ -168,17 +168,17 @@ class Device:
         return 8 * 2.0**30
 
     def free_memory(self) -> float:
-        """Bytes that can still be had."""
+        """Free bytes."""
         return self.total_memory()
 
     def clock(self) -> float:
         return time.monotonic()
 
     def pause(self) -> None:
-        """Between cells, against throttling."""
+        """Called between cells, against throttling."""
 
     def free(self) -> None:
-        """Give unused memory back between cells."""
+        """Called between cells: return unused memory."""
         gc.collect()
 
 
@@ -222,7 +222,7 @@ class CudaDevice(Device):
             for name in rotated(list(calls), repeat):
                 if repeat < counts[name]:
                     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    if name in short:  # the GPU waits until all of it is queued: else the host would be timed
+                    if name in short:  # the GPU waits until all of it is queued; otherwise this would time the host
                         torch.cuda._sleep(SLEEP_CYCLES)
                     self._flush_buffer.zero_()
                     start.record()
@@ -233,7 +233,7 @@ class CudaDevice(Device):
         return {name: summarize([s.elapsed_time(e) for s, e in pairs]) for name, pairs in events.items()}
 
     def host_time(self, calls: Mapping[str, Call], seconds: float = 0.1) -> dict[str, Timing]:
-        """Until the call returns, with an empty queue before each block, so that nothing waits for the GPU."""
+        """The time until a call returns, with an empty queue before each block, so that nothing waits for the GPU."""
         samples: dict[str, list[float]] = {name: [] for name in calls}
         block = 20
         for call in calls.values():
@@ -294,7 +294,7 @@ class CudaDevice(Device):
 
 
 class DryRun(Device):
-    """Runs every call once on small CPU tensors and makes the figures up, with a clock of its own.
+    """Runs every call once on small CPU tensors and invents the figures, with its own clock.
 
     ``step`` is how many seconds each timing takes on that clock.
     """
@@ -360,7 +360,7 @@ class Compiling(CudaDevice):
 
 
 def rotated(names: list[str], repeat: int) -> list[str]:
-    """Another one first each time, so that none always follows the same neighbour."""
+    """The calls in an order with another first one each time, so that none always follows the same neighbour."""
     start = repeat % max(1, len(names))
     return names[start:] + names[:start]
 
@@ -382,7 +382,7 @@ def processor() -> str:
 
 
 def choose(dry_run: bool) -> Device:
-    """The device of this machine."""
+    """The device that this machine measures on."""
     if dry_run:
         return DryRun()
     return CudaDevice() if torch.cuda.is_available() else Device()

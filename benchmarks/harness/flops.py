@@ -1,7 +1,7 @@
 """How many floating-point operations a measured call must do, by the convention of `fastattn.flops`.
 
 The pairs of documents, prefixes and block-sparse patterns are counted as they are. Other masks and key padding count as
-if every pair were allowed: what a kernel skips there shows as a higher rate.
+if every pair were allowed: if a kernel skips some of them, its rate is higher.
 """
 
 from fastattn.flops import BACKWARD_FACTOR, allowed_pairs, forward_flops

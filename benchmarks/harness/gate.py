@@ -1,4 +1,4 @@
-"""Which cells a red parity case blocks: those that rest on it, and no others."""
+"""Which cells a failed parity case blocks: exactly those whose figures depend on it."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,13 +8,13 @@ from .parity import ParityCase
 from .problems import Problem
 
 BASIC = ("plain", "causal", "key padding + causal", "cache", "dropout")
-"""What a cell rests on that does not say: whole layers and models."""
+"""The cases for cells that name none: whole layers and models."""
 PER_HEAD_DIM = ("plain", "causal")
-"""Held to the rule in every dtype and head dim: red in one of them says nothing about the others."""
+"""These hold in every dtype and head dim: a failure in one says nothing about the others."""
 
 
 def features_of(problem: Problem) -> tuple[str, ...]:
-    """The parity features that a benchmarked problem rests on."""
+    """The parity features that a benchmarked problem depends on."""
     parts = {
         "causal" if problem.causal else "plain": True,
         "GQA 4/2": problem.q_heads != problem.kv_heads,
@@ -34,14 +34,14 @@ def features_of(problem: Problem) -> tuple[str, ...]:
 
 
 def needs(problem: Problem) -> tuple[ParityCase, ...]:
-    """The cases that a benchmarked problem rests on."""
+    """The parity cases that a benchmarked problem depends on."""
     return tuple(ParityCase(feature, problem.dtype, problem.head_dim) for feature in features_of(problem))
 
 
 def red_cases(
     device: Device, cases: list[ParityCase], lost: Callable[[Exception], bool]
 ) -> dict[ParityCase, Exception]:
-    """The cases that are red, and why; prints them. Ends early where the device is lost: the last one says so."""
+    """The failed cases with their reasons; prints them. It stops if the device is lost, and the last reason says so."""
     red = {}
     for case, error in parity.failures(device, cases):
         red[case] = error
@@ -53,12 +53,12 @@ def red_cases(
 
 
 def blocking(rests_on: tuple[ParityCase, ...] | None, red: Mapping[ParityCase, Exception]) -> list[ParityCase]:
-    """The red cases among those that a cell rests on."""
+    """The failed cases among those that a cell depends on."""
     return [case for case in red if blocks(case, rests_on)]
 
 
 def blocks(red: ParityCase, rests_on: tuple[ParityCase, ...] | None) -> bool:
-    """A case in float32 is one of a machine without a GPU, and stands for every dtype and head dim."""
+    """A case in float32 comes from a machine without a GPU and counts for every dtype and head dim."""
     if rests_on is None:
         return red.feature in BASIC
     for need in rests_on:

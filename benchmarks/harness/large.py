@@ -17,7 +17,7 @@ from .problems import DTYPES
 
 
 def dense_beyond(device: Device, elements: int, dtype: torch.dtype) -> bool:
-    """q, k, v, out and every gradient: the last batch entry against the same alone."""
+    """q, k, v, out and every gradient: compare the last batch entry with the same entry alone."""
     heads, length, dim = 16, 256 if elements > 1 << 20 else 16, 128
     batch = elements // (heads * length * dim) + 2
     q, k, v, dout = (random(device, dtype, batch, heads, length, dim) for _ in range(4))
@@ -25,7 +25,7 @@ def dense_beyond(device: Device, elements: int, dtype: torch.dtype) -> bool:
 
 
 def packed_beyond(device: Device, elements: int, dtype: torch.dtype) -> bool:
-    """The same for packed sequences: the last one against itself alone."""
+    """The same for packed sequences: compare the last one with itself alone."""
     heads, length, dim = 16, 256 if elements > 1 << 20 else 16, 128
     sequences = elements // (heads * length * dim) + 2
     q, k, v, dout = (random(device, dtype, sequences * length, heads, dim) for _ in range(4))
@@ -38,7 +38,7 @@ def packed_beyond(device: Device, elements: int, dtype: torch.dtype) -> bool:
 
 
 def mask_beyond(device: Device, elements: int, dtype: torch.dtype) -> bool:
-    """A mask with a row per query: the last two tiles of queries against the same alone."""
+    """A mask with a row per query: compare the last two tiles of queries with the same tiles alone."""
     length = (math.isqrt(elements) // 128 + 1) * 128
     q, k, v = (random(device, dtype, 1, 1, length, 64) for _ in range(3))
     mask = torch.rand(length, device=device.torch_device) < 0.5
@@ -49,7 +49,7 @@ def mask_beyond(device: Device, elements: int, dtype: torch.dtype) -> bool:
 
 
 def cache_beyond(device: Device, elements: int, dtype: torch.dtype) -> bool:
-    """Two batch entries, contiguous and then on pages: the second against itself alone, and what is appended to it."""
+    """Two batch entries, contiguous and then on pages: compare the second, and its appended rows, with itself alone."""
     kv_heads, dim, page = 8, 128, 64
     length = (elements // (2 * kv_heads * dim) // page + 1) * page
     caches = [random(device, dtype, 2, length, kv_heads, dim) for _ in "kv"]
@@ -79,14 +79,14 @@ def cache_beyond(device: Device, elements: int, dtype: torch.dtype) -> bool:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """The same bits; on a CPU, where PyTorch's products depend on the batch, the same but for rounding."""
+    """Equal bits; on a CPU, where PyTorch's products depend on the batch, equal except for rounding."""
     if a.is_cuda:
         return torch.equal(a, b)
     return (a.double() - b.double()).abs().max().item() <= FACTOR * rounding_floor(b.double(), b.dtype)[0]
 
 
 def random(device: Device, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Standard normal, made in place: nothing beside the tensor itself."""
+    """Standard normal numbers, made in place, without further memory."""
     return torch.empty(shape, dtype=dtype, device=device.torch_device).normal_()
 
 
@@ -114,7 +114,7 @@ LARGE: dict[str, tuple[Callable[[Device, int, torch.dtype], bool], int, str]] = 
 
 
 def check_large(checks: Checks) -> None:
-    """Tensors of more than 2^31 elements, where the memory suffices; offsets in 32 bits would wrap around."""
+    """Check tensors of more than 2^31 elements if the memory suffices; offsets in 32 bits would wrap around."""
     dry = isinstance(checks.device, DryRun)
     elements, dtype = (1 << 13, torch.float32) if dry else (1 << 31, DTYPES["bf16"])
     for name, (check, tensors, kernels) in LARGE.items():

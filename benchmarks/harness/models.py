@@ -1,4 +1,4 @@
-"""Two small decoder models with the attention function left open, for timing a whole training step; float64."""
+"""Two small decoder models that take an attention function, for timing a whole training step, also in float64."""
 
 import functools
 from collections.abc import Callable
@@ -54,7 +54,7 @@ TINY = ModelConfig(64, 1, 32, 4, 2, 48, 16, 2, llama=True)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al., 2021, arXiv:2104.09864): pairs of halves turned by an angle per position."""
+    """Rotary positions (Su et al., 2021, arXiv:2104.09864): rotates pairs of halves by an angle per position."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 

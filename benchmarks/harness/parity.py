@@ -1,4 +1,4 @@
-"""The parity matrix: every feature on the device at hand, held to the rule of `fastattn.testing`.
+"""The parity matrix: every feature on this device, held to the rule of `fastattn.testing`.
 
 A small part of it is the gate before every benchmark; `benchmarks.tools.gpu_check` records all of it.
 """
@@ -27,23 +27,23 @@ class ParityCase:
         return f"{self.feature}, {self.dtype}, head dim {self.head_dim}"
 
     def arguments(self, device: Device) -> tuple[torch.dtype, int]:
-        """dtype and head dim as the device computes them: small in a dry run."""
+        """The dtype and head dim for this device: small ones in a dry run."""
         head_dim = FEATURES[self.feature].head_dim or self.head_dim
         if isinstance(device, DryRun):
             return torch.float32, min(head_dim, 16)
         return DTYPES[self.dtype], head_dim
 
     def run(self, device: Device, backend: Backend | None = None) -> None:
-        """Raises AssertionError where a result breaks the rule."""
+        """Raise AssertionError if a result breaks the rule."""
         FEATURES[self.feature].check(device, *self.arguments(device), backend)
 
     def launch(self, device: Device) -> None:
-        """Run the kernels alone, which compiles them."""
+        """Run only the kernels, which compiles them."""
         feature: Any = FEATURES[self.feature]
         feature.call(device, *self.arguments(device), feature.shape)()
 
     def specialisations(self) -> set[tuple[object, ...]]:
-        """What the compiled code of each of its kernels depends on, as far as features tell."""
+        """The parts of a feature on which the compiled code of each of its kernels depends."""
         feature, (dtype, head_dim) = FEATURES[self.feature], self.arguments(Device())
         if isinstance(feature, CacheFeature):
             shape = feature.shape
@@ -78,7 +78,7 @@ def to_compile(cases: Sequence[ParityCase]) -> int:
 
 
 def gate(device: Device) -> list[ParityCase]:
-    """What must be green before anything is recorded: plain and causal as benchmarked, each feature once."""
+    """The cases that must pass before anything is recorded: plain and causal as benchmarked, each feature once."""
     if device.torch_device == "cpu":
         return [ParityCase(feature, "fp32", 64) for feature in FEATURES if feature != "2048 tokens"]
     plain = [
@@ -89,24 +89,24 @@ def gate(device: Device) -> list[ParityCase]:
 
 
 def failures(device: Device, cases: list[ParityCase]) -> Iterator[tuple[ParityCase, Exception]]:
-    """The cases that break the rule or do not run, and how."""
+    """The cases that break the rule or do not run, with the reason."""
     for case in cases:
         try:
             case.run(device)
-        except Exception as error:  # a compiler's or a launch's failure is as red as a wrong number
+        except Exception as error:  # a failure to compile or launch counts like a wrong number
             yield case, error
 
 
 def describe(error: Exception) -> str:
-    """In one line."""
+    """The error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def outcomes(feature: str, error: str | None) -> dict[str, str]:
-    """What one case says about each kernel that it runs.
+    """The outcome of one case for each kernel that it runs.
 
     ``error`` is None or the text of a failure; `check_attention` and `check_kvcache` name the first wrong result, and
-    look at results in the order of ``kernels_of``.
+    check results in the order of ``kernels_of``.
     """
     kernels, kernels_of = FEATURES[feature].kernels, FEATURES[feature].kernels_of
     if error is None:

@@ -1,4 +1,4 @@
-"""What the parity matrix calls: each feature of `fastattn.attention`, `fastattn.attention_varlen` and
+"""The calls of the parity matrix: each feature of `fastattn.attention`, `fastattn.attention_varlen` and
 `fastattn.attention_with_kvcache`, with lengths that are no multiple of a tile.
 """
 
@@ -24,7 +24,7 @@ KERNELS_OF = {
     "out": ("forward",), "lse": ("forward",), "dq": ("dq", "delta"), "dk": ("dkdv", "delta"), "dv": ("dkdv",),
     "dbias": ("dbias", "delta"), "dalibi_slopes": ("dq", "delta"), "dsinks": ("delta",),
 }  # fmt: skip
-"""Which kernels a result comes from, in the order in which `check_attention` looks at them."""
+"""The kernels of each result, in the order in which `check_attention` checks results."""
 CACHE_KERNELS_OF = {
     "k_cache": ("append",), "v_cache": ("append",), "out": ("decode", "combine"), "lse": ("decode", "combine"),
 }  # fmt: skip
@@ -119,7 +119,7 @@ def packed(shape: Shape, generator: torch.Generator) -> Options:
 
 
 def block_mask(shape: Shape, generator: torch.Generator) -> Options:
-    """Empty, full and partial tiles, other ones for each head."""
+    """Empty, full and partial tiles, different for each head."""
     sizes = (1, shape.q_heads, shape.q_len, shape.kv_len)
     return {"block_mask": BlockMask.from_predicate(lambda b, h, i, j: (i - j + 40 * h) % 290 < 170, sizes)}
 
@@ -167,7 +167,7 @@ class Feature:
     def call(
         self, device: Device, dtype: torch.dtype, head_dim: int, shape: Shape, backend: Backend | None = None
     ) -> Callable[[], list[Tensor]]:
-        """Forward and backward, as a call that gives the output, its lse and every gradient."""
+        """Forward and backward pass as a call that returns the output, its lse and every gradient."""
         qkv, options = self.inputs(device, dtype, head_dim, shape)
         qkv = [x.requires_grad_() for x in qkv]
         leaves = [*qkv, *(x for x in options.values() if isinstance(x, Tensor) and x.requires_grad)]
@@ -183,7 +183,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Decode steps at the ends of a cache and between; what a step appends is what it asks with."""
+    """Decode steps at the ends of a cache and between; a step appends as many keys as it has queries."""
 
     heads: tuple[int, int] = (32, 8)
     q_len: int = 1
@@ -216,7 +216,7 @@ class CacheFeature:
         return ("decode", *combined, *(("append",) if self.shape.appends else ()))
 
     def inputs(self, device: Device, dtype: torch.dtype, head_dim: int, shape: CacheShape) -> Options:
-        """Arguments; pages in random order, three times as many as are used, NaN where nothing is stored."""
+        """The arguments: pages in random order, three times as many as are used, with NaN where nothing is stored."""
         generator = torch.Generator().manual_seed(0)
         batch, (q_heads, kv_heads) = len(shape.lens), shape.heads
         lens = [shape.capacity - shape.added if n is None else n for n in shape.lens]
@@ -257,7 +257,7 @@ class CacheFeature:
     def call(
         self, device: Device, dtype: torch.dtype, head_dim: int, shape: CacheShape, backend: Backend | None = None
     ) -> Callable[[], list[Tensor]]:
-        """One step, as a call that gives the output, its lse and the caches; every call appends the same rows."""
+        """One step as a call that returns the output, its lse and the caches; every call appends the same rows."""
         arguments = self.inputs(device, dtype, head_dim, shape)
         for name in ("k_cache", "v_cache"):
             arguments[name] = arguments[name].nan_to_num()
@@ -356,7 +356,7 @@ FEATURES: dict[str, Feature | CacheFeature] = {
 
 
 def on(device: Device, option: Any, dtype: torch.dtype) -> Any:
-    """An option's tensor on the device; a bias in the dtype under test."""
+    """The tensor of an option on the device; a bias has the tested dtype."""
     if isinstance(option, BlockMask):
         return option.to(device.torch_device)
     if not isinstance(option, Tensor):
@@ -371,7 +371,7 @@ def shrink(shape: Shape) -> Shape:
 
 
 def shrink_cache(shape: CacheShape) -> CacheShape:
-    """Few rows on few small pages, and as many query heads for each key head as tell them apart."""
+    """Few rows on few small pages, with enough query heads for each key head to tell them apart."""
     q_heads, kv_heads = shape.heads
     lens = tuple(n and n * 64 // shape.capacity for n in shape.lens)
     heads = (min(4, q_heads // kv_heads) * min(2, kv_heads), min(2, kv_heads))

@@ -1,8 +1,8 @@
-"""Every implementation of attention that this package is measured against, behind one interface.
+"""Every implementation of attention that this package is compared with, through one interface.
 
-A peer takes the inputs of a problem into its own layout, outside the timed part, and returns the call. What it cannot
-compute it refuses with `Cannot` and a reason; refusals of the library itself, which come as exceptions at the first
-call, are reported the same way by the suites.
+A peer brings the inputs of a problem into its own layout, outside the timed part, and returns the call. If it cannot
+compute the problem it raises `Cannot` with a reason. A library may refuse by an exception at the first call; the suites
+report this the same way.
 """
 
 import functools
@@ -33,7 +33,7 @@ def unchanged(out: Tensor) -> Tensor:
 
 @dataclass
 class Prepared:
-    """A problem in a peer's layout. ``leaves`` are what gradients are asked for, ``dout`` is what flows in."""
+    """A problem in a peer's layout. ``leaves`` get gradients; ``dout`` is the incoming gradient."""
 
     call: Callable[[], Tensor]
     leaves: list[Tensor]
@@ -46,18 +46,18 @@ class Prepared:
 class Peer:
     name: str
     prepare: Callable[[Any, Any], Prepared]
-    """From a problem and its inputs, of the kind that its suite measures."""
+    """Makes the call from a problem and its inputs, of the kind that its suite measures."""
     module: str = "torch"
-    """What must be importable."""
+    """The package that must be importable."""
     attribute: str = ""
-    """And what it must hold, where it is younger than the oldest torch or shares its name."""
+    """What the package must contain, if that is newer than the oldest torch or another package has its name."""
     cpu: bool = False
     """Whether it also runs on CPU tensors."""
     compiles: bool = False
     """Whether its first call compiles."""
 
     def missing(self, device: str) -> str:
-        """Why it cannot run on this machine; empty if it can."""
+        """The reason why it cannot run on this machine; empty if it can."""
         if device == "cpu" and not self.cpu:
             return "needs a CUDA device"
         try:
@@ -83,7 +83,7 @@ FEATURES = ("window", "mask", "bias", "alibi", "softcap", "sinks", "dropout_p", 
 
 
 def refuse(problem: Problem, *features: str) -> None:
-    """Say no to the first of the features that the problem has."""
+    """Raise `Cannot` for the first of these features that the problem has."""
     for name in features:
         if getattr(problem, name):
             raise Cannot(f"no {name.removesuffix('_p')}")
@@ -132,7 +132,7 @@ def relative_positions(x: Inputs) -> Tensor:
 def prepare_sdpa(problem: Problem, x: Inputs, backend: SDPBackend | None) -> Prepared:
     """`torch.nn.functional.scaled_dot_product_attention` on one of its backends.
 
-    It takes one mask or ``is_causal``. A window becomes a mask and ALiBi a bias, as its users write them; several are
+    It takes one mask or ``is_causal``. A window becomes a mask and ALiBi a bias, as its users write them. Several are
     combined: constants before the timed part, a bias that needs a gradient inside it.
     """
     refuse(problem, "softcap", "sinks")
@@ -175,7 +175,7 @@ def prepare_sdpa(problem: Problem, x: Inputs, backend: SDPBackend | None) -> Pre
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` for static shapes, set so that a sweep over many of them measures compiled code in each."""
+    """`torch.compile` for static shapes, set so that a sweep over many shapes measures compiled code in each."""
     import torch._dynamo.config
     import torch._functorch.config
 
@@ -187,14 +187,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def compiled_flex(device: str) -> Callable[..., Any]:
-    """FlexAttention, compiled where its kernels exist."""
+    """FlexAttention, compiled if its kernels exist here."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention if device == "cpu" else compiled(flex_attention)
 
 
 def prepare_flex(problem: Problem, x: Inputs) -> Prepared:
-    """FlexAttention: what forbids is a block mask, built before the timed part, what changes scores a modification.
+    """FlexAttention: masks become a block mask, built before the timed part; other terms become a score modification.
 
     It has no sinks; they are applied to its output through the log-sum-exp, as its users do.
     """
@@ -342,7 +342,7 @@ def prepare_xformers(problem: Problem, x: Inputs) -> Prepared:
 
 
 def prepare_flashinfer(problem: Problem, x: Inputs) -> Prepared:
-    """FlashInfer's ragged prefill. It plans ahead of the call and has no backward."""
+    """FlashInfer's ragged prefill. It plans before the call and has no backward pass."""
     refuse_all_but(problem, "pattern")
     refuse_pattern_but_documents(problem)
     if any(t.requires_grad for t in x.leaves):
@@ -387,6 +387,6 @@ PEERS = {
     )
 }
 FAST = (OWN, "sdpa-cudnn", "sdpa-flash", "flash-attn-2", "flash-attn-3", "flash-attn-4")
-"""Worth measuring in every cell."""
+"""Peers that are measured in every cell."""
 OTHERS = ("sdpa-efficient", "flex", "varlen", "xformers", "flashinfer", "sdpa-math")
-"""Slower here, or slow to compile: measured in fewer cells."""
+"""Peers that are slower here, or slow to compile: measured in fewer cells."""

@@ -1,4 +1,4 @@
-"""What was predicted of a GPU before anything ran on it: `results/predictions/*.csv`, with the columns of results."""
+"""Predictions for a GPU, made before anything ran on it: `results/predictions/*.csv`, with the columns of results."""
 
 import functools
 from pathlib import Path
@@ -7,12 +7,12 @@ from . import results
 
 HERE = results.HERE / "predictions"
 MATCHED = ("case", "mode", "dtype", "q_len", "kv_len", "head_dim", "causal")
-"""Of the columns that are a row's key; an empty one in a prediction means any."""
+"""The columns of a row's key that a prediction may name; an empty one means any."""
 
 
 @functools.cache
 def rows(folder: Path = HERE) -> tuple[results.Row, ...]:
-    """Every prediction, of fastattn alone."""
+    """Every prediction; they are for fastattn only."""
     found = [row for path in sorted(folder.glob("*.csv")) for row in results.read(path)]
     return tuple(row for row in found if row.get("provider") == "fastattn")
 
@@ -30,8 +30,8 @@ def of(row: results.Row, folder: Path = HERE) -> results.Row | None:
 def beside(row: results.Row, folder: Path = HERE) -> str:
     """The prediction for a row and the measured figure's ratio to it, as text; empty where nothing was predicted.
 
-    Rates are compared where both have one, else times: above 1 is faster than predicted. The static model predicts a
-    share of the tensor cores' peak; beside it stands the share of what matrix products reach here.
+    Rates are compared if both have one, else times: above 1 is faster than predicted. The static model predicts a share
+    of the tensor cores' peak; the text also gives the share of the rate of matrix products here.
     """
     prediction = of(row, folder)
     if prediction is None:

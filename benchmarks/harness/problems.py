@@ -1,4 +1,4 @@
-"""What one attention benchmark computes: the problem, random inputs for it, and a check of what came out."""
+"""One attention benchmark: the problem, random inputs for it, and a check of the output."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Problem:
-    """Self-attention of ``length`` tokens. A feature is a field here, and its tensor one in `Inputs`."""
+    """Self-attention of ``length`` tokens. Each feature is a field here and has its tensor in `Inputs`."""
 
     batch: int
     q_heads: int
@@ -35,7 +35,7 @@ class Problem:
     mask: str = ""
     """"random": (B, 1, L, L) with one in eight forbidden; "padding": (B, 1, 1, L) with lengths L/2 to L."""
     bias: str = ""
-    """"constant" or "learned" (its gradient is asked for): (1, H, L, L)."""
+    """"constant" or "learned" (with a gradient): (1, H, L, L)."""
     window: int | None = None
     """How many keys before its own position a query sees; None for all."""
     alibi: bool = False
@@ -44,9 +44,9 @@ class Problem:
     sinks: bool = False
     """A learned logit per head."""
     pattern: str = ""
-    """One of `PATTERNS`: which keys a query sees beside the other rules, the same for every head."""
+    """One of `PATTERNS`: a further rule which keys a query sees, the same for every head."""
     packed: bool = False
-    """The documents of the pattern go to fastattn as packed sequences, not as a block mask."""
+    """fastattn gets the documents of the pattern as packed sequences, not as a block mask."""
     dropout_p: float = 0.0
 
     def flops(self, mode: str) -> float:
@@ -67,7 +67,7 @@ class Problem:
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths).int()
 
     def starts(self) -> Tensor:
-        """int32: where the sequences start, packed one after the other, and where the last one ends."""
+        """int32: the starts of the packed sequences and the end of the last one."""
         lengths = document_lengths(self.length) if self.pattern else [self.length]
         return torch.tensor([0, *itertools.accumulate(lengths * self.batch)], dtype=torch.int32)
 
@@ -77,7 +77,7 @@ class Problem:
         return seen & (j <= i) if self.causal else seen
 
     def key(self) -> dict[str, object]:
-        """The columns that identify it."""
+        """The columns that identify the problem."""
         return {
             "dtype": self.dtype, "batch": self.batch, "q_heads": self.q_heads, "kv_heads": self.kv_heads,
             "q_len": self.length, "kv_len": self.length, "head_dim": self.head_dim, "causal": self.causal,
@@ -95,7 +95,7 @@ PATTERNS: dict[str, Callable[[Any, Any, int, Any], Any]] = {
 
 @functools.cache
 def document_lengths(length: int) -> list[int]:
-    """Lengths of the documents that fill a sequence: log-normal as those of text are, always the same ones."""
+    """The lengths of the documents that fill a sequence: log-normal, like those of texts, and always the same."""
     generator = torch.Generator().manual_seed(0)
     lengths: list[int] = []
     while (rest := length - sum(lengths)) > 0:
@@ -114,7 +114,7 @@ def count_pairs(pattern: str, length: int, causal: bool) -> int:
 
 
 def fit(problem: Problem, device: Device) -> Problem:
-    """The problem as the device computes it: small in a dry run."""
+    """The problem for this device: a small one in a dry run."""
     if not isinstance(device, DryRun):
         return problem
     kv_heads = min(problem.kv_heads, 2)
@@ -137,11 +137,11 @@ class Inputs(NamedTuple):
     block_mask: BlockMask | None
     dout: Tensor
     total_memory: float
-    """Of the device, in bytes."""
+    """The memory that the inputs take, in bytes."""
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Everything that a backward pass computes a gradient for."""
+        """The tensors that get a gradient."""
         learned = [x for x in (self.bias, self.sinks) if x is not None and x.requires_grad]
         return [self.q, self.k, self.v, *learned]
 
@@ -186,7 +186,7 @@ def options(problem: Problem, x: Inputs) -> dict[str, Any]:
     """The arguments of `fastattn.attention` beside q, k and v."""
     window = None if problem.window is None else (problem.window, None)
     return {
-        "causal": problem.causal and not problem.pattern,  # the block mask says it then
+        "causal": problem.causal and not problem.pattern,  # the block mask then contains causal order
         "q_offset": 0, "window": window, "mask": x.mask, "block_mask": x.block_mask, "bias": x.bias,
         "alibi_slopes": x.alibi_slopes, "softcap": problem.softcap, "sinks": x.sinks, "dropout_p": problem.dropout_p,
     }  # fmt: skip
@@ -199,8 +199,8 @@ class WrongResult(Exception):
 def check_output(out: Tensor, problem: Problem, x: Inputs, own: bool, rows: int = 16) -> None:
     """Compare some rows of the last head with float64: cheap at any length.
 
-    fastattn is held to the parity rule. Of a peer it is only asked whether it computes the same function: an error of
-    5 % in the RMS is far above rounding in any dtype and far below what a wrong mask or layout gives.
+    fastattn must keep the parity rule. A peer must only compute the same function: an error of 5 % in the RMS is far
+    above rounding in any dtype and far below the error of a wrong mask or layout.
     """
     if problem.dropout_p:
         if not out.isfinite().all():

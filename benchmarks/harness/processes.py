@@ -1,4 +1,4 @@
-"""Processes on gloo on this machine, for suites that measure what several ranks do."""
+"""Processes on gloo on this machine, for suites that measure several ranks."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ def _work(rank: int, count: int, rendezvous: str, function: Callable[..., Any], 
 
 
 def run(count: int, function: Callable[..., Any], *arguments: Any, seconds: float = 300.0) -> Any:
-    """What the first of so many processes returns, each with one thread; a function of a module, called in each.
+    """Call a module's function in this many processes, each with one thread, and return the result of the first.
 
     Raises:
         RuntimeError: a process raised, ended or took longer.

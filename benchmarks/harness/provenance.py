@@ -1,4 +1,4 @@
-"""What a figure was measured on and with: stored in every row, so that an old number shows as one."""
+"""The conditions of a measurement: stored in every row, so that an old number can be recognised."""
 
 import ast
 import datetime
@@ -40,7 +40,7 @@ def provenance(device: Device) -> dict[str, str]:
 
 
 def digest(root: Path = ROOT) -> str:
-    """Of the sources of every kernel, names and contents: changes with any of them."""
+    """A digest of the names and contents of every kernel's sources."""
     hasher = hashlib.sha256()
     for folder in SOURCES:
         for path in sorted((root / folder).rglob("*")):
@@ -51,7 +51,7 @@ def digest(root: Path = ROOT) -> str:
 
 
 def code_digest(root: Path = ROOT) -> str:
-    """Of the Triton kernels' code alone: comments, docstrings and empty lines do not count."""
+    """A digest of the Triton kernels' code only: comments, docstrings and empty lines do not count."""
     hasher = hashlib.sha256()
     for path in sorted((root / "kernels").glob("*.py")):
         hasher.update(path.name.encode() + b"\0" + code(path.read_text(encoding="utf-8")).encode() + b"\0")
@@ -99,7 +99,7 @@ def driver() -> str:
 
 
 def conditions() -> str:
-    """Clock, power and temperature of the GPU at this moment: what a figure may owe to throttling."""
+    """Clock, power and temperature of the GPU at this moment, which show throttling."""
     query = "clocks.sm,power.draw,temperature.gpu"
     values = command("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").partition("\n")[0]
     return " ".join(values.replace(",", "").split()) + " C" if values else "conditions unknown"

@@ -22,7 +22,7 @@ from .problems import DTYPES
 from .provenance import ROOT
 
 LEAST_SECONDS, MOST_SECONDS = 60.0, 240.0
-"""That a process under the sanitizer gets: PyTorch and CUDA alone take half a minute to start in it."""
+"""The time of a process under the sanitizer: PyTorch and CUDA alone take half a minute to start in it."""
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 REPEATED = ("cache", "causal", "everything at once", "cache, pages of 16", "packed sequences", "block mask")
 """Features that between them launch every kernel in every way."""
@@ -67,7 +67,7 @@ def other_work(device: Device) -> Iterator[Callable[[], None]]:
 
 
 def check_repeats(checks: Checks) -> None:
-    """Every output element has one writer that adds in a fixed order: repeats must be equal bit for bit."""
+    """One program writes each output element and adds in a fixed order, so repeats must be equal bit for bit."""
     dims = (16,) if isinstance(checks.device, DryRun) else (128, 64, 256)
     for head_dim, feature, check in itertools.product(dims, REPEATED, REPEATS):
         repeats = 2 if isinstance(checks.device, DryRun) else REPEATS[check]

@@ -1,4 +1,4 @@
-"""Peak memory of a process as Linux counts it: also what a library takes past PyTorch's allocator."""
+"""Peak memory of a process as Linux counts it, which includes memory that does not come from PyTorch's allocator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def peak(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
-    """MiB that a call takes at its peak, its results among them, beyond what was there; on one thread.
+    """The peak of the MiB that a call takes on one thread, its results included, beyond the memory in use before.
 
     Args:
         prepare: at module level, since it runs in a fresh process, where no memory of earlier calls waits to be used
@@ -26,7 +26,7 @@ def peak(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
 def _measure(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> float:
     torch.set_num_threads(1)
     call = prepare(*arguments)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is now what there is
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the peak to the memory in use
     before = _kib("VmRSS")
     results = call()
     taken = _kib("VmHWM") - before

@@ -1,4 +1,4 @@
-"""What every kernel needs of a GPU, as compiled ahead of time: `results/resources/compiled-*.csv`, one file for each
+"""The resources that every kernel needs, compiled ahead of time: `results/resources/compiled-*.csv`, one file for each
 target and Triton version. `sources.csv` beside them says from which sources each was made.
 
 `python -m benchmarks.tools.resources` writes them, tests/kernels/test_resources.py holds them to the limits.
@@ -12,7 +12,7 @@ from . import provenance, results
 HERE = results.HERE / "resources"
 RENEW = "make resources"
 TRITONS = ("3.6.0", "3.7.1", "3.9.0")
-"""That of the oldest supported PyTorch, that of `constraints.txt`, and the newest."""
+"""The Tritons of the oldest supported PyTorch and of `constraints.txt`, and the newest one."""
 
 
 def path(arch: str, version: str, folder: Path = HERE) -> Path:
@@ -21,19 +21,19 @@ def path(arch: str, version: str, folder: Path = HERE) -> Path:
 
 
 def key(row: results.Row) -> tuple[str, ...]:
-    """What tells one row of a file from another."""
+    """The values that distinguish one row of a file from another."""
     return tuple(row[name] for name in results.COMPILED_KEY)
 
 
 def stamp(arch: str, version: str, folder: Path = HERE) -> results.Row:
-    """From which sources a file was made; empty values where there is none."""
+    """The sources that a file was made from; empty values if there is no file."""
     rows = results.read(folder / "sources.csv")
     found = (row for row in rows if (row["arch"], row["triton"]) == (arch, version))
     return next(found, dict.fromkeys(results.SOURCES_FIELDS, ""))
 
 
 def write(arch: str, version: str, rows: list[results.Row], folder: Path = HERE) -> None:
-    """Put these rows in place of a whole file, and say of which sources they are."""
+    """Replace a whole file by these rows, and record their sources."""
     path(arch, version, folder).unlink(missing_ok=True)
     results.upsert(path(arch, version, folder), rows)
     commit, dirty = provenance.revision()
@@ -42,8 +42,8 @@ def write(arch: str, version: str, rows: list[results.Row], folder: Path = HERE)
 
 
 def sample(rows: list[results.Row], seed: str) -> list[results.Row]:
-    """One row of each kernel, another with each ``seed``. Of three that are drawn it is the one that is the quickest to
-    compile: by the length of its code, and with its smaller tiles where they are compiled too.
+    """One row of each kernel, another with each ``seed``. Of three drawn rows it is the one that
+    compiles fastest, by the length of its code, and with its smaller tiles if they are compiled too.
     """
     drawn: dict[str, list[results.Row]] = {}
     for row in sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {key(row)}".encode()).digest()):

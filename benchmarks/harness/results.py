@@ -1,4 +1,4 @@
-"""Results as data: one CSV file per suite in a folder per device, rows replaced by key."""
+"""Results as data: one CSV file per suite in a folder per device. A new row replaces the one with the same key."""
 
 import csv
 import os
@@ -55,19 +55,19 @@ LAYOUTS = {
 """Files that are not benchmark suites: key columns and all columns."""
 
 NO_DEVICES = ("dry-run", "predictions", "resources")
-"""Folders beside those of devices."""
+"""Folders that are not those of devices."""
 
 Row = dict[str, str]
 
 
 def output_folder(argument: str | None) -> Path:
-    """Where results go: the argument, else $OUT, else the repository's own."""
+    """The folder for results: the argument, else $OUT, else the repository's own."""
     chosen = argument or os.environ.get("OUT")
     return Path(chosen) if chosen else HERE
 
 
 def text(value: object) -> str:
-    """As it stands in a file: six significant digits, yes and no, nothing for None."""
+    """A value as text in a file: six significant digits, yes and no, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -76,7 +76,7 @@ def text(value: object) -> str:
 
 
 def archive(folder: Path) -> Path:
-    """``folder``, a device's files, as one file beside it: a machine that keeps few files keeps all results."""
+    """Pack ``folder``, a device's files, into one file next to it, for machines that return only few files."""
     target = folder.with_name(folder.name + ".tar")
     unfinished = target.with_suffix(".tar.part")
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,23 +43,23 @@ class Cell:
     compiles: object = None
     """Cells of equal value share compiled code; None compiles nothing."""
     rests_on: tuple[ParityCase, ...] | None = None
-    """Parity cases without which its figures mean nothing; None: those of layers and models, `gate.BASIC`."""
+    """The parity cases that its figures depend on; None means those of layers and models, `gate.BASIC`."""
 
 
 class Fatal(Exception):
-    """The device does not answer any more: nothing measured after this would mean anything."""
+    """The device no longer answers, so later measurements would mean nothing."""
 
 
 LOST = ("illegal memory access", "misaligned address", "device-side assert", "launch failure", "illegal instruction")
 
 
 def is_lost(error: BaseException) -> bool:
-    """After one of these every later call on the device fails too."""
+    """Errors after which every later call on the device fails too."""
     return isinstance(error, Fatal) or any(text in str(error) for text in LOST)
 
 
 def raise_if_lost(error: BaseException) -> None:
-    """End the run where it could measure nothing any more."""
+    """End the run if it can no longer measure."""
     if isinstance(error, Fatal):
         raise error
     if is_lost(error):
@@ -73,9 +73,9 @@ class Bench:
     device: Device
     output: Path
     seconds: float = 0.1
-    """For each call that is timed."""
+    """Seconds for each timed call."""
     only: tuple[str, ...] = ()
-    """Measure these providers alone, if any are given."""
+    """If any are given, measure only these providers."""
     record_rows: bool = True
     note: str = ""
     """Added to every row."""
@@ -85,7 +85,7 @@ class Bench:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def providers(self, names: Iterable[str]) -> list[str]:
-        """Those of the peers that this run measures on this machine."""
+        """The peers that this run measures on this machine."""
         chosen = []
         for name in names:
             if reason := peers.PEERS[name].missing(self.device.torch_device):
@@ -125,7 +125,7 @@ class Bench:
             results.upsert(self.output / self.device.folder / f"{suite}.csv", [stored])
 
     def refused(self, suite: str, key: Mapping[str, object], error: BaseException) -> None:
-        """Store why there is no figure; gives up where the device is lost."""
+        """Store why there is no figure; end the run if the device is lost."""
         raise_if_lost(error)
         out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
         reason = "out of memory" if out_of_memory else peers.first_line(error)
@@ -133,7 +133,7 @@ class Bench:
         self.device.free()
 
     def measure_matmul(self, suite: str, when: str = "") -> None:
-        """What matrix products reach here: the ceiling that rates are held against. ``when`` it is not the start."""
+        """Measure the rate of matrix products here, the upper limit of other rates. ``when``: if not at the start."""
         on_gpu = self.device.torch_device == "cuda"
         size = 8192 if on_gpu else 32 if isinstance(self.device, DryRun) else 1024
         for dtype in ("bf16", "fp16") if on_gpu or isinstance(self.device, DryRun) else ("fp32",):
@@ -147,7 +147,7 @@ class Bench:
             self.record(suite, key, timing, flops=flops, note=conditions() if on_gpu else "")
 
     def measure_copy(self, suite: str, when: str = "") -> None:
-        """What a copy reaches on a GPU: the ceiling of whatever memory bounds."""
+        """Measure the rate of a copy on a GPU, the upper limit of all that memory bounds."""
         if self.device.torch_device == "cuda" and self.device.free_memory() > 4 << 30:
             source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
             target = torch.empty_like(source)
@@ -157,7 +157,7 @@ class Bench:
 
 
 class Progress:
-    """A bar on a terminal, else a line now and then."""
+    """A progress bar on a terminal, else an occasional line."""
 
     def __init__(self, total: int, clock: Callable[[], float], deadline: float) -> None:
         self.total, self.clock, self.deadline = total, clock, deadline
@@ -199,7 +199,7 @@ def interleaved(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def refuse_unknown(device: Device, stamp: dict[str, str]) -> bool:
-    """Whether figures of a GPU could not be told from those of other code; says the cure."""
+    """Whether the code of figures on a GPU would be unknown; if so, print what to do."""
     if device.torch_device != "cuda" or stamp["commit"] != "unknown":
         return False
     print("the commit is unknown, and nothing repairs that afterwards: export FASTATTN_COMMIT=$(git describe --always "
@@ -231,7 +231,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int:
-    """Run suites; returns 0, or 1 where parity is red or the device was lost, or 2 where figures would be useless."""
+    """Run suites; return 0, or 1 if parity fails or the device is lost, or 2 if figures would be useless."""
     started = time.monotonic()
     args = parse(argv)
     device = device or choose(args.dry_run)
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
         print(f"{len(cells) - len(kept)} of {len(cells)} cells rest on what is red and are not measured")
         cells = kept
     gc.collect()
-    gc.freeze()  # what importing made stays: collections between cells need not walk it
+    gc.freeze()  # imported objects stay: garbage collections between cells skip them
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SDPA explains every refusal; the rows say "cannot"
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
 
 
 def output(args: argparse.Namespace, device: Device) -> Path:
-    """Made-up figures never go where real ones are kept."""
+    """Invented figures never go into the folder of real ones."""
     if isinstance(device, DryRun) and not args.output and not os.environ.get("OUT"):
         return ROOT / ".cache" / "dry-run"
     return results.output_folder(args.output)
@@ -298,7 +298,7 @@ def output(args: argparse.Namespace, device: Device) -> Path:
 def run_cells(
     bench: Bench, cells: list[Cell], deadline: float, after: Callable[[Cell], None] = lambda cell: None
 ) -> None:
-    """Run the cells that the budget allows, between two measurements of what limits them; ``after`` each, call that."""
+    """Run the cells that the budget allows, between two measurements of the limits; call ``after`` after each."""
     if not cells:
         return
     progress = Progress(len(cells), bench.device.clock, deadline)
@@ -372,7 +372,7 @@ def run_shares(arguments: list[str], jobs: int, limit: float) -> float:
 
 
 def share(spec: str, items: Sequence[object]) -> list[int]:
-    """The indices of the I-th of N parts, dealt like cards, so that important ones come first in each."""
+    """The indices of the I-th of N parts: every N-th index, so that important ones come first in each."""
     part, _, parts = spec.partition("/")
     return list(range(int(part), len(items), int(parts)))
 
@@ -388,6 +388,6 @@ def compile_share(args: argparse.Namespace, cells: list[Cell]) -> None:
             seen.add(cell.compiles)
             tasks.append(lambda cell=cell: cell.run(bench))
     for index in share(args.compile_share, tasks):
-        with contextlib.suppress(Exception):  # shown when the same is run to be measured
+        with contextlib.suppress(Exception):  # shown when the same case is measured
             tasks[index]()
         device.free()

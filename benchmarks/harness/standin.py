@@ -1,8 +1,8 @@
 """A GPU that only launches: Triton's whole host side for one architecture, on CPU tensors, up to the driver's launch.
 
-Nothing is compiled and nothing computed, so results stay as they were allocated. It shows what a call costs before the
-driver gets it, and what the driver is given, on any machine. It needs a process of its own without TRITON_INTERPRET,
-because Triton decides when a kernel is defined whether it is interpreted.
+Nothing is compiled and nothing computed, so results stay as they were allocated. On any machine it shows
+what a call costs before the driver gets it, and which arguments the driver gets. It needs a process of its own without
+TRITON_INTERPRET, because Triton decides when a kernel is defined whether it is interpreted.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ MULTIPROCESSORS = 132
 
 
 class Launched(NamedTuple):
-    """What the driver was given."""
+    """The arguments that the driver got."""
 
     kernel: str
     specialisation: str
-    """everything of the arguments that was compiled in"""
+    """the arguments that were compiled in"""
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
     """flat: addresses in place of tensors, without what was compiled in"""
@@ -78,7 +78,7 @@ class Kernel(CompiledKernel):
 
 
 def flatten(arguments: Any, signature: Any) -> Iterator[Any]:
-    """What becomes of the arguments in Triton's launcher."""
+    """The arguments after Triton's launcher has processed them."""
     for argument, kind in zip(arguments, signature, strict=True):
         if isinstance(kind, tuple):
             yield from flatten(argument, kind)
@@ -100,7 +100,7 @@ def installed() -> Iterator[StandIn]:
         mock.patch.object(launch, "architecture", lambda _: ARCHITECTURE),
         mock.patch.object(launch, "multiprocessors", lambda _: MULTIPROCESSORS),
         mock.patch.object(backend, "_interpreting", lambda: True),
-        mock.patch.object(checks, "readable", lambda _: False),  # as on a GPU, where looking would mean to wait
+        mock.patch.object(checks, "readable", lambda _: False),  # as on a GPU, where reading a value would wait
         mock.patch.object(cache, "readable", lambda _: False),
         mock.patch.object(backends, "_preference", lambda _: backends._PREFERENCE["cuda"]),
     ):

@@ -1,4 +1,4 @@
-"""What the rows say: tables by length, ratios to the best peer, geometric means, and the targets."""
+"""Summaries of rows: tables by length, ratios to the best peer, geometric means, and the targets."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from .results import KEY, Row
 
 OWN = "fastattn"
 READ = "read"
-"""The provider that only reads as many bytes as a step over a KV cache does."""
+"""The provider that only reads as many bytes as a step over a KV cache."""
 UNQUANTISED = "unquantised"
 """The provider that takes the same step over a cache in bfloat16."""
 
@@ -26,7 +26,7 @@ class Cell(NamedTuple):
     """Rows of one problem: this package's and its peers', by provider."""
 
     line: str
-    """What it computes, but for the length."""
+    """What it computes, without the length."""
     length: int
     own: Row | None
     peers: dict[str, Row]
@@ -52,7 +52,7 @@ def line_of(row: Row) -> str:
 
 
 def problem_of(row: Row) -> tuple[str, ...]:
-    """What the rows of a problem's providers have in common."""
+    """The values that the rows of a problem's providers share."""
     return tuple(row.get(name, "") for name in ("suite", *KEY) if name != "provider")
 
 
@@ -141,7 +141,7 @@ def decode_table(rows: Iterable[Row]) -> list[list[str]]:
 
 
 def natural(text: str) -> list[tuple[int, str]]:
-    """A sort key that puts D=64 before D=128."""
+    """A sort key with D=64 before D=128."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
@@ -159,7 +159,7 @@ def aligned(table: Sequence[Sequence[str]]) -> str:
 
 
 def column_of(suite: str) -> str:
-    """What a suite is judged by. On a CPU the least time: it is what remains the same while other work runs."""
+    """The column that a suite is judged by. On a CPU it is the least time, since other work changes that least."""
     least = ("cpu", "generation", "huggingface", "launch")
     return "peak_mib" if suite == "memory" else "min_ms" if suite in least else "p50_ms"
 
@@ -217,11 +217,11 @@ def overhead_table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 PLAYED = "step, played"
-"""The mode of rows of the suite `scaling` that nothing was measured for."""
+"""The mode of rows of the suite `scaling` that were not measured."""
 
 
 def working_share(row: Row) -> float:
-    """Of a played step: the part in which the busiest rank works, and does not wait."""
+    """The part of a simulated step in which the busiest rank works and does not wait."""
     exposed = float(row["note"].partition("exposed ")[2].partition(" ms")[0])
     return 1.0 - exposed / float(row["p50_ms"])
 

@@ -1,4 +1,4 @@
-"""Which launch configurations are worth trying for a kernel, in which order, and what a search has found."""
+"""The launch configurations to try for a kernel, in order, and the results of a search."""
 
 import dataclasses
 import itertools
@@ -81,7 +81,7 @@ def candidates(group: Group, arch: str, facts: dict[tuple[str, ...], results.Row
         return facts.get(tuple(group.key(candidate).values()), {})
 
     def spills(candidate: LaunchConfig) -> bool:
-        """In its loop, that is: elsewhere it costs nothing."""
+        """Spills in its loop; elsewhere they cost nothing."""
         known = facts_of(candidate)
         return bool(known.get("error")) or 20 * int(known.get("local") or 0) > int(known.get("instructions") or 0)
 
@@ -123,7 +123,7 @@ def near(present: LaunchConfig, kernel: config.Kernel, head_dim: int) -> Iterato
 
 
 UNKNOWN_AT_MOST = 24
-"""Candidates of a search of whose registers nothing is known: those near the present choice come first."""
+"""The candidates of a search if their registers are unknown: those near the present choice come first."""
 
 
 def load_facts(arch: str) -> dict[tuple[str, ...], results.Row]:

@@ -1,1 +1,1 @@
-"""One file per question; each has ``cells()`` and the ``DEVICES`` that can run them."""
+"""One file per question. Each has ``cells()`` and the ``DEVICES`` that can run them."""

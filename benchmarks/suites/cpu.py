@@ -1,7 +1,7 @@
 """The CPU path against PyTorch's: full and causal attention, every feature per allowed pair, layers, and decode.
 
-Plain attention is measured on one and on two threads; the peers take turns within a cell. A decode step is held against
-reading as many bytes as its cache has, by `torch.sum`; over a quantised cache also against the same one in bfloat16.
+Plain attention is measured on one and on two threads; the peers take turns within a cell. A decode step is compared
+with reading as many bytes as its cache has, by `torch.sum`; over a quantised cache also with the same step in bfloat16.
 `python -m benchmarks.tools.cpu_ratios` prints the ratios of the rows.
 """
 
@@ -37,8 +37,8 @@ ANY_PEER = (OWN, SDPA, "flex", "sdpa-math")
 SIZES: dict[str, Any] = {"batch": 1, "q_heads": 8, "kv_heads": 8, "head_dim": 64, "dtype": "fp32"}
 PLAIN: dict[str, dict[str, Any]] = {"full": {}, "causal": {"causal": True}}
 
-# Of the features: at this length their rates are held against that of "causal" and of all peers, at the others against
-# PyTorch's kernel. Packed documents are far shorter than a tile.
+# The features' length for the comparison with "causal" and all peers; at the other lengths the only peer is PyTorch's
+# kernel. Packed documents are far shorter than a tile.
 FEATURE_LENGTH = 1024
 FEATURE_LENGTHS = (256, 1024, 2048)
 FEATURES: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ CACHE_BYTES = 1 << 26
 # (q_heads, kv_heads, head_dim) of a decode step.
 CACHE_HEADS = ((8, 8, 64), (32, 8, 128))
 
-# Case -> what it changes in a Problem of these sizes.
+# Case -> the fields that it changes in a Problem of these sizes.
 CASES = PLAIN | FEATURES
 
 
@@ -103,13 +103,13 @@ def cells() -> list[Cell]:
 def step_of(
     batch: int, dtype: str, q_heads: int, kv_heads: int, head_dim: int, itemsize: int | None = None
 ) -> decode.Step:  # fmt: skip
-    """One step over a cache of CACHE_BYTES; ``itemsize`` where its numbers have not that of ``dtype``."""
+    """One step over a cache of CACHE_BYTES; ``itemsize`` if its numbers do not have ``dtype``."""
     length = CACHE_BYTES // (2 * batch * kv_heads * head_dim * (itemsize or DTYPES[dtype].itemsize))
     return decode.Step(batch, q_heads, kv_heads, length, 0, head_dim, dtype)
 
 
 def measure_decode(bench: Bench, step: decode.Step) -> None:
-    """Time a step beside reading as many bytes."""
+    """Time a step, and reading as many bytes."""
     actual = decode.Step(2, 4, 2, 64, 0, 16, "fp32") if isinstance(bench.device, DryRun) else step
     x = decode.make_inputs(actual, "cpu")
     call = decode.prepare_fastattn(actual, x).call
@@ -123,7 +123,7 @@ def measure_decode(bench: Bench, step: decode.Step) -> None:
 
 
 def measure_quantised(bench: Bench, step: decode.Step, kind: str) -> None:
-    """Time a step over a quantised cache, a scale for each token and head, beside one over the same in bfloat16."""
+    """Time a step over a quantised cache, with a scale for each token and head, and one over a bfloat16 cache."""
     actual = decode.Step(2, 4, 2, 64, 0, 16, "bf16") if isinstance(bench.device, DryRun) else step
     x = decode.make_inputs(actual, "cpu")
     (k, k_scale), (v, v_scale) = (quantise(cache, None, QUANTISED[kind]) for cache in (x.k_cache, x.v_cache))
@@ -167,7 +167,7 @@ def measure_threads(
 
 
 def measure_matmul(bench: Bench, threads: int) -> None:
-    """What a matrix product reaches on so many threads: the ceiling of the chart of rates."""
+    """The rate of a matrix product on this many threads: the upper limit in the chart of rates."""
     with on_threads(bench, threads):
         bench.measure_matmul("cpu", f", {counted(threads)}")
 
@@ -177,7 +177,7 @@ def on_threads(bench: Bench, threads: int) -> Iterator[None]:
     before, stamp, ceiling = torch.get_num_threads(), bench.stamp, bench.matmul_tflops
     torch.set_num_threads(threads)
     bench.stamp = stamp | {"threads": str(threads)}
-    bench.matmul_tflops = {}  # measured on another number of threads
+    bench.matmul_tflops = {}  # it was measured on another number of threads
     try:
         yield
     finally:

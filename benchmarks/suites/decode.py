@@ -1,6 +1,6 @@
-"""One decode step over a KV cache, contiguous and paged: time, and how near it comes to the speed of a copy.
+"""One decode step over a KV cache, contiguous and paged: its time, and how close it is to the speed of a copy.
 
-A step reads the cache once, so memory bandwidth bounds it. Beside every step a copy is timed that moves as many bytes.
+A step reads the cache once, so memory bandwidth bounds it. A copy that moves as many bytes is timed with every step.
 """
 
 import functools
@@ -28,7 +28,7 @@ LENGTHS = (1024, 8192, 32768, 131072)
 HEADS = ((32, 8), (64, 8))
 PAGES = (0, 16, 64, 256)
 MOST_TOKENS = 1 << 20
-"""In the caches together: 4 GiB at 8 heads with head dim 128."""
+"""Elements in both caches together: 4 GiB at 8 heads with head dim 128."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Step:
         return f"{self.q_heads}/{self.kv_heads} heads, batch {self.batch}, {layout}"
 
     def bytes(self) -> int:
-        """Read and written: the cache once, q and out."""
+        """Bytes read and written: the cache once, q and out."""
         elements = 2 * self.batch * (self.length * self.kv_heads + self.q_heads) * self.head_dim
         return elements * DTYPES[self.dtype].itemsize
 
@@ -62,7 +62,7 @@ class Step:
 
 @dataclass
 class StepInputs:
-    """``lens`` counts what is in the cache; pages are in random order."""
+    """``lens`` counts the tokens in the cache; pages are in random order."""
 
     q: Tensor
     k_cache: Tensor
@@ -98,7 +98,7 @@ def prepare_fastattn(step: Step, x: StepInputs) -> Prepared:
 
 
 def prepare_sdpa(step: Step, x: StepInputs) -> Prepared:
-    """It knows no pages: they are gathered inside the timed part, as its users must."""
+    """It has no pages, so they are gathered inside the timed part, as its users must do."""
 
     def call() -> Tensor:
         return scaled_dot_product_attention(x.q, x.rows(x.k_cache), x.rows(x.v_cache), enable_gqa=True)
@@ -165,7 +165,7 @@ def check(x: StepInputs, out: Tensor) -> None:
 
 
 def measure_step(bench: Bench, step: Step, providers: Sequence[str]) -> None:
-    """Time the providers in turns with a copy of as many bytes, and record what was right."""
+    """Time the providers in turns with a copy of as many bytes, and record those with correct results."""
     if isinstance(bench.device, DryRun):
         step = Step(2, 4, 2, 64, min(step.page, 16), 16, step.dtype)
     device = bench.device.torch_device

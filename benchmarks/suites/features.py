@@ -1,6 +1,6 @@
-"""Features against whichever peers have them: GQA, bias, masks, dropout, windows, documents, block-sparse patterns.
+"""Features against all peers that have them: GQA, bias, masks, dropout, windows, documents, block-sparse patterns.
 
-Another feature is another row of FEATURES, and a field of `problems.Problem` if it is of a new kind.
+To add a feature, add a row to FEATURES, and a field to `problems.Problem` if it is of a new kind.
 """
 
 import functools
@@ -17,7 +17,7 @@ DEVICES = ("cuda",)
 TOKENS = 16384
 LENGTHS = (4096, 1024)
 
-# Case -> what it changes in a Problem of 16 heads with head dim 128.
+# Case -> the fields that it changes in a Problem of 16 heads with head dim 128.
 FEATURES: dict[str, dict[str, Any]] = {
     "GQA 32/8": {"q_heads": 32, "kv_heads": 8, "causal": True},
     "key padding": {"mask": "padding"},
@@ -34,8 +34,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "causal + sinks": {"sinks": True, "causal": True},
 }
 LONG = 16384
-# The same for one long sequence. The first line is what the others are held against: operations are those of the pairs
-# that are allowed, and "causal as a block mask" visits the same tiles.
+# The same for one long sequence. The others are compared with the first line: operations count only the allowed pairs,
+# and "causal as a block mask" visits the same tiles.
 LONG_FEATURES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "causal + window 1024": {"window": 1024, "causal": True},
@@ -65,6 +65,6 @@ def cells() -> list[Cell]:
         label, compiles = f"{case} L={length} {mode}", ("features", case, length, mode)
         own, others = functools.partial(run, providers=FAST), functools.partial(run, providers=OTHERS)
         found.append(Cell("features", label, own, priority, compiles, needs(problem)))
-        # FlexAttention compiles each, which takes longer than to measure all others.
+        # FlexAttention compiles each case, which takes longer than measuring all others.
         found.append(Cell("features", f"{label}, other peers", others, 3, (*compiles, "others"), needs(problem)))
     return found

@@ -21,7 +21,7 @@ OTHERS_LENGTHS = (4096, 1024, 16384)
 
 
 def grid(mode: str) -> Iterator[Cell]:
-    """The cells of one direction; peers that are slow to compile or to run come last."""
+    """The cells of one direction. Peers that are slow to compile or to run come last."""
     for length, head_dim, causal, dtype in itertools.product(LENGTHS, (128, 64, 256), (True, False), ("bf16", "fp16")):
         heads = HIDDEN // head_dim
         problem = Problem(TOKENS // length, heads, heads, length, head_dim, dtype, causal)

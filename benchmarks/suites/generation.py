@@ -1,8 +1,8 @@
 """Step-by-step generation: `fastattn.generate` against transformers, and against torch.nn without a cache.
 
-The model of transformers is a Llama with the weights of ours. torch.nn has no cache: an encoder of the same size under
-a causal mask, the only decoder-only stack it has, computes the whole text again for every token. A second case is
-torch.nn's decoder with cross-attention against our replacement of it, on the same weights.
+The model of transformers is a Llama with our weights. torch.nn has no cache: its only decoder-only stack is an encoder
+under a causal mask, which computes the whole text again for every token. A second case compares torch.nn's decoder with
+cross-attention with our replacement of it, on the same weights.
 """
 
 import copy
@@ -64,7 +64,7 @@ def make_own(size: Size) -> CausalLM:
 
 
 def make_transformers(size: Size, own: CausalLM, length: int) -> nn.Module:
-    """Its Llama with our weights, on the device and in the dtype of `own`."""
+    """The Llama of transformers with our weights, on the device and in the dtype of `own`."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
@@ -106,7 +106,7 @@ class Uncached(nn.Module):
 
 @torch.no_grad()
 def check(own: CausalLM, theirs: nn.Module | None, prompt: Tensor) -> None:
-    """Hold the logits of ours, which come out of the cache, to the rule; transformers is the eager peer."""
+    """Check our logits, which use the cache, by the parity rule; transformers is the eager peer."""
     expected = copy.deepcopy(own).double()(prompt)[:, -1]
     cache = own.make_cache(prompt.shape[0], prompt.shape[1])
     own.prefill(prompt[:, :-1], cache)
@@ -116,7 +116,7 @@ def check(own: CausalLM, theirs: nn.Module | None, prompt: Tensor) -> None:
 
 
 def call_of(provider: str, size: Size, own: CausalLM, theirs: nn.Module | None, prompt: Tensor) -> Callable[[int], Any]:
-    """Greedy search for so many new tokens."""
+    """Greedy search for this many new tokens."""
     if provider == "fastattn":
         return lambda new: fastattn.generate(own, prompt, new)
     if provider == "torch":
@@ -131,7 +131,7 @@ def call_of(provider: str, size: Size, own: CausalLM, theirs: nn.Module | None, 
 
 
 def measure_generation(bench: Bench, batch: int, new: int) -> None:
-    """Time and weigh all providers on one prompt length."""
+    """Measure the time and memory of all providers on one prompt length."""
     device = bench.device.torch_device
     stored, size = SIZES[device], SIZES[device]
     key = {
@@ -176,7 +176,7 @@ DECODER_LAYERS, DECODER_BATCH, MEMORY = 2, 4, 32
 
 @torch.no_grad()
 def decode(decoder: nn.TransformerDecoder, memory: Tensor, new: int) -> Tensor:
-    """The decoder fed with its own output, the whole sequence each time."""
+    """Decoding with the whole sequence in each step."""
     x = memory[:, :1]
     for _ in range(new):
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device, dtype=x.dtype)
@@ -186,7 +186,7 @@ def decode(decoder: nn.TransformerDecoder, memory: Tensor, new: int) -> Tensor:
 
 @torch.no_grad()
 def decode_by_steps(decoder: fastattn.nn.TransformerDecoder, memory: Tensor, new: int) -> Tensor:
-    """The same over a cache."""
+    """Decoding with a cache."""
     cache, steps = decoder.make_cache(memory, new), [memory[:, :1]]
     for _ in range(new):
         steps.append(decoder.step(steps[-1], cache))

@@ -1,7 +1,7 @@
-"""A training step of transformers' models where much is forbidden: left padding, sliding windows, packed documents.
+"""A training step of transformers' models with many forbidden pairs: left padding, sliding windows, packed documents.
 
-One model with the same weights and inputs, its attention switched: what transformers' own "sdpa" and "eager" get is a
-dense mask wherever causal order is not all there is. Forward and backward pass, without an optimiser. A row's note says
+The same model, weights and inputs run with each attention. transformers' own "sdpa" and "eager" get a dense mask if
+anything but causal order forbids pairs. A step is a forward and backward pass, without an optimiser. A row's note says
 which part of the L x L scores is allowed.
 """
 
@@ -48,16 +48,16 @@ SIZES = {
 TINY = Size(32, 48, 4, 2, 8, 64, 4, "fp32", (24,))
 
 Rows = list[list[int]]
-"""Of each batch entry, the lengths of its documents."""
+"""The lengths of the documents of each batch entry."""
 
 
 @dataclass(frozen=True)
 class Case:
     model: str
     layers: tuple[str, ...]
-    """"full" or "sliding" attention of each layer."""
+    """The attention of each layer: "full" or "sliding"."""
     rows: Callable[[int], Rows]
-    """Of sequences that long; what documents do not fill is padding on the left."""
+    """The length of a sequence; places that documents do not fill are padding on the left."""
 
 
 CASES = {
@@ -68,7 +68,7 @@ CASES = {
 
 
 def make_model(case: Case, size: Size, length: int) -> nn.Module:
-    """A random one."""
+    """A random model."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
@@ -87,7 +87,7 @@ def make_model(case: Case, size: Size, length: int) -> nn.Module:
 
 
 def make_inputs(case: Case, size: Size, length: int, device: str) -> dict[str, Tensor]:
-    """Arguments of the model; the loss is of the tokens, not of padding."""
+    """Arguments of the model; the loss counts tokens, not padding."""
     rows = case.rows(length)
     ids = torch.randint(size.vocabulary, (len(rows), length), device=device)
     starts = torch.tensor([length - sum(row) for row in rows], device=device)
@@ -101,7 +101,7 @@ def make_inputs(case: Case, size: Size, length: int, device: str) -> dict[str, T
 
 
 def allowed(case: Case, size: Size, length: int) -> float:
-    """Which part of the scores of all layers is allowed."""
+    """The allowed part of the scores of all layers."""
 
     def pairs(n: int, window: int) -> int:
         window = min(window, n)
@@ -115,7 +115,7 @@ def allowed(case: Case, size: Size, length: int) -> float:
 
 @torch.no_grad()
 def check(model: Any, inputs: dict[str, Tensor]) -> None:
-    """Hold the logits of the last batch entry to the rule, beside those that transformers computes with "sdpa"."""
+    """Check the logits of the last batch entry by the parity rule; transformers with "sdpa" is the eager peer."""
     one = {name: x[-1:] for name, x in inputs.items()}
     tokens = one["labels"] >= 0
     logits = {}
@@ -128,7 +128,7 @@ def check(model: Any, inputs: dict[str, Tensor]) -> None:
 
 
 def measure(bench: Bench, name: str, length: int) -> None:
-    """Time and weigh a step on each implementation."""
+    """Measure the time and memory of a step on each implementation."""
     if importlib.util.find_spec("transformers") is None:
         bench.skipped["transformers"] = "not installed"
         return

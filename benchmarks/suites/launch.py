@@ -1,5 +1,5 @@
-"""What a call of the Triton backend costs on the host until the driver gets it, beside the same call with Triton's own
-binder: on a stand-in for a GPU (`benchmarks.harness.standin`), so on any machine, in a process of its own.
+"""The host time of a call of the Triton backend until the driver gets it, and that of the same call with Triton's own
+binder. It runs on a stand-in for a GPU (`benchmarks.harness.standin`), so on any machine, in a process of its own.
 """
 
 import json
@@ -39,7 +39,7 @@ def calls() -> dict[str, Callable[[], object]]:
 
 
 def times(seconds: float) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Case -> provider -> the fields of its Timing. For a process in which kernels are not interpreted."""
+    """Case -> provider -> the fields of its Timing. Call it in a process in which kernels are not interpreted."""
     from benchmarks.harness import standin
     from fastattn.kernels import replay
 

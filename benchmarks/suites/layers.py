@@ -26,7 +26,7 @@ def make_layer(kind: str, width: int, dropout: float = 0.0) -> nn.Module:
     """A layer of torch.nn, or an encoder of two."""
     if kind == "MultiheadAttention":
         return nn.MultiheadAttention(width, HEADS, dropout, batch_first=True)
-    if kind == "TransformerEncoder":  # post-norm: torch.nn leaves padding out there alone
+    if kind == "TransformerEncoder":  # post-norm: only there torch.nn leaves padding out
         layer = nn.TransformerEncoderLayer(width, HEADS, 4 * width, dropout=dropout, batch_first=True)
         return nn.TransformerEncoder(layer, 2)
     return getattr(nn, kind)(width, HEADS, 4 * width, dropout=dropout, batch_first=True, norm_first=True)
@@ -97,7 +97,7 @@ def measure_layer(
 
 
 def measure_step(bench: Bench, name: str) -> None:
-    """Time and weigh a training step with attention swapped."""
+    """Measure the time and memory of a training step with each attention."""
     config = TINY if isinstance(bench.device, DryRun) else MODELS[name]
     stored, dtype = MODELS[name], torch.float32 if isinstance(bench.device, DryRun) else torch.bfloat16
     key = {

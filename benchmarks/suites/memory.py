@@ -1,7 +1,7 @@
 """Peak memory of one attention call against its length, with and without a mask.
 
-On a GPU what PyTorch's allocator gives out, for 16 heads of 128; on a CPU what a process grows by, for one head of 64,
-so that the longest calls take seconds.
+On a GPU it is the memory of PyTorch's allocator, for 16 heads of 128. On a CPU it is the growth of a process, for one
+head of 64, so that the longest calls take seconds.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ CASES = {"causal": {"causal": True}, "key padding": {"mask": "padding"}}
 
 
 def measure_memory(bench: Bench, case: str, length: int, mode: str) -> None:
-    """What a call takes beyond its inputs, in MiB; the output and the gradients are part of it."""
+    """The memory of a call beyond its inputs, in MiB, with the output and the gradients."""
     on_cpu = bench.device.torch_device == "cpu" and not isinstance(bench.device, DryRun)
     sizes: dict[str, Any] = {"head_dim": 64, "dtype": "fp32"} if on_cpu else {"head_dim": 128}
     heads = 1 if on_cpu else 16
@@ -40,7 +40,7 @@ def measure_memory(bench: Bench, case: str, length: int, mode: str) -> None:
                 peak = resident.peak(prepare, name, problem, mode)
             else:
                 call = prepare(name, problem, mode, bench.device)
-                call()  # compiles, and makes what libraries keep for good
+                call()  # compiles, and allocates what libraries keep
                 peak = bench.device.peak_memory(call)
         except Exception as error:
             bench.refused("memory", key | {"provider": name}, error)
@@ -49,7 +49,7 @@ def measure_memory(bench: Bench, case: str, length: int, mode: str) -> None:
 
 
 def prepare(name: str, problem: Problem, mode: str, device: Device | None = None) -> Callable[[], Any]:
-    """A call of a peer; without a device on the CPU, where a short one has loaded what is loaded once."""
+    """A call of a peer. Without a device it is on the CPU, where a short call first loads what is loaded once."""
     if device is None:
         prepare(name, dataclasses.replace(problem, length=128), mode, Device())()
         device = Device()

@@ -1,4 +1,4 @@
-"""What a call costs before any arithmetic: host time on tiny inputs, CUDA graph replay, the first call of a process."""
+"""The cost of a call before any arithmetic: host time on tiny inputs, CUDA graph replay, first call of a process."""
 
 import functools
 import json
@@ -66,7 +66,7 @@ def key_of(bench: Bench, case: str, mode: str, provider: str) -> dict[str, objec
 
 
 def measure_host(bench: Bench, case: str) -> None:
-    """Host time per call. The calls take turns in short blocks; the minimum is what an idle machine would show."""
+    """Host time per call. The calls take turns in short blocks; the minimum shows an idle machine."""
     calls = {
         name: without_repeat(call) for name, call in host_calls(bench.device.torch_device)[case].items()
         if bench.wants(name)
@@ -78,7 +78,7 @@ def measure_host(bench: Bench, case: str) -> None:
 
 
 def measure_graph(bench: Bench, case: str) -> None:
-    """Time of one call inside a replayed CUDA graph, where the host no longer counts."""
+    """Time of one call inside a replayed CUDA graph, without the host."""
     calls: dict[str, Call] = {}
     with torch.no_grad():
         for name, call in host_calls(bench.device.torch_device)[case].items():

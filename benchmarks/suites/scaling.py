@@ -1,8 +1,8 @@
-"""Context parallelism on more GPUs than there are: the schedule of each strategy, played message by message.
+"""Context parallelism on more GPUs than there are: a simulation of each strategy's schedule, message by message.
 
-The model is the one by which `fastattn.distributed` chooses a strategy (`fastattn/distributed/cost.py`), fed with
-figures of links and kernels. Here it is held against real steps of 2 and 4 processes on gloo, with the link and the
-kernels measured among the same processes, and then asked about 8 to 4096 GPUs.
+The model is the one by which `fastattn.distributed` chooses a strategy (`fastattn/distributed/cost.py`), with figures
+of links and kernels. Here its predictions are compared with real steps of 2 and 4 processes on gloo, with the link and
+the kernels measured among the same processes. Then it predicts steps of 8 to 4096 GPUs.
 
 A step is the forward and the backward pass of one layer's attention, causal, in zigzag shards.
 
@@ -36,7 +36,7 @@ from fastattn.spec import make_spec
 DEVICES = ("cpu",)
 
 PEAK = 989e12
-"""Of H100 SXM, bfloat16, dense; its datasheet."""
+"""The peak of H100 SXM, bfloat16, dense, from its datasheet."""
 MACHINE = 8
 NEAR = {"machine": MACHINE, "near_latency": 11.8e-6, "near_bandwidth": 450e9}
 NETWORKS = {
@@ -59,7 +59,7 @@ def whole(tokens: int, ranks: int, width: int = 1, balance: Balance = "zigzag", 
 
 
 def kernel_rate() -> tuple[float, str]:
-    """(floating-point operations per second of our kernel on an H100, where that comes from)."""
+    """(floating-point operations per second of our kernel on an H100, the source of this figure)."""
     asked = {"case": "grid", "mode": "forward", "provider": "fastattn", "dtype": "bf16", "head_dim": str(DIM)}
     found = predictions.of(asked | {"causal": "yes"})
     share = float(found["of_matmul"]) if found else 0.6
@@ -67,7 +67,7 @@ def kernel_rate() -> tuple[float, str]:
 
 
 def ways(gpus: int) -> dict[str, tuple[int, Strategy]]:
-    """Provider -> (ranks that divide heads, strategy), as far as it makes sense."""
+    """Provider -> (ranks that divide heads, strategy), for all sensible combinations."""
     found: dict[str, tuple[int, Strategy]] = {}
     if gpus <= 64:
         found |= {"ring": (1, "ring"), "all_gather": (1, "all_gather")}
@@ -85,7 +85,7 @@ class Played(NamedTuple):
     exposed: float
     """seconds"""
     memory: int
-    """bytes: q, k, v, out and gradients of its tokens, and what arrives"""
+    """bytes: q, k, v, out and gradients of its tokens, and received messages"""
     received: int
     """bytes"""
 
@@ -106,7 +106,7 @@ def play(sizes: Sizes, strategy: Strategy, link: fd.Link, back: fd.Link | None =
 
 
 def measure_played(bench: Bench, gpus: int, network: str) -> None:
-    """All lengths and strategies of so many GPUs."""
+    """All lengths and strategies of this many GPUs."""
     rate, where = kernel_rate()
     link = dataclasses.replace(NETWORKS[network], flops=rate)
     lengths = TOKENS[:1] if isinstance(bench.device, DryRun) else TOKENS
@@ -174,12 +174,12 @@ class Measured(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """Seconds of a run, of the rank that has most of each."""
+    """Seconds of a run; of each kind the most that a rank has."""
 
     seconds: float
     """of both passes"""
     own_forward: float
-    """of processors, all threads of the process together: waiting for messages or for a processor costs none"""
+    """processor time of all threads of the process: waiting for messages or for a processor does not count"""
     own_backward: float
 
     def own(self, backward: bool) -> float:
@@ -218,7 +218,7 @@ def _checks_of(ranks: int, meshes: Any, alone: DeviceMesh, length: int, rounds: 
     runs |= {"first byte": _pass_on(peers, piece[:64]), "messages": _pass_on(peers, piece[:64], MESSAGES)}
     runs |= {"message": _pass_on(peers, piece), "swap": _swap(alone, length // ranks)}
     found = [Measured(check, [], []) for check in checks]
-    for _ in range(rounds):  # all take turns, so that what else the machine does is the same for all
+    for _ in range(rounds):  # all take turns, so that other work of the machine affects all alike
         spent = {name: _slowest(peers, run) for name, run in runs.items()}
         for check, seconds, predicted in found:
             seconds.append(spent[check].seconds)
@@ -232,12 +232,12 @@ MESSAGES = 9
 def _predict(check: Check, length: int, spent: dict[Any, Spent], size: int) -> float:
     """Seconds of a step, from what links and kernels take among as many processes. ``size``: bytes of the message.
 
-    Processes that are more than processors share them, also with others of the machine: what a rank does itself takes
-    longer by the factor that its kernels do, which wait for nothing else.
+    If there are more processes than processors, they share them, also with other programs. All work of a rank then
+    takes longer by the same factor as its kernels, which wait for nothing else.
     """
     kernels = [x for name, x in spent.items() if isinstance(name, tuple) and isinstance(name[0], tuple)]
     crowd = sum(x.seconds for x in kernels) / sum(x.own_forward + x.own_backward for x in kernels)
-    # A rank sends and receives: two messages for each that goes round.
+    # A rank sends and receives: two messages for each one of the ring.
     first, several, large = (spent[name] for name in ("first byte", "messages", "message"))
     message = max(several.own_forward - first.own_forward, 0.0) / (2 * (MESSAGES - 1))
     copy = max(large.own_forward - first.own_forward, 0.0) / (2 * size)
@@ -248,7 +248,7 @@ def _predict(check: Check, length: int, spent: dict[Any, Spent], size: int) -> f
     by_heads = check.strategy == "ulysses" or check.width > 1
     for backward in (False, True):
         once, thrice = (spent[name].own(backward) for name in ("a call", "three calls"))
-        beside = max(once - max(thrice - once, 0.0) / 2, 0.0)  # what a step takes beside its calls
+        beside = max(once - max(thrice - once, 0.0) / 2, 0.0)  # the time of a step outside its calls
         start += crowd * (beside + (spent["swap"].own(backward) if by_heads else 0.0))
         links.append(_with_kernel(link, spent, check.piece(length), backward, beside, crowd))
     return start + play(whole(length, check.ranks, check.width, check.balance, **SHAPE), check.strategy, *links).seconds
@@ -257,7 +257,7 @@ def _predict(check: Check, length: int, spent: dict[Any, Spent], size: int) -> f
 def _with_kernel(
     link: fd.Link, spent: dict[Any, Spent], piece: tuple[int, int], backward: bool, beside: float, crowd: float
 ) -> fd.Link:
-    """With what makes the times of a square of pairs and of the triangle below its diagonal those measured."""
+    """The rates with which the times of a square of pairs and of the triangle below its diagonal are those measured."""
     length, heads = piece
     square, triangle = (
         max(crowd * (spent[piece, causal].own(backward) - beside), 1e-9) for causal in (False, True)
@@ -293,7 +293,7 @@ def _step(
 
 
 def _agree(mesh: DeviceMesh) -> Run:
-    """What the ranks of a call tell each other first."""
+    """The first messages of a call, by which the ranks agree."""
     ranks = Ranks(mesh)
 
     def run() -> list[tuple[float, float]]:
@@ -305,7 +305,7 @@ def _agree(mesh: DeviceMesh) -> Run:
 
 
 def _pass_on(peers: Peers, buffer: torch.Tensor, count: int = 1) -> Run:
-    """Each rank sends to the next, so many messages at once, into new memory."""
+    """Each rank sends to the next, this many messages at a time, into new memory."""
     right, left = (peers.rank + 1) % peers.size, (peers.rank - 1) % peers.size
 
     def run() -> list[tuple[float, float]]:
@@ -318,7 +318,7 @@ def _pass_on(peers: Peers, buffer: torch.Tensor, count: int = 1) -> Run:
 
 
 def _swap(mesh: DeviceMesh, length: int) -> Run:
-    """What a rank does to its tokens before they change places with heads, and after: alone, without a message."""
+    """The work of a rank before tokens change places with heads, and after it, without messages."""
     q, k, v = (torch.randn(1, SHAPE["q_heads"], length, SHAPE["head_dim"], requires_grad=True) for _ in range(3))
     peers, places = Peers(mesh, 0, None), [[Piece(0, length)]]
     dout = torch.randn_like(q)
@@ -343,7 +343,7 @@ def _slowest(peers: Peers, run: Run) -> Spent:
 
 
 def measure_checks(bench: Bench) -> None:
-    """What is predicted and what is measured, as rows beside each other."""
+    """Predictions and measurements as pairs of rows."""
     if isinstance(bench.device, DryRun):
         found = [Measured(check, [1e-3], [1e-3]) for check in CHECKS]
     else:

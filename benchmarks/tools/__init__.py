@@ -1,1 +1,1 @@
-"""Commands of their own: ``python -m benchmarks.tools.NAME``."""
+"""Commands: ``python -m benchmarks.tools.NAME`` runs one."""

@@ -1,4 +1,4 @@
-"""The calls for which kernels are compiled ahead of time: features, and what launches a kernel with each of them."""
+"""The calls for which kernels are compiled ahead of time: features, and functions that launch kernels with them."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from fastattn.spec import CacheSpec, Gradients, Operands, Options
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """What one call asks for, as far as the compiled code depends on it. Lengths and head groups do not show."""
+    """The arguments of one call on which the compiled code depends. Lengths and head groups do not change it."""
 
     dtype: torch.dtype = torch.bfloat16
     causal: bool = False
@@ -24,11 +24,11 @@ class Feature:
     softcap: bool = False
     sinks: bool = False
     dropout: bool = False
-    part: bool = False  # of a larger call, whose dropout bits it has
+    part: bool = False  # a part of a larger call, with the dropout bits of that call
     q_offset_tensor: bool = False
     packed: bool = False  # sequences, and queries of a KV cache
-    used: bool = False  # of packed keys the first ones alone
-    kv_start: bool = False  # the key from which on they take part, of each entry
+    used: bool = False  # uses only the first of packed keys
+    kv_start: bool = False  # the first key of each entry that takes part
     block_mask: bool = False
     page: int = 0  # of a KV cache, 0 if it is contiguous
     queries: int = 1  # for each key head of a KV cache there are twice as many rows
@@ -55,7 +55,7 @@ FEATURES = {
     "used_keys": Feature(causal=True, packed=True, used=True),
     "kv_start": Feature(causal=True, kv_start=True),
     "block_mask": Feature(block_mask=True),
-    "paged": Feature(page=16),  # as one query needs it, which is the last: causal forbids nothing
+    "paged": Feature(page=16),  # for one query, which is the last one: causal forbids nothing
     "chunk": Feature(causal=True, queries=64),
     "packed_cache": Feature(causal=True, packed=True, page=16, queries=64),
     "tree": Feature(mask="full", queries=64),
@@ -69,7 +69,7 @@ FEATURES = {
     ),
 }  # fmt: skip
 CACHE_ONLY = ("paged", "chunk", "packed_cache", "tree", "int8", "fp8")
-"""Features of calls over a KV cache alone."""
+"""Features that only calls over a KV cache have."""
 
 
 def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:

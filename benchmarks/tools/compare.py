@@ -1,4 +1,4 @@
-"""Compares two commits on this machine, taking turns: did a change make anything faster or slower?
+"""Compares two commits on this machine in turns: did a change make anything faster or slower?
 
     python -m benchmarks.tools.compare HEAD~1 HEAD --suites forward --match D=128
     python -m benchmarks.tools.compare main .                 . is the working tree as it is
@@ -79,7 +79,7 @@ def label_of(key: tuple[str, ...]) -> str:
 
 
 def table(a: str, b: str, rounds: Sequence[tuple[list[results.Row], list[results.Row]]]) -> list[list[str]]:
-    """One line per cell, and the geometric mean of how many times faster ``b`` is."""
+    """One line per cell, and the geometric mean of the speed of ``b`` relative to ``a``."""
     first, second = (least_medians([pair[side] for pair in rounds]) for side in (0, 1))
     lines, ratios = [["cell", f"{a} ms", f"{b} ms", f"{b} faster by"]], []
     for key in first:

@@ -1,8 +1,8 @@
-"""Does every kernel compile, and does it fit the machine? Answered without a GPU, a driver or a CUDA toolkit.
+"""Does every kernel compile, and does it fit the GPU? This needs no GPU, driver or CUDA toolkit.
 
 The launchers of `fastattn.kernels` run on meta tensors under a stand-in for Triton's driver that only names a target,
-so signatures, constants, alignment facts and launch configs are those of a real launch; compilation stops short of it.
-Tools that come with Triton say what the machine code needs.
+so signatures, constants, alignment facts and launch configs are those of a real launch, which is left out. Tools that
+come with Triton say which resources the machine code needs.
 
     python -m benchmarks.tools.compile_report --arch sm_90 --dims 64 128 --features causal bias
 """
@@ -68,7 +68,7 @@ class Case:
 
 @dataclasses.dataclass
 class Result(Case):
-    """What the compiler made of a case. Spills are bytes per thread; ``arrive`` counts WARPGROUP.ARRIVE,
+    """The result of compiling a case. Spills are bytes per thread; ``arrive`` counts WARPGROUP.ARRIVE,
     ``size`` all instructions.
 
     From ``instructions`` on, on sm_90: the inner main loop, see `sass.Counts`; ``per_1000`` are instructions of warps
@@ -101,7 +101,7 @@ class Result(Case):
 
 
 class TargetOnlyDriver:
-    """The part of Triton's driver that compilation asks for."""
+    """The part of Triton's driver that compilation needs."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -137,7 +137,7 @@ class Compiled:
 
 
 def compile_kernel(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
-    """Compile what Triton is about to compile, here and now."""
+    """Compile, in this process, what Triton is about to compile."""
     knobs.compilation.always_compile = True  # a kernel from Triton's cache comes without ptxas's log
     knobs.compilation.store_binary_only = target.backend == "cuda"
     knobs.nvidia.dump_ptxas_log = True
@@ -172,7 +172,7 @@ def fingerprint(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -
 
 
 def remembered(memory: Path, source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
-    """`compile_kernel`, but for what the folder ``memory`` holds under the `fingerprint`."""
+    """`compile_kernel`, unless the folder ``memory`` holds its result under the `fingerprint`."""
     path = memory / f"{fingerprint(source, target, options)}.json.gz"
     if path.exists():
         return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
@@ -186,20 +186,20 @@ def remembered(memory: Path, source: ASTSource, target: GPUTarget, options: dict
 
 @contextlib.contextmanager
 def compiling_for(case: Case, compiler: Callable[..., _Made]) -> Iterator[list[_Made]]:
-    """Inside, what ``compiler`` makes of launches of the case's kernel is collected; other launches do nothing."""
+    """Inside, collect the results of ``compiler`` for launches of the case's kernel; other launches do nothing."""
     made: list[_Made] = []
     tile = config.LaunchConfig(*cast(Any, map(int, case.override.split(",")))) if case.override else None
 
     def launcher(jit_function: JITFunction, grid: tuple[int, ...]) -> Any:
         def compile_only(*args: Any, **kwargs: Any) -> None:
             if kernel_name(jit_function, args) == case.kernel:
-                jit_function.device_caches.clear()  # in memory; it also makes Triton take the compiler anew
+                jit_function.device_caches.clear()  # in memory; it also makes Triton look the compiler up again
                 with mock.patch.object(triton.compiler, "compile", compiler):
                     made.append(cast(_Made, jit_function.run(*args, grid=grid, warmup=True, **kwargs)))
 
         return compile_only
 
-    driver.set_active(cast(Any, TargetOnlyDriver(case.arch)))  # what a compiler asks of a driver
+    driver.set_active(cast(Any, TargetOnlyDriver(case.arch)))  # what a compiler needs of a driver
     with (
         mock.patch.object(JITFunction, "__getitem__", launcher),
         mock.patch.object(launch, "architecture", lambda device: case.arch),
@@ -217,14 +217,14 @@ def fingerprint_of(case: Case) -> str:
 
 
 def compile_case(case: Case, memory: Path | None = None) -> Result:
-    """Compile one case, but for what ``memory`` holds from an earlier time, and read the resources that it needs."""
+    """Compile one case, unless ``memory`` holds its result, and read the resources that it needs."""
     result = Result(**dataclasses.asdict(case))
     start = time.perf_counter()
     try:
         with compiling_for(case, functools.partial(remembered, memory) if memory else compile_kernel) as compiled:
             launch_kernels(case.kernel, case.dim, FEATURES[case.feature])
         (kernel,) = compiled
-    except Exception as error:  # whatever a compiler raises is what is to be reported
+    except Exception as error:  # any error of a compiler is reported
         result.error = f"{type(error).__name__}: {error}".splitlines()[0]
         return result
     result.seconds = time.perf_counter() - start
@@ -257,7 +257,7 @@ def read_nvidia(result: Result, kernel: Compiled) -> None:
     result.size = len(re.findall(r"/\*[0-9a-f]{4,}\*/", code))
     result.wgmma = len(re.findall(r"\bHGMMA\b", code))
     result.arrive = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", code))
-    # Products in flight together share one arrive. ptxas announces that it gave up on that, under these two codes.
+    # Products in flight together share one arrive. ptxas reports under these two codes that it gave this up.
     result.serialised = "C7510" in log or "C7512" in log or 0 < result.wgmma <= result.arrive
     block_m, block_n, warps = result.tile()
     if block_m and (loops := sass.main_loops(code)):
@@ -278,7 +278,7 @@ def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], f
     """Every combination that exists: dk and dv come in one pass or in two, there is no dbias without a bias, and
     delta knows only the dtype and the dim.
 
-    A KV cache has no dropout, offset or block mask: "everything" is there what else there is.
+    A KV cache has no dropout, offset or block mask: there "everything" means all other features.
     """
     cases = []
     for arch, kernel, dim, feature in itertools.product(archs, kernels, dims, features):
@@ -299,7 +299,7 @@ def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], f
 
 
 def in_processes(function: Callable[[Any], Any], items: Sequence[Any], jobs: int, label: str = "") -> list[Any]:
-    """``function`` of every item, in order: in a pool of fresh processes, or here for one job. Says how far it is."""
+    """``function`` of every item, in order: in a pool of fresh processes, or here for one job. Reports progress."""
     end, each = ("", 1) if sys.stderr.isatty() else ("\n", 20)
     results = []
     with contextlib.ExitStack() as stack:

@@ -1,9 +1,9 @@
-"""How near packed documents can come to the rate of one long causal sequence on this CPU, and how near they do.
+"""How close packed documents can come to the rate of one long causal sequence on this CPU, and how close they are.
 
 `python -m benchmarks.tools.cpu_documents`: float32, one thread, 8 heads of 64, rates per allowed pair. Tiles of
 registers compute whole vectors of keys for groups of rows, so a short document computes more pairs than it allows:
-"products" is what would be reached if nothing but products took time. "and memory" adds one pass over the tensors after
-them, by `torch.addcmul`: three are read and one is written; two for a backward pass, which reads five and writes three.
+"products" is the limit if only products took time. "and memory" adds the time of one pass over the tensors, by
+`torch.addcmul`, which reads three and writes one; it adds two for a backward pass, which reads five and writes three.
 """
 
 import statistics

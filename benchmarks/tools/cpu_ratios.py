@@ -16,8 +16,8 @@ from benchmarks.suites.cpu import ANY_PEER, FEATURE_LENGTH, FEATURES, MODES, PLA
 
 
 def ratios(rows: Sequence[results.Row]) -> Iterator[str]:
-    """Lines that say how often fastattn is as fast as a peer, which share of the causal rate a feature has, and which
-    share of the rate of reading a decode step."""
+    """Lines with the speed of fastattn relative to a peer, the share of the causal rate that a feature has, and the
+    share of the rate of reading that a decode step has."""
     timed = [row for row in rows if row["p50_ms"] and row["mode"] in MODES]
     for (case, mode), group in grouped(timed, "case", "mode"):
         speedups = {f"L={own['q_len']} D={own['head_dim']}": best for own, best in against(group, (SDPA,))}

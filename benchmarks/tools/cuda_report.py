@@ -1,12 +1,11 @@
-"""What the kernels of csrc/cuda need of a GPU, and how near to the matrix peak their loops can come: no GPU needed.
+"""Which resources the kernels of csrc/cuda need, and how close to the matrix peak their loops can come, without a GPU.
 
     python -m benchmarks.tools.cuda_report
 
 compiles them with nvcc and prints registers and spills; of the forward kernels also the counts of the inner loop on
 tiles without a mask, and two predictions for it by the figures of `static_model`: ``in step``, as if all consumers did
-the same at the same time, and ``in turns``, where a walk through the loop lets each start products only when the other
-has passed on the turn. Nothing is fitted to a GPU; loads are taken to be there in time, within what the L2 cache
-gives.
+the same at the same time, and ``in turns``, for which a simulation lets each start products only in its turn.
+Nothing is fitted to a GPU. Loads are assumed to arrive in time, within the rate of the L2 cache.
 """
 
 import collections
@@ -36,7 +35,7 @@ COMMAND = (
     "-Werror=all-warnings",
 )
 GROUP_ROWS = 64  # query rows of a warp group that computes
-QUEUED_PRODUCTS = 3  # that a warp group may have waiting behind the one that runs
+QUEUED_PRODUCTS = 3  # that a warp group may have waiting after the one that runs
 QUEUED = 2  # instructions of a slow unit
 
 
@@ -54,7 +53,7 @@ class Kernel:
     spilled: int
     """bytes"""
     remark: bool
-    """of the assembler on wgmma or setmaxnreg: products made to wait for one another, or registers not moved"""
+    """warnings of the assembler about wgmma or setmaxnreg: products wait for one another, or registers are not moved"""
     loop: Loop
     """over keys, without the instructions of the mask; of a backward pass none"""
 
@@ -64,7 +63,7 @@ class Kernel:
 
 
 def without_mask(loop: Loop) -> Loop:
-    """The loop as it runs on a tile that every row sees: what a branch around the mask leaves out is left out."""
+    """The loop on a tile that every row sees, without the code that a branch around the mask skips."""
     masks = [n for n, i in enumerate(loop) if i.starts("FSEL") and "-INF" in i.operands]
     if not masks:
         return loop
@@ -141,7 +140,7 @@ def kernels(report: str, listing: str) -> list[Kernel]:
 
 
 class _Unit:
-    """One that takes an instruction every so many cycles and lets a warp run on while few wait."""
+    """A unit that takes an instruction every so many cycles; a warp continues while few instructions wait."""
 
     def __init__(self, queue: int) -> None:
         self.queue, self.free = queue, 0.0
@@ -206,7 +205,7 @@ def keys_of(loop: Loop, dim: int) -> int:
 
 
 def resources(kernel: Kernel) -> dict[str, str]:
-    """What the table of the backward passes says of one."""
+    """The table's row of a backward pass."""
     return {
         "pass": kernel.what,
         "dtype": kernel.dtype,

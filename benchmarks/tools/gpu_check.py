@@ -3,8 +3,8 @@ sanitizer, the device tests; as data.
 
     python -m benchmarks.tools.gpu_check --minutes 8
 
-What tells most comes first. Writes <output>/<gpu>/parity.csv as it goes, from which `benchmarks.tools.status` makes
-docs/status.md, and ends by naming what the time did not suffice for. Exit code 1 if anything failed.
+The most informative checks come first. It writes <output>/<gpu>/parity.csv after each check; `benchmarks.tools.status`
+makes docs/status.md from it. At the end it names the checks that it had no time for. Exit code 1 if any failed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from benchmarks.tools.status import CUDA
 STEPS = ("parity", "large", "repeats", "sanitizer", "tests")
 OUTCOMES = {"passed": "passed", "failed": "failed", "skipped": "not run"}
 SECONDS_PER_KERNEL = 2.0
-"""To compile one, roughly: for the forecast alone."""
+"""Seconds to compile one kernel, roughly, for the forecast only."""
 
 
 class Recorder:
@@ -78,7 +78,7 @@ class Recorder:
 
 
 def reason(outcome: Any) -> str:
-    """In one line why a test failed or was skipped, from a report's ``longrepr``."""
+    """Why a test failed or was skipped, in one line, from a report's ``longrepr``."""
     if isinstance(outcome, tuple):  # of a skipped one: file, line, text
         return str(outcome[2])
     crash = getattr(outcome, "reprcrash", None)

@@ -1,11 +1,11 @@
-"""The first minutes on a GPU: does it start, is it right, and how fast are the rows that tell most?
+"""The first minutes on a GPU: does it start, is it right, and how fast are the most informative rows?
 
     python -m benchmarks.tools.gpu_first --minutes 9
 
 In this order: one kernel of each kind, parity of the main paths, then cells of the suites against cuDNN's and
-FlashAttention-2's kernels as PyTorch has them and FlexAttention compiled, with what was predicted of them. A red path
-blocks the cells that rest on it and no others. Every row is stored at once, and all files are in one archive,
-<output>/<gpu>.tar, which is written anew after each step and cell. Ends by itself before the time is over.
+FlashAttention-2's kernels as PyTorch has them and FlexAttention compiled, with what was predicted of them. A failed
+path blocks only the cells that depend on it. Every row is stored at once, and all files are in one archive,
+<output>/<gpu>.tar, which is written again after each step and cell. The run ends before the time is over.
 """
 
 import argparse
@@ -55,7 +55,7 @@ TELLING = (
     ("forward", "bf16 D=128 L=16384 causal, other peers"),
     ("backward", "bf16 D=128 L=16384 causal, other peers"),
 )
-"""Suite and label of a cell, most telling first; FlexAttention, which compiles for each shape, last."""
+"""Suite and label of a cell, most informative first; FlexAttention, which compiles for each shape, last."""
 
 
 def kinds() -> list[ParityCase]:
@@ -78,7 +78,7 @@ def telling(device: Device) -> list[Cell]:
 
 
 def start_kernels(checks: Checks) -> None:
-    """Launch every kernel once, without looking at the results."""
+    """Launch every kernel once, without checking the results."""
     for case in kinds():
         started, outcome, note = time.monotonic(), "passed", ""
         if checks.left <= 0:
@@ -100,7 +100,7 @@ def start_kernels(checks: Checks) -> None:
 
 
 def line(row: results.Row) -> str:
-    """A row as one line of the output, its prediction beside it."""
+    """A row as one line of the output, with its prediction."""
     shape = f"D={row['head_dim']} L={row['kv_len']}{' causal' if row['causal'] == 'yes' else ''}" * bool(row["q_len"])
     words = [f"{row['suite']} {row['mode']} {row['case']} {row['dtype']} {shape} {row['provider']}:"]
     words += [f"{float(row['p50_ms']):.4g} ms"] if row["p50_ms"] else []
@@ -112,7 +112,7 @@ def line(row: results.Row) -> str:
 
 
 def measure(checks: Checks, bench: Bench, red: dict[ParityCase, Exception]) -> None:
-    """The telling cells that rest on nothing red, each printed and stored as it comes."""
+    """Run the cells of TELLING whose parity cases passed; print and store each at once."""
     cells = []
     for cell in telling(bench.device):
         if why := gate.blocking(cell.rests_on, red):
@@ -157,7 +157,7 @@ def compile_share(spec: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int:
-    """Returns 0, or 1 where something failed, or 2 where nothing can be measured."""
+    """Return 0, or 1 if something failed, or 2 if nothing can be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="everything counted in")
     parser.add_argument("--seconds", type=float, default=0.1, help="for which each call is repeated")
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     if device.torch_device == "cuda":
         faulthandler.dump_traceback_later(max(10.0, args.minutes * 60), exit=True)  # the rows are stored by then
     checks = Checks(device, runner.output(args, device), deadline, stamp)
-    start_kernels(checks)  # before anything is spent on compiling: this is what fails first
+    start_kernels(checks)  # before compiling: this fails first
     results.archive(checks.output / device.folder)
     if device.torch_device == "cuda" and not checks.lost:
         jobs = (os.cpu_count() or 1) * 3 // 4 if args.compile_jobs is None else args.compile_jobs

@@ -1,15 +1,15 @@
-"""Search launch configurations on this GPU: what `kernels/config.py` should say, with the figure beside each.
+"""Search launch configurations on this GPU for `kernels/config.py`, and print each with its figure.
 
     python -m benchmarks.tools.gpu_tune --minutes 8                 on a GPU: measure, print the table
     python -m benchmarks.tools.gpu_tune --resources sm_90           without one: registers and spills of every candidate
     python -m benchmarks.tools.gpu_tune --table FOLDER/tune.csv     print the table of an earlier run
 
-The space is `config.search_space` and what is near the present choice. Candidates that are known to spill in their loop
-are left out where the resource facts are of these kernels, and come last where they are of older ones; where nothing is
-known, few are tried. The most promising come first: the present choice, then those whose products are not serialised,
-those near the present choice, large tiles before small ones. The best few of each group are measured again
+The space is `config.search_space` and the neighbours of the present choice. If resource facts of these kernels are
+known, candidates that spill in their loop are left out; with facts of older kernels they come last; without facts, few
+are tried. The most promising come first: the present choice, then those whose products are not serialised, those near
+the present choice, and large tiles before small ones. The best few of each group are measured again
 against each other and held to the parity rule. Nothing is written to `kernels/config.py`: its tables are per head dim,
-so the compromise between causal and not is its reader's.
+so a person chooses the compromise between causal and not.
 """
 
 import argparse

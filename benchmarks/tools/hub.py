@@ -1,4 +1,4 @@
-"""Writes what the `kernels` library of Hugging Face loads: ``python -m benchmarks.tools.hub build/hub``.
+"""Writes the files that the `kernels` library of Hugging Face loads: ``python -m benchmarks.tools.hub build/hub``.
 
 ``build.toml``, and ``build/torch-BACKEND``: Python and Triton alone, no native library, hence for every version of
 PyTorch and Python. A process may hold several versions, and an installed fastattn beside them: imports are relative,
@@ -17,9 +17,9 @@ from benchmarks.harness.provenance import ROOT
 
 BACKENDS = ("cpu", "cuda", "rocm")
 VERSION = 1
-"""Of the kernel's interface, as the Hub counts: raised when a caller has to change."""
+"""The version of the kernel's interface on the Hub: raised when callers have to change."""
 
-# What attention needs, of the package; kernels/ stands beside it.
+# The parts of the package that attention needs, besides kernels/.
 INTEGRATION = ("__init__", "hub", "huggingface", "huggingface_eager", "huggingface_mask", "huggingface_paged")
 PARTS = (
     "backends", "block_mask.py", "functional", "kernels", "ops", "spec",
@@ -76,7 +76,7 @@ def entry() -> str:
 
 
 def write(target: Path, root: Path = ROOT) -> None:
-    """The layout, in an empty ``target``, from the checkout ``root``."""
+    """Write the layout into an empty ``target``, from the checkout ``root``."""
     texts = sources(root)
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
     target.mkdir(parents=True)

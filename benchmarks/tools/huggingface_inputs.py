@@ -1,4 +1,4 @@
-"""Arguments to call a model of transformers with, made from its signature and the sizes in its configuration."""
+"""Arguments for a call of a model of transformers, made from its signature and the sizes in its configuration."""
 
 import inspect
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def inputs(model: nn.Module, padding: str) -> Iterator[dict[str, Any]]:
 
 
 def _by_signature(model: nn.Module, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every argument whose name says what it is: those without a default, then all, in each of their shapes."""
+    """Every argument with a known name: first those without a default, then all, in each of their shapes."""
     known = _made(model)
     signature = inspect.signature(model.forward).parameters
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -218,13 +218,13 @@ def _made(model: nn.Module) -> dict[str, list[Any]]:
 
 
 def _entry(model: nn.Module, kind: type[nn.Module]) -> int:
-    """What the first layer of this kind takes; 0 without one."""
+    """The input size of the first layer of this kind; 0 without one."""
     first: Any = next((x for x in model.modules() if isinstance(x, kind)), None)
     return (first.in_features if kind is nn.Linear else first.in_channels) if first is not None else 0
 
 
 def _widths(model: nn.Module) -> list[int]:
-    """What its linear layers take."""
+    """The input sizes of its linear layers."""
     return list(dict.fromkeys(x.in_features for x in model.modules() if isinstance(x, nn.Linear)))
 
 
@@ -236,7 +236,7 @@ def _first(config: Any, name: str) -> Any:
 
 
 def valid(padding: str) -> Tensor:
-    """bool (B, L): what is no padding."""
+    """bool (B, L): tokens that are not padding."""
     lengths, positions = torch.tensor(LENGTHS)[:, None], torch.arange(LENGTH)
     if padding == "none":
         return torch.ones(len(LENGTHS), LENGTH, dtype=torch.bool)

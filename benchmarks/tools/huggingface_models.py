@@ -51,21 +51,21 @@ FIXED = re.compile(
 WAYS = ((0, False), (0, True), (1, True), (4, True), (16, True))
 LARGEST = 30_000_000
 
-# For what a configuration leaves open.
+# Values that a configuration leaves open.
 OPEN = {
     "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_experts_per_token": 2, "top_k_experts": 2,
     "n_group": 1, "topk_group": 1, "moe_intermediate_size": 48, "n_shared_experts": 1, "indexer_budget": 8,
     "indexer_compress_ratio": 4, "deepstack_layer_map": [(0, 0)],
 }  # fmt: skip
 
-# Towers that the whole model is too large to show.
+# Parts of models that are too large as a whole.
 PARTS = {
     "align (text)": "AlignTextModel",
     "clap (text)": "ClapTextModel",
     "gemma3n (text)": "Gemma3nTextModel",
     "step3p7 (text)": "Step3p7TextModel",
 }
-# A model type, and what is changed in its configuration.
+# A model type, and changes of its configuration.
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma (both sides)": ("gemma", {"use_bidirectional_attention": True}),
     "gemma2 (both sides)": ("gemma2", {"use_bidirectional_attention": True}),
@@ -89,7 +89,7 @@ RESNET = {
     "backbone_config.depths": [1, 1, 1, 1],
 }  # fmt: skip
 PLACES = {"image_token_index": 5, "video_token_index": 5}
-# What a configuration has no usable default for.
+# Values without a usable default in the configuration.
 SETTINGS: dict[str, dict[str, Any]] = {
     "autoformer": SERIES,
     "informer": SERIES,
@@ -112,7 +112,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": INDEXER,
     "qwen4_exp": {"text_config": INDEXER},
 }
-# What is set once the sizes are: a path into the configuration, and its value.
+# Values set after the sizes: a path into the configuration, and its value.
 AFTERWARDS: dict[str, dict[str, Any]] = {
     "gemma3n (text)": {
         "num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2, "num_kv_shared_layers": 2,
@@ -130,7 +130,7 @@ AFTERWARDS: dict[str, dict[str, Any]] = {
 
 
 class CannotBuild(Exception):
-    """The model does not come small, or cannot be called with inputs made here; the text says why."""
+    """The model cannot be made small, or cannot be called with the inputs made here; the text says why."""
 
 
 def architectures() -> list[str]:
@@ -327,7 +327,7 @@ def _model_of(kind: type, mapping: Any) -> Any:
 
 
 def _parameters(model: Any, config: Any) -> int:
-    """How many it would have, without making them; 0 where it reads a number while it is made."""
+    """The number of its parameters, without allocating them; 0 if the model reads a value while it is built."""
     with contextlib.suppress(Exception), torch.device("meta"):
         made = model._from_config(copy.deepcopy(config), attn_implementation="eager", experts_implementation="eager")
         return sum(p.numel() for p in made.parameters())

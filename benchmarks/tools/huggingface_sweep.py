@@ -8,9 +8,9 @@
 Some models need timm, torchvision or scipy. The stored table was made with these; without them such a model is not
 built, and `examine` says so.
 
-Each is computed in float64, where two ways to the same thing agree to rounding: what differs differs in meaning. Inputs
-are unpadded, padded on the right and on the left; a model is compared in evaluation, and in training with its
-gradients. Of padded inputs the tokens count, not the padding.
+Each is computed in float64, in which two ways to the same result agree to rounding, so a difference is one of meaning.
+Inputs are unpadded, padded on the right and on the left. A model is compared in evaluation, and in training with its
+gradients. In padded inputs only the tokens are compared, not the padding.
 """
 
 import argparse
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "huggingface.json"
 
 
 def outputs(model: nn.Module, given: dict[str, Any], padding: str) -> dict[str, Tensor]:
-    """What the model gives where it counts, by name; in training also the gradient of it in one vector."""
+    """The model's outputs at tokens, by name; in training also their gradient in one vector."""
     torch.manual_seed(0)
     model.zero_grad(set_to_none=True)
     result = model(**given)
@@ -70,7 +70,7 @@ def _named(result: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def compare(model: nn.Module, other: str, padding: str, training: bool) -> str | None:
-    """None where both agree, otherwise what differs and by how much. An error of the other is raised."""
+    """None if both agree, otherwise what differs and by how much. An error of the other is raised."""
     model = on(model, "eager").train(training)
     with Float64(), _without_grad(not training):
         expected = given = None
@@ -107,7 +107,7 @@ def _without_grad(off: bool) -> Iterator[None]:
 
 
 def on(model: nn.Module, name: str) -> nn.Module:
-    """The model with this attention: switched, or where transformers does not switch it, made anew."""
+    """The model with this attention: switched, or made again if transformers does not switch it."""
     change: Any = model
     if name == "sdpa" and not change._supports_sdpa:  # its parts may
         asked = {"": "eager"}
@@ -222,7 +222,7 @@ def main() -> None:
 
 
 def quiet() -> None:
-    """No advice by transformers while hundreds of models are made."""
+    """Turn off advice by transformers while hundreds of models are made."""
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Bring home what a run on another machine wrote: FOLDER/<device>/<suite>.csv into benchmarks/results.
+"""Copy the results of a run on another machine, FOLDER/<device>/<suite>.csv, into benchmarks/results.
 
 python -m benchmarks.tools.merge FOLDER      # or FOLDER/<device>.tar, which holds the same
 """

@@ -18,7 +18,7 @@ from benchmarks.harness import results, summary
 from benchmarks.harness.results import Row
 from benchmarks.harness.summary import OWN, Cell, number
 
-# One colour per provider in every chart: this package's stands out, relatives share a hue.
+# Each provider has the same colour in every chart: this package's stands out, related providers share a hue.
 COLOURS = {
     OWN: "#d62728", "sdpa-cudnn": "#1f77b4", "sdpa-flash": "#2ca02c", "sdpa-efficient": "#98df8a",
     "sdpa-math": "#c7c7c7", "sdpa": "#1f77b4", "flex": "#ff7f0e", "varlen": "#9467bd", "flash-attn-2": "#8c564b",
@@ -127,9 +127,9 @@ GROUPS = ("#1f77b4", "#2ca02c", "#ff7f0e", "#d62728")
 
 
 def scaling(rows: Sequence[Row], path: Path) -> None:
-    """By network, number of GPUs and length: the part of a played step in which a rank works, the quickest way.
+    """By network, number of GPUs and length: the part of a step in which a rank works, with the fastest strategy.
 
-    Narrow and in large type, to be read on half a page.
+    It is narrow with large type, to be read on half a page.
     """
     import matplotlib
 
@@ -206,7 +206,7 @@ def draw_all(folder: Path, output: Path) -> list[Path]:
 
 
 def rate(row: Row) -> float | None:
-    """GFLOP/s by the least time, as the tables of a CPU are."""
+    """GFLOP/s by the least time, like the tables of a CPU."""
     tflops, least, median = (number(row, name) for name in ("tflops", "min_ms", "p50_ms"))
     return None if not tflops or not least or not median else 1e3 * tflops * median / least
 
@@ -226,7 +226,7 @@ STYLES: dict[str, Any] = {"forward": "-", "backward": "--"}
 
 
 def draw_rates(panels: dict[str, list[Cell]], rows: Sequence[Row], path: Path) -> None:
-    """A panel for each case: GFLOP/s over allowed pairs by length, beside the best peer and a matrix product."""
+    """A panel for each case: GFLOP/s over allowed pairs by length, with the best peer and a matrix product."""
     import matplotlib
 
     matplotlib.use("Agg")

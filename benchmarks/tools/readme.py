@@ -1,4 +1,4 @@
-"""Writes measured numbers into the texts, between markers, and checks that they still are what the data says.
+"""Writes measured numbers into the texts, between markers, and checks that they still agree with the data.
 
     <!-- numbers:NAME -->anything here is replaced<!-- end -->
 
@@ -36,7 +36,7 @@ class Data:
     current: str = field(default_factory=digest)
 
     def suite(self, name: str, gpu: bool | None = None) -> list[Row]:
-        """Rows of the first device that has the suite, of either kind or of one."""
+        """Rows of the first device that has the suite, of both kinds or of one kind."""
         for path in results.devices(self.folder):
             if gpu is not None and path.name.startswith("cpu") == gpu:
                 continue
@@ -48,7 +48,7 @@ class Data:
         return {name: self.suite(name, gpu=True) for name in ("forward", "backward", "features", "layers", "memory")}
 
     def conditions(self, rows: Sequence[Row]) -> str:
-        """One sentence: on what, with what, when; and whether the kernels have changed since."""
+        """One sentence: the device, versions and date, and whether the kernels have changed since."""
         last = max(rows, key=lambda row: row["date"])
         where = last["gpu"] if last["gpu"] != "none" else f"{last['cpu']}, {last['threads']} thread(s)"
         text = f"Measured on {where}, torch {last['torch']}, triton {last['triton']}, commit {last['commit']}"
@@ -63,7 +63,7 @@ class Data:
 
 
 def block(table: Sequence[Sequence[str]], *sentences: str) -> str:
-    """A table and what holds for it, as paragraphs of their own."""
+    """A table and its notes, as separate paragraphs."""
     return "\n".join(["", summary.markdown(table), "", *sentences, ""])
 
 
@@ -146,7 +146,7 @@ def first_call_block(data: Data) -> str:
 
 
 def added_microseconds(case: str) -> Callable[[Data], str]:
-    """What a call adds to torch's own, by the minimum, as a bare number for a sentence."""
+    """The time that a call adds to torch's own, by the minimum, as a bare number for a sentence."""
 
     def make(data: Data) -> str:
         for line in summary.overhead_table(data.suite("overhead", gpu=False)):
@@ -232,7 +232,7 @@ BLOCKS: dict[str, Callable[[Data], str]] = {
 
 
 def render(text: str, data: Data) -> str:
-    """The text with every marked part as the data has it.
+    """The text with every marked part made from the data.
 
     Raises:
         KeyError: a marker names no block.
@@ -255,7 +255,7 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def outdated(root: Path = ROOT, data: Data | None = None, write: bool = False) -> list[str]:
-    """The pages that are not what the data says; rewrites them if asked to."""
+    """The pages that disagree with the data; rewrites them if asked to."""
     data = data or Data()
     changed = []
     for path in pages(root):

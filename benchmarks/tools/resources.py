@@ -1,8 +1,8 @@
-"""Compiles every kernel with every feature and head dim, on each Triton version, and stores what it needs of a GPU.
+"""Compiles every kernel with every feature and head dim, on each Triton version, and stores the resources it needs.
 
-Tests read the stored table (`results/resources`), compile a sample of it again, and fail where it was made from other
-kernels. Renew it after a change to `kernels/`, with the two more Tritons that `make test` installs. A row stays as it
-stands where the kernel's intermediate code is what it was made from:
+Tests read the stored table (`results/resources`), compile a sample of it again, and fail if it was made from other
+kernels. Renew it after a change to `kernels/`, with the two more Tritons that `make test` installs. A row stays if the
+kernel's intermediate code has not changed:
 
     make resources                                        # what has changed
     python -m benchmarks.tools.resources --triton 3.9.0   # the same for one version
@@ -35,7 +35,7 @@ ARCH = "sm_90"
 
 
 def share(result: Result) -> float:
-    """What the static model predicts of a kernel: 0 where it does not compile or fit, or the model does not know it."""
+    """The share that the static model predicts: 0 if a kernel does not compile or fit, or is unknown to the model."""
     if result.error or result.loop is None or result.kernel not in static_model.PRODUCTS:
         return 0.0
     block_m, block_n, warps = result.tile()
@@ -46,7 +46,7 @@ def share(result: Result) -> float:
 
 
 def smaller_share(result: Result, memory: Path | None) -> float:
-    """The best that is predicted with half of the tile."""
+    """The best predicted share with half of the tile."""
     block_m, block_n, warps = result.tile()
     stages, pipelined = re.findall(r" s(\d+)( pipelined)?$", result.config)[0]
     rest = f"{warps},{stages},2,1" if pipelined else f"{warps},{stages}"
@@ -60,19 +60,19 @@ def smaller_share(result: Result, memory: Path | None) -> float:
 
 @functools.cache
 def reader() -> str:
-    """Digest of the code that reads a compiled kernel."""
+    """A digest of the code that reads a compiled kernel."""
     parts = [inspect.getsource(part) for part in (sass, static_model, compile_report.read_nvidia)]
     return hashlib.sha256("\n".join(map(provenance.code, parts)).encode()).hexdigest()
 
 
 def code_of(case: Case) -> str:
-    """From what a case's row follows: its intermediate code, the compiler, and what reads the result."""
+    """A digest of what determines a case's row: its intermediate code, the compiler, the code that reads the result."""
     return hashlib.sha256(f"{compile_report.fingerprint_of(case)} {reader()}".encode()).hexdigest()[:12]
 
 
 def row_of(case: Case, memory: Path | None = None, stored: results.Row | None = None) -> results.Row:
-    """Compile a case and write down what it needs, unless ``stored`` is of the same code. Where registers spill in the
-    inner loop, ``smaller`` is what a smaller tile would reach instead of ``share``.
+    """Compile a case and record what it needs, unless ``stored`` is of the same code. If registers spill in the inner
+    loop, ``smaller`` is the share that a smaller tile would reach.
     """
     code = code_of(case)
     if stored is not None and stored["code"] == code:
@@ -87,7 +87,7 @@ def row_of(case: Case, memory: Path | None = None, stored: results.Row | None = 
 
 
 def python_path(version: str) -> str | None:
-    """What goes before Python's path to import this Triton; None where it is not installed."""
+    """The entry before Python's path to import this Triton; None if it is not installed."""
     if version == triton.__version__:
         return ""
     folder = os.environ.get("FASTATTN_TRITON_" + "_".join(version.split(".")[:2]), "")
@@ -95,7 +95,7 @@ def python_path(version: str) -> str | None:
 
 
 def with_triton(version: str, *arguments: str) -> int:
-    """Run this tool with another Triton version in front."""
+    """Run this tool with another Triton version first on the path."""
     folder = python_path(version)
     if folder is None:
         sys.exit(f"expected Triton {version} in its folder: `make resources` installs it")
@@ -115,12 +115,12 @@ def some(names: list[str]) -> list[Case]:
 
 
 def key_of(case: Case) -> tuple[str, ...]:
-    """That of its row, see `resources.key`."""
+    """The key of its row, see `resources.key`."""
     return case.kernel, case.feature, str(case.dim)
 
 
 def stale(version: str, chosen: list[Case], folder: Path = resources.HERE) -> list[Case]:
-    """Those whose row is missing or of other code."""
+    """The cases whose row is missing or of other code."""
     codes = {resources.key(row): row["code"] for row in results.read(resources.path(ARCH, version, folder))}
     return [case for case in chosen if codes.get(key_of(case)) != code_of(case)]
 

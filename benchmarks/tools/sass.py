@@ -1,7 +1,7 @@
 """The main loops of a compiled kernel, counted from NVIDIA's disassembly: no calibration, no GPU.
 
 A main loop is an innermost loop that takes exponentials. Kernels of `fastattn.kernels` have two: first the one over
-inner tiles, then the one over edge tiles. Behind them some have one more, which runs only if a result is not finite.
+inner tiles, then the one over edge tiles. After them some have one more, which runs only if a result is not finite.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def main_loops(sass: str) -> list[Loop]:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What a main loop holds: numbers of instructions, for each thread."""
+    """The contents of a main loop: numbers of instructions, for each thread."""
 
     instructions: int
     local: int

@@ -1,14 +1,14 @@
-"""How near to the matrix peak can a compiled kernel come? A filter for gaps above 15 %, not a figure in TFLOP/s.
+"""How close to the matrix peak can a compiled kernel come? This finds gaps above 15 %; it gives no figure in TFLOP/s.
 
 It counts the inner main loop of the compiled code (`sass`) and adds up, per tile and multiprocessor, the cycles of the
 tensor cores, of instruction issue, of the exponentials, of shared memory and of the L2 cache. One warp per warp group
-then walks through the loop in order: products run on beside it until it waits for them, and a copy that is awaited
-before it can have come is exposed. Nothing here was fitted to a GPU. Compare configurations with it, and distrust
-differences below 15 %.
+then executes the loop in order: products run asynchronously until it waits for them, and it also waits for a copy that
+cannot have arrived yet. Nothing here was fitted to a GPU. Compare configurations with it, and distrust differences
+below 15 %.
 
     python -m benchmarks.tools.static_model --dims 64 128 256 --features plain causal
 
-`--store` keeps the shares where the first run on a GPU looks for them, to print them beside what it measures.
+`--store` keeps the shares for the first run on a GPU, which prints them with its measurements.
 """
 
 import argparse
@@ -66,10 +66,10 @@ class Prediction:
     programs: int
     """resident on a multiprocessor"""
     share: float
-    """useful products of the kernel over what the tensor cores could do meanwhile"""
+    """useful products of the kernel, as a share of what the tensor cores could do in the same time"""
 
     def bound(self) -> str:
-        """The name of what limits: a unit, or ``waits`` where none is busy for 80 % of the time."""
+        """The name of the limit: a unit, or ``waits`` if none is busy for 80 % of the time."""
         units = {name: getattr(self, name) for name in ("tensor", "issue", "exponentials", "half_rate", "shared", "l2")}
         name = max(units, key=lambda unit: units[unit])
         return name if units[name] >= 0.8 * self.cycles() else "waits"
@@ -93,7 +93,7 @@ def wgmma_cycles(instruction: Instruction) -> float:
 
 
 def shared_bytes(instruction: Instruction) -> float:
-    """What one warp's instruction moves through shared memory, which is also the first-level cache."""
+    """The bytes that one warp's instruction moves through shared memory, which is also the first-level cache."""
     shape = instruction.wgmma_shape()
     if shape is not None:
         n, k, shared = shape
@@ -107,7 +107,7 @@ def shared_bytes(instruction: Instruction) -> float:
 
 
 def walk(loop: Loop, warps: int) -> float:
-    """Cycles of an iteration when every warp goes through the loop in order, all of a quarter's warps in step."""
+    """Cycles of an iteration if every warp executes the loop in order, with all warps of a quarter in step."""
     resident = warps / 4  # warps of a quarter of the multiprocessor, and warp groups
     now, tensor_free, unit_free = 0.0, 0.0, 0.0
     groups: collections.deque[float] = collections.deque([0.0], maxlen=64)
@@ -173,7 +173,7 @@ def wave_share(tiles: int, programs: int) -> float:
 
 
 def backward_share(shares: dict[config.Kernel, float]) -> float:
-    """Of the five products that a backward pass needs, when its kernels do those in PRODUCTS at these shares."""
+    """The share for the five products of a backward pass, if its kernels do those in PRODUCTS at these shares."""
     return 5 / sum(PRODUCTS[kernel] / share for kernel, share in shares.items())
 
 
@@ -229,7 +229,7 @@ def text(table: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    """Command line: compile, print the table, and write it where asked to."""
+    """Command line: compile, print the table, and write it to a file if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
     parser.add_argument("--dims", nargs="+", type=int, default=list(compile_report.DIMS))

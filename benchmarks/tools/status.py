@@ -1,6 +1,6 @@
-"""Writes docs/status.md: what has passed on which GPU at which commit, and what has never run on one.
+"""Writes docs/status.md: which checks passed on which GPU at which commit, and which have never run on one.
 
-python -m benchmarks.tools.status --write      or --check, which fails where the page is not what the data says
+python -m benchmarks.tools.status --write      or --check, which fails if the page disagrees with the data
 """
 
 import argparse
@@ -26,7 +26,7 @@ the test suite and not of this page. The CUDA C++ kernels of `csrc/`, which noth
 of each table of checks.
 """
 CUDA = "CUDA C++"
-"""The check of the kernels that `make ext` compiles, each pass by itself; recorded among the tests."""
+"""The check of the kernels that `make ext` compiles, for each pass; recorded with the tests."""
 OTHER_CHECKS = {
     "large": "tensors of more than 2^31 elements",
     "determinism": "50 repeats are equal bit for bit",
@@ -47,7 +47,7 @@ KERNELS: dict[str, tuple[str, Callable[[results.Row], bool]]] = {
         "block mask": "`BlockMask`, in the kernels above",
     }.items()},
 }  # fmt: skip
-"""Line of the table of kernels -> what it is, which rows are about it; those of no feature are about all."""
+"""Line of the table of kernels -> its description and its rows; rows without a feature belong to all lines."""
 
 
 def verdict(rows: Sequence[results.Row], expected: int, current: str) -> str:
@@ -85,7 +85,7 @@ def page(folder: Path = results.HERE, current: str | None = None) -> str:
 
 
 def section(title: str, rows: Sequence[results.Row], current: str, intro: str = "") -> str:
-    """What one GPU has seen: kernels by checks, features by kernels, then each check as a whole."""
+    """The results of one GPU: kernels by checks, features by kernels, then each check as a whole."""
     kinds = ("parity", *(check for check in OTHER_CHECKS if check != "tests"))
     overview = [["kernel", "", *kinds]]
     for name, (text, about) in KERNELS.items():
