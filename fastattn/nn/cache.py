@@ -1,8 +1,8 @@
 """KV caches for the layers: they keep earlier keys and values, so that a step computes new tokens only.
 
 A model makes one (`make_cache`) and fills it; between steps the caller may select, crop or release entries. Batch
-entries may have different lengths. `lens` is a tensor on the device. `length` is the host's upper bound on them: by it
-a full cache raises before anything is written.
+entries may have different lengths, `lens`, a tensor on the device. `length` is an upper bound of them on the host: by
+it a full cache raises before anything is written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class KVCache:
         k, v: per layer (batch, capacity, num_kv_heads, head_dim).
         k_scale, v_scale: per layer (batch, capacity, num_kv_heads); empty lists where nothing is quantised.
         lens: int32 (batch,), tokens in the cache.
-        length: the longest entry, on the host; entries may be shorter.
+        length: an upper bound of `lens`, on the host.
         block_table: int32 (batch, pages), or None; see `fastattn.attention_with_kvcache`.
         memory: per layer the keys and values (batch, num_kv_heads, S, head_dim) of what a decoder with
             cross-attention attends to, or None.
@@ -73,9 +73,9 @@ class KVCache:
         self.memory_mask: Tensor | None = None
         self.lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.length = 0
-        rows = self._rows(batch)
+        first_sizes = self._buffer_sizes(batch)
         self.k, self.v = (
-            [torch.empty(*rows, num_kv_heads, head_dim, device=device, dtype=dtype) for _ in range(num_layers)]
+            [torch.empty(*first_sizes, num_kv_heads, head_dim, device=device, dtype=dtype) for _ in range(num_layers)]
             for _ in "kv"
         )
         scaled = self.k if dtype in QUANTISED else []
@@ -87,8 +87,8 @@ class KVCache:
             [function(x) for x in buffers] for buffers in (self.k, self.v, self.k_scale, self.v_scale)
         )
 
-    def _rows(self, batch: int) -> tuple[int, int]:
-        """The two first sizes of a buffer."""
+    def _buffer_sizes(self, batch: int) -> tuple[int, int]:
+        """The first two sizes of a buffer: pages and tokens of a page, or entries and capacity."""
         return batch, self.capacity
 
     @property

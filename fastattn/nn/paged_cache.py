@@ -47,7 +47,8 @@ class SlidingWindowCache(KVCache):
         _check_page_size(page_size)
         self.window, self.page_size = window, page_size
         self.chunk = chunk
-        self._pages = -(-(window + chunk - 1) // page_size) + 1  # as many as `window + chunk` positions can touch
+        # `window + chunk` positions can touch as many pages
+        self._pages_per_entry = -(-(window + chunk - 1) // page_size) + 1
         super().__init__(num_layers, batch, capacity, num_kv_heads, head_dim, device=device, dtype=dtype)
         with torch.inference_mode(False):
             self.block_table = self._table(self.batch)
@@ -55,11 +56,11 @@ class SlidingWindowCache(KVCache):
     def _table(self, batch: int) -> Tensor:
         """The page of the cache for each page of a text, for every entry: int32 (batch, pages of a text)."""
         options: dict[str, Any] = {"dtype": torch.int32, "device": self.lens.device}
-        table = torch.arange(-(-self.capacity // self.page_size), **options) % self._pages
-        return torch.arange(batch, **options)[:, None] * self._pages + table
+        table = torch.arange(-(-self.capacity // self.page_size), **options) % self._pages_per_entry
+        return torch.arange(batch, **options)[:, None] * self._pages_per_entry + table
 
-    def _rows(self, batch: int) -> tuple[int, int]:
-        return batch * self._pages, self.page_size
+    def _buffer_sizes(self, batch: int) -> tuple[int, int]:
+        return batch * self._pages_per_entry, self.page_size
 
     def reserve(self, new: int) -> None:
         if self.chunk is not None and new > self.chunk:
@@ -78,7 +79,8 @@ class SlidingWindowCache(KVCache):
     @torch.inference_mode(False)
     def select(self, index: Tensor) -> None:
         check_index(index, self.batch)
-        pages = (index[:, None] * self._pages + torch.arange(self._pages, device=index.device)).flatten()
+        each = torch.arange(self._pages_per_entry, device=index.device)
+        pages = (index[:, None] * self._pages_per_entry + each).flatten()
         self._replace_buffers(lambda x: selected(x, pages))
         self._select_lengths(index)
         if self.block_table is not None and index.shape[0] != self.block_table.shape[0]:
@@ -125,9 +127,9 @@ class PagedCache(KVCache):
             )
         self._owned: list[list[int]] = [[] for _ in range(self.batch)]
         self._free = list(range(self.k[0].shape[0]))[::-1]
-        self._room = 0  # every entry has places for at least this many more tokens
+        self._reserved = 0  # every entry has pages for at least this many more tokens
 
-    def _rows(self, batch: int) -> tuple[int, int]:
+    def _buffer_sizes(self, batch: int) -> tuple[int, int]:
         pages = self._num_pages if self._num_pages is not None else batch * -(-self.capacity // self.page_size)
         return pages, self.page_size
 
@@ -138,7 +140,7 @@ class PagedCache(KVCache):
 
     def reserve(self, new: int) -> None:
         check_new(new)
-        if new <= self._room:
+        if new <= self._reserved:
             return
         if torch.compiler.is_compiling():
             raise RuntimeError("cache.reserve: expected a call before the compiled step, which cannot assign pages")
@@ -157,7 +159,7 @@ class PagedCache(KVCache):
             own.extend(self._free.pop() for _ in range(n))
         self._write_table()
         places = [len(own) * self.page_size - n for own, n in zip(self._owned, lens, strict=True)]
-        self._room = min(*places, self.capacity - self.length)
+        self._reserved = min(*places, self.capacity - self.length)
 
     def _write_table(self) -> None:
         assert self.block_table is not None
@@ -167,7 +169,7 @@ class PagedCache(KVCache):
 
     def count(self, new: int) -> None:
         super().count(new)
-        self._room -= new
+        self._reserved -= new
 
     def release(self, entry: int) -> None:
         """Empty one entry and return its pages to the pool, so that another sequence can take its place."""
@@ -177,7 +179,7 @@ class PagedCache(KVCache):
         self._free.extend(self._owned[entry])
         self._owned[entry] = []
         self.lens[entry] = 0
-        self._room = 0
+        self._reserved = 0
 
     def crop(self, length: int) -> None:
         super().crop(length)
@@ -185,7 +187,7 @@ class PagedCache(KVCache):
         for own in self._owned:
             self._free.extend(own[kept:])
             del own[kept:]
-        self._room = 0
+        self._reserved = 0
 
     @torch.inference_mode(False)
     def select(self, index: Tensor) -> None:
@@ -193,7 +195,7 @@ class PagedCache(KVCache):
         sources, lens = index.tolist(), self.lens.tolist()
         used = [-(-lens[b] // self.page_size) for b in sources]
         kept = [page for b, n in zip(sources, used, strict=True) for page in self._owned[b][:n]]
-        pool = max(self.k[0].shape[0], self._rows(len(sources))[0])
+        pool = max(self.k[0].shape[0], self._buffer_sizes(len(sources))[0])
         if len(kept) > pool:
             raise ValueError(f"cache: expected a pool of {len(kept)} pages for this selection, got {pool}")
         pages = torch.tensor(kept, dtype=torch.int64, device=self.lens.device)
@@ -212,7 +214,7 @@ class PagedCache(KVCache):
         if self.block_table is not None and len(sources) != self.block_table.shape[0]:
             self.block_table = self.block_table.new_zeros(len(sources), self.block_table.shape[1])
         self._write_table()
-        self._room = 0
+        self._reserved = 0
 
 
 def _check_page_size(page_size: int) -> None:

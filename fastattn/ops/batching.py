@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn.ops.schema import Backward, DoubleBackward, Forward, flatten, unflatten
 from fastattn.spec import Operands
 
-# PyTorch has no public names for these.
+# PyTorch has no public names for these. Tested with PyTorch 2.11 and 2.13.
 _C: Any = torch._C
 _is_batched = _C._functorch.is_legacy_batchedtensor
 _add_batch_dim, _remove_batch_dim = _C._VariableFunctions._add_batch_dim, _C._VariableFunctions._remove_batch_dim

@@ -60,7 +60,7 @@ def _differentiable(gradients: tuple[Tensor | None, ...], given: tuple[Tensor | 
     """A hook: replace the kernel's gradients, which have no derivative, by the reference's. None keeps them."""
     if not torch.is_grad_enabled() or given[0] is None:
         return None
-    try:  # private names of PyTorch, which a version may change
+    try:  # private names of PyTorch, tested with 2.11 and 2.13; another version may change them
         node: Any = torch._C._current_autograd_node()
         q, k, v, mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
         scale, causal = node._saved_scale, node._saved_is_causal

@@ -13,12 +13,12 @@ from fastattn.spec import Operands, Options, make_spec
 
 
 class Effect(NamedTuple):
-    """On one result; a value per element, or one for all."""
+    """What rounding may do to one result, for each element or for all: `docs/numerics.md`, "The rounding term"."""
 
     summed: Tensor
-    """the size of what is summed on the way to it"""
+    """the sum of the absolute values of the terms that are summed on the way to the result"""
     stored: Tensor = torch.zeros(())
-    """the error that follows from what was stored between the passes"""
+    """the error that follows from the rounding of the output that the forward pass stored"""
 
 
 def learned_operands(options: dict[str, Any]) -> dict[str, Tensor]:
@@ -31,12 +31,12 @@ def effects(
     inputs: dict[str, Any], options: dict[str, Any], seed: int, out: Tensor, lse: Tensor, actual_out: Tensor,
     first_batch: int = 0, lse_alone: bool = False,
 ) -> dict[str, Effect]:  # fmt: skip
-    """Per result, what rounding does on the way to it, to first order.
+    """The effect of rounding on each result, to first order.
 
     A fused backward has ``dS = P * (dP - delta)`` with ``P = exp(S - lse)`` and ``delta = sum(dO * O) - dlse``. Every
-    term is rounded in the accumulator, at its own size, not at that of the sum: large terms may cancel. Beside that,
-    delta comes from the O that the forward pass stored in the dtype of the inputs: ``actual_out``, itself held to the
-    rule. ``out`` and ``lse`` are exact, in float64.
+    term is rounded in the accumulator at its own size, not at that of the sum, since large terms may cancel. Besides,
+    delta reads the O that the forward pass stored in the dtype of the inputs. That is ``actual_out``, which is itself
+    held to the rule; ``out`` and ``lse`` are exact, in float64.
 
     ``lse_alone``: P is computed from an lse that was rounded at its own size, as PyTorch's kernel does. The absolute
     error of the exponent is then P's relative error. Ours store the maximum and the logarithm of the sum apart.
@@ -46,9 +46,9 @@ def effects(
     spec = make_spec(q, k, v, **{**options, **learned})
     assert spec.q_offset is not None
     dout, dlse = inputs["dout"].double(), inputs.get("dlse")
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     operands = definition.cut(spec.operands(None), (0, q.shape[2]), (0, k.shape[2]))
-    s, t, distance = definition.scores(q, k, operands, spec.options, 0, 0)
+    s, tanh, distance = definition.scores(q, k, operands, spec.options, 0, 0)
     finite_lse = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
     p = torch.exp(s - finite_lse)
     kept = torch.ones(())
@@ -74,7 +74,9 @@ def effects(
         p_size = p_size * (1.0 + exponent)
     ds_stored = p * (dout * (actual_out.detach().double() - out)).sum(-1, keepdim=True)
     scale = abs(spec.scale)
-    capped, capped_stored = (ds, ds_stored) if t is None else (ds * (1.0 - t * t), ds_stored * (1.0 - t * t))
+    capped, capped_stored = ds, ds_stored
+    if tanh is not None:
+        capped, capped_stored = ds * (1.0 - tanh * tanh), ds_stored * (1.0 - tanh * tanh)
 
     def per_key_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (inputs["k"].shape[1], -1)).sum(2)

@@ -32,12 +32,13 @@ def double_backward(
     times the direction. A second backward pass receives the direction and returns these results as the gradients of
     dout, dlse, q, k, ... Without ``dout`` only ``tout`` and ``tlse`` are filled.
 
-    With ``y`` the direction's scores, ``lse' = sum_j p y`` and ``p' = p (y - lse')``::
+    ``t`` before a name means its derivative along the direction (its tangent): ``ts`` is that of the scores. ``_``
+    after a name means the block's copy in the compute dtype. With ``dp = dout v^T``::
 
-        out' = p' v + p tv
-        w    = y * (dout v^T) + dout tv^T,   delta = sum_j p (dout v^T) - dlse
-        d/ds = p (w - sum_j p w - lse' (dout v^T - sum_j p (dout v^T)) - delta (y - lse'))
-        d/dy = p (dout v^T - delta)
+        tlse  = sum_j p ts,   tp = p (ts - tlse),   tout = tp v + p tv
+        w     = ts * dp + dout tv^T,   delta = sum_j p dp - dlse
+        d/ds  = p (w - sum_j p w - tlse (dp - sum_j p dp) - delta (ts - tlse))
+        d/dts = p (dp - delta)
     """
     if operands.cu_seqlens_q is not None:
         return _packed(tout, tlse, gradients, direction, dout, dlse, q, k, v, operands, options)
@@ -52,20 +53,20 @@ def double_backward(
             q_, k_[:, :, own], cut(operands, *block), options, block.rows[0], block.keys[0], shift
         )
         p, p_sink, *_ = softmax_of(s, sinks_of(operands, dtype))
-        slope = None if tanh is None else 1.0 - tanh * tanh  # of the capped scores
+        cap_slope = None if tanh is None else 1.0 - tanh * tanh  # of the capped scores
         product = grouped_matmul(tq_, k_[:, :, own].mT).add_(grouped_matmul(q_, tk_[:, :, own].mT)).mul_(options.scale)
-        y = _directed_scores(product if slope is None else product * slope, direction, distance, block)
-        directed_lse = (p * y).sum(-1, keepdim=True)
-        tsink = y.new_zeros(()) if direction.sinks is None else direction.sinks.to(dtype)[:, None, None]
+        ts = _score_tangents(product if cap_slope is None else product * cap_slope, direction, distance, block)
+        tlse_ = (p * ts).sum(-1, keepdim=True)
+        tsink = ts.new_zeros(()) if direction.sinks is None else direction.sinks.to(dtype)[:, None, None]
         if p_sink is not None:
-            directed_lse = directed_lse + p_sink * tsink
+            tlse_ = tlse_ + p_sink * tsink
         keep = None
         if operands.seed is not None:
             keep = kept(operands.seed, options.dropout_p, p, block, first_batch)
-        tp = p * (y - directed_lse)
+        tp = p * (ts - tlse_)
         tp, dropped = (tp, p) if keep is None else (tp * keep, p * keep)
         tout[:, :, row_slice] = grouped_matmul(tp, v_[:, :, own]) + grouped_matmul(dropped, tv_[:, :, own])
-        tlse[:, :, row_slice] = directed_lse.squeeze(-1)
+        tlse[:, :, row_slice] = tlse_.squeeze(-1)
         if dout is None:
             continue
         dout_ = dout[:, :, row_slice].to(dtype)
@@ -74,35 +75,35 @@ def double_backward(
         dp, w = grouped_matmul(dout_, v_[:, :, own].mT), grouped_matmul(dout_, tv_[:, :, own].mT)
         if keep is not None:
             dp, w = dp.mul_(keep), w.mul_(keep)
-        w.addcmul_(dp, y)
+        w.addcmul_(dp, ts)
         dp_sum, w_sum = (p * dp).sum(-1, keepdim=True), (p * w).sum(-1, keepdim=True)
         delta = dp_sum if dlse is None else dp_sum - dlse[:, :, row_slice, None].to(dtype)
-        dy = p * (dp - delta)
-        ds = w.sub_(w_sum).sub_((dp - dp_sum).mul_(directed_lse)).sub_((y - directed_lse).mul_(delta)).mul_(p)
-        del w, dp, y
+        dts = p * (dp - delta)
+        ds = w.sub_(w_sum).sub_((dp - dp_sum).mul_(tlse_)).sub_((ts - tlse_).mul_(delta)).mul_(p)
+        del w, dp, ts
         sums.add_dbias(ds, block)
         sums.add_dslopes(ds, distance)
         if p_sink is not None:
-            sums.add_dsinks(p_sink * (directed_lse * dp_sum - w_sum - delta * (tsink - directed_lse)))
-        if tanh is not None and slope is not None and options.softcap is not None:
-            dy = dy * slope
-            ds = ds * slope - 2.0 / options.softcap * tanh * product * dy
+            sums.add_dsinks(p_sink * (tlse_ * dp_sum - w_sum - delta * (tsink - tlse_)))
+        if tanh is not None and cap_slope is not None and options.softcap is not None:
+            dts = dts * cap_slope
+            ds = ds * cap_slope - 2.0 / options.softcap * tanh * product * dts
         if gradients.k is not None:
-            dk = key_sum(ds, q_, k.shape[1], careful=False) + key_sum(dy, tq_, k.shape[1], careful=False)
+            dk = key_sum(ds, q_, k.shape[1], careful=False) + key_sum(dts, tq_, k.shape[1], careful=False)
             sums.add_dk(dk * options.scale, block)
         if gradients.q is not None:
-            dq = grouped_matmul(ds, k_[:, :, own]) + grouped_matmul(dy, tk_[:, :, own])
+            dq = grouped_matmul(ds, k_[:, :, own]) + grouped_matmul(dts, tk_[:, :, own])
             gradients.q[:, :, row_slice] = dq * options.scale
     sums.store()
 
 
-def _directed_scores(y: Tensor, direction: Inputs, distance: Tensor, block: Block) -> Tensor:
-    """The derivative of the scores along the direction, from that of the capped products."""
+def _score_tangents(ts: Tensor, direction: Inputs, distance: Tensor, block: Block) -> Tensor:
+    """The tangents of the scores from ``ts``, those of the capped products."""
     if direction.bias is not None:
-        y = y + cut_scores(direction.bias, *block).to(y.dtype)
+        ts = ts + cut_scores(direction.bias, *block).to(ts.dtype)
     if direction.alibi_slopes is not None:
-        y = y - direction.alibi_slopes.to(y.dtype)[:, :, None, None] * distance.abs().to(y.dtype)
-    return y
+        ts = ts - direction.alibi_slopes.to(ts.dtype)[:, :, None, None] * distance.abs().to(ts.dtype)
+    return ts
 
 
 def _packed(
