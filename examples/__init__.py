@@ -1,1 +1,1 @@
-"""Worked cases to read and to run, each a package: `python -m examples.forecast`."""
+"""Worked cases to read and to run. Each is a package: `python -m examples.forecast`."""

@@ -1,4 +1,4 @@
-"""How long a training step takes on fastattn's layers, beside the same step on torch.nn's, in one run."""
+"""The time of a training step with fastattn's layers and of the same step with torch.nn's, in one run."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Beside:
 def time_beside(ours: nn.Module, theirs: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Beside:
     """Time forward and backward pass of both models in training mode, for `SECONDS`.
 
-    They take turns, so that what else the machine does meets both. Modes are left as they were, gradients are not.
+    They take turns, so that other work of the machine affects both. Modes do not change; gradients are deleted.
     """
     times: dict[nn.Module, list[float]] = {ours: [], theirs: []}
     modes = {model: model.training for model in times}
     for model in times:
-        _step(model.train(), loss)  # what is made once is made now
+        _step(model.train(), loss)  # makes what is made only once
     end = time.perf_counter() + SECONDS
     while not times[theirs] or time.perf_counter() < end:
         for model, taken in times.items():
@@ -46,7 +46,7 @@ def time_beside(ours: nn.Module, theirs: nn.Module, loss: Callable[[nn.Module], 
 
 
 def _step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
-    """Leaves no gradient behind."""
+    """Run a step and delete its gradients."""
     value = loss(model)
     value.backward()
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""What the examples share: the frame of a program, a progress bar, checkpoints, metrics.json, the look of figures."""
+"""What all examples use: the frame of a program, a progress bar, checkpoints, metrics.json, the style of figures."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ STYLE: dict[Any, Any] = {  # matplotlib types its keys as the literal strings
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says why and what to do."""
+    """The user's input cannot be used; the message says why and what to do."""
 
 
 def run_program(run: Callable[[], None], goes_on_from: str) -> int:
-    """Run an example to its end; returns the exit code: 0; 2 if the input cannot be used; 130 if the user stops it.
+    """Run an example to its end. Returns the exit code: 0; 2 if the input cannot be used; 130 if the user stops it.
 
     Args:
-        run: everything after the arguments are read.
+        run: the whole example after its arguments are read.
         goes_on_from: where `--resume` continues, for the message after Ctrl-C.
     """
     try:
@@ -48,21 +48,21 @@ def run_program(run: Callable[[], None], goes_on_from: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", 0)) == 0:  # of several processes one says it
+        if int(os.environ.get("RANK", 0)) == 0:  # only one of several processes prints it
             print(f"\nstopped; the same command with --resume goes on from the last {goes_on_from}", file=sys.stderr)
         return 130
     return 0
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, output: Path) -> None:
-    """What every example takes; `check_device` completes it."""
+    """Add the arguments of every example; `check_device` completes them."""
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the output folder")
     parser.add_argument("--output", type=Path, default=output, metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 
 
 def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Choose the device, or stop where the one asked for is not there."""
+    """Choose the device, or stop if the requested one does not exist."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch finds no CUDA device")
@@ -77,7 +77,7 @@ def positive(text: str) -> int:
 
 
 class Progress:
-    """A bar on stderr: redrawn in a terminal; in a log file, a line for every tenth of the way."""
+    """A progress bar on stderr: redrawn in a terminal; in a log file, one line for every tenth."""
 
     def __init__(self, total: int, width: int = 30) -> None:
         self.total, self.width = total, width
@@ -87,7 +87,7 @@ class Progress:
         self.tenth = 0
 
     def show(self, done: int, note: str) -> None:
-        """`done` of the total are; `note` says more."""
+        """Show that `done` of the total are done; `note` is a further text."""
         share = min(done / max(self.total, 1), 1.0)
         seconds = time.monotonic() - self.start
         self.first = done - 1 if self.first is None else self.first
@@ -115,27 +115,27 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    partial.replace(path)  # in one step: a run stopped while writing leaves the checkpoint before
+    partial.replace(path)  # in one step: a run that is stopped while it writes leaves the old checkpoint
 
 
 def read_checkpoint(
     path: Path, identity: dict[str, dict[str, Any]], device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
-    """What was saved.
+    """Read a saved state.
 
     Args:
         identity: settings by group ("config", "recipe", "data") that the checkpoint must have been written with.
-        device: where its tensors go.
+        device: the device of its tensors.
 
     Raises:
-        CheckpointError: it was not, or it is no checkpoint.
+        CheckpointError: it was written with other settings, or it is no checkpoint.
     """
     try:
         # weights_only: a checkpoint is data. Without it, loading a stranger's file can run the stranger's code.
         state = torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # on a file that is not its own, torch.load raises whatever its bytes lead it to
+    except Exception as error:  # on a foreign file torch.load may raise any error
         raise CheckpointError(f"{path} is not a checkpoint: {error!r}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is not a checkpoint: expected a dict, got {type(state).__name__}")
@@ -163,7 +163,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The versions and the machine that the numbers depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -176,7 +176,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write_metrics(path: Path, schema: int, metrics: dict[str, Any]) -> None:
-    """metrics.json; `schema` goes up when a field changes its meaning or leaves."""
+    """Write metrics.json; `schema` rises when a field changes its meaning or is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # allow_nan=False: NaN is not JSON, and a NaN in a result is a bug to hear about.
+    # allow_nan=False: NaN is not JSON, and a NaN in a result is a bug that must show.
     path.write_text(json.dumps({"schema": schema} | metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")

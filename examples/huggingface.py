@@ -23,7 +23,7 @@ GPT_OSS: dict[str, Any] = {
 
 @torch.no_grad()
 def results(model: PreTrainedModel, implementation: str, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the prompt, and the tokens that greedy decoding puts after it."""
+    """Logits of the prompt, and the tokens that greedy decoding adds to it."""
     model.set_attn_implementation(implementation)
     padding = torch.ones_like(tokens)
     padding[1, :5] = 0  # the second prompt is shorter: padded on the left

@@ -161,10 +161,10 @@ def table(rows: Sequence[results.Row]) -> str:
             f"{dtype} {'causal' if causal == 'yes' else 'full'} {float(found[best]['tflops']):.0f}"
             for (dtype, causal), found in sorted(by_group.items())
         )
-        numbers, behind = (best.block_m, best.block_n, best.num_warps, best.num_stages), 100 * (cost(best) - 1)
+        numbers, slower = (best.block_m, best.block_n, best.num_warps, best.num_stages), 100 * (cost(best) - 1)
         numbers += (best.split_programs,) if kernel == "decode" else ()
         pipelined = " pipelined;" * best.pipelined
-        lines.append(f"{kernel}: {head_dim}: {numbers},  #{pipelined} TFLOP/s: {rates}; {behind:.1f} % off the best")
+        lines.append(f"{kernel}: {head_dim}: {numbers},  #{pipelined} TFLOP/s: {rates}; {slower:.1f} % off the best")
     for row in rows:
         if row["stage"] == "winner":
             group = Group(

@@ -1,6 +1,6 @@
-"""The program: trains the models that were asked for, or samples from those that are trained.
+"""The program: trains the requested models, or samples from trained ones.
 
-On one process, or on several that `torchrun` has started: `--parallel` says what they share.
+It runs in one process, or in several that `torchrun` has started: `--parallel` says what they share.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Train the models one after the other, and say how well they do."""
+    """Train the models one after the other, and print their results."""
     if ranks.first:
         import examples.charlm.plots  # noqa: F401  needs matplotlib: now, not after the training
 
@@ -201,7 +201,7 @@ def report(args: argparse.Namespace, results: list[Result], recipe: Recipe, text
 
 
 def print_sample(args: argparse.Namespace, kind: Kind) -> None:
-    """Characters appear as they are drawn."""
+    """Print each character when it is drawn."""
     model, vocabulary = load(args.output / f"{kind}.pt", args.device)
     prompt = vocabulary.encode(args.prompt).to(args.device)
     position = model.config.position

@@ -73,14 +73,14 @@ class Text:
 
 
 def random_batch(tokens: Tensor, block: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Stretches of block + 1 characters from anywhere: (batch, block + 1), inputs [:, :-1] and targets [:, 1:]."""
+    """Runs of block + 1 characters from random places: (batch, block + 1), inputs [:, :-1] and targets [:, 1:]."""
     starts = torch.randint(len(tokens) - block, (batch,), generator=generator)
     return tokens[starts[:, None] + torch.arange(block + 1)]
 
 
 def windows(tokens: Tensor, block: int) -> Tensor:
-    """All stretches of block + 1 characters that follow each other: (n, block + 1).
+    """All consecutive runs of block + 1 characters: (n, block + 1).
 
-    The last character of one is the first of the next, so that each is a target once. A remainder is left out.
+    The last character of a run is the first of the next, so that each is a target once. A remainder is left out.
     """
     return tokens.unfold(0, block + 1, block)

@@ -23,7 +23,7 @@ class Shape:
     dropout: float = 0.0
 
     def config(self, vocab_size: int) -> CausalLMConfig:
-        """Both kinds have as many parameters, within one percent, at the same size."""
+        """Both kinds have equally many parameters, within one percent, at the same size."""
         size = {
             "vocab_size": vocab_size,
             "d_model": self.width,

@@ -1,4 +1,4 @@
-"""The model of kind "gpt" on torch.nn's layers, which have every part of it."""
+"""The model of kind "gpt" with torch.nn's layers, which have all of its parts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One model on several processes: which of them has which sequences, characters and heads. Alone, one has all.
+"""One model in several processes: which process has which sequences, characters and heads. A single process has all.
 
-The training loop asks `Ranks` and is otherwise that of one process.
+The training loop uses `Ranks` and is otherwise that of one process.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Sizes:
 
 
 class Ranks:
-    """The processes of a run, as one of them sees them: one that is alone, unless there is a job."""
+    """The processes of a run, seen from one of them; without a job it is the only one."""
 
     def __init__(self, job: fd.Job | None = None) -> None:
         self.job = job
@@ -56,7 +56,7 @@ class Ranks:
         self.number = 0 if job is None else job.rank
         self.count = 1 if job is None else job.mesh.size()
         self.scale = 1
-        """what a process's share of a mean is multiplied with, so that the mean over processes is the mean"""
+        """factor for a process's share of a mean, such that the mean over processes is the whole mean"""
         if job is not None:
             self.data = job.mesh["dp", "cp"]._flatten("data")  # processes with data of their own
             self.scale = self.data.size()
@@ -81,7 +81,7 @@ class Ranks:
         return fd.shard(rows, mesh=mesh["cp"], dim=1, balance=BALANCE)
 
     def mean(self, x: Tensor) -> Tensor:
-        """Over all processes with data of their own; in place."""
+        """The mean over all processes with data of their own, in place."""
         if self.job is not None:
             dist.all_reduce(x, group=self.data.get_group())
         return x.div_(self.scale)
@@ -90,24 +90,24 @@ class Ranks:
         fd.clip_grad_norm_(model.parameters(), most)
 
     def seed(self, seed: int) -> None:
-        """Dropout of its own for each process that has data of its own; the same for those that share heads."""
+        """Seed dropout: differently for each process with data of its own, equally for those that share heads."""
         if self.job is not None and self.data.size() > 1:
             torch.manual_seed(seed + self.data.get_local_rank())
 
     def stopped(self) -> bool:
-        """Whether somebody pressed Ctrl-C; all processes ask together. Alone, Ctrl-C raises by itself."""
+        """Whether somebody pressed Ctrl-C; all processes call this together. In one process Ctrl-C raises."""
         return self.job is not None and self.job.interrupted()
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Weights and optimizer, whole, as one process has them: on the first one; elsewhere empty.
+        """The whole weights and optimizer state, as of one process, on the first process; elsewhere empty.
 
-        What a model too large for one process needs instead is `torch.distributed.checkpoint`.
+        A model that is too large for one process needs `torch.distributed.checkpoint` instead.
         """
         weights, state = get_state_dict(model, optimizer, options=self._options(cpu_offload=True))
         return {"model": weights, "optimizer": state}
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """What `state` gave, whatever the number of processes was; every process has it."""
+        """Load a result of `state`, from any number of processes; every process has it."""
         set_state_dict(
             model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
             options=self._options(),
@@ -119,7 +119,7 @@ class Ranks:
         return {name: tensor.clone() for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
     def load_weights(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        """What `weights` gave; the first process tells the others."""
+        """Load a result of `weights`; the first process sends it to the others."""
         set_model_state_dict(model, dict(weights), options=self._options(broadcast_from_rank0=True))
 
     def _options(self, **options: Any) -> StateDictOptions:

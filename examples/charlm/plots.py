@@ -34,7 +34,7 @@ def plot_losses(results: list[Result], path: Path) -> None:
             lowest.append(min(mean.min(), min(history.validation)))
             highest.append(history.validation[0])
         low, high = min(lowest), max(highest)
-        # The first steps fall from afar.
+        # The losses of the first steps are far above the others.
         axis.set_ylim(low - 0.1 * (high - low) - 0.02, high + 0.3 * (high - low) + 0.02)
         axis.set_xlim(left=0)
         axis.set_xlabel("step")

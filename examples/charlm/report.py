@@ -1,4 +1,4 @@
-"""What a run says: the table of results, and all numbers for metrics.json."""
+"""The output of a run: the table of results, and all numbers for metrics.json."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def table(results: list[Result]) -> str:
 
 
 def metrics(results: list[Result], recipe: Recipe, text: Text, source: str, device: str) -> dict[str, Any]:
-    """Everything that is known about a run, for `write_metrics`."""
+    """All data of a run, for `write_metrics`."""
     return {
         "text": {
             "source": source,
@@ -67,7 +67,7 @@ def metrics(results: list[Result], recipe: Recipe, text: Text, source: str, devi
 
 
 def _evaluations(history: History) -> list[dict[str, float]]:
-    """Per evaluation: the step, the mean training loss since the one before, and the validation loss."""
+    """For each evaluation: the step, the mean training loss since the last evaluation, and the validation loss."""
     rows, start = [], 0
     for step, validation in zip(history.evaluated, history.validation, strict=True):
         train = sum(history.train[start:step]) / (step - start)

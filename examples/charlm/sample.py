@@ -1,4 +1,4 @@
-"""Text from a trained model, one character after the other, for as long as one likes."""
+"""Text from a trained model, character by character, of any length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastattn.nn import CausalLM, Learned, SlidingWindowCache
 
 
 def load(checkpoint: Path, device: str) -> tuple[CausalLM, Vocabulary]:
-    """A trained model, with the weights of its best evaluation and a view of `block` characters; and its vocabulary.
+    """A trained model, with the weights of its best evaluation and a window of `block` characters; and its vocabulary.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is another program's.
@@ -26,7 +26,7 @@ def load(checkpoint: Path, device: str) -> tuple[CausalLM, Vocabulary]:
     shape, vocabulary = Shape(**state["shape"]), Vocabulary(state["vocabulary"])
     config = shape.config(len(vocabulary))
     if not isinstance(config.position, Learned):
-        # In training `block` is all there is. Here the text goes on, and the window keeps distances to those it knows.
+        # Training texts have `block` characters. Here the window limits distances to those of training.
         config = replace(config, window=(shape.block - 1, 0))
     model = CausalLM(config)
     model.load_state_dict(state["best_model"])
@@ -36,8 +36,8 @@ def load(checkpoint: Path, device: str) -> tuple[CausalLM, Vocabulary]:
 def continue_text(model: CausalLM, prompt: Tensor, length: int, sampling: Sampling) -> Iterator[int]:
     """`length` tokens that follow prompt (L,), which holds one at least.
 
-    RoPE knows distances alone: the cache slides along, and nothing is computed twice. Learned positions end at
-    `max_len`: then the model starts again from as many last tokens as `kept_of` says.
+    RoPE depends on distances only, so the cache slides and nothing is computed twice. Learned positions end at
+    `max_len`: then the model starts again from the last `kept_of` tokens.
     """
     position = model.config.position
     if not isinstance(position, Learned):
@@ -55,5 +55,5 @@ def continue_text(model: CausalLM, prompt: Tensor, length: int, sampling: Sampli
 
 
 def kept_of(position: Learned) -> int:
-    """Tokens from which a model goes on when its positions are used up: half of them."""
+    """How many tokens a model continues from when its positions are used up: half of them."""
     return (position.max_len + 1) // 2

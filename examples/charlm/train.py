@@ -1,4 +1,4 @@
-"""The training loop: nanoGPT's recipe in plain PyTorch, with checkpoints from which it goes on."""
+"""The training loop: nanoGPT's recipe in plain PyTorch, with checkpoints to continue from."""
 
 from __future__ import annotations
 
@@ -114,11 +114,11 @@ def fit(
         if len(state["random"]) == ranks.count:
             _set_random_state(state["random"][ranks.number])
     forward = torch.compile(model) if compiled else model
-    losses: list[Tensor] = []  # on the device until they are kept: reading them would wait for it
+    losses: list[Tensor] = []  # on the device until they are saved: reading them would wait for it
     start = time.perf_counter() - history.seconds
 
     def keep() -> None:
-        """Write what a run goes on from. All processes have a part in it, the first one writes."""
+        """Write a checkpoint. All processes contribute to it; the first one writes."""
         history.train += ranks.mean(torch.stack(losses)).tolist() if losses else []
         losses.clear()
         history.seconds = time.perf_counter() - start
@@ -183,7 +183,7 @@ def loss_of(model: Callable[[Tensor], Tensor], batch: Tensor, amp: bool, ranks: 
 
 @torch.no_grad()
 def evaluate(model: CausalLM, tokens: Tensor, block: int, amp: bool = False, ranks: Ranks = ALONE) -> float:
-    """Mean cross-entropy over all windows: nothing is drawn, so that two models see the same."""
+    """Mean cross-entropy over all windows: nothing is random, so that two models see the same."""
     model.eval()
     device = next(model.parameters()).device
     parts = windows(tokens, block).split(EVALUATION_BATCH)
@@ -208,12 +208,12 @@ def read_own_checkpoint(path: Path, identity: dict[str, dict[str, Any]]) -> dict
 
 
 def _crc32(text: Text) -> int:
-    """A checksum that differs for other data."""
+    """A checksum of the data."""
     return zlib.crc32(text.validation.numpy().tobytes(), zlib.crc32(text.train.numpy().tobytes()))
 
 
 def _get_random_state() -> list[Tensor]:
-    """Of the CPU and of the GPU if there is one: dropout draws from them."""
+    """The random states of the CPU and, if there is one, the GPU: dropout draws from them."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
 
 

@@ -1,4 +1,4 @@
-"""The program: train, test, draw, and what to say about it; or convert what the user types."""
+"""The program: it trains, tests, draws and prints results, or converts what the user types."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def time_step(model: EncoderDecoder, recipe: Recipe, device: str) -> Beside:
-    """A training step beside one on torch.nn's layers, of as many parameters."""
+    """Time a training step, and one with torch.nn's layers and equally many parameters."""
     theirs = OnTorch(model).to(device)
     source, lengths, target = data.batch(data.examples("train", recipe.batch_size, f"{recipe.seed}"), device)
 
@@ -133,7 +133,7 @@ def time_step(model: EncoderDecoder, recipe: Recipe, device: str) -> Beside:
 
 
 def results_text(score: evaluate.Score, decoding: dict[str, Any]) -> str:
-    """Exact match by format, and what the cache changes."""
+    """Exact match by format, and the effect of the cache."""
     right, count = sum(score.right.values()), sum(score.count.values())
     lines = [f"\n== Exact match on {count} dates that training never saw: {right} right, {score.accuracy:.1%}"]
     lines += [f"  {name:<24}{score.right[name]:>4} of {score.count[name]}" for name in score.count]
@@ -155,7 +155,7 @@ def results_text(score: evaluate.Score, decoding: dict[str, Any]) -> str:
 
 
 def draw(folder: Path, model: EncoderDecoder, history: History, written: Sequence[data.Written]) -> list[Path]:
-    """The training, and the attention to the longest of the test dates."""
+    """Draw the training, and the attention to the longest of the test dates."""
     source = max((text for text, _ in written), key=len)
     answer = evaluate.convert(model, [source])[0].text
     weights, _, _ = evaluate.cross_attention(model, source, answer)

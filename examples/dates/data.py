@@ -47,7 +47,7 @@ FORMATS: dict[str, Format] = {
 
 
 class TextError(ValueError):
-    """The text cannot be one that the model knows how to read."""
+    """The model cannot read this text."""
 
 
 class Vocabulary:
@@ -72,9 +72,9 @@ class Vocabulary:
         return "".join(self.characters[token - self.specials] for token in tokens if token >= self.specials)
 
 
-PAD, BOS, EOS = 0, 1, 2  # padding comes after a source; a target lies between the other two
+PAD, BOS, EOS = 0, 1, 2  # padding comes after a source; a target is between the other two
 _A_YEAR = [date(1980, 1, 1) + timedelta(days) for days in range(366)]
-# Lower case: how a month is capitalised says nothing.
+# Lower case: the capitals of a month carry no information.
 SOURCE = Vocabulary({c for day in _A_YEAR for write in FORMATS.values() for c in write(day).lower()}, specials=1)
 TARGET = Vocabulary("0123456789-", specials=3)
 LONGEST_SOURCE = len("wednesday, 30 september 2065")
@@ -116,7 +116,7 @@ Part = Literal["train", "validation", "test"]
 
 
 def part_of(day: date) -> Part:
-    """Which part a date belongs to, in all formats: a hash decides, 90 % are for training."""
+    """The part that a date belongs to, in all formats, by a hash: 90 % are for training."""
     twentieth = zlib.crc32(day.isoformat().encode()) % 20
     return "test" if twentieth == 0 else "validation" if twentieth == 1 else "train"
 

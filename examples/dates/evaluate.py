@@ -1,4 +1,4 @@
-"""The trained model in use: conversion, exact match, what the KV cache changes, and where the decoder looks."""
+"""Use of the trained model: conversion, exact match, the effect of the KV cache, and the decoder's attention."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastattn.nn import EncoderDecoder
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says, and how probable it holds that."""
+    """The model's answer and its probability."""
 
     text: str
     probability: float
 
 
 def convert(model: EncoderDecoder, texts: Sequence[str]) -> list[Answer]:
-    """Written dates as ISO dates, greedily, all in one batch."""
+    """Convert written dates to ISO dates, greedily, all in one batch."""
     source, lengths = data.batch_sources(texts, next(model.parameters()).device)
     answers = with_cache(model, source, lengths)
     return [
@@ -34,7 +34,7 @@ def convert(model: EncoderDecoder, texts: Sequence[str]) -> list[Answer]:
 
 
 def with_cache(model: EncoderDecoder, source: Tensor, lengths: Tensor) -> fastattn.Generated:
-    """Each step computes one character; keys and values of those before it, and of the source, are in a cache."""
+    """Decode with a cache of the keys and values of earlier characters and of the source."""
     return fastattn.generate(
         model, source, data.LONGEST_TARGET, lengths=lengths, start=data.BOS, stop=data.EOS, pad=data.PAD
     )
@@ -58,7 +58,7 @@ def without_cache(model: EncoderDecoder, source: Tensor, lengths: Tensor) -> Ten
 
 @dataclass(frozen=True)
 class Score:
-    """How many dates came out exactly right, by format, and those that did not."""
+    """The number of exactly right dates, by format, and the wrong ones."""
 
     right: dict[str, int]
     count: dict[str, int]
@@ -129,7 +129,7 @@ def compare_decoding(model: EncoderDecoder, written: Sequence[data.Written]) -> 
 
 
 def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """The fastest of some runs, after one that warms up."""
+    """The time of the fastest of some runs, after one warm-up."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -145,12 +145,12 @@ def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
 
 @torch.no_grad()
 def cross_attention(model: EncoderDecoder, text: str, answer: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the decoder's last layer looks: weights (H, L, S) of L written characters, EOS too, over S read ones.
+    """The attention of the decoder's last layer: weights (H, L, S) of L written characters, with EOS, over S read ones.
 
     A fused operator never holds these weights. They are computed again, from the queries and keys of the layer in a
     pass with teacher forcing. Cross-attention has no positions, mask (one source, no padding) or dropout, hence
-    softmax(q k / sqrt(D)) is all there is to it: the other two results, what the layer returned and what follows from
-    the weights, (1, L, d_model) each, are the same but for rounding.
+    the weights are softmax(q k / sqrt(D)). The other two results, what the layer returned and what follows from the
+    weights, (1, L, d_model) each, are equal except for rounding.
     """
     device = next(model.parameters()).device
     layer: Any = model.decoder.blocks[-1].cross_attn

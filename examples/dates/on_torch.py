@@ -1,4 +1,4 @@
-"""A model of as many parameters on torch.nn's layers, which have not all parts of ours."""
+"""A model of equally many parameters with torch.nn's layers, which lack some parts of ours."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fastattn.nn import EncoderDecoder, PositionalEncoding, TransformerConfig
 
 
 class OnTorch(nn.Module):
-    """Takes what `model` takes in training and gives logits: another function, with weights of its own.
+    """Takes the arguments of `model` in training and returns logits: another function, with its own weights.
 
-    Where `model` has RMSNorm, SwiGLU and RoPE it has LayerNorm, ReLU between wider layers, and sinusoids.
+    Instead of RMSNorm, SwiGLU and RoPE it has LayerNorm, ReLU between wider layers, and sinusoids.
     """
 
     def __init__(self, model: EncoderDecoder) -> None:

@@ -1,4 +1,4 @@
-"""Two figures: how the model learned, and where it looks when it writes a date."""
+"""Two figures: the training of the model, and its attention when it writes a date."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _draw_weights(
     axis: Axes, weights: np.ndarray, columns: Sequence[str], rows: Sequence[str], size: float
 ) -> AxesImage:
     axis.tick_params(length=0)
-    axis.tick_params(axis="x", pad=1.1 * size)  # down to the line on which the letters stand
+    axis.tick_params(axis="x", pad=1.1 * size)  # down to the baseline of the letters
     axis.set_xticks(range(len(columns)), columns, fontsize=size, family="DejaVu Sans Mono", va="baseline")
     axis.set_yticks(range(len(rows)), rows, fontsize=size, family="DejaVu Sans Mono")
     return axis.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")

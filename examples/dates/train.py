@@ -1,4 +1,4 @@
-"""The model, and its training by teacher forcing, with checkpoints from which it goes on."""
+"""The model, and its training by teacher forcing, with checkpoints to continue from."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Recipe:
 
 @dataclass
 class History:
-    """Cross-entropy of each step; at some steps what the model does with dates that it does not learn from."""
+    """Cross-entropy of each step; at some steps the results for validation dates."""
 
     loss: list[float] = field(default_factory=list)
     validation_step: list[int] = field(default_factory=list)
@@ -126,7 +126,7 @@ def fit(
 
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Of what each position should say next: logits (N, L, V) for target (N, L + 1), BOS first; padding counts not."""
+    """Cross-entropy of each next token: logits (N, L, V) for target (N, L + 1), BOS first; padding does not count."""
     return F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=data.PAD)
 
 

@@ -1,4 +1,4 @@
-"""Forecasting with a Transformer, beside an LSTM and the simple methods that it has to beat. See docs/cases.md.
+"""Forecasting with a Transformer, compared with an LSTM and the simple methods that it has to beat. See docs/cases.md.
 
 python -m examples.forecast
 """

@@ -25,7 +25,7 @@ def last_value(horizon: int) -> Forecast:
 
 
 def seasonal_naive(horizon: int, season: int, drift: bool = False) -> Forecast:
-    """As it was one season ago; with `drift`, plus the change over the last season."""
+    """The value of one season ago; with `drift`, plus the change over the last season."""
 
     def forecast(values: np.ndarray, origins: np.ndarray) -> np.ndarray:
         # Step i copies the newest known value that is a whole number of seasons before it.
@@ -41,7 +41,7 @@ def seasonal_naive(horizon: int, season: int, drift: bool = False) -> Forecast:
 
 
 def autoregression(train: np.ndarray, order: int, horizon: int) -> Forecast:
-    """AR(order): a weighted sum of the last `order` values, by least squares; longer forecasts feed on themselves."""
+    """AR(order): a weighted sum of the last `order` values, by least squares; longer forecasts use earlier ones."""
     origins = make_origins(0, len(train), order, horizon=1)
     inputs = np.column_stack([contexts(train, origins, order), np.ones(len(origins))])
     weights, *_ = np.linalg.lstsq(inputs, train[origins], rcond=None)
@@ -104,7 +104,7 @@ def choose_ridge(
 
 
 def harmonic(train: np.ndarray, horizon: int) -> Forecast:
-    """a + b sin(w t) + c cos(w t) by least squares: what it is worth to know that the signal is one sine."""
+    """a + b sin(w t) + c cos(w t) by least squares: shows the value of knowing that the signal is one sine."""
     # w: the peak of the spectrum. Zero padding shows what lies between its bins, which are too far apart for a
     # forecast; the Hann window keeps the ends of the series, where it is cut, from moving the peak.
     padded = 100 * len(train)

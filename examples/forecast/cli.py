@@ -1,4 +1,4 @@
-"""The program: what to run, in which order, and what to say about it."""
+"""The program: it runs the parts in order and prints their results."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _cores() -> int:
-    """That this process may use; a container can have fewer than the machine."""
+    """The cores that this process may use; a container can have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -147,7 +147,7 @@ def make_problems(args: argparse.Namespace) -> list[Problem]:
 
 
 def own_problem(args: argparse.Namespace) -> Problem:
-    """The problem of --csv; says what was found in the file and not given."""
+    """The problem of --csv; prints what was found in the file and not given."""
     table = data.read_csv(args.csv, args.column, args.time_column, args.fill_gaps)
     values, times = table.values, table.times
     if args.last is not None:
@@ -202,7 +202,7 @@ def baselines_of(problem: Problem) -> dict[str, Callable[[int], Forecast]]:
 def baseline_ahead(
     problem: Problem, name: str, make_forecast: Callable[[int], Forecast], test_forecasts: np.ndarray
 ) -> Ahead:
-    """What a baseline of a real series says comes next."""
+    """The forecast of a baseline after the end of a real series."""
     horizon = problem.tests["test"].horizon
     validating = real_baselines(problem, validating=True)[name](horizon)
     return problem.look_ahead(validating, make_forecast(horizon), test_forecasts)
@@ -211,7 +211,7 @@ def baseline_ahead(
 def write_future(problem: Problem, results: Sequence[Result], folder: Path) -> Path:
     """The next values after the end of the series, by every baseline and every model at its first seed.
 
-    Beside each value the ends of its prediction interval, empty where too few validation errors leave it open.
+    Each value comes with the ends of its prediction interval; they are empty if there are too few validation errors.
     """
     horizon, series = problem.tests["test"].horizon, problem.series
     steps = np.arange(len(series.values), len(series.values) + horizon)
@@ -262,7 +262,7 @@ def print_setup(args: argparse.Namespace, problem: Problem) -> dict[str, str]:
 
 
 def print_cost(args: argparse.Namespace, problems: Sequence[Problem]) -> None:
-    """How long training can take here, measured on some batches of each model; and memory, where it is much."""
+    """Print how long training can take here, measured on some batches of each model; and the memory, if it is large."""
     seconds = sum(estimate_seconds(p, m, args.device, args.layers) for p in problems for m in p.methods)
     seconds *= args.seeds / min(args.workers, args.seeds * sum(len(p.methods) for p in problems))
     how_long = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else (

@@ -1,4 +1,4 @@
-"""Where the numbers come from, and how they are cut into train, validation and test without looking ahead."""
+"""The sources of the numbers, and their division into train, validation and test without looking ahead."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Series:
 
 
 def time_texts(times: np.ndarray) -> list[str]:
-    """As a file shows them: dates without a clock where all are at midnight."""
+    """Times as text: dates without a time of day if all are at midnight."""
     if not np.issubdtype(times.dtype, np.datetime64):
         return [f"{time:g}" for time in times]
     days = (times == times.astype("datetime64[D]")).all()
@@ -78,12 +78,12 @@ def noisy_sine(length: int, seed: int, sigma: float = 0.5) -> np.ndarray:
 
 
 def clean_sine(length: int) -> np.ndarray:
-    """The part of `noisy_sine` that can be known in advance."""
+    """The predictable part of `noisy_sine`."""
     return np.sin(0.1 * np.arange(length))
 
 
 def load_co2() -> Series:
-    """Weekly CO2 at Mauna Loa. Its 59 empty weeks lie before 1986, in the training part."""
+    """Weekly CO2 at Mauna Loa. Its 59 empty weeks are before 1986, in the training part."""
     table = read_csv(DATA_FOLDER / "co2.csv", "co2", time_column="date", fill_gaps=True)
     return Series("co2", "CO2 at Mauna Loa", "ppm", "week", table.values, season=52, times=table.times)
 
@@ -157,7 +157,7 @@ def _read_rows(path: Path, column: str) -> tuple[list[str], list[list[str]], boo
         def names(delimiter: str) -> list[str]:
             return [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
 
-        # The delimiter under which the column is there, else the one that makes most columns.
+        # The delimiter with which the column exists, else the one that gives most columns.
         delimiter = max(",;\t|", key=lambda mark: (column in names(mark), len(names(mark))))
         rows = [row for row in csv.reader(io.StringIO(text), delimiter=delimiter) if row]
     except (UnicodeDecodeError, csv.Error) as error:
@@ -192,7 +192,7 @@ def _without_gaps(values: np.ndarray, what: str, fill_gaps: bool) -> np.ndarray:
         )
     if missing[0] == 0:
         raise DataError(f"{what} starts with an empty cell, and there is no earlier value to repeat")
-    # For each position, the index of the last value that is there.
+    # For each position, the index of the last value that exists.
     last_seen = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))
     return values[last_seen]
 
@@ -226,7 +226,7 @@ def _check_order(times: np.ndarray, cells: list[str], path: Path, column: str) -
 
 
 def _uneven(times: np.ndarray, cells: list[str], path: Path, column: str) -> str:
-    """Where the spacing breaks, or "": a missing row is a gap that no empty cell shows.
+    """The place where the spacing breaks, or "": a missing row is a gap without an empty cell.
 
     Months and years may differ by their few days.
     """
@@ -317,12 +317,12 @@ def make_origins(start: int, stop: int, context: int, horizon: int) -> np.ndarra
 
 
 def contexts(values: np.ndarray, origins: np.ndarray, context: int) -> np.ndarray:
-    """What is known at each origin: (N, context), `values[t - context : t]`."""
+    """The known values at each origin: (N, context), `values[t - context : t]`."""
     return np.lib.stride_tricks.sliding_window_view(values, context)[origins - context]
 
 
 def targets(values: np.ndarray, origins: np.ndarray, horizon: int) -> np.ndarray:
-    """What is to be forecast at each origin: (N, horizon), `values[t : t + horizon]`."""
+    """The values to forecast at each origin: (N, horizon), `values[t : t + horizon]`."""
     return np.lib.stride_tricks.sliding_window_view(values, horizon)[origins]
 
 

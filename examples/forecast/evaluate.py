@@ -44,8 +44,8 @@ def interval(errors: np.ndarray, level: float = LEVEL) -> np.ndarray:
 
     Split conformal prediction (Lei et al. 2018, arXiv:1604.04173): for each step, the smallest width that held
     ceil((N + 1) level) of the N errors. It would hold the next value with probability `level` if the future were drawn
-    like the errors; a series that drifts breaks that, so compare with how often it holds on the test part. inf where N
-    errors are too few for the level.
+    like the errors; a series that drifts breaks that, so compare with its share on the test part. inf if N errors
+    are too few for the level.
     """
     count = len(errors)
     rank = math.ceil((count + 1) * level)

@@ -1,4 +1,4 @@
-"""What is compared: the series, their splits, the methods, and one training run from start to scores."""
+"""The comparison: the series, their splits, the methods, and one training run from start to scores."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Scores = dict[str, dict[str, float]]  # of each test by name: mse, mae, mase
 
 @dataclass(frozen=True)
 class Test:
-    """Forecasts of `horizon` values are made at each of `origins` in `values`, and compared with what came."""
+    """Forecasts of `horizon` values are made at each of `origins` in `values`, and compared with the actual values."""
 
     values: np.ndarray
     origins: np.ndarray
@@ -60,7 +60,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Problem:
-    """A series with everything that is asked about it.
+    """A series with its tests and methods.
 
     `tests` by name: "test" is the one on the test part; the sine has two more.
     """
@@ -73,7 +73,7 @@ class Problem:
 
     @property
     def has_future(self) -> bool:
-        """Whether there is something to forecast after its end: not of made-up data."""
+        """Whether to forecast after its end: not for artificial data."""
         return "fresh" not in self.tests
 
     @property
@@ -91,13 +91,13 @@ class Problem:
         return scores, forecasts["test"]
 
     def look_ahead(self, validating: Forecast, forecast: Forecast, test_forecasts: np.ndarray) -> Ahead:
-        """Forecast what comes after the series, with intervals.
+        """Forecast the values after the series, with intervals.
 
         Args:
             validating: the method, fitted to the training part alone; its errors on the validation part make the
                 intervals.
             forecast: the method as it is tested.
-            test_forecasts: what it gave on "test".
+            test_forecasts: its forecasts on "test".
         """
         values, test = self.series.values, self.tests["test"]
         origins = make_origins(self.split.train_end, self.split.test_start, self.context, test.horizon)
@@ -109,7 +109,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Ahead:
-    """What comes after the end of the series: forecast and half-widths of its intervals, both (horizon,).
+    """The forecast after the end of the series and the half-widths of its intervals, both (horizon,).
 
     `coverage` is the part of all test values that such intervals held; `LEVEL` of them should.
     """
@@ -216,7 +216,7 @@ def sine_problem(fresh_length: int = 20_000) -> Problem:
 
 
 def sine_baselines(problem: Problem) -> dict[str, Callable[[int], Forecast]]:
-    """By name, from a horizon to a forecaster. The last one is no forecaster: it knows the signal, not the noise."""
+    """Name -> function from a horizon to a forecaster. The last one knows the signal without noise."""
     train, split, season = problem.before_test, problem.split, problem.series.season
     signal = clean_sine(sum(len(test.values) for test in problem.tests.values()))
     return {

@@ -19,7 +19,7 @@ import fastattn.nn
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model needs to be built again from a checkpoint."""
+    """The settings that a model needs to be built again from a checkpoint."""
 
     kind: Literal["lstm", "encoder", "encoder-decoder"]
     context: int
@@ -90,8 +90,8 @@ class LSTMForecaster(Forecaster):
 class EncoderForecaster(Forecaster):
     """Encoder-only Transformer: all forecasts at once from the mean over the encoded input.
 
-    A sentence becomes tokens by looking words up in a table; a series has numbers already, so a linear layer takes the
-    place of the table. `patch` neighbouring values make one token: fewer tokens, each with a bit of shape in it.
+    A sentence becomes tokens by looking words up in a table; a series has numbers already, so a linear layer replaces
+    the table. `patch` neighbouring values make one token: fewer tokens, each with a bit of shape in it.
     """
 
     def __init__(self, config: ModelConfig, layers: ModuleType = fastattn.nn) -> None:

@@ -1,4 +1,4 @@
-"""Figures per series: forecasts against what came, losses, a comparison of all methods, and what comes next."""
+"""Figures per series: forecasts and actual values, losses, a comparison of all methods, and the next forecast."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOSSES = {
     "Training stops when it falls no further. A model without a curve\n"
     "is trained as in the tutorial: on these too, to the last epoch.",
 }
-"""What the two curves mean: said below each, since one may lie above or below the other for these reasons."""
+"""The meaning of the two curves, printed below each: for these reasons one may be above or below the other."""
 
 
 def plot_all(problem: Problem, results: Sequence[Result], folder: Path) -> list[Path]:
@@ -102,7 +102,7 @@ def _plot_group(axis: Axes, problem: Problem, group: Sequence[Result]) -> None:
 
 
 def _plot_future(problem: Problem, results: Sequence[Result]) -> Figure:
-    """What each model and the best baseline say comes next, each with its prediction intervals."""
+    """The next values by each model and the best baseline, each with its prediction intervals."""
     series, horizon = problem.series, problem.tests["test"].horizon
     baseline = min((r for r in results if not r.learned), key=lambda result: result.mean("test", "mse"))
     shown = [*(result for result in results if result.learned), baseline]
@@ -169,7 +169,7 @@ def _plot_losses(problem: Problem, results: Sequence[Result]) -> Figure:
 
 
 def _plot_comparison(problem: Problem, results: Sequence[Result]) -> Figure:
-    """Bars of the mean squared error, lines from the best to the worst seed, the value beside each."""
+    """Bars of the mean squared error, lines from the best to the worst seed, and the values."""
     titles = {"test": "test part", "fresh": "long fresh series", "rollout": "20 steps ahead"}
     tests = [test for test in titles if test in problem.tests]
     bars = [result for result in results if result.name != NOISE_FLOOR]

@@ -25,7 +25,7 @@ class Result:
     forecasts: np.ndarray  # (N, horizon) on "test"; of a model, at the first seed
     outcomes: list[Outcome]
     seeds: list[int]
-    ahead: Ahead | None = None  # what it says comes next; of a model, at the first seed; None for made-up data
+    ahead: Ahead | None = None  # its forecast after the series; of a model, at the first seed; None for artificial data
 
     @property
     def learned(self) -> bool:
@@ -43,7 +43,7 @@ class Result:
 
 
 def results_text(problem: Problem, results: Sequence[Result]) -> str:
-    """Heading, table, and what it shows."""
+    """Heading, table, and conclusions."""
     series, split, test = problem.series, problem.split, problem.tests["test"]
     by_name = {result.name: result for result in results}
     findings = sine_findings(by_name) if NOISE_FLOOR in by_name else real_findings(results)
@@ -88,7 +88,7 @@ def _percent(ahead: Ahead | None) -> str:
 
 
 def sine_findings(results: dict[str, Result]) -> list[str]:
-    """What made the difference, in numbers of this run."""
+    """The reasons for the difference, in numbers of this run."""
     floor = results[NOISE_FLOOR].mean("fresh", "mse")
 
     def excess(name: str) -> float:
@@ -120,7 +120,7 @@ def sine_findings(results: dict[str, Result]) -> list[str]:
 
 
 def verdict(results: Sequence[Result], test: str) -> str:
-    """Who wins, plainly: a network, or a method of a few lines."""
+    """The winner: a network, or a method of a few lines."""
     methods = [result for result in results if result.name != NOISE_FLOOR]
     models = [result for result in methods if result.learned]
     model = min(models, key=lambda result: result.mean(test, "mse"))
@@ -145,7 +145,7 @@ def compare(ours: Result, other: Result, test: str) -> str:
 
 
 def real_findings(results: Sequence[Result]) -> list[str]:
-    """Who is ahead."""
+    """Which method is better."""
 
     def mse(result: Result) -> float:
         return result.mean("test", "mse")

@@ -67,7 +67,7 @@ def execute_all(runs: Sequence[Run], workers: int) -> list[Outcome]:
                     if future in done:
                         progress.run(runs[index].method.recipe.epochs - len(future.result().history.train))
         except BaseException:
-            # An error or Ctrl-C: do not finish what nobody will look at. The checkpoints keep what is done.
+            # An error or Ctrl-C: stop the remaining runs. The checkpoints keep what is done.
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -77,7 +77,7 @@ def execute_all(runs: Sequence[Run], workers: int) -> list[Outcome]:
 
 
 def estimate_seconds(problem: Problem, method: Method, device: str, layers: str) -> float:
-    """The most that one training run and its scoring take: measured on four batches, times how many there are."""
+    """The most seconds of one training run and its scoring: measured on four batches, times their number."""
     split, config, recipe = problem.split, method.config, method.recipe
     model = build(config, LAYERS[layers]).to(device)
     sizes = (4 * recipe.batch_size, config.context), (4 * recipe.batch_size, config.horizon)

@@ -1,4 +1,4 @@
-"""One training loop for all models, with early stopping, and checkpoints from which it goes on."""
+"""One training loop for all models, with early stopping, and checkpoints to continue from."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _train_epoch(
 
 @torch.no_grad()
 def evaluate_loss(model: Forecaster, windows: Windows) -> float:
-    """Mean squared error as in use, that is without teacher forcing and without dropout."""
+    """Mean squared error as in inference, without teacher forcing and without dropout."""
     model.eval()
     inputs, targets = windows
     return nn.functional.mse_loss(model(inputs), targets).item()
@@ -170,12 +170,12 @@ def _save_checkpoint(
 
 
 def _crc32(windows: Windows) -> int:
-    """A checksum that differs for other data."""
+    """A checksum of the data."""
     return zlib.crc32(windows[0].cpu().numpy().tobytes())
 
 
 def _get_random_state() -> list[Tensor]:
-    """Of the CPU, which shuffles, and of the GPU if there is one, which drops out."""
+    """The random states of the CPU, which shuffles, and, if there is one, the GPU, which draws dropout."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
 
 

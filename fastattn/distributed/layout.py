@@ -232,11 +232,11 @@ def _opened(pair: Pair, rows: int, keys: int) -> Pair:
 
 
 def _pairs(rows: Piece, keys: Piece, q_offset: int, view: View) -> list[Pair]:
-    """What the rows see of the keys, if anything, in as many calls.
+    """The calls for the pairs of these rows and keys; none if the rows see none of the keys.
 
-    Where keys lie ``step`` apart, their distances are ``|step * d + rest|`` for the ``d`` that a call counts. That is
-    ``step * |d|``, and ``rest`` more for each key up to the row, less for each behind: a constant for a call that sees
-    one side. So there are two calls if distances count and both sides may be seen.
+    If keys are ``step`` apart, their distances are ``|step * d + rest|`` for the ``d`` that a call counts. That is
+    ``step * |d|``, plus ``rest`` for each key up to the row and minus ``rest`` for each key after it: a constant for a
+    call that sees one side. So there are two calls if distances count and both sides may be seen.
     """
     offset, step = rows.start + q_offset - keys.start, keys.stride
     left, right = view.left, view.right
@@ -344,9 +344,9 @@ def _parts_of_documents(rows: Piece, keys: Piece, view: View, documents: Documen
         (start, end), (key_start, key_end) = (x[number : number + 2] for x in (starts, key_starts))
         if start >= rows.positions.stop or key_start >= keys.positions.stop:
             break
-        behind = key_end if used is None else key_start + used[number]
-        offset = view.offset_of(number, default=(behind - key_start) - (end - start))
-        of_keys, room = _within(keys, key_start, behind), _within(keys, key_start, key_end).length
+        used_end = key_end if used is None else key_start + used[number]
+        offset = view.offset_of(number, default=(used_end - key_start) - (end - start))
+        of_keys, room = _within(keys, key_start, used_end), _within(keys, key_start, key_end).length
         own = _Document(number, _within(rows, start, end), of_keys, offset, view.start_of(number), room)
         if rows.stride == keys.stride == 1 and start >= rows.start and key_start >= keys.start:
             if packed or calls(own):
@@ -360,8 +360,8 @@ def _parts_of_documents(rows: Piece, keys: Piece, view: View, documents: Documen
 
 def _within(piece: Piece, start: int, end: int) -> Piece:
     """The part of a document in a piece, counted from the document's start."""
-    first, behind = (min(max(-(-(x - piece.start) // piece.stride), 0), piece.length) for x in (start, end))
-    return Piece(piece.start + first * piece.stride - start if behind > first else 0, behind - first, piece.stride)
+    first, last = (min(max(-(-(x - piece.start) // piece.stride), 0), piece.length) for x in (start, end))
+    return Piece(piece.start + first * piece.stride - start if last > first else 0, last - first, piece.stride)
 
 
 def _part_of(piece: Piece, own: Piece, start: int) -> slice:
