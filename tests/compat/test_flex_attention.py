@@ -10,6 +10,7 @@ from fastattn import BlockMask, attention
 from fastattn.compat import flex_attention as ours
 from fastattn.compat.score_mod import score_terms
 from fastattn.testing import assert_parity
+from tests.support.pairwise import pairwise
 
 B, H, LQ, LK, D = 2, 4, 150, 190, 16
 
@@ -51,9 +52,11 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("block", [128, 64, (48, 256), (256, 16)], ids=str)
-@pytest.mark.parametrize("lengths", [(LQ, LK), (256, 128), (1, 300)], ids=str)
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    ("name", "lengths", "block"),
+    pairwise(MASKS, [(LQ, LK), (256, 128), (1, 300)], [128, 64, (48, 256), (256, 16)]),
+    ids=str,
+)
 def test_from_flex(name, lengths, block):
     mask_mod, *batch = MASKS[name]
     for separate in (True, False):
@@ -125,23 +128,25 @@ def both_masks(name):
     return ours.create_block_mask(*arguments), theirs.create_block_mask(*arguments)
 
 
-@pytest.mark.parametrize("mask", [None, "causal", "padding", "heads"])
-@pytest.mark.parametrize("name", SCORE_MODS)
-def test_results_are_theirs(name, mask):
+@pytest.mark.parametrize(
+    ("name", "mask", "dtype"),
+    pairwise(SCORE_MODS, [None, "causal", "padding", "heads"], [torch.float32, torch.bfloat16]),
+    ids=str,
+)
+def test_results_are_theirs(name, mask, dtype):
     score_mod, _ = SCORE_MODS[name]
     own, their_own = both_masks(mask)
-    for dtype in (torch.float32, torch.bfloat16):
-        q, k, v = qkv(dtype)
-        out, lse = ours.flex_attention(q, k, v, score_mod, own, enable_gqa=True, return_lse=True, scale=0.4)
-        expected, plain = (
-            theirs.flex_attention(
-                *(x.to(t) for x in (q, k, v)), score_mod, their_own, 0.4, True, return_aux=theirs.AuxRequest(lse=True)
-            )
-            for t in (torch.float64, dtype)
-        )  # fmt: skip
-        assert_parity(out, expected[0], plain[0], "out")
-        assert_parity(lse, expected[1].lse, plain[1].lse.float(), "lse")
-        assert torch.equal(out, ours.flex_attention(q, k, v, score_mod, their_own, 0.4, True))
+    q, k, v = qkv(dtype)
+    out, lse = ours.flex_attention(q, k, v, score_mod, own, enable_gqa=True, return_lse=True, scale=0.4)
+    expected, plain = (
+        theirs.flex_attention(
+            *(x.to(t) for x in (q, k, v)), score_mod, their_own, 0.4, True, return_aux=theirs.AuxRequest(lse=True)
+        )
+        for t in (torch.float64, dtype)
+    )  # fmt: skip
+    assert_parity(out, expected[0], plain[0], "out")
+    assert_parity(lse, expected[1].lse, plain[1].lse.float(), "lse")
+    assert torch.equal(out, ours.flex_attention(q, k, v, score_mod, their_own, 0.4, True))
 
 
 def weights(q, k, score_mod, mask):

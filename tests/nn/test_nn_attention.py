@@ -23,6 +23,7 @@ from tests.support.layer_checks import (
     run,
     to_float,
 )
+from tests.support.pairwise import pairwise
 
 N, H, L, S, E = 3, 2, 9, 14, 16  # batch, heads, query length, key length, embedding
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -124,9 +125,7 @@ def test_cross_attention_with_padded_keys(mask, need_weights, batch_first):
 
 
 @quiet
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("mask", "need_weights", "dtype"), pairwise(MASKS, [True, False], DTYPES))
 def test_masks(mask, need_weights, dtype):
     ours, theirs = pair(E, H, batch_first=True)
     query, key, value = torch.randn(N, L, E), torch.randn(N, S, E), torch.randn(N, S, E)
@@ -134,10 +133,10 @@ def test_masks(mask, need_weights, dtype):
     assert_same_as_torch(ours, theirs, [query, key, value], kwargs, dtype)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("inputs", ["self", "key is value", "all different"])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("bias", "inputs", "batch_first", "training"),
+    pairwise([True, False], ["self", "key is value", "all different"], [True, False], [True, False]),
+)
 def test_projections(bias, inputs, batch_first, training):
     ours, theirs = pair(E, H, bias=bias, batch_first=batch_first)
     ours.train(training), theirs.train(training)
@@ -149,10 +148,13 @@ def test_projections(bias, inputs, batch_first, training):
 
 
 @quiet
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
-    "options", [{"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True}]
+    ("options", "mask", "need_weights"),
+    pairwise(
+        [{"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True}],
+        MASKS,
+        [True, False],
+    ),
 )
 def test_extra_keys(options, mask, need_weights):
     ours, theirs = pair(E, H, batch_first=True, **options)
@@ -170,10 +172,10 @@ def test_other_sizes_of_key_and_value(kdim, vdim, bias, need_weights):
     assert_same_as_torch(ours, theirs, args, kwargs)
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("attn_mask", [None, ATTN_2D, ATTN_3D[:H], to_float(ATTN_2D)])
-@pytest.mark.parametrize("key_padding_mask", [None, padding([4], S)[0]])
+@pytest.mark.parametrize(
+    ("key_padding_mask", "attn_mask", "need_weights", "batch_first"),
+    pairwise([None, padding([4], S)[0]], [None, ATTN_2D, ATTN_3D[:H], to_float(ATTN_2D)], [True, False], [True, False]),
+)
 @quiet
 def test_unbatched(key_padding_mask, attn_mask, need_weights, batch_first):
     ours, theirs = pair(E, H, batch_first=batch_first)
