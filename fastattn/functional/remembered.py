@@ -17,6 +17,7 @@ from fastattn import backends, ops
 from fastattn.spec import AttentionSpec, Operands, Options
 
 _Key = tuple[Any, ...]
+_SCALE_IN_KEY = 9
 _MOST = 1024  # then all are forgotten, so that lengths that change with every call do not fill the memory
 
 
@@ -25,9 +26,10 @@ class _Call(NamedTuple):
 
     backend: str
     options: Options
-    grouped: bool
     mask_index: tuple[None, ...]
     """gives the mask the dimensions of size 1 that it lacks"""
+    torch_options: dict[str, Any]
+    """what PyTorch's kernel would not do unasked: to pass an option costs it as much as a few checks here"""
 
 
 _calls: dict[_Key, _Call] = {}
@@ -83,12 +85,11 @@ def attention(
         return None, None
     if call is None:
         return key, None
-    backend, options, grouped, mask_index = call
+    backend, options, mask_index, torch_options = call
     if mask is not None and mask_index:
         mask = mask[mask_index]
     if backend == "torch":
-        causal = options.right is not None
-        out = torch_sdpa(q, k, v, mask, 0.0, causal, scale=options.scale, enable_gqa=grouped)
+        out = torch_sdpa(q, k, v, mask, 0.0, options.right is not None, **torch_options)
         if out.requires_grad:
             ops.add_second_derivative(out)
         return key, out
@@ -118,4 +119,7 @@ def remember(key: _Key | None, spec: AttentionSpec, backend: str) -> None:
         missing = 0 if as_it_is else 4 - len(given)
     if len(_calls) >= _MOST:
         _calls.clear()
-    _calls[key] = _Call(backend, spec.options, spec.q.shape[1] != spec.k.shape[1], (None,) * missing)
+    torch_options: dict[str, Any] = {} if key[_SCALE_IN_KEY] is None else {"scale": spec.options.scale}
+    if spec.q.shape[1] != spec.k.shape[1]:
+        torch_options["enable_gqa"] = True
+    _calls[key] = _Call(backend, spec.options, (None,) * missing, torch_options)
