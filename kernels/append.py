@@ -4,12 +4,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.spec.operands import Rotary
+
 from . import config, launch, replay
-from .operands import Cache
+from .operands import Cache, Rows, Turning
 from .ranges import locate, rows_of
 from .tiles import cast, decode_size, decode_stride, head_rows
 
-RUNTIME = ("table_stride", "entries", "kv_heads", "new_len", "capacity", "pages")
+RUNTIME = (
+    "table_stride", "entries", "kv_heads", "new_len", "capacity", "pages", "q_heads", "q_len", "positions",
+)  # fmt: skip
+NOTHING_TURNS = Turning(None, None, Rows(None, None), Rows(None, None))
 
 
 @triton.jit
@@ -64,32 +69,101 @@ def quantised(tile, cache, head, page, slot, inside):
 
 
 @triton.jit
-def copy_rows(
-    cache, x, batch, head, row, page, slot, inside, N_COLS: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr
+def turned(ptrs, cols, mask, position, positions, turning, R: tl.constexpr, PAIRS: tl.constexpr):
+    """Rows at ``ptrs``, 0 outside of ``mask``, whose first R numbers are turned by the position of their row.
+
+    ``PAIRS``: numbers 2 i and 2 i + 1 turn together; otherwise i and i + R / 2. In float32, as `functional.rotary`.
+    """
+    tile = tl.load(ptrs, mask=mask, other=0.0)
+    if PAIRS:
+        angle, step = cols // 2, 1 - 2 * (cols % 2)
+    else:
+        angle, step = cols % (R // 2), tl.where(cols < R // 2, R // 2, -(R // 2))
+    turns = mask & (cols < R)
+    partner = tl.load(ptrs + step, mask=turns, other=0.0).to(tl.float32)
+    at = tl.minimum(tl.maximum(position, 0), positions - 1)[:, None] * (R // 2) + angle
+    cos = tl.load(turning.cos + at, mask=turns, other=1.0).to(tl.float32)
+    sin = tl.load(turning.sin + at, mask=turns, other=0.0).to(tl.float32)
+    return cast(tile.to(tl.float32) * cos + tl.where(step > 0, -partner, partner) * sin, tile.dtype)
+
+
+@triton.jit
+def turn_queries(
+    program, turning, lens_ptr, cu_seqlens_ptr, entries, heads, new_len, q_len, positions,
+    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Copy rows (head, row) of a batch entry of ``x`` to (page, slot, head) of the cache, unchanged or quantised."""
+    """BLOCK_M turned queries of one batch entry. The last one stands at the last key."""
+    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
+    tile, _, batch, _ = locate(program, cu_seqlens_ptr, entries, 1, q_len * heads, BLOCK_M, heads)
+    memory_entry, first, count = rows_of(cu_seqlens_ptr, batch, q_len)
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, head = packed // heads, (packed % heads).to(tl.int64)
+    position = tl.load(lens_ptr + batch).to(tl.int64) + row
+    if cu_seqlens_ptr is None:
+        position += new_len - q_len
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    mask = (row < count)[:, None] & (cols < HEAD_DIM)
+    row = (first + row).to(tl.int64)
+    ptr, row_stride = head_rows(turning.q, memory_entry, head, 0, UNIT)
+    y = turned((ptr + row * row_stride)[:, None] + cols, cols, mask, position, positions, turning, R, PAIRS)
+    ptr, row_stride = head_rows(turning.out, memory_entry, head, 0, UNIT)
+    tl.store((ptr + row * row_stride)[:, None] + cols, y, mask=mask)
+
+
+@triton.jit
+def copy_rows(
+    cache, x, batch, head, row, page, slot, inside, position, positions, turning,
+    N_COLS: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Copy rows (head, row) of a batch entry of ``x`` to (page, slot, head) of the cache, unchanged or quantised.
+
+    If R is not 0, they are turned first.
+    """
     cols = tl.arange(0, BLOCK_C)[None, :]
     mask = inside[:, None] & (cols < N_COLS)
     ptr, row_stride = head_rows(x, batch, head, 0, UNIT)
     ptrs = (ptr + row.to(tl.int64) * row_stride)[:, None] + cols
-    if cache.scale is None:
+    if R != 0:
+        tile = turned(ptrs, cols, mask, position, positions, turning, R, PAIRS)
+    elif cache.scale is None:
         tile = tl.load(ptrs, mask=mask)
     else:
-        tile = quantised(tl.load(ptrs, mask=mask, other=0.0), cache, head, page, slot, inside)
+        tile = tl.load(ptrs, mask=mask, other=0.0)
+    if cache.scale is not None:
+        tile = quantised(tile, cache, head, page, slot, inside)
     cached = cached_rows(cache, page, slot, UNIT) + head * decode_stride(cache.strides[2], UNIT)
     tl.store(cache.ptr + (cached[:, None] + columns(cache, UNIT, BLOCK_C)[None, :]), tile, mask=mask)
 
 
+@triton.jit
+def append_programs(cu_seqlens_ptr, entries, rows, BLOCK_M: tl.constexpr):
+    """`launch.tiles` of all batch entries in memory."""
+    if cu_seqlens_ptr is None:
+        return tl.cdiv(rows, BLOCK_M) * entries
+    else:
+        return rows // BLOCK_M + entries
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def append_kernel(
-    k_cache, v_cache, k, v, lens_ptr, table_ptr, cu_seqlens_ptr,
-    table_stride, entries, kv_heads, new_len, capacity, pages,
-    PAGE: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    k_cache, v_cache, k, v, turning, lens_ptr, table_ptr, cu_seqlens_ptr,
+    table_stride, entries, kv_heads, new_len, capacity, pages, q_heads, q_len, positions,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, R: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M new rows of one batch entry; the heads of a position are adjacent rows, as in the cache.
 
     It does not write a row whose position or page does not exist: at a clamped place, it would destroy another row.
+    If R is not 0, it turns the keys, and further programs turn the queries.
     """
+    if R != 0:
+        turns = tl.program_id(0) - append_programs(cu_seqlens_ptr, entries, new_len * kv_heads, BLOCK_M)
+        if turns >= 0:
+            turn_queries(
+                turns, turning, lens_ptr, cu_seqlens_ptr, entries, q_heads, new_len, q_len, positions, UNIT, HEAD_DIM,
+                R, PAIRS, BLOCK_M,
+            )  # fmt: skip
+            return
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     tile, _, batch, _ = locate(tl.program_id(0), cu_seqlens_ptr, entries, 1, new_len * kv_heads, BLOCK_M, kv_heads)
@@ -103,8 +177,14 @@ def append_kernel(
         entry = table_ptr + batch * table_stride + position // PAGE
         page, slot = tl.load(entry, mask=inside, other=-1).to(tl.int64), position % PAGE
         inside = inside & (page >= 0) & (page < pages)
-    copy_rows(k_cache, k, memory_entry, head, first + row, page, slot, inside, HEAD_DIM, UNIT, BLOCK_D)
-    copy_rows(v_cache, v, memory_entry, head, first + row, page, slot, inside, V_DIM, UNIT, BLOCK_DV)
+    copy_rows(
+        k_cache, k, memory_entry, head, first + row, page, slot, inside, position, positions, turning, HEAD_DIM, R,
+        PAIRS, UNIT, BLOCK_D,
+    )  # fmt: skip
+    copy_rows(
+        v_cache, v, memory_entry, head, first + row, page, slot, inside, position, positions, turning, V_DIM, 0,
+        PAIRS, UNIT, BLOCK_DV,
+    )  # fmt: skip
 
 
 def cache_unit(k_cache: Tensor, v_cache: Tensor, *others: Tensor) -> int:
@@ -148,6 +228,7 @@ def pages_of(cache: Tensor, block_table: Tensor | None) -> tuple[Tensor | None, 
 def append_rows(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lens: Tensor, block_table: Tensor | None,
     cu_seqlens_q: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    rotary: Rotary | None = None, q: Tensor | None = None, turned_q: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write ``k`` (B, Hk, L, D) and ``v`` (B, Hk, L, Dv) into the caches, from position ``lens[b]`` on.
 
@@ -155,20 +236,35 @@ def append_rows(
     ``block_table`` int32 (B, max_pages); ``lens`` int32 or int64 (B,). Rows without a place in the cache are dropped.
     With ``cu_seqlens_q`` int (B + 1,), ``k`` and ``v`` are (1, Hk, total, D), one entry after the other. With scales,
     float32 (), (Hk,) or one for each position and head, the caches are int8 or float8_e4m3fn.
+
+    With ``rotary`` keys are turned by their positions before they are written, and ``turned_q`` is filled with the
+    queries ``q`` (B, Hq, Lq, D), turned by theirs: the last one stands at the last key.
     """
     memory_entries, kv_heads, new_len, head_dim = k.shape
     k, v = launch.unit_last(k), launch.unit_last(v)
-    unit = cache_unit(k_cache, v_cache, k, v)
     table, table_stride, page, capacity = pages_of(k_cache, block_table)
     cfg = config.lookup("append", launch.architecture(k.device), max(head_dim, v.shape[3]), k.element_size())
     programs = launch.tiles(new_len * kv_heads, cfg.block_m, cu_seqlens_q) * memory_entries
+    turning, asking, positions, rotated, pairs = NOTHING_TURNS, (0, 0), 0, 0, False
+    strided = [k, v]
+    if rotary is not None and q is not None and turned_q is not None:
+        q, asking = launch.unit_last(q), (q.shape[1], q.shape[2])
+        strided += [q, turned_q]
+        positions, rotated, pairs = rotary.cos.shape[0], 2 * rotary.cos.shape[1], rotary.interleaved
+        programs += launch.tiles(q.shape[1] * q.shape[2], cfg.block_m, cu_seqlens_q) * memory_entries
     if programs == 0:
         return
+    unit = cache_unit(k_cache, v_cache, *strided)
+    if rotary is not None:
+        turning = Turning(
+            rotary.cos.contiguous(), rotary.sin.contiguous(), launch.rows(q, unit), launch.rows(turned_q, unit)
+        )
     with replay.on_device(k):
         arguments = (
             cache_rows(k_cache, unit, k_scale), cache_rows(v_cache, unit, v_scale), launch.rows(k, unit),
-            launch.rows(v, unit), lens.contiguous(), table, cu_seqlens_q, table_stride, lens.shape[0], kv_heads,
-            new_len, capacity, k_cache.shape[0], page, unit, head_dim, v.shape[3], cfg.block_m,
+            launch.rows(v, unit), turning, lens.contiguous(), table, cu_seqlens_q, table_stride, lens.shape[0],
+            kv_heads, new_len, capacity, k_cache.shape[0], *asking, positions, page, unit, head_dim, v.shape[3],
+            rotated, pairs, cfg.block_m,
         )  # fmt: skip
         replay.start(append_kernel, programs, arguments, cfg)
 

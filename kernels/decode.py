@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.spec.cache import CacheSpec
-from fastattn.spec.operands import Operands
+from fastattn.spec.operands import Operands, Rotary
 
 from . import config, launch, replay
 from .append import append_rows, cache_rows, cache_unit, cached_rows, columns, pages_of, scale_offsets
@@ -334,19 +334,24 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     _attend(out, lse, spec._replace(k=None, v=None, length=None))
 
 
-def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
-    """Launch the append kernel for the entries that `spec` adds, then the kernels of `attention_kvcache`."""
-    _attend(out, lse, spec if spec.length is None else spec._replace(length=None))
+def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec, rotary: Rotary | None = None) -> None:
+    """Launch the append kernel for the entries that `spec` adds, then the kernels of `attention_kvcache`.
+
+    The first one also turns the queries and new keys by ``rotary``.
+    """
+    _attend(out, lse, spec if spec.length is None else spec._replace(length=None), rotary)
 
 
 @replay.replayed
-def _attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
+def _attend(out: Tensor, lse: Tensor, spec: CacheSpec, rotary: Rotary | None = None) -> None:
     """Launch the kernels. ``spec`` has no length: it changes with every step, and nothing here reads it."""
     if spec.k is not None and spec.v is not None:
+        q = spec.q if rotary is None else replay.scratch(spec.q.shape, spec.q)
         append_rows(
             spec.k_cache, spec.v_cache, spec.k, spec.v, spec.lens, spec.block_table, spec.cu_seqlens_q, spec.k_scale,
-            spec.v_scale,
+            spec.v_scale, rotary, spec.q, q,
         )  # fmt: skip
+        spec = spec._replace(q=q)
     k_cache, v_cache, left, right = spec.k_cache, spec.v_cache, spec.left, spec.right
     memory_entries, q_heads, q_len, head_dim = spec.q.shape
     kv_heads, v_dim = k_cache.shape[2], v_cache.shape[3]

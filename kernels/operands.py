@@ -40,6 +40,18 @@ class Cache(NamedTuple):
     """(page, slot, head), encoded; page and slot are None if all rows of a head share one scale"""
 
 
+class Turning(NamedTuple):
+    """Rotary positions: tables, and the queries that the call turns beside its new keys."""
+
+    cos: Any
+    """float (positions, R / 2), contiguous; None if nothing turns. Test this and not the group"""
+    sin: Any
+    q: Any
+    """`Rows`"""
+    out: Any
+    """`Rows`, of the turned queries"""
+
+
 class Scores(NamedTuple):
     """A mask or a bias, broadcast to (batch, head, query, key) by strides of 0."""
 

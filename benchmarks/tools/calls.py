@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastattn.kernels import append, backward, config, decode, forward
-from fastattn.spec import CacheSpec, Gradients, Operands, Options
+from fastattn.spec import CacheSpec, Gradients, Operands, Options, Rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Feature:
     page: int = 0  # of a KV cache, 0 if it is contiguous
     queries: int = 1  # for each key head of a KV cache there are twice as many rows
     quantised: torch.dtype | None = None  # a KV cache of this dtype, with a scale for each token and head
+    rotary: bool = False  # positions of what a KV cache is given
     odd_dim: bool = False  # five columns fewer: no power of two, and rows that start at no multiple of 16 bytes
 
 
@@ -61,6 +62,7 @@ FEATURES = {
     "tree": Feature(mask="full", queries=64),
     "int8": Feature(quantised=torch.int8),
     "fp8": Feature(quantised=torch.float8_e4m3fn),
+    "rotary": Feature(causal=True, rotary=True),
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
     "everything": Feature(
@@ -68,7 +70,7 @@ FEATURES = {
         q_offset_tensor=True, block_mask=True, page=16, queries=64,
     ),
 }  # fmt: skip
-CACHE_ONLY = ("paged", "chunk", "packed_cache", "tree", "int8", "fp8")
+CACHE_ONLY = ("paged", "chunk", "packed_cache", "tree", "int8", "fp8", "rotary")
 """Features that only calls over a KV cache have."""
 
 
@@ -88,7 +90,13 @@ def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> N
     starts = empty(batch + 1, dtype=torch.int32) if feature.packed else None
     if kernel == "append":
         k, v = (empty(1 if feature.packed else batch, kv_heads, 1, dim) for _ in "kv")
-        append.kv_cache_append(k_cache, v_cache, k, v, lens, table, starts, *scales)
+        if not feature.rotary:
+            append.kv_cache_append(k_cache, v_cache, k, v, lens, table, starts, *scales)
+            return
+        q, turned = (empty(batch, heads, 1, dim) for _ in range(2))
+        cos, sin = (empty(length, dim // 2, dtype=torch.float32) for _ in range(2))
+        rotary = Rotary(cos, sin, interleaved=False)
+        append.append_rows(k_cache, v_cache, k, v, lens, table, starts, rotary=rotary, q=q, turned_q=turned)
         return
     q = empty(batch, heads, feature.queries, dim)
     if feature.packed:

@@ -276,8 +276,9 @@ inline void check_rotate(Checks& checks, const FastattnRotate& o) {
   check_half_or_float(checks, o.dtype);
   checks.size("rows", o.rows, 0, kFar);
   checks.size("heads", o.heads, 0, kFar);
-  checks.size("head_dim", o.head_dim, 2, kWidest);
-  checks.expect(o.head_dim % 2 == 0, "head_dim: expected an even number, got %lld", (long long)o.head_dim);
+  checks.size("head_dim", o.head_dim, 1, kWidest);
+  checks.size("rotated", o.rotated, 0, o.head_dim);
+  checks.expect(o.rotated % 2 == 0, "rotated: expected an even number, got %lld", (long long)o.rotated);
   checks.size("positions", o.positions, 1, kFar);
   checks.count("x", o.rows, o.heads, o.head_dim, 1);
   checks.pointer("x", o.x);

@@ -11,7 +11,7 @@
 extern "C" {
 
 // The version of this interface: each change of the declarations below raises it.
-#define FASTATTN_CPU_ABI 6
+#define FASTATTN_CPU_ABI 7
 
 enum FastattnCpuDtype { FASTATTN_FLOAT32 = 0, FASTATTN_FLOAT16 = 1, FASTATTN_BFLOAT16 = 2, FASTATTN_FLOAT64 = 3 };
 // For quantised caches only: int8 and float8_e4m3fn.
@@ -175,18 +175,21 @@ struct FastattnNorm {
   double eps;
 };
 
-// Rotary positions: dimension i of a head rotates with dimension i + head_dim / 2; y may be x.
+// Rotary positions: of the first `rotated` numbers of a head, i rotates with i + rotated / 2, or 2 i with 2 i + 1; y may
+// be x. The other numbers stay.
 struct FastattnRotate {
   FastattnTeam team;
   const void* x;             // (rows, heads, head_dim)
   int64_t x_stride;
   void* y;
   int64_t y_stride;
-  const float *cos, *sin;    // (positions, head_dim / 2), contiguous
+  const float *cos, *sin;    // (positions, rotated / 2), contiguous
   const int64_t* position;   // (rows,), clamped to 0 .. positions - 1; null: row r has position r % positions
   int64_t positions;
   int64_t dtype, rows, heads, head_dim;
   int64_t back;              // 1: the inverse rotation, which is the derivative
+  int64_t rotated;
+  int64_t interleaved;       // 1: 2 i rotates with 2 i + 1
 };
 
 // y = x / (1 - p) for the elements that are kept, else 0. The element at (row, column) is kept if attention's dropout

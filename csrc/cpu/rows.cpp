@@ -42,18 +42,19 @@ void normalise_as(const FastattnNorm& n) {
   }
 }
 
-// Rotates dimension i of a head with dimension i + half: one vector, or one number, of each.
+// Rotates number i of a head with number i + step: one vector, or one number, of each.
 template <class Number, class Load, class Store>
-[[gnu::always_inline]] inline void turn(int64_t i, int64_t half, Number cos, Number sin, const Load& get, const Store& put) {
-  const Number first = get(i), second = get(i + half);
+[[gnu::always_inline]] inline void turn(int64_t i, int64_t step, Number cos, Number sin, const Load& get, const Store& put) {
+  const Number first = get(i), second = get(i + step);
   put(i, first * cos - second * sin);
-  put(i + half, second * cos + first * sin);
+  put(i + step, second * cos + first * sin);
 }
 
 template <class Element>
 void rotate_row(const FastattnRotate& o, int64_t r) {
   constexpr int kL = kLanes<float>;
-  const int64_t half = o.head_dim / 2, last = o.positions - 1;
+  const int64_t half = o.rotated / 2, last = o.positions - 1;
+  const int64_t spread = o.interleaved ? 2 : 1, step = o.interleaved ? 1 : half;
   const int64_t given = o.position == nullptr ? r % o.positions : o.position[r];
   const int64_t position = given < 0 ? 0 : given < last ? given : last;
   const float *cos = o.cos + position * half, *sin = o.sin + position * half, sign = o.back ? -1.0f : 1.0f;
@@ -61,14 +62,15 @@ void rotate_row(const FastattnRotate& o, int64_t r) {
   Element* y = static_cast<Element*>(o.y) + r * o.y_stride;
   for (int64_t head = 0; head < o.heads; head++, x += o.head_dim, y += o.head_dim) {
     int64_t i = 0;
-    for (; i + kL <= half; i += kL) {
+    for (; !o.interleaved && i + kL <= half; i += kL) {
       turn(i, half, load(cos + i), load(sin + i) * sign, [&](int64_t at) { return load<float>(x + at); },
            [&](int64_t at, Vec<float> value) { store_narrow(y + at, value); });
     }
     for (; i < half; i++) {
-      turn(i, half, cos[i], sin[i] * sign, [&](int64_t at) { return widen<float>(x[at]); },
+      turn(i * spread, step, cos[i], sin[i] * sign, [&](int64_t at) { return widen<float>(x[at]); },
            [&](int64_t at, float value) { y[at] = narrow<Element>(value); });
     }
+    for (i = o.rotated; i < o.head_dim; i++) y[i] = x[i];
   }
 }
 

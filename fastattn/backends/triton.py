@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.spec import UNDIVIDED, AttentionSpec, CacheSpec, Gradients, Operands, Options, target
+from fastattn.spec import UNDIVIDED, AttentionSpec, CacheSpec, Gradients, Operands, Options, Rotary, target
 
 # A constant, because a trace cannot ask for it.
 _TRITON_MISSING = importlib.util.find_spec("triton") is None
@@ -66,13 +66,13 @@ def attention_kvcache(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
     _launchers().decode.attention_kvcache(out, lse, spec)
 
 
-def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:
-    """`kv_cache_append` of what ``spec`` adds, then `attention_kvcache`."""
+def append_and_attend(out: Tensor, lse: Tensor, spec: CacheSpec, rotary: Rotary | None = None) -> None:
+    """`kv_cache_append` of what ``spec`` adds, then `attention_kvcache`; divided keys may be turned on the way."""
     if spec.num_splits == UNDIVIDED and spec.k is not None and spec.v is not None:
         kv_cache_append(spec.k_cache, spec.v_cache, spec.k, spec.v, spec.lens, None)
         _attend_undivided(out, lse, spec)
         return
-    _launchers().decode.append_and_attend(out, lse, spec)
+    _launchers().decode.append_and_attend(out, lse, spec, rotary)
 
 
 def _attend_undivided(out: Tensor, lse: Tensor, spec: CacheSpec) -> None:

@@ -251,9 +251,13 @@ def flash_attn_with_kvcache(
             raise ValueError("rotary_cos, rotary_sin: expected both or neither, got one")
         if k is None:
             raise NotImplementedError("rotary_cos: expected k and v to append, got none; turn q before the call")
-        still = not causal and options["window"] is None
-        q = _rotate(q, rotary_cos, rotary_sin, lens, rotary_interleaved, still)
-        k = _rotate(k, rotary_cos, rotary_sin, lens, rotary_interleaved, still=False)
+        still = not causal and options["window"] is None and q.shape[1] > 1
+        if still or q.shape[1] != k.shape[1]:
+            q = _rotate(q, rotary_cos, rotary_sin, lens, rotary_interleaved, still)
+            k = _rotate(k, rotary_cos, rotary_sin, lens, rotary_interleaved, still=False)
+        else:  # as in `attention_with_kvcache`, where the last query stands at the last key
+            turning = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved}
+            options |= turning
     options["return_lse"] = return_softmax_lse
     if cache_batch_idx is not None:
         block_table = cache_batch_idx[:, None]  # each row of the cache is one page

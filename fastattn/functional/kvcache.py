@@ -146,11 +146,15 @@ def attention_with_kvcache(
         block_table=block_table, cu_seqlens_q=cu_seqlens_q, causal=causal, window=window, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, scale=scale, num_splits=num_splits, return_lse=return_lse,
     )  # fmt: skip
+    tables = None
     if _turns(rotary_cos, rotary_sin, rotary_interleaved):
-        spec = rotary.turn_new(spec, rotary_cos, rotary_sin, rotary_interleaved)
+        tables = rotary.check(spec, rotary_cos, rotary_sin, rotary_interleaved)
     if batch_invariant:
         spec = _invariant(spec, batch_invariant)
-    out, lse = ops.attention_kvcache(spec, backends.choose(spec, backend, batch_invariant))
+    chosen = backends.choose(spec, backend, batch_invariant)
+    if tables is not None and not ops.turns_in_append(spec, chosen, tables):
+        spec, tables = rotary.turn_new(spec, tables, chosen), None
+    out, lse = ops.attention_kvcache(spec, chosen, tables)
     if cu_seqlens_q is not None:
         out = out.squeeze(0).transpose(0, 1)
     if not return_lse:
@@ -183,8 +187,8 @@ def explain_with_kvcache(
     if mask_start is not None:
         also.append(f"mask_start {'per batch entry' if isinstance(mask_start, Tensor) else mask_start}")
     if _turns(rotary_cos, rotary_sin, rotary_interleaved):
-        cos, _ = rotary.check(spec, rotary_cos, rotary_sin)
-        also.append(f"rotary_cos {tuple(cos.shape)}{', interleaved' if rotary_interleaved else ''}")
+        tables = rotary.check(spec, rotary_cos, rotary_sin, rotary_interleaved)
+        also.append(f"rotary_cos {tuple(tables.cos.shape)}{', interleaved' if rotary_interleaved else ''}")
     if batch_invariant:
         spec = _invariant(spec, batch_invariant)
     return backends.explain(spec, backend, batch_invariant, also)

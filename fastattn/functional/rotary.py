@@ -8,24 +8,27 @@ from torch import Tensor
 from fastattn import backends
 from fastattn.functional.one_pass import recorded
 from fastattn.ops.batching import one_by_one
-from fastattn.spec import FLOAT_DTYPES, CacheSpec
+from fastattn.ops.direct import Way, way
+from fastattn.spec import FLOAT_DTYPES, CacheSpec, Rotary, known
 from fastattn.spec.checks import check_plain, readable
 
 
-def turn_new(spec: CacheSpec, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> CacheSpec:
-    """The call with its queries and new keys turned; see `fastattn.attention_with_kvcache`.
+def turn_new(spec: CacheSpec, tables: Rotary, backend: str) -> CacheSpec:
+    """The call with its queries and new keys turned; see `fastattn.attention_with_kvcache`."""
+    cos, sin, interleaved = tables
+    of_q, of_k = _positions(spec)
+    one_pass = backend == "cpu" and backends.cpu.turns(spec.q, cos, sin) and way((*spec, cos, sin)) is Way.AT_ONCE
+    turned = backends.cpu.turn if one_pass else turn
+    q = turned(spec.q, cos, sin, of_q, interleaved)
+    return spec._replace(q=q, k=None if spec.k is None else turned(spec.k, cos, sin, of_k, interleaved))
+
+
+def check(spec: CacheSpec, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Rotary:
+    """The tables, which have to fit the call; positions are checked where the host can read them.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    cos, sin = check(spec, cos, sin)
-    of_q, of_k = _positions(spec)
-    q = turn(spec.q, cos, sin, of_q, interleaved)
-    return spec._replace(q=q, k=None if spec.k is None else turn(spec.k, cos, sin, of_k, interleaved))
-
-
-def check(spec: CacheSpec, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Check that the tables fit the call; positions are checked where the host can read them."""
     for name, table, other in (("rotary_cos", cos, "rotary_sin"), ("rotary_sin", sin, "rotary_cos")):
         if not isinstance(table, Tensor):
             raise TypeError(f"{name}: expected a Tensor beside {other}, got {type(table).__name__}")
@@ -42,26 +45,39 @@ def check(spec: CacheSpec, cos: Tensor | None, sin: Tensor | None) -> tuple[Tens
     if sin.shape != cos.shape:
         raise ValueError(f"rotary_sin.shape: expected rotary_cos.shape == {tuple(cos.shape)}, got {tuple(sin.shape)}")
     if readable(spec.lens):
-        highest = max((int(x.max()) for x in _positions(spec) if x.numel()), default=0)
+        highest = _highest(spec)
         if highest >= cos.shape[0]:
             raise ValueError(
                 f"rotary_cos.shape[0]: expected more than the last position {highest}, got {cos.shape[0]} positions"
             )
-    return cos, sin
+    return Rotary(cos, sin, interleaved)
+
+
+def _highest(spec: CacheSpec) -> int:
+    """The last position at which something is turned; negative if nothing is."""
+    if spec.length is not None:
+        return spec.length - 1
+    if spec.added is not None and spec.cu_seqlens_q is None:  # the last query stands at the last key
+        return max(spec.lens.tolist(), default=0) + spec.added - 1
+    return max((int(x.max()) for x in _positions(spec) if x.numel()), default=0)
 
 
 def _positions(spec: CacheSpec) -> tuple[Tensor, Tensor]:
     """Where the queries and the new keys stand: (B, Lq) and (B, Lnew); packed ones (1, total) both."""
-    lens, rows = spec.lens.long(), torch.arange(spec.q.shape[2], device=spec.q.device)
-    starts = spec.cu_seqlens_q
+    lens, starts = spec.lens.long(), spec.cu_seqlens_q
     if starts is not None:
+        rows = torch.arange(spec.q.shape[2], device=spec.q.device)
         entry = torch.bucketize(rows, starts[1:].long(), right=True).clamp(max=spec.entries - 1)
         first = lens if spec.added is None else lens - starts.diff()
         position = (first[entry] + rows - starts[entry].long())[None]
         return position, position
-    added = 0 if spec.k is None else spec.k.shape[2]
-    new = torch.arange(added, device=spec.q.device)
-    return lens[:, None] + (added - spec.q.shape[2]) + rows, lens[:, None] + new
+    asked, added = spec.q.shape[2], 0 if spec.k is None else spec.k.shape[2]
+    of_k = lens[:, None]  # a step, of one row, needs no more
+    if not known(added == 1):
+        of_k = of_k + torch.arange(added, device=spec.q.device)
+    if known(asked == added):
+        return of_k, of_k
+    return lens[:, None] + (added - asked) + torch.arange(asked, device=spec.q.device), of_k
 
 
 def turn_pair(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

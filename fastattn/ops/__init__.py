@@ -3,7 +3,7 @@
 from fastattn.ops.attention import attention
 from fastattn.ops.autograd import attend, draw_seed, seed_of_part
 from fastattn.ops.direct import without_autocast
-from fastattn.ops.kvcache import attention_kvcache
+from fastattn.ops.kvcache import attention_kvcache, turns_in_append
 from fastattn.ops.plain import decompositions
 from fastattn.ops.schema import Backward, CacheCall, DoubleBackward, Forward, flatten, unflatten
 from fastattn.ops.torch_kernel import add_second_derivative
@@ -21,6 +21,7 @@ __all__ = [
     "draw_seed",
     "flatten",
     "seed_of_part",
+    "turns_in_append",
     "unflatten",
     "without_autocast",
 ]

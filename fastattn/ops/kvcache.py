@@ -16,7 +16,7 @@ from fastattn.ops.autograd import below_autograd
 from fastattn.ops.direct import DIRECT, Way, way, without_autocast
 from fastattn.ops.implementations import unwritten
 from fastattn.ops.schema import LIBRARY, CacheCall, arguments, cache_results, define, flatten, unflatten
-from fastattn.spec import UNDIVIDED, AttentionSpec, CacheSpec, known
+from fastattn.spec import UNDIVIDED, AttentionSpec, CacheSpec, Rotary, known
 from fastattn.spec.checks import check_scale_value
 
 APPEND = define(
@@ -27,17 +27,20 @@ KVCACHE = define(f"attention_kvcache({arguments(CacheCall)}) -> (Tensor out, Ten
 KVCACHE_BACKWARD = define("attention_kvcache_backward(Tensor gradient, SymInt[] shape) -> Tensor")
 
 
-def attention_kvcache(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor | None]:
+def attention_kvcache(
+    spec: CacheSpec, backend: str, rotary: Rotary | None = None
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Append the new entries, then attend: (out, lse) on the chosen backend; lse is None from the torch backend.
 
     Eager mode calls PyTorch's own functions directly. On a CPU, an operator of ours would double the time of a decode
-    step.
+    step. ``rotary``, if `turns_in_append`, turns the queries and the new keys.
     """
     if plain.wanted():
         plain.refuse_cache(spec)
     direct = backend in DIRECT and way(spec) is Way.AT_ONCE
-    if direct and backend == "triton" and spec.k is not None and not (spec.length is not None and _is_prompt(spec)):
-        return _append_and_attend(spec)
+    if direct and _in_one(spec, backend):
+        return _append_and_attend(spec, rotary)
+    assert rotary is None
     if spec.k is not None and spec.v is not None:
         _append_new(spec, spec.k, spec.v, backend, direct)
     if not direct and _wants_gradient(spec):
@@ -51,6 +54,18 @@ def attention_kvcache(spec: CacheSpec, backend: str) -> tuple[Tensor, Tensor | N
     if direct:
         return _attend(spec, backend)
     return KVCACHE(*flatten(CacheCall(spec, backend)))
+
+
+def turns_in_append(spec: CacheSpec, backend: str, rotary: Rotary) -> bool:
+    """Whether `attention_kvcache` takes ``rotary``: whether the launch that appends turns what it reads."""
+    if spec.num_splits == UNDIVIDED or not _in_one(spec, backend):
+        return False
+    return way((*spec, rotary.cos, rotary.sin)) is Way.AT_ONCE and not plain.wanted()
+
+
+def _in_one(spec: CacheSpec, backend: str) -> bool:
+    """Whether the backend appends and attends in one call."""
+    return backend == "triton" and spec.k is not None and not (spec.length is not None and _is_prompt(spec))
 
 
 def _is_prompt(spec: CacheSpec) -> bool:
@@ -88,10 +103,10 @@ def _append_new(spec: CacheSpec, k: Tensor, v: Tensor, backend: str, direct: boo
     append(*arguments, "reference" if backend == "torch" else backend)
 
 
-def _append_and_attend(spec: CacheSpec) -> tuple[Tensor, Tensor]:
+def _append_and_attend(spec: CacheSpec, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
     """A decode step of the Triton backend, which launches its kernels together."""
     out, lse = _results(spec, "triton")
-    backends.triton.append_and_attend(out, lse, spec)
+    backends.triton.append_and_attend(out, lse, spec, rotary)
     _count_change(spec)
     return out, lse
 

@@ -4,7 +4,7 @@ from fastattn.spec.attention import AttentionSpec, make_spec
 from fastattn.spec.cache import UNDIVIDED, CacheSpec, make_cache_spec
 from fastattn.spec.cache_operands import QUANTISED
 from fastattn.spec.checks import FLOAT_DTYPES, check_flag, is_dtensor, known
-from fastattn.spec.operands import Gradients, Inputs, Learned, Operands, Options
+from fastattn.spec.operands import Gradients, Inputs, Learned, Operands, Options, Rotary
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -17,6 +17,7 @@ __all__ = [
     "Learned",
     "Operands",
     "Options",
+    "Rotary",
     "check_flag",
     "is_dtensor",
     "known",

@@ -49,6 +49,16 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
 
 
+class Rotary(NamedTuple):
+    """Rotary positions of the queries and new keys of a call over a KV cache."""
+
+    cos: Tensor
+    """float (positions, R / 2), R at most D"""
+    sin: Tensor
+    interleaved: bool
+    """numbers 2 i and 2 i + 1 turn together; False: i and i + R / 2"""
+
+
 class Learned(NamedTuple):
     """One value per operand that has a gradient: whether the caller wants it, or the gradient itself."""
 

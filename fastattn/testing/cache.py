@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn.backends import reference
 from fastattn.backends.reference.kvcache import quantise
-from fastattn.functional import Backend, attention_with_kvcache, rotary
+from fastattn.functional import Backend, attention_with_kvcache
 from fastattn.spec import make_spec
 from fastattn.spec.cache_operands import dequantised, over_keys
 from fastattn.testing import rounding
@@ -31,14 +31,14 @@ def check_kvcache(
         backend, num_splits: as there.
         lse: also ask for lse.
         options: further arguments of the function, but `cu_seqlens_q`. With rotary tables q and k are turned by the
-            same tables, and what is written for k is held to the rule too.
+            same tables, and what is written for k is held to the rule, not to bits.
 
     Raises:
         AssertionError: as `assert_parity`; or where a cache differs in any bit from what it should hold.
     """
     lens = [cache_lens] * q.shape[0] if isinstance(cache_lens, int) else cache_lens.tolist()
     added = 0 if k is None else k.shape[2]
-    exact_q, eager_q, new_k = _turned_operands(q, k, lens, options)
+    exact_q, eager_q, turned_k = _turned_operands(q, k, lens, options)
     scales = options.get("k_scale"), options.get("v_scale")
     # As in `check_attention`; a quantised cache holds no exact 1.
     sums = backend not in (None, "torch") and q.dtype != torch.float64 and v_cache.dtype == q.dtype
@@ -46,15 +46,20 @@ def check_kvcache(
     if sums:
         v_cache = with_ones(v_cache)
         v = None if v is None else with_ones(v)
+    new_k = k if turned_k is None else None
     expected_caches = [
         _after_append(cache, scale, new, lens, block_table)
         for cache, scale, new in zip((k_cache, v_cache), scales, (new_k, v), strict=True)
     ]
+    if turned_k is not None and scales[0] is not None:
+        expected_caches[0] = (expected_caches[0][0], scales[0].clone())
     function: Any = attention_with_kvcache
     results = function(
         q, k_cache, v_cache, k, v, cache_lens=cache_lens, block_table=block_table, num_splits=num_splits,
         backend=backend, return_lse=lse, **options,
     )  # fmt: skip
+    if turned_k is not None:
+        _check_turned(k_cache, scales[0], *turned_k, lens, block_table, expected_caches[0])
     for name, cache, scale, after in zip("kv", (k_cache, v_cache), scales, expected_caches, strict=True):
         for what, actual, wanted in ((f"{name}_cache", cache, after[0]), (f"{name}_scale", scale, after[1])):
             if actual is not None and wanted is not None and not _same_bits(actual, wanted):
@@ -90,22 +95,50 @@ def check_kvcache(
 
 def _turned_operands(
     q: Tensor, k: Tensor | None, lens: list[int], options: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """q turned by its rotary positions in float64, and as plain eager PyTorch turns it; and the rows that are written
-    for k, which are held to the rule themselves. All as they are in a call without rotary positions."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:  # fmt: skip
+    """q turned by its rotary positions in float64, and as plain eager PyTorch turns it; and k likewise. Without rotary
+    positions q as it is, and None."""
     cos, sin, interleaved = (options.get(f"rotary_{name}") for name in ("cos", "sin", "interleaved"))
     if cos is None or sin is None:
-        return q, q, k
+        return q, q, None
     starts, added = torch.tensor(lens, device=q.device)[:, None], 0 if k is None else k.shape[2]
     of_q = starts + added - q.shape[2] + torch.arange(q.shape[2], device=q.device)
     exact_q, eager_q = (_turned(q.to(dtype), cos, sin, of_q, interleaved) for dtype in (torch.float64, q.dtype))
     if k is None:
         return exact_q, eager_q, None
     of_k = starts + torch.arange(added, device=q.device)
-    written = rotary.turn(k, cos, sin, of_k, bool(interleaved))
     exact, eager = (_turned(k.to(dtype), cos, sin, of_k, interleaved) for dtype in (torch.float64, k.dtype))
+    return exact_q, eager_q, (exact, eager)
+
+
+def _check_turned(
+    cache: Tensor, scale: Tensor | None, exact: Tensor, eager: Tensor, lens: list[int], block_table: Tensor | None,
+    expected: tuple[Tensor, Tensor | None],
+) -> None:  # fmt: skip
+    """Hold the new rows in a cache to the rule, and write them into what the cache is expected to hold."""
+    bytes_ = cache.view(torch.uint8) if scale is not None else cache
+    places = _places(lens, exact.shape[2], block_table, cache)
+    written = cache[places]  # (B, L, Hk, D)
+    exact, eager = exact.transpose(1, 2), eager.transpose(1, 2)
+    if scale is not None:
+        given = None if scale.ndim == 3 else scale.reshape(1, 1, -1, 1)
+        values, measured = quantise(eager, given, cache.dtype)
+        eager = values.to(eager.dtype) * measured.to(eager.dtype)
+        written = written.to(eager.dtype) * (scale[places][..., None] if given is None else given).to(eager.dtype)
     assert_parity(written, exact, eager, "turned k")
-    return exact_q, eager_q, written
+    ours = expected[0] if scale is None else expected[0].view(torch.uint8)
+    ours[places] = bytes_[places]
+    if scale is not None and expected[1] is not None and scale.ndim == 3:
+        expected[1][places] = scale[places]
+
+
+def _places(lens: list[int], added: int, block_table: Tensor | None, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """(page or batch entry, slot) of every new row, (B, Lnew) each."""
+    position = torch.tensor(lens)[:, None] + torch.arange(added)
+    if block_table is None:
+        return torch.arange(len(lens))[:, None].expand_as(position), position
+    pages = block_table.cpu().long().gather(1, position // cache.shape[1])
+    return pages, position % cache.shape[1]
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: bool | None) -> Tensor:

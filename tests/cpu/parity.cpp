@@ -363,6 +363,8 @@ bool check_step(const StepCase& c) {
   FastattnRotate o{};
   o.team.threads = 1, o.x = o.y = heads.data(), o.x_stride = o.y_stride = wide, o.cos = cos.data(), o.sin = sin.data(), o.position = position.data();
   o.positions = 3, o.dtype = c.dtype, o.rows = c.rows, o.heads = c.heads, o.head_dim = c.head_dim;
+  const bool interleaved = c.rows % 2 == 1;
+  o.rotated = c.head_dim, o.interleaved = interleaved;
   const FastattnCall calls[] = {{FASTATTN_CALL_LINEAR, &l}, {FASTATTN_CALL_NORM, &n}};
   if (fastattn_cpu_run(calls, 2) != 0) {
     std::printf("refused: %s\n", fastattn_cpu_last_error());
@@ -387,9 +389,11 @@ bool check_step(const StepCase& c) {
     for (int64_t head = 0; head < c.rows * c.heads; head++) {
       const int64_t table = position[head / c.heads] * half_dim;
       for (int64_t i = 0; i < c.head_dim; i++) {
-        const int64_t at = table + i % half_dim, other = head * c.head_dim + (i + half_dim) % c.head_dim;
+        const int64_t at = table + (interleaved ? i / 2 : i % half_dim);
+        const int64_t other = head * c.head_dim + (interleaved ? i ^ 1 : (i + half_dim) % c.head_dim);
+        const bool first = interleaved ? i % 2 == 0 : i < half_dim;
         const Number with = a.kept(Number(start.at(other)) * sin[at]);
-        results.push_back(a.kept(a.kept(Number(start.at(head * c.head_dim + i)) * cos[at]) + (i < half_dim ? -with : with)));
+        results.push_back(a.kept(a.kept(Number(start.at(head * c.head_dim + i)) * cos[at]) + (first ? -with : with)));
       }
     }
     return results;

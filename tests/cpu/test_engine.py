@@ -16,6 +16,7 @@ from fastattn.backends import cpu
 from fastattn.backends.cpu import library as cpu_library
 from fastattn.backends.cpu.program import Program
 from fastattn.backends.reference.dropout import dropout_keep
+from fastattn.functional.rotary import turn
 from fastattn.spec import Operands, Options
 from fastattn.testing import assert_parity, check_attention
 from tests.support.attention_cases import BFLOAT, DOUBLE, DTYPE_NAMES, HALF, INF, SINGLE, make_qkv
@@ -300,6 +301,18 @@ def test_every_variant_normalises_and_rotates(width, dtype, variant):
 
     assert_parity(turned[:, :4], rotated(x.double()), rotated(x), "rotate", intermediate=float(x.abs().max()))
     assert torch.equal(turned[:, 4:], x[:, 4:])
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize("turning", [64, 38, 2])
+def test_every_variant_turns_a_part_of_each_head(turning, interleaved, dtype, variant):
+    x, (cos, sin) = torch.randn(2, 3, 5, 64).to(dtype), [torch.randn(4, turning // 2) for _ in range(2)]
+    position = torch.tensor([[2, -1, 9, 0, 1], [3, 3, 0, 1, 2]])
+    ours = cpu.turn(x, cos, sin, position, interleaved)
+    eager, exact = (turn(each, cos, sin, position, interleaved) for each in (x, x.double()))
+    assert_parity(ours, exact, eager, "turned", intermediate=float(x.abs().max()))
+    assert torch.equal(ours[..., turning:], x[..., turning:])
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=DTYPE_NAMES.get)

@@ -157,7 +157,7 @@ GOOD = {
     "FastattnNorm": {"x": NOWHERE, "y": NOWHERE, "rows": 2, "heads": 3, "width": 8, "eps": 1e-5},
     "FastattnRotate": {
         "threads": 1, "x": NOWHERE, "y": NOWHERE, "cos": NOWHERE, "sin": NOWHERE, "position": NOWHERE, "positions": 4,
-        "rows": 2, "heads": 3, "head_dim": 8,
+        "rows": 2, "heads": 3, "head_dim": 8, "rotated": 6,
     },
     "FastattnDropout": {"threads": 1, "x": NOWHERE, "y": NOWHERE, "rows": 2, "width": 8, "p": 0.5},
     "FastattnRmsNorm": {
@@ -216,9 +216,9 @@ BAD = {
         *((name, 0) for name in ("width", "x", "y")), ("dtype", 3),
     ],
     "FastattnRotate": [
-        *((n, x) for n in ("rows", "heads", "head_dim", "positions") for x in TOO_LARGE),
+        *((n, x) for n in ("rows", "heads", "head_dim", "positions", "rotated") for x in TOO_LARGE),
         *((name, 0) for name in ("head_dim", "positions", "team.threads", "x", "y", "cos", "sin")),
-        ("dtype", 3), ("head_dim", 7),
+        ("dtype", 3), ("head_dim", 5), ("rotated", 7), ("rotated", 10),
     ],
     "FastattnDropout": [
         *((n, x) for n in ("rows", "width") for x in TOO_LARGE),

@@ -129,6 +129,29 @@ def rotate(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
         library.check(status)
 
 
+def turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `turn` takes x and the tables."""
+    tables = all(table.dtype == torch.float32 and table.is_contiguous() for table in (cos, sin))
+    return tables and cos.numel() > 0 and x.dtype != torch.float64
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: bool) -> Tensor:
+    """x (B, H, L, D) turned by its positions (B, L), cut to those of the tables, float32 (positions, R / 2).
+
+    The first R numbers of each head turn: 2 i with 2 i + 1 if ``interleaved``, else i with i + R / 2.
+    """
+    batch, heads, length, head_dim = x.shape
+    rows = x.transpose(1, 2).reshape(batch * length, heads, head_dim)
+    if rows.stride()[1:] != (head_dim, 1):
+        rows = rows.contiguous()
+    y, position = torch.empty(rows.shape, dtype=x.dtype), position.reshape(-1)
+    if status := library.load().fastattn_cpu_rotate(
+        packing.pack_rotate(y, rows, cos, sin, position, interleaved=interleaved)
+    ):
+        library.check(status)
+    return y.view(batch, length, heads, head_dim).transpose(1, 2)
+
+
 def dropout(y: Tensor, x: Tensor, p: float, seed: int) -> None:
     """Fill ``y`` with dropout of x (..., width), both contiguous.
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 from pathlib import Path
 
-ABI = 6
+ABI = 7
 BUILD = "make ext-cpu, or install again where a C++ compiler is found"
 
 _PACKAGE = Path(__file__).resolve().parents[2]

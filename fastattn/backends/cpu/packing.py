@@ -30,7 +30,7 @@ QUANTISED = struct.Struct("@1q10q1q2q")
 DROPOUT = struct.Struct("@2q2q4q1d")
 RMS_NORM = struct.Struct("@2q5q3q1d")
 GATE = struct.Struct("@2q5q3q")
-ROTATE = struct.Struct("@2q2q2q4q5q")
+ROTATE = struct.Struct("@2q2q2q4q5q2q")
 _ABSENT = (0,) * 5
 
 # From this many query rows per key head on, a prompt goes to the kernel with taller tiles, which packs keys first.
@@ -172,11 +172,14 @@ def _pack_quantised(
     return _placed(packed, k_scale, v_scale)
 
 
-def pack_rotate(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor | None, back: bool = False) -> bytes:
-    """The struct of `rotate`; ``position`` int64 (rows,) gives each row's row of the tables."""
+def pack_rotate(
+    y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, position: Tensor | None, back: bool = False,
+    interleaved: bool = False,
+) -> bytes:  # fmt: skip
+    """The struct of `rotate` and `turn`; ``position`` int64 (rows,) gives each row's row of the tables."""
     return ROTATE.pack(
         *team(), x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), cos.data_ptr(), sin.data_ptr(),
-        _address(position), cos.shape[0], DTYPES[x.dtype], *x.shape, back,
+        _address(position), cos.shape[0], DTYPES[x.dtype], *x.shape, back, 2 * cos.shape[1], interleaved,
     )  # fmt: skip
 
 
