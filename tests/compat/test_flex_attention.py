@@ -84,6 +84,18 @@ def test_from_flex_asks_within_partial_blocks_alone():
         assert torch.equal(BlockMask.from_flex(flex).to_dense(), (full | partial & (i >= j))[None, None])
 
 
+@pytest.mark.parametrize("block", [128, (48, 256)], ids=str)
+def test_from_flex_asks_for_positions_that_there_are(block):
+    """A table that the function captures may end with the last position, within a block."""
+    rows, columns = torch.randn(LQ), torch.randn(LK)
+
+    def above(b, h, q_idx, kv_idx):
+        return rows[q_idx] > columns[kv_idx]
+
+    mask = BlockMask.from_flex(theirs.create_block_mask(above, None, None, LQ, LK, "cpu", block))
+    assert torch.equal(mask.to_dense(), (rows[:, None] > columns)[None, None])
+
+
 def test_from_flex_refuses():
     flex = theirs.create_block_mask(causal, 2, None, 300, 300, "cpu")
     with pytest.raises(RuntimeError, match="sliced"):
