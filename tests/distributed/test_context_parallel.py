@@ -7,6 +7,7 @@ import torch
 
 import fastattn.distributed as fd
 from tests.support import ranks_work as work
+from tests.support.pairwise import pairwise
 
 STRATEGIES = ("ring", "all_gather", "ulysses")
 BALANCES = ("contiguous", "zigzag", "striped")
@@ -60,9 +61,7 @@ CASES = {
 SIZES = dict(zip(CASES, itertools.cycle((2, 3, 4)), strict=False))
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("balance", BALANCES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("name", "strategy", "balance"), pairwise(CASES, STRATEGIES, BALANCES))
 def test_the_whole(ranks, strategy, balance, name):
     case = {**CASES[name], "strategy": strategy, "balance": balance}
     work.check(case, ranks.run(work.attend, case, ranks=SIZES[name]))
