@@ -16,6 +16,7 @@ from tests.support.attention_cases import (
     HALF,
     KERNEL_DTYPES,
     LAYOUTS,
+    LENGTHS,
     SINGLE,
     make_bias,
     make_mask,
@@ -151,12 +152,12 @@ def test_dk_and_dv_from_a_pass_each_have_the_same_bits(device, case, monkeypatch
 
 def test_an_unused_lse_changes_no_bit(device, backend):
     leaves = leaves_for(device)
-    dout = torch.randn(1, 2, 65, 16).to(device, HALF)
+    dout = torch.randn(1, 2, LENGTHS[0], 16).to(device, HALF)
     without = gradients(leaves, dout, backend, causal=True)
     out, _ = attention(*leaves, causal=True, return_lse=True, backend=backend)
     for ours, theirs in zip(torch.autograd.grad(out, leaves, dout), without, strict=True):
         assert torch.equal(ours, theirs)
-    zero = torch.zeros(1, 2, 65, device=device)
+    zero = torch.zeros(1, 2, LENGTHS[0], device=device)
     for ours, theirs in zip(gradients(leaves, dout, backend, dlse=zero, causal=True), without, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -189,7 +190,7 @@ def test_backward_repeats_bit_for_bit(device, backend, dtype):
 
 def test_backward_of_a_batch_entry_does_not_depend_on_the_others(device, backend):
     q, k, v = (x.detach() for x in leaves_for(device, batch=3))
-    dout = torch.randn(3, 2, 65, 16).to(device, HALF)
+    dout = torch.randn(3, 2, LENGTHS[0], 16).to(device, HALF)
 
     def run(q, k, v, dout):
         return gradients(tuple(x.clone().requires_grad_() for x in (q, k, v)), dout, backend, causal=True)
@@ -217,7 +218,7 @@ def test_gradients_accumulate_over_calls(device, backend):
 
 def test_self_attention_on_one_tensor(device, backend):
     """q, k and v are the same tensor; its gradient is the sum of three, in whichever order autograd adds them."""
-    x = torch.randn(1, 2, 65, 16).to(device, SINGLE).requires_grad_()
+    x = torch.randn(1, 2, LENGTHS[0], 16).to(device, SINGLE).requires_grad_()
     dout = torch.randn(x.shape).to(device)
     parts = gradients(tuple(x.detach().clone().requires_grad_() for _ in range(3)), dout, backend)
     attention(x, x, x, backend=backend).backward(dout)

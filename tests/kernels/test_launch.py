@@ -289,7 +289,7 @@ def test_inputs_reach_the_kernel_without_a_copy(monkeypatch):
     launches = Launches(monkeypatch)
     layouts = ("heads_last", "packed", "sliced")
     q, k, v = (relayout(x, layout) for x, layout in zip(make_qkv("cpu"), layouts, strict=True))
-    mask, bias = make_mask("cpu", (1, 1, 1, 100)), make_bias("cpu", (2, 65, 1)).expand(2, 65, 100)
+    mask, bias = make_mask("cpu", (1, 1, 1, 70)), make_bias("cpu", (2, 33, 1)).expand(2, 33, 70)
     attention(q, k, v, mask=mask, bias=bias, backend="triton")
     ((_, _, args),) = launches.caught
     pointers = {x.data_ptr() for x in tensors_in(args)}

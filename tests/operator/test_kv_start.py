@@ -11,12 +11,12 @@ from fastattn.backends import reference
 from fastattn.backends.cpu import library
 from fastattn.testing import assert_parity, check_attention
 from tests.operator.test_varlen import packed
-from tests.support.attention_cases import BFLOAT, count_tiles, make_mask, make_qkv
+from tests.support.attention_cases import BFLOAT, LENGTHS, count_tiles, make_mask, make_qkv
 from tests.support.cache_problems import NAN, check, make_problem
 
-STARTS = [0, 37, 64, 100]
-"""Of 100 keys: all, within a tile and at its edge, none."""
-LENGTHS = (65, 100)
+STARTS = [0, 37, 64, 70]
+"""Of 70 keys: all, within a tile and at its edge, none."""
+Q_LEN, KV_LEN = LENGTHS
 BATCH = len(STARTS)
 BACKENDS = ["triton", "cpu", "reference"]
 
@@ -28,16 +28,16 @@ def inputs(device, **options):
 
 def terms(device):
     bias = torch.randn(1, 2, *LENGTHS).to(device).requires_grad_()
-    documents = torch.arange(100)[None].expand(BATCH, -1) // 40
+    documents = torch.arange(KV_LEN)[None].expand(BATCH, -1) // 40
     return {
         "plain": {},
         "causal": {"causal": True},
         "window": {"window": (11, 4), "alibi_slopes": torch.randn(BATCH, 2).to(device).requires_grad_()},
         "offsets": {"q_offset": torch.arange(BATCH, device=device) * 9, "sinks": torch.randn(2).to(device),
                     "causal": True},
-        "bias": {"bias": bias, "softcap": 3.0, "mask": make_mask(device, (BATCH, 1, 1, 100))},
-        "shared bias": {"bias": torch.randn(100).to(device).requires_grad_(), "causal": True},
-        "blocks": {"block_mask": BlockMask.from_documents(documents[:, :65], documents).to(device)},
+        "bias": {"bias": bias, "softcap": 3.0, "mask": make_mask(device, (BATCH, 1, 1, KV_LEN))},
+        "shared bias": {"bias": torch.randn(KV_LEN).to(device).requires_grad_(), "causal": True},
+        "blocks": {"block_mask": BlockMask.from_documents(documents[:, :Q_LEN], documents).to(device)},
         "dropout": {"dropout_p": 0.3, "causal": True},
     }  # fmt: skip
 
@@ -45,10 +45,10 @@ def terms(device):
 def test_the_definition_is_that_of_a_mask(device):
     """In float64, where the specification computes."""
     (q, k, v), starts = inputs("cpu", dtype=torch.float64)
-    mask = (torch.arange(100) >= starts[:, None])[:, None, None]
-    with_mask = reference.attention(q, k, v, mask, scale=0.3, right=0, q_offset=35)
+    mask = (torch.arange(KV_LEN) >= starts[:, None])[:, None, None]
+    with_mask = reference.attention(q, k, v, mask, scale=0.3, right=0, q_offset=37)
     for ours, expected in zip(
-        reference.attention(q, k, v, kv_start=starts, scale=0.3, right=0, q_offset=35), with_mask, strict=True
+        reference.attention(q, k, v, kv_start=starts, scale=0.3, right=0, q_offset=37), with_mask, strict=True
     ):
         assert torch.equal(ours, expected)
 
@@ -66,7 +66,7 @@ def test_the_rule_in_half_precision(backend, device):
 def test_the_rule(term, backend, device):
     qkv, starts = inputs(device, dtype=torch.float32)
     torch_alone = {
-        "bias without the cap": {"bias": torch.randn(2, 1, 100), "mask": make_mask(device, (65, 100))},
+        "bias without the cap": {"bias": torch.randn(2, 1, KV_LEN), "mask": make_mask(device, LENGTHS)},
         "top left": {"causal": True, "q_offset": 0},
     }
     options = (terms(device) | torch_alone)[term]
@@ -76,7 +76,7 @@ def test_the_rule(term, backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_keys_before_it_may_be_nan_and_have_no_gradient(backend, device):
     (q, k, v), starts = inputs(device, dtype=torch.float32)
-    before = torch.arange(100, device=device) < starts[:, None]
+    before = torch.arange(KV_LEN, device=device) < starts[:, None]
     results = []
     for rest in (0.0, torch.nan):
         own = [x.masked_fill(before[:, None, :, None], rest) for x in (k, v)]
@@ -121,7 +121,7 @@ def test_second_derivatives_and_vmap(backend, device):
     out = attention(*leaves, kv_start=starts, backend=backend)
     first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-    before = torch.arange(100, device=device) < starts[:, None]
+    before = torch.arange(KV_LEN, device=device) < starts[:, None]
     assert all((x.transpose(1, 2)[before] == 0).all() and x.abs().sum() > 0 for x in second[1:])
 
     def one(start, dtype=torch.float32, backend=backend):
@@ -173,8 +173,8 @@ def test_explain_and_errors():
     assert "kv_start per batch entry" in why.call
     for bad, text in (
         (starts[1:], r"kv_start.shape: expected \(B,\) == \(4,\), got \(3,\)"),
-        (starts - 1, "kv_start: expected 0 to 100, got -1 for batch entry 0"),
-        (starts + 1, "kv_start: expected 0 to 100, got 101 for batch entry 3"),
+        (starts - 1, "kv_start: expected 0 to 70, got -1 for batch entry 0"),
+        (starts + 1, "kv_start: expected 0 to 70, got 71 for batch entry 3"),
     ):
         with pytest.raises(ValueError, match=text):
             attention(q, k, v, kv_start=bad)
@@ -182,7 +182,7 @@ def test_explain_and_errors():
         with pytest.raises(TypeError, match=text):
             attention(q, k, v, kv_start=bad)
     with pytest.raises(ValueError, match=r"kv_start.shape: expected \(B,\) == \(2,\)"):
-        attention_varlen(*(x[0].transpose(0, 1) for x in (q, k, v)), torch.tensor([0, 3, 65]), kv_start=starts)
+        attention_varlen(*(x[0].transpose(0, 1) for x in (q, k, v)), torch.tensor([0, 3, Q_LEN]), kv_start=starts)
 
 
 # Over a cache

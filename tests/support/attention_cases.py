@@ -12,7 +12,7 @@ KERNEL_DTYPES = (HALF, BFLOAT, SINGLE)
 DTYPE_NAMES = {HALF: "fp16", BFLOAT: "bf16", SINGLE: "fp32", DOUBLE: "fp64"}
 
 # Short, yet with inner, diagonal and tail tiles in every kernel at the interpreter's tile sizes.
-LENGTHS = (65, 100)
+LENGTHS = (33, 70)
 
 
 def make_qkv(
