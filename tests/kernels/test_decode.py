@@ -15,6 +15,7 @@ from fastattn.spec.cache_operands import cached
 from fastattn.testing import assert_parity
 from tests.support.attention_cases import BFLOAT, DOUBLE, DTYPE_NAMES, HALF, SINGLE
 from tests.support.cache_problems import NAN, check, make_problem
+from tests.support.pairwise import pairwise
 
 PAGES = (0, 1, 48, 64)
 
@@ -22,9 +23,7 @@ PAGES = (0, 1, 48, 64)
 # --- Parity ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 5])
-@pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("q_len", [1, 3, 17])
+@pytest.mark.parametrize(("q_len", "page", "num_splits"), pairwise([1, 3, 17], PAGES, [1, 2, 5]))
 def test_parity(q_len, page, num_splits, device, backend):
     """Lengths 0, 1, some and all of the cache; more splits than tiles for most of them."""
     new = min(q_len, 3)
@@ -33,9 +32,9 @@ def test_parity(q_len, page, num_splits, device, backend):
     check(make_problem(device, lens, new=new, q_len=q_len, page=page), backend, num_splits=num_splits)
 
 
-@pytest.mark.parametrize("page", [0, 16])
-@pytest.mark.parametrize("dtype", [HALF, BFLOAT, SINGLE], ids=DTYPE_NAMES.get)
-@pytest.mark.parametrize("dims", [(64, 64), (59, 16), (128, 64), (16, 59)], ids=str)
+@pytest.mark.parametrize(
+    ("dims", "dtype", "page"), pairwise([(64, 64), (59, 16), (128, 64), (16, 59)], [HALF, BFLOAT, SINGLE], [0, 16])
+)
 def test_dtypes_and_head_dims(dims, dtype, page, device, backend):
     check(make_problem(device, (50, 33), q_len=2, new=2, dims=dims, dtype=dtype, page=page), backend, num_splits=2)
 

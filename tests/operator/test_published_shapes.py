@@ -5,29 +5,27 @@ splitkv, kvcache and overflow tests. One table of cases: what the interpreter co
 everywhere, the rest on a GPU. Shapes that test_forward.py has are not repeated here.
 """
 
-import itertools
-
 import pytest
 import torch
 
 from fastattn.testing import check_attention, check_kvcache
 from tests.support.attention_cases import BFLOAT, HALF, make_qkv
+from tests.support.pairwise import pairwise
 
 SMALL = 113 * 217
 """Scores per head that the interpreter computes."""
-DTYPES = itertools.cycle((HALF, BFLOAT))
 
 
 def cases(shapes, *axes, small=SMALL):
-    """Every shape with every value of the axes; marked ``gpu`` where it is too large for the interpreter."""
+    """Every shape with every value of each axis and dtype, these in pairs; ``gpu``: too large for the interpreter."""
     found = []
-    for (q_len, kv_len), *values in itertools.product(shapes, *axes):
+    for (q_len, kv_len), *values in pairwise(shapes, *axes, (HALF, BFLOAT)):
         marks = ()
         if q_len * kv_len > small:
             reason = f"{q_len}x{kv_len} scores: too slow in the interpreter"
             marks = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=reason))
-        label = "-".join([f"{q_len}x{kv_len}", *(str(value) for value in values)])
-        found.append(pytest.param((q_len, kv_len), *values, next(DTYPES), marks=marks, id=label))
+        label = "-".join([f"{q_len}x{kv_len}", *(str(value) for value in values[:-1])])
+        found.append(pytest.param((q_len, kv_len), *values, marks=marks, id=label))
     return found
 
 
@@ -45,7 +43,7 @@ def test_causal(lengths, window, dim, dtype, device, backend):
     if torch.cuda.is_available():
         q, k, v = make_qkv(device, lengths, dims=(dim, dim), heads=(9, 3), batch=4, dtype=dtype)
     else:
-        q, k, v = make_qkv(device, lengths, dims=(dim // 4 - 1, dim // 4 - 1), dtype=dtype)
+        q, k, v = make_qkv(device, lengths, dims=(dim // 4 - 1,) * 2, heads=(1, 1), dtype=dtype)
     check_attention(q, k, v, backend=backend, causal=True, window=window)
 
 

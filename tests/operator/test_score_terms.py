@@ -10,7 +10,7 @@ import fastattn
 from fastattn.backends.reference import blockwise
 from fastattn.testing import assert_parity, check_attention
 
-Q_LEN, KV_LEN, HEADS, KV_HEADS, DIM = 50, 83, 4, 2, 24
+Q_LEN, KV_LEN, HEADS, KV_HEADS, DIM = 37, 71, 2, 1, 24
 
 
 def terms(device):
@@ -20,7 +20,7 @@ def terms(device):
         "causal": {"causal": True},
         "window": {"window": (30, 4)},
         "softcap": {"softcap": 2.0},
-        "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.125, -0.06], device=device, requires_grad=True)},
+        "alibi": {"alibi_slopes": torch.tensor([0.5, -0.06], device=device, requires_grad=True)},
         "sinks": {"sinks": torch.randn(HEADS, generator=generator).to(device).requires_grad_()},
         "mask": {"mask": (torch.rand(1, 1, 1, KV_LEN, generator=generator) > 0.3).to(device)},
         "bias": {"bias": torch.randn(1, HEADS, Q_LEN, 1, generator=generator).to(device).requires_grad_()},
@@ -102,7 +102,7 @@ def test_sink_is_a_key_without_a_value(device):
 
 def test_rows_that_see_nothing_keep_the_sink(device, backend):
     q, k, v = qkv(device, torch.float32)
-    sinks = torch.tensor([0.3, -1.0, 2.0, 0.0], device=device)
+    sinks = torch.tensor([0.3, -1.0], device=device)
     out, lse = fastattn.attention(q, k, v, window=(2, 2), q_offset=-500, sinks=sinks, return_lse=True, backend=backend)
     assert torch.equal(out, torch.zeros_like(out))
     expected = sinks[None, :, None].expand_as(lse)
@@ -140,11 +140,15 @@ def test_gradcheck_in_float64():
         ({"softcap": 0.0}, ValueError, "softcap: expected a positive"),
         ({"softcap": float("nan")}, ValueError, "softcap: expected a positive"),
         ({"softcap": torch.tensor(1.0)}, TypeError, "softcap: expected a float"),
-        ({"sinks": torch.zeros(3)}, ValueError, r"sinks.shape: expected \(4,\).* got \(3,\)"),
-        ({"sinks": torch.zeros(4, dtype=torch.int64)}, TypeError, "sinks.dtype: expected a floating-point"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks.shape: expected \(2,\).* got \(3,\)"),
+        ({"sinks": torch.zeros(HEADS, dtype=torch.int64)}, TypeError, "sinks.dtype: expected a floating-point"),
         ({"sinks": 1.0}, TypeError, "sinks: expected a Tensor, got float"),
-        ({"alibi_slopes": torch.zeros(2, 4)}, ValueError, r"alibi_slopes.shape: expected \(4,\) or \(1, 4\)"),
-        ({"alibi_slopes": torch.zeros(4, device="meta")}, ValueError, "alibi_slopes.device: expected cpu, got meta"),
+        ({"alibi_slopes": torch.zeros(2, HEADS)}, ValueError, r"alibi_slopes.shape: expected \(2,\) or \(1, 2\)"),
+        (
+            {"alibi_slopes": torch.zeros(HEADS, device="meta")},
+            ValueError,
+            "alibi_slopes.device: expected cpu, got",
+        ),
         ({"q_offset": 1 << 40}, ValueError, "q_offset: expected at most"),
     ],
     ids=str,
