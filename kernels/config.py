@@ -103,8 +103,12 @@ _CROWDED = {
 LARGEST_AHEAD = {"sm_90": 2, "interpreter": 4}
 """For kernels that load tiles of a mask or bias ahead: the largest element size, in bytes, that fits shared memory."""
 
-# For kernels without shared memory for them beside the tiles of three stages.
-_AHEAD = {"sm_90": _table(dk={256: (32, 128, 8, 2)}, dq={256: (128, 16, 8, 3)})}
+# For kernels without shared memory for them beside the tiles of three stages, and for dq with a mask at D 128: ptxas
+# lets the products of its usual tile wait for each other.
+_AHEAD: dict[str, dict[str, dict[str, dict[int, LaunchConfig]]]] = {
+    "mask": {"sm_90": _table(dk={256: (32, 128, 8, 2)}, dq={128: (64, 64, 4, 3), 256: (128, 16, 8, 3)})},
+    "bias": {"sm_90": _table(dk={256: (32, 128, 8, 2)}, dq={256: (128, 16, 8, 3)})},
+}
 
 # For 16-bit inputs with a mask or bias of one row for all queries: one warp group then keeps more in registers.
 _ONE_ROW = {"sm_90": _table(forward={64: (64, 64, 4, 3)}, dq={64: (64, 64, 4, 3)})}
@@ -129,14 +133,14 @@ _override: LaunchConfig | None = None
 
 
 def lookup(
-    kernel: Kernel, architecture: str, head_dim: int, element_size: int, crowded: bool = False, ahead: bool = False,
-    one_row: bool = False, rows: int = 1, indirect: bool = False,
+    kernel: Kernel, architecture: str, head_dim: int, element_size: int, crowded: bool = False,
+    ahead: Literal["", "mask", "bias"] = "", one_row: bool = False, rows: int = 1, indirect: bool = False,
 ) -> LaunchConfig:  # fmt: skip
     """The launch config for one kernel.
 
     ``head_dim`` is the larger of D and Dv; ``element_size`` is in bytes. 32-bit inputs take half the tile along the
-    loop dimension, because shared memory holds half as many elements. ``ahead``: the kernel loads tiles of a mask or
-    bias ahead into shared memory (`launch.ahead`). ``crowded``: the kernel reads a mask or bias with a row per query
+    loop dimension, because shared memory holds half as many elements. ``ahead``: of which of the two the kernel loads
+    tiles ahead into shared memory (`launch.ahead`). ``crowded``: the kernel reads a mask or bias with a row per query
     that is not ``ahead``, or rows do not begin at multiples of 16 bytes, or dkdv has dropout or a softcap; smaller
     tiles then leave registers. ``one_row``: the kernel reads a mask or bias with one row for all queries. ``rows``: the
     rows that share a key head, query heads times queries; beyond a few, the decode kernel takes taller tiles.
@@ -161,7 +165,7 @@ def lookup(
 
     if crowded and (own := exception(_CROWDED)):
         config = own
-    elif ahead and (own := exception(_AHEAD)):
+    elif ahead and (own := exception(_AHEAD[ahead])):
         config = own
     elif one_row and not crowded and element_size == 2 and (own := exception(_ONE_ROW)):
         config = own

@@ -99,13 +99,14 @@ def test_a_mask_of_one_row_has_a_tile_of_its_own():
             assert config.lookup(kernel, one_row=True, **arguments) == config.lookup(kernel, **arguments)
 
 
-def test_a_mask_that_is_loaded_ahead_keeps_the_tiles_of_plain_attention_where_they_fit():
-    for kernel, dim, same in (("forward", 256, True), ("dkdv", 128, True), ("dk", 256, False), ("dq", 256, False)):
-        usual, ahead = (config.lookup(kernel, "sm_90", dim, 2, ahead=flag) for flag in (False, True))
-        assert (ahead == usual) == same
-        assert config.lookup(kernel, "sm_90", dim, 2, crowded=True) == config.lookup(
-            kernel, "sm_90", dim, 2, crowded=True, ahead=True
-        )
+def test_a_mask_or_bias_that_is_loaded_ahead_keeps_the_tiles_of_plain_attention_where_they_fit():
+    others = {("dk", 256): ("mask", "bias"), ("dq", 256): ("mask", "bias"), ("dq", 128): ("mask",)}
+    for kernel, dim in (("forward", 256), ("dkdv", 128), ("dk", 256), ("dq", 256), ("dq", 128)):
+        usual, crowded = (config.lookup(kernel, "sm_90", dim, 2, crowded=flag) for flag in (False, True))
+        for ahead in ("mask", "bias"):
+            own = config.lookup(kernel, "sm_90", dim, 2, ahead=ahead)
+            assert (own != usual) == (ahead in others.get((kernel, dim), ()))
+            assert config.lookup(kernel, "sm_90", dim, 2, crowded=True, ahead=ahead) == crowded
 
 
 WIDE = torch.zeros(2, 3, 32, 48, dtype=torch.bool)

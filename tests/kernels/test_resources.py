@@ -31,7 +31,6 @@ SERIALISED = {
     ("forward", "mask", "256"): resources.TRITONS,
     ("forward", "bias", "256"): resources.TRITONS,
     ("forward", "mask_aligned", "256"): resources.TRITONS,
-    ("dq", "mask_aligned", "128"): resources.TRITONS,
 }
 """Where ptxas lets the products of a tile wait for each other, and on which Triton; a tile that does not is wanted."""
 SLOWER = {
