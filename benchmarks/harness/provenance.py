@@ -50,10 +50,10 @@ def digest(root: Path = ROOT) -> str:
     return hasher.hexdigest()[:12]
 
 
-def code_digest(root: Path = ROOT) -> str:
-    """A digest of the Triton kernels' code only: comments, docstrings and empty lines do not count."""
+def code_digest(root: Path = ROOT, without: Collection[str] = ()) -> str:
+    """A digest of the Triton kernels' code: comments, docstrings, empty lines and files ``without`` do not count."""
     hasher = hashlib.sha256()
-    for path in sorted((root / "kernels").glob("*.py")):
+    for path in sorted(path for path in (root / "kernels").glob("*.py") if path.name not in without):
         hasher.update(path.name.encode() + b"\0" + code(path.read_text(encoding="utf-8")).encode() + b"\0")
     return hasher.hexdigest()[:12]
 

@@ -27,18 +27,11 @@ TUNE_KEY = (
 )  # fmt: skip
 TUNE_FIELDS = (*TUNE_KEY, "stage", "p20_ms", "p50_ms", "p80_ms", "tflops", "note", *provenance.FIELDS)
 
-RESOURCE_FIELDS = (
-    *TUNE_KEY,
-    "registers",
-    "spills",
-    "local",
-    "instructions",
-    "shared",
-    "serialised",
-    "error",
-    "triton",
+CANDIDATES_KEY = ("kernel", "head_dim", "block_m", "block_n", "num_warps", "num_stages", "pipelined")
+CANDIDATES_FIELDS = (
+    *CANDIDATES_KEY, "registers", "spills", "local", "instructions", "shared", "serialised", "share", "error", "triton",
     "digest",
-)
+)  # fmt: skip
 
 COMPILED_KEY = ("kernel", "feature", "head_dim")
 COMPILED_FIELDS = (
@@ -49,7 +42,8 @@ SOURCES_KEY = ("arch", "triton")
 SOURCES_FIELDS = (*SOURCES_KEY, "commit", "dirty", "digest")
 
 LAYOUTS = {
-    "parity": (CHECK_KEY, CHECK_FIELDS), "tune": (TUNE_KEY, TUNE_FIELDS), "resources": (TUNE_KEY, RESOURCE_FIELDS),
+    "parity": (CHECK_KEY, CHECK_FIELDS), "tune": (TUNE_KEY, TUNE_FIELDS),
+    "candidates": (CANDIDATES_KEY, CANDIDATES_FIELDS),
     "compiled": (COMPILED_KEY, COMPILED_FIELDS), "sources": (SOURCES_KEY, SOURCES_FIELDS),
 }  # fmt: skip
 """Files that are not benchmark suites: key columns and all columns."""

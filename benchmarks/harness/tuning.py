@@ -4,15 +4,16 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from fastattn.kernels import config
 from fastattn.kernels.config import LaunchConfig
 
-from . import results, summary
+from . import resources, results, summary
 from .flops import attention_flops
 from .problems import Problem
-from .provenance import digest
+from .provenance import code_digest
 
 TOKENS, HIDDEN, LENGTH = 16384, 2048, 4096
 STEPS = ((8, 8192), (1, 32768))
@@ -73,32 +74,51 @@ def config_of(row: results.Row) -> LaunchConfig:
     return LaunchConfig(**numbers, pipelined=row["pipelined"] == results.text(True))
 
 
+def fact_key(kernel: str, head_dim: int, candidate: LaunchConfig) -> tuple[str, ...]:
+    """What is known of a candidate holds for causal and not, and for both types of 16 bits."""
+    numbers = (head_dim, candidate.block_m, candidate.block_n, candidate.num_warps, candidate.num_stages)
+    return kernel, *map(str, numbers), results.text(candidate.pipelined)
+
+
 def candidates(group: Group, arch: str, facts: dict[tuple[str, ...], results.Row]) -> list[LaunchConfig]:
-    """The present choice, then the space, most promising first."""
+    """The present choice, then the space, most promising first.
+
+    Where something is known of the present kernels, only what is known and promising is tried, and what is near the
+    present choice unless that is known to be slow. What is known of older kernels decides the order alone.
+    """
     present = config.lookup(group.kernel, arch, group.head_dim, 2)
+    current = code_digest(without=UNRELATED)
 
     def facts_of(candidate: LaunchConfig) -> results.Row:
-        return facts.get(tuple(group.key(candidate).values()), {})
+        return facts.get(fact_key(group.kernel, group.head_dim, candidate), {})
 
-    def spills(candidate: LaunchConfig) -> bool:
-        """Spills in its loop; elsewhere they cost nothing."""
-        known = facts_of(candidate)
-        return bool(known.get("error")) or 20 * int(known.get("local") or 0) > int(known.get("instructions") or 0)
+    def is_current(candidate: LaunchConfig) -> bool:
+        return facts_of(candidate).get("digest") == current
+
+    def share(candidate: LaunchConfig) -> float:
+        return float(facts_of(candidate).get("share") or 0.0)
 
     close = list(near(present, group.kernel, group.head_dim))
+    space = [c for c in dict.fromkeys([*close, *config.search_space(group.kernel, group.head_dim)]) if c != present]
+    best = max(map(share, (present, *space)))
+
+    def slow(candidate: LaunchConfig) -> bool:
+        """It does not compile, or accesses spilled registers in its loop, or is predicted far below the best."""
+        known = facts_of(candidate)
+        spills = 20 * int(known.get("local") or 0) > int(known.get("instructions") or 0)
+        return bool(known) and (bool(known["error"]) or spills or share(candidate) < PROMISING * best)
 
     def unpromising(candidate: LaunchConfig) -> tuple[bool, bool, bool, int, int]:
         serialised = facts_of(candidate).get("serialised") == "yes"
         tile = candidate.block_m * candidate.block_n
         far = candidate not in close
-        return spills(candidate), serialised, far, -tile, abs(candidate.num_stages - present.num_stages)
+        return slow(candidate), serialised, far, -tile, abs(candidate.num_stages - present.num_stages)
 
-    current = digest()
-    space = [c for c in dict.fromkeys([*close, *config.search_space(group.kernel, group.head_dim)]) if c != present]
-    if not any(facts_of(candidate) for candidate in space):  # nothing is known: compiling all would take the time
+    if any(map(is_current, space)):
+        space = [c for c in space if (c in close or is_current(c)) and not (slow(c) and is_current(c))]
+    elif not any(map(facts_of, space)):  # nothing is known: compiling all would take the time
         space = space[:UNKNOWN_AT_MOST]
-    known_to_fit = [c for c in space if not (spills(c) and facts_of(c).get("digest") == current)]
-    return [present, *sorted(known_to_fit, key=unpromising)]
+    return [present, *sorted(space, key=unpromising)]
 
 
 def near(present: LaunchConfig, kernel: config.Kernel, head_dim: int) -> Iterator[LaunchConfig]:
@@ -123,12 +143,21 @@ def near(present: LaunchConfig, kernel: config.Kernel, head_dim: int) -> Iterato
 
 
 UNKNOWN_AT_MOST = 24
-"""The candidates of a search if their registers are unknown: those near the present choice come first."""
+"""Candidates of a search of which nothing is known: those near the present choice come first."""
+PROMISING = 0.7
+"""Of the best predicted share: twice the difference that the static model can resolve."""
+UNRELATED = ("config.py", "append.py", "decode.py")
+"""Files of `kernels/` that do not count in the digest of facts: candidates do not depend on them."""
+
+
+def facts_path(arch: str, folder: Path = resources.HERE) -> Path:
+    """Where `gpu_tune --resources` writes what is known of candidates."""
+    return folder / f"candidates-{arch}.csv"
 
 
 def load_facts(arch: str) -> dict[tuple[str, ...], results.Row]:
-    rows = results.read(results.HERE / f"resources-{arch}.csv")
-    return {tuple(row[name] for name in results.TUNE_KEY): row for row in rows}
+    rows = results.read(facts_path(arch))
+    return {tuple(row[name] for name in results.CANDIDATES_KEY): row for row in rows}
 
 
 def table(rows: Sequence[results.Row]) -> str:

@@ -1,24 +1,22 @@
 """Search launch configurations on this GPU for `kernels/config.py`, and print each with its figure.
 
     python -m benchmarks.tools.gpu_tune --minutes 8                 on a GPU: measure, print the table
-    python -m benchmarks.tools.gpu_tune --resources sm_90           without one: registers and spills of every candidate
+    python -m benchmarks.tools.gpu_tune --resources sm_90           without one: what is known of candidates
     python -m benchmarks.tools.gpu_tune --table FOLDER/tune.csv     print the table of an earlier run
 
-The space is `config.search_space` and the neighbours of the present choice. If resource facts of these kernels are
-known, candidates that spill in their loop are left out; with facts of older kernels they come last; without facts, few
-are tried. The most promising come first: the present choice, then those whose products are not serialised, those near
-the present choice, and large tiles before small ones. The best few of each group are measured again
-against each other and held to the parity rule. Nothing is written to `kernels/config.py`: its tables are per head dim,
-so a person chooses the compromise between causal and not.
+The space is `config.search_space` and what is near the present choice. Candidates that are known to spill in their loop
+or predicted to be far below the best are left out where the resource facts are of these kernels, and come last where
+they are of older ones; where nothing is known, few are tried. The most promising come first: the present choice, then
+those whose products are not serialised, those near the present choice, large tiles before small ones. The best few of
+each group are measured again against each other and held to the parity rule. Nothing is written to
+`kernels/config.py`: its tables are per head dim, so the compromise between causal and not is its reader's.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
 import faulthandler
 import functools
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +28,11 @@ from unittest import mock
 import torch
 
 import fastattn
-from benchmarks.harness import parity, results, runner
+from benchmarks.harness import parity, resources, results, runner, tuning
 from benchmarks.harness.device import Call, Compiling, Device, DryRun, choose
 from benchmarks.harness.peers import first_line
 from benchmarks.harness.problems import Problem, fit, make_inputs
-from benchmarks.harness.provenance import digest, provenance
+from benchmarks.harness.provenance import provenance
 from benchmarks.harness.tuning import (
     STEPS,
     Group,
@@ -222,38 +220,20 @@ class Tuner:
 # Resource facts, without a GPU
 
 
-def resource_row(arch: str, group: Group, candidate: LaunchConfig) -> results.Row:
-    """Compile one candidate ahead of time and read what it needs."""
-    import triton
+def write_resources(jobs: int, path: Path, match: str, memory: Path | None) -> None:
+    """What the static model finds of each of its kernels and each head dim, as a file that the search reads."""
+    from . import static_model, tile_search
 
-    from . import compile_report
-
-    feature = "causal" if group.causal else "plain"
-    with only(group.kernel, candidate):
-        found = compile_report.compile_case(compile_report.Case(arch, group.kernel, group.head_dim, feature))
-    return group.key(candidate) | {
-        "registers": str(found.registers), "spills": str(found.spills), "local": str(found.local),
-        "instructions": str(found.instructions), "shared": str(found.shared),
-        "serialised": results.text(found.serialised), "error": found.error, "triton": triton.__version__,
-        "digest": digest(),
-    }  # fmt: skip
-
-
-def write_resources(arch: str, jobs: int, path: Path, match: str) -> None:
-    """Resource facts of every candidate in bfloat16, as a file that the search reads."""
-    tasks = [
-        (group, candidate) for group in groups() if group.dtype == "bf16" and match in str(group)
-        for candidate in candidates(group, arch, {})
-    ]  # fmt: skip
-    done = {tuple(row[name] for name in results.TUNE_KEY): row["digest"] for row in results.read(path)}
-    tasks = [(g, c) for g, c in tasks if done.get(tuple(g.key(c).values())) != digest()]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-        futures = [pool.submit(resource_row, arch, group, candidate) for group, candidate in tasks]
-        for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            results.upsert(path, [future.result()])
-            print(f"\r{number} of {len(tasks)}", end="", file=sys.stderr, flush=True)
-    print(f"\n{path}")
+    wanted = [g for g in groups() if g.dtype == "bf16" and g.kernel in static_model.PRODUCTS and match in str(g)]
+    searches: dict[tuple[config.Kernel, int], None] = dict.fromkeys((g.kernel, g.head_dim) for g in wanted)
+    for kernel, head_dim in searches:
+        found = tile_search.search(kernel, head_dim, "causal", jobs, memory)
+        kept = [row for row in results.read(path) if (row["kernel"], row["head_dim"]) != (kernel, str(head_dim))]
+        whole = path.with_name(f"{path.stem}-part.csv")
+        whole.unlink(missing_ok=True)
+        results.upsert(whole, kept + list(map(tile_search.fact, found)))
+        whole.replace(path)
+    print(path)
 
 
 def compile_share(spec: str, match: str) -> None:
@@ -280,7 +260,10 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     parser.add_argument("--compile-jobs", type=int, help="processes that compile ahead; default: three in four cores")
     parser.add_argument("--dry-run", action="store_true", help="few candidates, made-up figures: tests every path")
     parser.add_argument("--list", action="store_true", help="print the searches and how many candidates each has")
-    parser.add_argument("--resources", metavar="ARCH", help="compile every candidate for ARCH instead, without a GPU")
+    parser.add_argument(
+        "--resources", metavar="ARCH", choices=["sm_90"], help="compile candidates for ARCH instead, without a GPU"
+    )
+    parser.add_argument("--memory", type=Path, help="with --resources: what was compiled once is kept in this folder")
     parser.add_argument("--table", type=Path, metavar="CSV", help="print the table of an earlier run instead")
     parser.add_argument("--compile-share", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -288,8 +271,8 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
         print(table(results.read(args.table)))
         return 0
     if args.resources:
-        path = results.output_folder(args.output) / f"resources-{args.resources}.csv"
-        write_resources(args.resources, args.compile_jobs or 1, path, args.match)
+        path = tuning.facts_path(args.resources, Path(args.output) if args.output else resources.HERE)
+        write_resources(args.compile_jobs or 1, path, args.match, args.memory)
         return 0
     if args.compile_share:
         compile_share(args.compile_share, args.match)

@@ -25,7 +25,7 @@ from benchmarks.harness import provenance, resources, results
 from benchmarks.harness.provenance import ROOT
 from fastattn.kernels import config, launch
 
-from . import compile_report, sass, static_model
+from . import compile_report, sass, static_model, tile_search
 from .calls import FEATURES
 from .compile_report import Case, Result
 
@@ -36,13 +36,8 @@ ARCH = "sm_90"
 
 def share(result: Result) -> float:
     """The share that the static model predicts: 0 if a kernel does not compile or fit, or is unknown to the model."""
-    if result.error or result.loop is None or result.kernel not in static_model.PRODUCTS:
-        return 0.0
-    block_m, block_n, warps = result.tile()
-    predicted = static_model.predict(
-        result.loop, result.kernel, block_m, block_n, result.dim, warps, result.registers, result.shared
-    )
-    return round(predicted.share, 3)
+    predicted = tile_search.predicted(result)
+    return round(predicted.share, 3) if predicted else 0.0
 
 
 def smaller_share(result: Result, memory: Path | None) -> float:

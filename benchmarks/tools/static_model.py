@@ -4,7 +4,7 @@ It counts the inner main loop of the compiled code (`sass`) and adds up, per til
 tensor cores, of instruction issue, of the exponentials, of shared memory and of the L2 cache. One warp per warp group
 then executes the loop in order: products run asynchronously until it waits for them, and it also waits for a copy that
 cannot have arrived yet. Nothing here was fitted to a GPU. Compare configurations with it, and distrust differences
-below 15 %.
+below 15 %. Beside published rates it predicts too much: `calibration` states by how much. `tile_search` searches by it.
 
     python -m benchmarks.tools.static_model --dims 64 128 256 --features plain causal
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.harness import provenance, results, tuning
 from benchmarks.harness.device import DryRun
 from benchmarks.tools import gpu_tune
+from fastattn.kernels import config
 from fastattn.kernels.config import LaunchConfig
 
 
@@ -48,8 +49,6 @@ def test_decode_candidates_fit_and_keep_memory_busy():
 
 
 def test_tuner_varies_one_kernel():
-    from fastattn.kernels import config
-
     candidate = LaunchConfig(16, 16, 1, 1)
     usual = config.lookup("forward", "sm_90", 64, 2)
     with gpu_tune.only("dkdv", candidate):
@@ -57,7 +56,14 @@ def test_tuner_varies_one_kernel():
         assert config.lookup("forward", "sm_90", 64, 2) == usual
 
 
-def test_tuner_order_and_pruning(monkeypatch):
+def fact(candidate, **values):
+    """A row of facts as the search finds it: that of a candidate of the forward kernel at head dim 128."""
+    key = tuning.fact_key("forward", 128, candidate)
+    row = dict.fromkeys(results.CANDIDATES_FIELDS, "") | dict(zip(results.CANDIDATES_KEY, key, strict=True))
+    return {key: row | {"instructions": "100", "share": "0.5", "digest": "old"} | values}
+
+
+def test_tuner_order_and_pruning():
     group = gpu_tune.Group("forward", "bf16", 128, True)
     pool = gpu_tune.candidates(group, "sm_90", {})
     assert len(pool) == len(set(pool)) == 1 + tuning.UNKNOWN_AT_MOST
@@ -65,14 +71,42 @@ def test_tuner_order_and_pruning(monkeypatch):
     assert {LaunchConfig(128, 128, 8, 3), LaunchConfig(64, 64, 8, 3), LaunchConfig(128, 64, 8, 4)} <= close
     assert all(candidate in close for candidate in pool[1:12])
     spilling = pool[1]
-    fact = group.key(spilling) | {"spills": "8", "local": "8", "instructions": "100", "digest": "old"}
-    facts = {tuple(group.key(spilling).values()): fact}
-    assert gpu_tune.candidates(group, "sm_90", facts)[-1] == spilling
-    fact["local"] = "2"  # what spills outside the loop costs nothing
-    assert gpu_tune.candidates(group, "sm_90", facts)[-1] != spilling
-    fact |= {"local": "8", "digest": provenance.digest()}
-    assert spilling not in gpu_tune.candidates(group, "sm_90", facts)
+    assert gpu_tune.candidates(group, "sm_90", fact(spilling, local="8"))[-1] == spilling
+    assert gpu_tune.candidates(group, "sm_90", fact(spilling, local="2"))[-1] != spilling  # outside the loop, most
+    current = provenance.code_digest(without=tuning.UNRELATED)
+    for values in ({"local": "8"}, {"error": "out of shared memory"}):
+        facts = fact(spilling, **values, digest=current)
+        assert spilling not in gpu_tune.candidates(group, "sm_90", facts)
     assert gpu_tune.groups()[0] == group
+
+
+def test_candidates_that_are_predicted_to_be_slow_are_left_out():
+    current = provenance.code_digest(without=tuning.UNRELATED)
+    best, slow, far = LaunchConfig(128, 128, 8, 3), LaunchConfig(64, 64, 8, 3), LaunchConfig(64, 16, 4, 3)
+    facts = {}
+    for candidate, share in ((best, "0.8"), (slow, "0.5"), (far, "0.7")):
+        facts |= fact(candidate, share=share, digest=current)
+    for causal, dtype in ((True, "bf16"), (False, "fp16")):  # which does not change what is known
+        group = gpu_tune.Group("forward", dtype, 128, causal)
+        pool = gpu_tune.candidates(group, "sm_90", facts)
+        close = set(tuning.near(pool[0], "forward", 128))
+        assert set(pool) == {pool[0], far, *close} - {slow} and best in close and far not in close
+    older = {key: row | {"digest": "old"} for key, row in facts.items()}
+    assert slow in gpu_tune.candidates(group, "sm_90", older)
+
+
+def test_stored_facts_leave_out_candidates(monkeypatch):
+    facts = tuning.load_facts("sm_90")
+    (digest,) = {row["digest"] for row in facts.values()}
+    monkeypatch.setattr(tuning, "code_digest", lambda without: digest)
+    searched = {(row["kernel"], row["head_dim"]) for row in facts.values()}
+    assert searched
+    for group in gpu_tune.groups():
+        if (group.kernel, str(group.head_dim)) in searched:
+            known = gpu_tune.candidates(group, "sm_90", facts)
+            close = {*tuning.near(known[0], group.kernel, group.head_dim)}
+            every = {*close, *config.search_space(group.kernel, group.head_dim)}
+            assert len(known) <= len(every) // 2, group
 
 
 def test_tuner_records_what_does_not_compile(tmp_path):
@@ -81,8 +115,6 @@ def test_tuner_records_what_does_not_compile(tmp_path):
     pool = gpu_tune.candidates(group, "sm_90", {})[:2]
 
     def run():
-        from fastattn.kernels import config
-
         if config.lookup("forward", "sm_90", 64, 2) == pool[1]:
             raise RuntimeError("out of resource: shared memory")
 
@@ -118,13 +150,17 @@ def test_resource_facts_are_stored(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from benchmarks.tools import compile_report
 
-    def compile_case(case):
-        return compile_report.Result(**dataclasses.asdict(case), registers=168, spills=4)
+    def compile_case(case, memory):
+        m, n, warps, stages, _, pipelined = map(int, case.override.split(","))
+        name = f"{m}x{n} w{warps} s{stages}" + " pipelined" * pipelined
+        return compile_report.Result(**dataclasses.asdict(case), config=name, registers=168, spills=4)
 
     monkeypatch.setattr(compile_report, "compile_case", compile_case)
-    group = gpu_tune.Group("forward", "bf16", 64, False)
-    candidate = gpu_tune.candidates(group, "sm_90", {})[0]
-    path = tmp_path / "resources-sm_90.csv"
-    results.upsert(path, [gpu_tune.resource_row("sm_90", group, candidate)])
-    (fact,) = results.read(path)
-    assert (fact["registers"], fact["spills"], fact["digest"]) == ("168", "4", provenance.digest())
+    arguments = ["--resources", "sm_90", "--match", "dq bf16 D=64", "--output", str(tmp_path), "--compile-jobs", "1"]
+    assert gpu_tune.main(arguments) == 0
+    rows = results.read(tuning.facts_path("sm_90", tmp_path))
+    shapes = {c[:3] for c in map(dataclasses.astuple, config.search_space("dq", 64)) if c[0] >= 16 * c[2] and c[1] > 16}
+    assert {tuple(int(row[name]) for name in ("block_m", "block_n", "num_warps")) for row in rows} == shapes
+    fact = rows[0]
+    assert (fact["registers"], fact["spills"], fact["head_dim"]) == ("168", "4", "64")
+    assert fact["digest"] == provenance.code_digest(without=tuning.UNRELATED)
