@@ -7,7 +7,7 @@ import torch
 import fastattn
 
 from .device import Call
-from .peers import OWN, PEERS
+from .peers import CUDA, OWN, PEERS
 from .problems import Inputs, Problem, check_output, fit, make_inputs, options
 from .runner import Bench, raise_if_lost
 
@@ -51,7 +51,7 @@ def build_call(name: str, problem: Problem, sets: Sequence[Inputs], mode: str) -
     first, n = prepared[0], len(prepared)
     if mode == "forward":
         with torch.no_grad():
-            check_output(first.to_heads(first.call()), problem, sets[0], name == OWN)
+            check_output(first.to_heads(first.call()), problem, sets[0], name in (OWN, CUDA))
 
         def forward(repeat: int) -> None:
             with torch.no_grad():
@@ -60,7 +60,7 @@ def build_call(name: str, problem: Problem, sets: Sequence[Inputs], mode: str) -
         return forward
 
     outputs = [p.call() for p in prepared]
-    check_output(first.to_heads(outputs[0]), problem, sets[0], name == OWN)
+    check_output(first.to_heads(outputs[0]), problem, sets[0], name in (OWN, CUDA))
 
     def backward(repeat: int) -> None:
         p = prepared[repeat % n]

@@ -40,6 +40,10 @@ class Checks:
         self.not_run.append(f"{check}: {what}")
         return reason
 
+    def dead(self, text: str) -> None:
+        """Processes that were to compile ahead died: a failure, though all is compiled when it is needed."""
+        self.count("compile", "failed", text)
+
     def record(
         self, check: str, outcome: str, *, kernel: str = "", feature: str = "", dtype: str = "", head_dim: object = "",
         seconds: float = 0.0, note: str = "",

@@ -19,8 +19,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
+from fastattn.backends import cuda
 
+from . import cuda_kernels
 from .problems import Inputs, Problem, document_lengths, options
+from .summary import CUDA
 
 
 class Cannot(Exception):
@@ -55,6 +58,8 @@ class Peer:
     """Whether it also runs on CPU tensors."""
     compiles: bool = False
     """Whether its first call compiles."""
+    problem: Callable[[], str | None] = field(default=lambda: None)
+    """Why there is nothing to call though the module imports."""
 
     def missing(self, device: str) -> str:
         """The reason why it cannot run on this machine; empty if it can."""
@@ -72,7 +77,7 @@ class Peer:
             return f"{self.module} does not import: {first_line(error)}"
         if self.attribute and not hasattr(module, self.attribute):
             return f"{self.module} has no {self.attribute}"
-        return ""
+        return self.problem() or ""
 
 
 def first_line(error: BaseException, width: int = 140) -> str:
@@ -102,6 +107,19 @@ def prepare_fastattn(problem: Problem, x: Inputs) -> Prepared:
         )
         return Prepared(call, leaves, x.dout.transpose(1, 2).flatten(0, 1), unpacked(problem))
     call = functools.partial(fastattn.attention, x.q, x.k, x.v, **options(problem, x))
+    return Prepared(call, x.leaves, x.dout)
+
+
+def prepare_cuda(problem: Problem, x: Inputs) -> Prepared:
+    """fastattn's CUDA C++ kernels, once their parity is known: the gate of the other cells does not ask for it."""
+    if problem.packed:
+        raise Cannot("packed sequences are measured on the default backend")
+    which = "backward" if x.q.requires_grad else "forward"
+    outcomes = cuda_kernels.outcomes(which)
+    case = cuda_kernels.Case(problem.dtype, problem.head_dim, problem.causal)
+    if wrong := outcomes.get(case, "not among the cases"):
+        raise Cannot(f"parity red: {which}: {case}: {wrong}")
+    call = functools.partial(fastattn.attention, x.q, x.k, x.v, **options(problem, x), backend="cuda")
     return Prepared(call, x.leaves, x.dout)
 
 
@@ -372,6 +390,7 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer(OWN, prepare_fastattn, cpu=True, compiles=True),
+        Peer(CUDA, prepare_cuda, problem=cuda.problem),
         sdpa_peer("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
         sdpa_peer("sdpa-flash", SDPBackend.FLASH_ATTENTION, cpu=True),
         sdpa_peer("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION),

@@ -6,21 +6,18 @@ from pathlib import Path
 from . import results
 
 HERE = results.HERE / "predictions"
-MATCHED = ("case", "mode", "dtype", "q_len", "kv_len", "head_dim", "causal")
-"""The columns of a row's key that a prediction may name; an empty one means any."""
+MATCHED = ("provider", "case", "mode", "dtype", "q_len", "kv_len", "head_dim", "causal")
+"""Of the columns that are a row's key; an empty one in a prediction means any."""
 
 
 @functools.cache
 def rows(folder: Path = HERE) -> tuple[results.Row, ...]:
-    """Every prediction; they are for fastattn only."""
-    found = [row for path in sorted(folder.glob("*.csv")) for row in results.read(path)]
-    return tuple(row for row in found if row.get("provider") == "fastattn")
+    """Every prediction."""
+    return tuple(row for path in sorted(folder.glob("*.csv")) for row in results.read(path))
 
 
 def of(row: results.Row, folder: Path = HERE) -> results.Row | None:
     """The prediction for a row, if there is one."""
-    if row.get("provider") != "fastattn":
-        return None
     for prediction in rows(folder):
         if all(prediction.get(name, "") in ("", row.get(name, "")) for name in MATCHED):
             return prediction

@@ -259,7 +259,8 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     if type(device) is Device and (missing := without_kernels({cell.suite for cell in cells})):
         print(missing)
         return 2
-    compile_ahead(args, device, deadline)
+    dead: list[str] = []
+    compile_ahead(args, device, deadline, dead.append)
     red = gate.red_cases(device, parity.gate(device), is_lost)
     if lost := next((error for error in red.values() if is_lost(error)), None):
         print(f"stopped: {peers.first_line(lost)}")
@@ -284,8 +285,11 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
         for name, reason in bench.skipped.items():
             print(f"{name} skipped: {reason}")
         print(summary.short(bench.rows))
-        print(f"rows in {bench.output / device.folder}")
-    return 1 if red else 0
+        folder = bench.output / device.folder
+        archived = device.torch_device == "cuda" or isinstance(device, DryRun)
+        print(f"rows in {results.archive(folder) if archived else folder}")
+        print(*dead, sep="\n", end="\n" * bool(dead))
+    return 1 if red or dead else 0
 
 
 def output(args: argparse.Namespace, device: Device) -> Path:
@@ -327,7 +331,9 @@ def run_cells(
 # Compiling ahead, in parallel
 
 
-def compile_ahead(args: argparse.Namespace, device: Device, deadline: float) -> None:
+def compile_ahead(
+    args: argparse.Namespace, device: Device, deadline: float, report: Callable[[str], None]
+) -> None:  # fmt: skip
     """Fill the compilers' caches with several processes, at most for a third of the budget."""
     jobs = args.compile_jobs
     if jobs is None:
@@ -337,14 +343,16 @@ def compile_ahead(args: argparse.Namespace, device: Device, deadline: float) -> 
     limit = min(600.0, (deadline - device.clock()) / 3)
     arguments = ["benchmarks", *args.suites, "--match", args.match]
     arguments += ["--providers", *args.providers] if args.providers else []
-    seconds = run_shares(arguments, jobs, limit)
+    seconds = run_shares(arguments, jobs, limit, report)
     print(f"compiled ahead in {seconds:.0f} s")
 
 
-def run_shares(arguments: list[str], jobs: int, limit: float) -> float:
+def run_shares(
+    arguments: list[str], jobs: int, limit: float, report: Callable[[str], None] = print
+) -> float:  # fmt: skip
     """Run ``python -m ARGUMENTS --compile-share I/N`` N times at once; kills what is left after ``limit`` seconds.
 
-    Says how many failed by themselves, and the last words of one.
+    Reports how many failed by themselves, and the last words of one: what they were to compile costs time later.
     """
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
@@ -367,7 +375,7 @@ def run_shares(arguments: list[str], jobs: int, limit: float) -> float:
                 process.kill()
                 process.wait()
         if failed:
-            print(f"{len(failed)} of {jobs} compiling processes failed: {failed[0][:200]}")
+            report(f"{len(failed)} of {jobs} compiling processes failed: {failed[0][:200]}")
     return time.monotonic() - started
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from .results import KEY, Row
 
 OWN = "fastattn"
+CUDA = "fastattn-cuda"
+"""The provider that asks for this package's CUDA C++ kernels: shown beside the peers, and none of them."""
 READ = "read"
 """The provider that only reads as many bytes as a step over a KV cache."""
 UNQUANTISED = "unquantised"
@@ -35,7 +37,8 @@ class Cell(NamedTuple):
         return {name: value for name, row in self.peers.items() if (value := number(row, column)) is not None}
 
     def best_peer(self, column: str = "p50_ms") -> tuple[str, float] | None:
-        return min(self.measured_peers(column).items(), key=lambda item: item[1], default=None)
+        others = {name: value for name, value in self.measured_peers(column).items() if name != CUDA}
+        return min(others.items(), key=lambda item: item[1], default=None)
 
     def ratio(self, peer: str | None = None, column: str = "p50_ms") -> float | None:
         """How many times less fastattn needs than a peer, or than the best one."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from benchmarks.harness.attention import measure
 from benchmarks.harness.gate import needs
-from benchmarks.harness.peers import FAST, OTHERS
+from benchmarks.harness.peers import CUDA, FAST, OTHERS, OWN
 from benchmarks.harness.problems import Problem
 from benchmarks.harness.runner import Cell
 
@@ -34,6 +34,8 @@ def grid(mode: str) -> Iterator[Cell]:
             compiles = (mode, "others", dtype, head_dim, causal, length)  # FlexAttention compiles for each shape
             others = functools.partial(run, providers=OTHERS)
             yield Cell(mode, f"{label}, other peers", others, 3, compiles, rests_on)
+            ours = functools.partial(run, providers=(OWN, CUDA, "sdpa-cudnn"))
+            yield Cell(mode, f"{label}, CUDA C++", ours, 3, (mode, dtype, head_dim, causal), rests_on)
 
 
 def cells() -> list[Cell]:

@@ -1,5 +1,7 @@
-"""The host time of a call of the Triton backend until the driver gets it, and that of the same call with Triton's own
-binder. It runs on a stand-in for a GPU (`benchmarks.harness.standin`), so on any machine, in a process of its own.
+"""What a call of the Triton backend costs on the host until the driver gets it, beside the same call with Triton's own
+binder: on a stand-in for a GPU (`benchmarks.harness.standin`), so on any machine, in a process of its own.
+
+Seconds depend on the machine and its load. How many functions a call calls does not, so a test holds that to limits.
 """
 
 import json
@@ -7,6 +9,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +21,9 @@ from benchmarks.harness.runner import Bench, Cell
 
 DEVICES = ("cpu", "cuda")
 HEADS, LENGTH, DIM, CAPACITY = 8, 128, 64, 4096
+DESCRIPTORS = "a launch that makes tensor descriptors"
+PLAIN, WITH_MEMORY = "triton", "triton, memory offered"
+"""Providers of `DESCRIPTORS`: Triton's launcher for a kernel that makes none, and for one that makes three of them."""
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -36,6 +43,74 @@ def calls() -> dict[str, Callable[[], object]]:
         "forward and backward": train,
         "append and attend": lambda: fastattn.attention_with_kvcache(query, *caches, *new, cache_lens=lens),
     }
+
+
+def descriptors() -> dict[str, Call]:
+    """Triton's launcher up to the driver.
+
+    A kernel that makes descriptors on the device needs memory for them, 128 bytes each in every program, from the
+    allocator that `triton.set_allocator` set: one allocation for each launch, here on the CPU.
+    """
+    import triton
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    def launcher(bytes_per_program: int) -> Call:
+        built: Any = object.__new__(CudaLauncher)
+        for name in ("global_scratch_align", "num_ctas", "profile_scratch_align"):
+            setattr(built, name, 1)
+        for name in ("profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "arg_annotations",
+                     "kernel_signature"):  # fmt: skip
+            setattr(built, name, 0)
+        built.global_scratch_size, built.launch = bytes_per_program, lambda *_: None
+        return lambda repeat: built(132, 1, 1, 0, 1, None, None, None, None)
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8))
+    return {PLAIN: launcher(0), WITH_MEMORY: launcher(3 * 128)}
+
+
+class Calls(NamedTuple):
+    """How many functions one call calls, itself counted in."""
+
+    python: int
+    c: int
+    """built-in ones, PyTorch's among them"""
+    operators: int
+    """passes through PyTorch's dispatcher that Python starts by name"""
+
+    def __str__(self) -> str:
+        return f"calls {self.python} Python and {self.c} C functions, {self.operators} operators"
+
+
+def count(call: Callable[[], object], warm: int = 4) -> Calls:
+    """Counted once its layout is known: a launcher records the second call and repeats it from then on."""
+    for _ in range(warm):
+        call()
+    seen = {"call": 0, "c_call": 0, "operator": 0}
+
+    def see(frame: FrameType, event: str, _: Any) -> None:
+        if event in seen:
+            seen[event] += 1
+        if event == "call" and frame.f_code.co_name == "__call__" and frame.f_code.co_filename == torch._ops.__file__:
+            seen["operator"] += 1
+
+    sys.setprofile(see)
+    call()
+    sys.setprofile(None)
+    return Calls(seen["call"], seen["c_call"] - 1, seen["operator"])  # the last one is setprofile itself
+
+
+def counts() -> dict[str, dict[str, Calls]]:
+    """Case -> provider -> its count. For a process in which kernels are not interpreted."""
+    from benchmarks.harness import standin
+    from fastattn.kernels import replay
+
+    found = {}
+    with standin.installed():
+        for case, call in calls().items():
+            found[case] = {"fastattn": count(call)}
+            with replay.off():
+                found[case]["triton-binder"] = count(call)
+    return found
 
 
 def times(seconds: float) -> dict[str, dict[str, tuple[float, ...]]]:
@@ -59,28 +134,43 @@ def times(seconds: float) -> dict[str, dict[str, tuple[float, ...]]]:
         for case, call in calls().items():
             both = {"fastattn": as_it_is(call), "triton-binder": bound_anew(call)}
             found[case] = {name: tuple(timing) for name, timing in Device().host_time(both, seconds).items()}
+        found[DESCRIPTORS] = {name: tuple(t) for name, t in Device().host_time(descriptors(), seconds).items()}
     return found
+
+
+def elsewhere(expression: str) -> Any:
+    """The value of an expression of this module in a process in which kernels are not interpreted, as JSON has it."""
+    code = f"import json; from benchmarks.suites import launch; print(json.dumps(launch.{expression}))"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=180
+    )
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def measure(bench: Bench) -> None:
     """Record every case."""
+    found: dict[str, Any]
     if isinstance(bench.device, DryRun):
         found = {case: dict.fromkeys(("fastattn", "triton-binder"), (1.0, 1.0, 1.0, 1.0, 1)) for case in calls()}
+        found[DESCRIPTORS] = dict.fromkeys((PLAIN, WITH_MEMORY), (1.0, 1.0, 1.0, 1.0, 1))
+        counted = {case: dict.fromkeys(("fastattn", "triton-binder"), (1, 1, 1)) for case in calls()}
     else:
-        code = f"import json; from benchmarks.suites import launch; print(json.dumps(launch.times({bench.seconds})))"
-        environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=180
-        )
-        found = json.loads(result.stdout.splitlines()[-1])
+        found, counted = elsewhere(f"times({bench.seconds})"), elsewhere("counts()")
     for case, by_provider in found.items():
+        if case == DESCRIPTORS:
+            for provider, timing in by_provider.items():
+                key = {"case": case, "mode": "host", "provider": provider}
+                bench.record("launch", key, Timing._make((*timing[:4], int(timing[4]))))
+            continue
         q_len, kv_len, batch = (1, CAPACITY, 2) if case == "append and attend" else (LENGTH, LENGTH, 1)
         for provider, timing in by_provider.items():
             key = {
                 "case": case, "mode": "host", "provider": provider, "dtype": "bf16", "batch": batch, "q_heads": HEADS,
                 "kv_heads": 2 if batch == 2 else HEADS, "q_len": q_len, "kv_len": kv_len, "head_dim": DIM,
             }  # fmt: skip
-            bench.record("launch", key, Timing._make((*timing[:4], int(timing[4]))))
+            note = str(Calls(*counted[case][provider])) if case in counted else ""
+            bench.record("launch", key, Timing._make((*timing[:4], int(timing[4]))), note=note)
 
 
 def cells() -> list[Cell]:

@@ -2,12 +2,15 @@
 
     python -m benchmarks.tools.cuda_report
 
-compiles them with nvcc and prints registers and spills; of the forward kernels also the counts of the inner loop on
-tiles without a mask, and two predictions for it by the figures of `static_model`: ``in step``, as if all consumers did
-the same at the same time, and ``in turns``, for which a simulation lets each start products only in its turn.
-Nothing is fitted to a GPU. Loads are assumed to arrive in time, within the rate of the L2 cache.
+compiles them with nvcc and prints of each kernel registers, spills, the counts of the inner loop on tiles without a
+mask, and two predictions for it by the figures of `static_model`: ``in step``, as if all consumers did the same at the
+same time, and ``apart``, where a walk through the loop lets each go on when it can. In the forward kernels consumers
+take turns in starting products; in the backward passes they do not. A backward computation is the passes of its head
+dim one after another. Nothing is fitted to a GPU; loads are taken to be there in time, within what the L2 cache gives.
+``--store`` keeps the shares where the first run on a GPU looks for them, to print them beside what it measures.
 """
 
+import argparse
 import collections
 import dataclasses
 import hashlib
@@ -18,12 +21,16 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.harness import predictions, provenance, results
+from benchmarks.harness.peers import CUDA
 from fastattn.backends import cuda
+from fastattn.kernels import config
 
 from . import sass, static_model
 from .sass import Loop
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+STORED = predictions.HERE / "sm_90-cuda.csv"
 KEPT = Path(__file__).resolve().parents[2] / ".cache" / "cuda_report"
 COMMAND = (
     "nvcc",
@@ -34,8 +41,12 @@ COMMAND = (
     "-Xptxas=-v",
     "-Werror=all-warnings",
 )
-GROUP_ROWS = 64  # query rows of a warp group that computes
-QUEUED_PRODUCTS = 3  # that a warp group may have waiting after the one that runs
+GROUP_ROWS = 64  # that a warp group computes
+SCORES: dict[config.Kernel, int] = {"forward": 1, "dkdv": 2, "dk": 2, "dv": 1, "dq": 2}
+"""products over the head dim in each pass: scores, and of the gradient with the values"""
+SUMS: dict[config.Kernel, int] = {"forward": 1, "dkdv": 2, "dk": 1, "dv": 1, "dq": 1}
+"""products over the rows of a tile in each pass"""
+QUEUED_PRODUCTS = 3  # that a warp group may have waiting behind the one that runs
 QUEUED = 2  # instructions of a slow unit
 
 
@@ -47,7 +58,7 @@ class Kernel:
     dim: int
     capped: bool
     """with a softcap"""
-    what: str
+    what: config.Kernel
     """which pass: forward, or of the backward ``dkdv``, ``dk``, ``dv`` or ``dq``"""
     registers: int
     spilled: int
@@ -55,20 +66,40 @@ class Kernel:
     remark: bool
     """warnings of the assembler about wgmma or setmaxnreg: products wait for one another, or registers are not moved"""
     loop: Loop
-    """over keys, without the instructions of the mask; of a backward pass none"""
+    """over tiles, without the instructions of the mask"""
 
     def consumers(self) -> int:
         """Warp groups that compute: all registers are given out at the start, and one group more loads."""
         return static_model.REGISTERS // (128 * self.registers) - 1
 
 
-def without_mask(loop: Loop) -> Loop:
-    """The loop on a tile that every row sees, without the code that a branch around the mask skips."""
-    masks = [n for n, i in enumerate(loop) if i.starts("FSEL") and "-INF" in i.operands]
-    if not masks:
-        return loop
-    branch = max(n for n, i in enumerate(loop[: masks[0]]) if i.starts("BRA"))
-    return loop[: branch + 1] + loop[masks[-1] + 1 :]
+def main_loop(section: str) -> Loop:
+    """The first of the innermost loops with products and exponentials, as it runs on a tile without a mask.
+
+    What a branch around the mask leaves out is left out: the mask finds the sequence of a row in a loop of its own.
+    """
+    code, labels, jumps = [], {}, []
+    for line in section.splitlines():
+        if label := sass._LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif (instruction := sass._INSTRUCTION.search(line)) is not None:
+            code.append(sass.Instruction(instruction[1], instruction[2].strip()))
+            if code[-1].starts("BRA") and (target := sass._TARGET.search(instruction[2])):
+                jumps.append((len(code) - 1, target[1]))
+    branches = [(at, labels[name]) for at, name in jumps if name in labels]
+    spans = [(to, at + 1) for at, to in branches if to <= at]
+    spans = [span for span in spans if _computes(code[slice(*span)])]
+    inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
+    first, last = min(inner)
+    masks = [n for n in range(first, last) if code[n].starts("FSEL") and "-INF" in code[n].operands]
+    for at, to in branches:
+        if masks and first <= at < masks[0] and masks[-1] < to < last:
+            return code[first : at + 1] + code[to:last]
+    return code[first:last]
+
+
+def _computes(loop: Loop) -> bool:
+    return any(i.wgmma_shape() for i in loop) and any(i.opcode.startswith("MUFU.EX2") for i in loop)
 
 
 def compile_source() -> tuple[str, str]:
@@ -102,9 +133,9 @@ def _compile(source: Path) -> tuple[str, str]:
 
 
 _NAME = re.compile(r"attention_(?:forward|backward)I\w*?(Half|BFloat)E(?:Li(\d+)E)(?:L\w*?4PassE(\d)E)?Lb([01])")
-_PASSES = ("dkdv", "dk", "dv", "dq")
+_PASSES: tuple[config.Kernel, ...] = ("dkdv", "dk", "dv", "dq")
 """by number, as csrc/cuda/passes.cuh has them"""
-Name = tuple[str, int, bool, str]
+Name = tuple[str, int, bool, config.Kernel]
 """dtype, head dim, whether there is a softcap, and which pass"""
 
 
@@ -113,7 +144,7 @@ def _name(text: str) -> Name | None:
     found = _NAME.search(text)
     if found is None:
         return None
-    what = "forward" if found[3] is None else _PASSES[int(found[3])]
+    what: config.Kernel = "forward" if found[3] is None else _PASSES[int(found[3])]
     return found[1], int(found[2]), found[4] == "1", what
 
 
@@ -133,9 +164,8 @@ def kernels(report: str, listing: str) -> list[Kernel]:
             found[name] = int(re.findall(r"Used (\d+) registers", part)[0]), spilled
     compiled = []
     for name, section in sections(listing).items():
-        loop = without_mask(*sass.main_loops(section)) if name[3] == "forward" else []
         registers, spilled = found[name]
-        compiled.append(Kernel(*name, registers, spilled, name in remarks, loop))
+        compiled.append(Kernel(*name, registers, spilled, name in remarks, main_loop(section)))
     return sorted(compiled, key=lambda kernel: (kernel.what, kernel.capped, kernel.dim, kernel.dtype))
 
 
@@ -151,10 +181,11 @@ class _Unit:
         return max(now, self.free - self.queue * cycles)
 
 
-def in_turns(loop: Loop, consumers: int, iterations: int = 12) -> float:
+def apart(loop: Loop, consumers: int, iterations: int = 12) -> float:
     """Cycles of an iteration of all consumers on a quarter of a multiprocessor, which has one warp of each.
 
-    BAR.SYNC waits for the turn, BAR.ARV passes it on; the first is the first consumer's.
+    BAR.SYNC waits for the turn, BAR.ARV passes it on; the first is the first consumer's. A loop without them has no
+    turns.
     """
     issue, tensor = _Unit(0), _Unit(QUEUED_PRODUCTS)
     exponentials, half_rate = _Unit(QUEUED), _Unit(QUEUED)
@@ -199,60 +230,118 @@ def in_turns(loop: Loop, consumers: int, iterations: int = 12) -> float:
     return (ends[0][iterations - 1] - ends[0][2]) / (iterations - 3)
 
 
-def keys_of(loop: Loop, dim: int) -> int:
-    """How many keys an iteration handles: it has dim / 16 products for the scores, the others take 16 keys each."""
-    return 16 * (sass.count(loop).wgmma - dim // 16)
+def tile_of(kernel: Kernel) -> int:
+    """How many rows that pass by, keys or queries, an iteration handles."""
+    over_tile = sass.count(kernel.loop).wgmma - SCORES[kernel.what] * kernel.dim // 16
+    return 16 * over_tile // SUMS[kernel.what]
 
 
-def resources(kernel: Kernel) -> dict[str, str]:
-    """The table's row of a backward pass."""
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """Of the inner loop of a kernel: cycles of a tile and block by unit, and shares of the tensor peak."""
+
+    rows: int
+    """that a block computes"""
+    tile: int
+    limits: dict[str, float]
+    cycles: float
+    """with the consumers apart"""
+    in_step: float
+    apart: float
+
+    def bound(self) -> str:
+        """The name of what limits, or ``waits`` where no unit is busy for 80 % of the time."""
+        busiest = max(self.limits, key=lambda name: self.limits[name])
+        return busiest if self.limits[busiest] >= 0.8 * self.cycles else "waits"
+
+
+def predict(kernel: Kernel) -> Predicted:
+    """The two predictions for a kernel."""
+    tile, consumers = tile_of(kernel), kernel.consumers()
+    rows, warps = GROUP_ROWS * consumers, 4 * consumers
+    blocks = (rows, tile) if kernel.what in ("forward", "dq") else (tile, rows)
+    units = static_model.predict(kernel.loop, kernel.what, *blocks, kernel.dim, warps, kernel.registers, 0)
+    useful = static_model.PRODUCTS[kernel.what] * 2 * rows * tile * kernel.dim / static_model.FLOP_PER_CYCLE
+    limits = {name: getattr(units, name) for name in ("tensor", "issue", "exponentials", "half_rate", "shared", "l2")}
+    cycles = max(apart(kernel.loop, consumers), *limits.values())
+    in_step = useful / max(units.l2, static_model.walk(kernel.loop, warps))
+    return Predicted(rows, tile, limits, cycles, in_step, useful / cycles)
+
+
+def row(kernel: Kernel) -> dict[str, str]:
+    """The table's row of a kernel."""
+    counts, predicted = sass.count(kernel.loop), predict(kernel)
     return {
         "pass": kernel.what,
         "dtype": kernel.dtype,
         "dim": str(kernel.dim),
         "softcap": "yes" if kernel.capped else "no",
+        "rows": str(predicted.rows),
+        "tile": str(predicted.tile),
         "registers": str(kernel.registers),
         "spilled": str(kernel.spilled),
-        "remarks": "yes" if kernel.remark else "none",
-    }
-
-
-def row(kernel: Kernel) -> dict[str, str]:
-    """The table's row of a forward kernel."""
-    counts, keys, consumers = sass.count(kernel.loop), keys_of(kernel.loop, kernel.dim), kernel.consumers()
-    rows, warps = GROUP_ROWS * consumers, 4 * consumers
-    units = static_model.predict(kernel.loop, "forward", rows, keys, kernel.dim, warps, kernel.registers, 0)
-    useful = static_model.PRODUCTS["forward"] * 2 * rows * keys * kernel.dim / static_model.FLOP_PER_CYCLE
-    turns = max(in_turns(kernel.loop, consumers), units.l2)
-    limits = {name: getattr(units, name) for name in ("tensor", "issue", "exponentials", "half_rate", "l2")}
-    busiest = max(limits, key=lambda name: limits[name])
-    return {
-        "dtype": kernel.dtype,
-        "dim": str(kernel.dim),
-        "softcap": "yes" if kernel.capped else "no",
-        "rows": str(rows),
-        "keys": str(keys),
-        "registers": str(kernel.registers),
-        "spilled": str(kernel.spilled),
-        "remarks": "yes" if kernel.remark else "none",
+        "serialised": "yes" if counts.serialised or kernel.remark else "no",
         "instructions": str(counts.instructions),
         "wgmma": str(counts.wgmma),
-        **{name: f"{cycles:.0f}" for name, cycles in limits.items()},
-        "in step": f"{useful / max(units.l2, static_model.walk(kernel.loop, warps)):.3f}",
-        "in turns": f"{useful / turns:.3f}",
-        "bound": busiest if limits[busiest] >= 0.8 * turns else "waits",
+        **{name: f"{cycles:.0f}" for name, cycles in predicted.limits.items()},
+        "in step": f"{predicted.in_step:.3f}",
+        "apart": f"{predicted.apart:.3f}",
+        "bound": predicted.bound(),
     }
+
+
+def backward(compiled: list[Kernel]) -> list[dict[str, str]]:
+    """The passes of each backward computation together, as a share of the peak that counts five products."""
+    groups: dict[tuple[str, int, bool], list[Kernel]] = collections.defaultdict(list)
+    for kernel in compiled:
+        if kernel.what != "forward":
+            groups[kernel.dtype, kernel.dim, kernel.capped].append(kernel)
+    table = []
+    for (dtype, dim, capped), passes in groups.items():
+        predicted = {kernel.what: predict(kernel) for kernel in passes}
+        shares = {
+            name: static_model.backward_share({what: getattr(p, field) for what, p in predicted.items()})
+            for name, field in (("in step", "in_step"), ("apart", "apart"))
+        }
+        table.append(
+            {"dtype": dtype, "dim": str(dim), "softcap": "yes" if capped else "no", "passes": " ".join(predicted)}
+            | {"products": str(sum(static_model.PRODUCTS[what] for what in predicted))}
+            | {name: f"{share:.3f}" for name, share in shares.items()}
+        )
+    return table
+
+
+DTYPES = {"BFloat": "bf16", "Half": "fp16"}
+
+
+def stored(compiled: list[Kernel]) -> list[results.Row]:
+    """The predictions as rows of results, for calls without a softcap of any length, causal or not."""
+    commit, dirty = provenance.revision()
+    stamp = {"commit": commit, "dirty": dirty, "digest": cuda.source_digest(SOURCES)}
+    forward = [row(kernel) for kernel in compiled if kernel.what == "forward"]
+    return [
+        dict.fromkeys(results.FIELDS, "")
+        | {"case": "grid", "mode": mode, "provider": CUDA, "dtype": DTYPES[r["dtype"]], "head_dim": r["dim"]}
+        | {"of_matmul": r["apart"], "note": f"static model, consumers apart; in step {r['in step']}"}
+        | stamp
+        for mode, table in (("forward", forward), ("backward", backward(compiled)))
+        for r in table
+        if r["softcap"] == "no"
+    ]
 
 
 def main() -> None:
-    """Command line: compile and print the table."""
-    print(
-        "Cycles per tile of keys and block. Shares of the tensor peak in the inner loop: a filter for gaps above 15 %."
-    )
+    """Command line: compile, print the tables, and store the predictions where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", action="store_true", help=f"also write the shares to {STORED}")
+    args = parser.parse_args()
     compiled = kernels(*compile_source())
-    print(static_model.text([row(kernel) for kernel in compiled if kernel.what == "forward"]))
-    print("\nThe backward passes")
-    print(static_model.text([resources(kernel) for kernel in compiled if kernel.what != "forward"]))
+    print("Cycles of a tile and block. Shares of the tensor peak in the inner loop: a filter for gaps above 15 %.")
+    print(static_model.text([row(kernel) for kernel in compiled]))
+    print("\nThe passes of the backward together, as shares that count five products")
+    print(static_model.text(backward(compiled)))
+    if args.store:
+        results.upsert(STORED, stored(compiled))
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
         jobs = most if device.torch_device == "cuda" else 0
     print(forecast(jobs or most))
     if jobs:
-        seconds = runner.run_shares(["benchmarks.tools.gpu_check"], jobs, args.minutes * 60 / 4)
+        seconds = runner.run_shares(["benchmarks.tools.gpu_check"], jobs, args.minutes * 60 / 4, checks.dead)
         print(f"compiled ahead in {seconds:.0f} s")
     run = {
         "parity": lambda checks: check_parity(checks, parity.matrix()),

@@ -3,9 +3,10 @@
     python -m benchmarks.tools.gpu_first --minutes 9
 
 In this order: one kernel of each kind, parity of the main paths, then cells of the suites against cuDNN's and
-FlashAttention-2's kernels as PyTorch has them and FlexAttention compiled, with what was predicted of them. A failed
-path blocks only the cells that depend on it. Every row is stored at once, and all files are in one archive,
-<output>/<gpu>.tar, which is written again after each step and cell. The run ends before the time is over.
+FlashAttention-2's kernels as PyTorch has them, with what was predicted of them; then parity and cells of the CUDA C++
+kernels, if `make ext` has compiled them, forward and backward each; then FlexAttention compiled. A red path blocks the
+cells that rest on it and no others. Every row is stored at once, and all files are in one archive,
+<output>/<gpu>.tar, which is written anew after each step and cell. Ends by itself before the time is over.
 """
 
 import argparse
@@ -20,15 +21,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import gate, parity, predictions, results, runner, summary
+from benchmarks.harness import cuda_kernels, gate, parity, predictions, results, runner, summary
 from benchmarks.harness.checks import Checks, check_parity, report
 from benchmarks.harness.device import Compiling, Device, DryRun, choose
 from benchmarks.harness.parity import ParityCase
 from benchmarks.harness.parity_features import FEATURES
+from benchmarks.harness.peers import CUDA, PEERS
 from benchmarks.harness.provenance import provenance
 from benchmarks.harness.runner import Bench, Cell
+from benchmarks.tools import status
 
-PROVIDERS = ("fastattn", "sdpa", "sdpa-cudnn", "sdpa-flash", "flex", "torch")
+PROVIDERS = ("fastattn", CUDA, "sdpa", "sdpa-cudnn", "sdpa-flash", "flex", "torch")
 KINDS = ("causal", "bias gradient", "cache")
 """Features that between them launch every kernel."""
 MAIN = (
@@ -49,13 +52,21 @@ TELLING = (
     ("backward", "bf16 D=128 L=16384 causal"),
     ("forward", "bf16 D=128 L=16384 full"),
     ("backward", "bf16 D=128 L=16384 full"),
+)
+"""Suite and label of a cell, most telling first."""
+OF_CUDA = tuple(
+    (suite, f"bf16 {shape}, CUDA C++")
+    for shape in ("D=128 L=4096 causal", "D=128 L=16384 full", "D=64 L=4096 causal", "D=256 L=4096 causal")
+    for suite in ("forward", "backward")
+)
+LAST = (
     ("forward", "bf16 D=128 L=4096 causal, other peers"),
     ("backward", "bf16 D=128 L=4096 causal, other peers"),
     ("decode", "32/8 heads, batch 8, contiguous L=32768, FlexAttention"),
     ("forward", "bf16 D=128 L=16384 causal, other peers"),
     ("backward", "bf16 D=128 L=16384 causal, other peers"),
 )
-"""Suite and label of a cell, most informative first; FlexAttention, which compiles for each shape, last."""
+"""FlexAttention, which compiles for each shape."""
 
 
 def kinds() -> list[ParityCase]:
@@ -66,15 +77,36 @@ def main_paths() -> list[ParityCase]:
     return [ParityCase(*case) for case in MAIN]
 
 
-def telling(device: Device) -> list[Cell]:
-    """The cells of TELLING.
+def telling(device: Device, names: Sequence[tuple[str, str]] = (*TELLING, *OF_CUDA, *LAST)) -> list[Cell]:
+    """The cells of these names.
 
     Raises:
         KeyError: a suite has no such cell any more.
     """
-    suites = list(dict.fromkeys(suite for suite, _ in TELLING))
+    suites = list(dict.fromkeys(suite for suite, _ in names))
     found = {(cell.suite, cell.label): cell for cell in runner.cells_of(suites, device)}
-    return [found[name] for name in TELLING]
+    return [found[name] for name in names]
+
+
+def check_cuda(checks: Checks) -> None:
+    """Parity of the CUDA C++ kernels, each pass in a process of its own; one row for each case."""
+    missing = PEERS[CUDA].missing(checks.device.torch_device)
+    for which in cuda_kernels.PASSES:
+        if missing or checks.left <= 0:
+            note = missing or checks.skip(status.CUDA, which)
+            checks.record(status.CUDA, "not run", kernel=which, note=note)
+            if missing:
+                checks.count(status.CUDA, "not run")
+                checks.not_run.append(f"{status.CUDA}: {which}: {missing}")
+            continue
+        for case, wrong in cuda_kernels.outcomes(which, min(cuda_kernels.SECONDS, checks.left / 2)).items():
+            outcome = "failed" if wrong else "passed"
+            feature = "causal" if case.causal else "plain"
+            checks.record(
+                status.CUDA, outcome, kernel=which, feature=feature, dtype=case.dtype, head_dim=case.head_dim,
+                note=wrong,
+            )  # fmt: skip
+            checks.count(status.CUDA, outcome, f"{which}: {case}: {wrong}" if wrong else "")
 
 
 def start_kernels(checks: Checks) -> None:
@@ -111,24 +143,26 @@ def line(row: results.Row) -> str:
     return " ".join(" ".join(words).split())
 
 
-def measure(checks: Checks, bench: Bench, red: dict[ParityCase, Exception]) -> None:
-    """Run the cells of TELLING whose parity cases passed; print and store each at once."""
+def measure(
+    checks: Checks, bench: Bench, red: dict[ParityCase, Exception], names: Sequence[tuple[str, str]]
+) -> None:  # fmt: skip
+    """The cells of these names that rest on nothing red, each printed and stored as it comes."""
     cells = []
-    for cell in telling(bench.device):
+    for cell in telling(bench.device, names):
         if why := gate.blocking(cell.rests_on, red):
             checks.tally["rows", "not run"] += 1
             checks.not_run.append(f"{cell.suite} {cell.label}: parity red: {', '.join(map(str, why))}")
         else:
             cells.append(cell)
-    shown = 0
+    shown, done = len(bench.rows), 0
 
     def after(cell: Cell) -> None:
-        nonlocal shown
-        rows, shown = bench.rows[shown:], len(bench.rows)
+        nonlocal shown, done
+        rows, shown, done = bench.rows[shown:], len(bench.rows), done + 1
         for row in rows:
             print(line(row), flush=True)
-        own = [row for row in rows if row["provider"] == "fastattn" and row["suite"] == cell.suite]
-        checks.count("rows", "passed" if (own and own[-1]["p50_ms"]) or not own else "error")
+        own = [row for row in rows if row["provider"] in ("fastattn", CUDA) and row["suite"] == cell.suite]
+        checks.count("rows", "passed" if all(row["p50_ms"] for row in own) else "error")
         results.archive(bench.output / bench.device.folder)
 
     with warnings.catch_warnings():
@@ -140,7 +174,7 @@ def measure(checks: Checks, bench: Bench, red: dict[ParityCase, Exception]) -> N
             checks.problems.append(f"stopped: {error}")
     for row in bench.rows[shown:]:
         print(line(row))
-    for cell in cells[checks.tally["rows", "passed"] + checks.tally["rows", "error"] :]:
+    for cell in cells[done:]:
         checks.skip("rows", f"{cell.suite} {cell.label}")
 
 
@@ -187,14 +221,19 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     if device.torch_device == "cuda" and not checks.lost:
         jobs = (os.cpu_count() or 1) * 3 // 4 if args.compile_jobs is None else args.compile_jobs
         if jobs:
-            seconds = runner.run_shares(["benchmarks.tools.gpu_first"], jobs, args.minutes * 60 / 4)
+            seconds = runner.run_shares(["benchmarks.tools.gpu_first"], jobs, args.minutes * 60 / 4, checks.dead)
             print(f"compiled ahead in {seconds:.0f} s", flush=True)
     red = check_parity(checks, main_paths())
     results.archive(checks.output / device.folder)
     print(f"parity: {len(red)} of {len(MAIN)} main paths red, {checks.left:.0f} s left", flush=True)
     bench = Bench(device, checks.output, args.seconds, PROVIDERS, stamp=stamp)
     if not checks.lost:
-        measure(checks, bench, red)
+        measure(checks, bench, red, TELLING)
+    check_cuda(checks)
+    results.archive(checks.output / device.folder)
+    if not checks.lost:
+        of_cuda = () if PEERS[CUDA].missing(device.torch_device) else OF_CUDA
+        measure(checks, bench, red, (*of_cuda, *LAST))
     faulthandler.cancel_dump_traceback_later()
     print(summary.short(bench.rows))
     print(report(checks))

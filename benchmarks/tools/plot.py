@@ -16,11 +16,11 @@ from typing import Any
 
 from benchmarks.harness import results, summary
 from benchmarks.harness.results import Row
-from benchmarks.harness.summary import OWN, Cell, number
+from benchmarks.harness.summary import CUDA, OWN, Cell, number
 
 # Each provider has the same colour in every chart: this package's stands out, related providers share a hue.
 COLOURS = {
-    OWN: "#d62728", "sdpa-cudnn": "#1f77b4", "sdpa-flash": "#2ca02c", "sdpa-efficient": "#98df8a",
+    OWN: "#d62728", CUDA: "#ff9896", "sdpa-cudnn": "#1f77b4", "sdpa-flash": "#2ca02c", "sdpa-efficient": "#98df8a",
     "sdpa-math": "#c7c7c7", "sdpa": "#1f77b4", "flex": "#ff7f0e", "varlen": "#9467bd", "flash-attn-2": "#8c564b",
     "flash-attn-3": "#e377c2", "flash-attn-4": "#17becf", "xformers": "#bcbd22", "flashinfer": "#7f7f7f",
     "torch": "#1f77b4", "torch-compile": "#aec7e8",

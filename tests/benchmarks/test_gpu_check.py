@@ -13,7 +13,7 @@ import torch
 import fastattn
 from benchmarks.harness import checks as checking
 from benchmarks.harness import large, parity, provenance, repeats, results
-from benchmarks.harness.device import CudaDevice, DryRun
+from benchmarks.harness.device import CudaDevice, Device, DryRun
 from benchmarks.harness.parity_features import FEATURES, KERNELS, CacheFeature
 from benchmarks.tools import gpu_check, status
 
@@ -269,6 +269,44 @@ def test_device_tests_are_selected_and_recorded(tmp_path):
     passes = {row["kernel"]: (row["outcome"], row["note"]) for row in rows if row["check"] == status.CUDA}
     assert passes["forward"] == ("passed", "") and passes["other"] == ("not run", "Skipped: needs a GPU")
     assert passes["backward"][0] == "failed" and "dq: largest error 1" in passes["backward"][1]
+
+
+def test_repeats_go_on_after_a_feature_that_fails(tmp_path, monkeypatch):
+    """The second feature does not compile: those after it are repeated all the same."""
+    bad = repeats.REPEATED[1]
+
+    def count_different(device, feature, *arguments, **options):
+        if feature == bad:
+            raise RuntimeError("cannot convert None to tensor")
+        return 0
+
+    monkeypatch.setattr(repeats, "count_different", count_different)
+    checks = make_checks(tmp_path, seconds=1e9)
+    repeats.check_repeats(checks)
+    rows = results.read(tmp_path / "dry-run" / "parity.csv")
+    outcomes = {(row["check"], row["feature"]): row["outcome"] for row in rows}
+    expected = {feature: "error" if feature == bad else "passed" for feature in repeats.REPEATED}
+    assert outcomes == {(check, feature): expected[feature] for check in repeats.REPEATS for feature in expected}
+    assert len(checks.problems) == len(repeats.REPEATS) and not checks.lost
+
+
+def test_the_sanitizer_goes_on_after_a_feature_that_fails(tmp_path, monkeypatch):
+    """Each feature has a process of its own: one has errors, one dies, the others pass."""
+    wrong, dying = repeats.REPEATED[1], repeats.REPEATED[3]
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f'#!/bin/sh\ncase "$*" in\n*"--sanitized {wrong}") echo "ERROR SUMMARY: 2 errors"; exit 99;;\n'
+        f'*"--sanitized {dying}") echo "Killed"; exit 137;;\nesac\necho "ERROR SUMMARY: 0 errors"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(repeats.shutil, "which", lambda name: str(tool))
+    checks = checking.Checks(Device(), tmp_path, float("inf"), provenance.provenance(DryRun()))
+    repeats.check_sanitizer(checks)
+    others = len(repeats.REPEATED) - 2
+    for name in repeats.SANITIZERS:
+        assert [checks.tally[name, outcome] for outcome in ("passed", "failed", "not run")] == [others, 1, 1]
+    assert f"memcheck: {wrong}: ERROR SUMMARY: 2 errors" in checks.problems
+    assert f"memcheck: {dying}: Killed" in checks.not_run
 
 
 @pytest.mark.parametrize(

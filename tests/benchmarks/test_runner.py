@@ -5,6 +5,7 @@ import faulthandler
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import types
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_a_budget_keeps_the_most_important_cells(tmp_path, capsys, monkeypatch):
     assert all(
         (r["dtype"], r["q_len"], r["head_dim"]) in (("bf16", "4096", "128"), ("bf16", "4096", "64")) for r in own
     )
-    assert "4 of 90 cells measured" in capsys.readouterr().out
+    assert "4 of 108 cells measured" in capsys.readouterr().out
 
 
 def spoil(results, wrong):
@@ -170,7 +171,7 @@ def test_options_of_a_run(tmp_path, capsys, monkeypatch):
     assert runner.main(["forward", "--list", "--match", "D=64"]) == 0  # without a GPU: nothing to list
     assert capsys.readouterr().out == ""
     assert runner.main(["forward", "--list", "--match", "D=64", "--dry-run"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 30
+    assert len(capsys.readouterr().out.splitlines()) == 36
     if not torch.cuda.is_available():
         assert runner.main(["forward"]) == 0
         assert "nothing to measure on 'cpu'" in capsys.readouterr().out
@@ -190,10 +191,9 @@ class PretendedGpu(DryRun):
     torch_device = "cuda"
 
 
-@pytest.mark.parametrize("module", [runner, gpu_check, gpu_tune])
-def test_a_gpu_run_compiles_ahead_and_guards_against_hangs(module, tmp_path, monkeypatch, capsys):
-    shares, guards = [], []
-    monkeypatch.setattr(runner, "run_shares", lambda words, jobs, limit: shares.append((words, jobs, limit)) or 1.0)
+def pretend(module, monkeypatch):
+    """Nothing to check and one cell; returns the seconds after which each guard against hangs would end the run."""
+    guards = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: guards.append(seconds))
     monkeypatch.setattr(parity, "gate", lambda device: [])
     monkeypatch.setattr(parity, "matrix", list)
@@ -203,12 +203,39 @@ def test_a_gpu_run_compiles_ahead_and_guards_against_hangs(module, tmp_path, mon
     monkeypatch.setattr(runner, "cells_of", lambda suites, device: [cell])
     monkeypatch.setattr(gpu_tune, "groups", list)
     monkeypatch.setattr(gpu_tune, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(gpu_check, "STEPS", ("parity",))
+    for name in ("kinds", "main_paths"):
+        monkeypatch.setattr(gpu_first, name, list)
+    for name in ("TELLING", "OF_CUDA", "LAST"):
+        monkeypatch.setattr(gpu_first, name, ())
+    monkeypatch.setattr(gpu_first, "check_cuda", lambda checks: None)
+    return guards
+
+
+@pytest.mark.parametrize("module", [runner, gpu_check, gpu_tune])
+def test_a_gpu_run_compiles_ahead_and_guards_against_hangs(module, tmp_path, monkeypatch, capsys):
+    guards = pretend(module, monkeypatch)
+    shares = []
+    monkeypatch.setattr(runner, "run_shares", lambda *words, **_: shares.append(words) or 1.0)
     arguments = ["--minutes", "6", "--output", str(tmp_path), "--compile-jobs", "3"]
-    arguments += ["--steps", "parity"] if module is gpu_check else []
     assert module.main(arguments, device=PretendedGpu()) == 0
-    ((words, jobs, limit),) = shares
+    ((words, jobs, limit, *_),) = shares
     assert words[0].startswith("benchmarks") and jobs == 3 and 60 < limit < 180
     assert guards == [420.0] and "compiled ahead in 1 s" in capsys.readouterr().out
+
+
+def test_all_files_of_a_run_are_in_one_archive(tmp_path, monkeypatch):
+    """A machine that keeps eight files of a run keeps them all."""
+    monkeypatch.setattr(parity, "gate", lambda device: [])
+    suites = runner.SUITES[:9]
+
+    def cell(suite):
+        return Cell(suite, "a", lambda bench: bench.record(suite, {"case": "a", "provider": "fastattn"}))
+
+    monkeypatch.setattr(runner, "cells_of", lambda names, device: [cell(suite) for suite in suites])
+    assert runner.main(["all", "--dry-run", "--output", str(tmp_path)]) == 0
+    with tarfile.open(tmp_path / "dry-run.tar") as tar:
+        assert set(tar.getnames()) == {f"dry-run/{suite}.csv" for suite in suites}
 
 
 def test_a_dry_run_never_writes_among_real_results(monkeypatch):
@@ -238,8 +265,24 @@ def test_compiling_processes_are_ended_at_the_limit(monkeypatch):
 
 
 def test_compiling_processes_that_fail_are_counted(capsys):
-    runner.run_shares(["benchmarks.no_such_module"], jobs=2, limit=30.0)
+    runner.run_shares(["benchmarks.no_such_module"], jobs=2, limit=60.0)
     assert "2 of 2 compiling processes failed: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [runner, gpu_check, gpu_first])
+def test_compiling_processes_that_die_fail_the_run(module, tmp_path, monkeypatch, capsys):
+    """It goes on, because what is not compiled ahead is compiled when it is measured, and ends with exit code 1."""
+
+    def run_shares(words, jobs, limit, report=print):
+        report(f"{jobs} of {jobs} compiling processes failed: ImportError: no")
+        return 1.0
+
+    pretend(module, monkeypatch)
+    monkeypatch.setattr(runner, "run_shares", run_shares)
+    arguments = ["--minutes", "6", "--output", str(tmp_path), "--compile-jobs", "3"]
+    assert module.main(arguments, device=PretendedGpu()) == 1
+    out = capsys.readouterr().out
+    assert "3 of 3 compiling processes failed: ImportError: no" in out and "compiled ahead in 1 s" in out
 
 
 def test_module_runs():
