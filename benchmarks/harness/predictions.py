@@ -11,14 +11,19 @@ MATCHED = ("provider", "case", "mode", "dtype", "q_len", "kv_len", "head_dim", "
 
 
 @functools.cache
-def rows(folder: Path = HERE) -> tuple[results.Row, ...]:
-    """Every prediction."""
+def every(folder: Path = HERE) -> tuple[results.Row, ...]:
+    """The predictions of every provider."""
     return tuple(row for path in sorted(folder.glob("*.csv")) for row in results.read(path))
+
+
+def rows(folder: Path = HERE) -> tuple[results.Row, ...]:
+    """Those of fastattn as it is by default."""
+    return tuple(row for row in every(folder) if row["provider"] == "fastattn")
 
 
 def of(row: results.Row, folder: Path = HERE) -> results.Row | None:
     """The prediction for a row, if there is one."""
-    for prediction in rows(folder):
+    for prediction in every(folder):
         if all(prediction.get(name, "") in ("", row.get(name, "")) for name in MATCHED):
             return prediction
     return None

@@ -298,15 +298,14 @@ def backward(compiled: list[Kernel]) -> list[dict[str, str]]:
             groups[kernel.dtype, kernel.dim, kernel.capped].append(kernel)
     table = []
     for (dtype, dim, capped), passes in groups.items():
-        predicted = {kernel.what: predict(kernel) for kernel in passes}
-        shares = {
-            name: static_model.backward_share({what: getattr(p, field) for what, p in predicted.items()})
-            for name, field in (("in step", "in_step"), ("apart", "apart"))
-        }
+        predicted: dict[config.Kernel, Predicted] = {kernel.what: predict(kernel) for kernel in passes}
+        in_step: dict[config.Kernel, float] = {what: p.in_step for what, p in predicted.items()}
+        by_themselves: dict[config.Kernel, float] = {what: p.apart for what, p in predicted.items()}
+        shares = {"in step": in_step, "apart": by_themselves}
         table.append(
             {"dtype": dtype, "dim": str(dim), "softcap": "yes" if capped else "no", "passes": " ".join(predicted)}
             | {"products": str(sum(static_model.PRODUCTS[what] for what in predicted))}
-            | {name: f"{share:.3f}" for name, share in shares.items()}
+            | {name: f"{static_model.backward_share(of):.3f}" for name, of in shares.items()}
         )
     return table
 

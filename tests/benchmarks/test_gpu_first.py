@@ -101,13 +101,13 @@ def test_a_pass_of_the_cuda_kernels_that_is_red_costs_its_rows_alone(tmp_path, c
     monkeypatch.setattr(fastattn, "attention", without_library(fastattn.attention))
     there = dataclasses.replace(peers.PEERS[peers.CUDA], cpu=True, problem=lambda: None)
     monkeypatch.setitem(peers.PEERS, peers.CUDA, there)
-    cases = [cuda_kernels.Case("fp32", 16, causal) for causal in (True, False)]  # what a dry run makes of the problems
+    cases = [cuda_kernels.Case("fp32", 32, causal) for causal in (True, False)]  # what a dry run makes of the problems
     known = {"forward": dict.fromkeys(cases, ""), "backward": dict.fromkeys(cases, "AssertionError: dq")}
     monkeypatch.setattr(cuda_kernels, "_known", known)
     assert run(tmp_path) == 1
     out = capsys.readouterr().out
     assert out.index("decode decode") < out.index("grid bf16 D=128 L=4096 causal fastattn-cuda:") < out.index(" flex: ")
-    assert "CUDA C++: backward: causal, fp32, head dim 16: AssertionError: dq" in out
+    assert "CUDA C++: backward: causal, fp32, head dim 32: AssertionError: dq" in out
 
     def measured(suite):
         return [r for r in results.read(tmp_path / "dry-run" / f"{suite}.csv") if r["provider"] == peers.CUDA]
