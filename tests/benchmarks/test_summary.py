@@ -24,6 +24,11 @@ def test_ratios_and_means():
     ]
 
 
+def test_the_cuda_kernels_are_shown_beside_the_peers_and_are_none():
+    (cell,) = summary.cells([row(p50="2"), row("fastattn-cuda", "1"), row("sdpa-cudnn", "3")])
+    assert cell.best_peer() == ("sdpa-cudnn", 3.0) and cell.ratio("fastattn-cuda") == 0.5
+
+
 def test_steps_over_a_cache_are_held_against_reading_and_not_among_the_peers():
     step = {"case": "8/8 heads, int8 cache", "mode": "decode", "q_len": "1", "kv_len": "512"}
     steps = [row(p50="2", **step) | {"mbytes": "50"}, row("read", "1.5", **step), row("unquantised", "3", **step)]
