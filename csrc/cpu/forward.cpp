@@ -9,9 +9,9 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// The tiles `first .. last` of 64 queries of every head that shares a key head.
+// The tiles `first .. last`, of `tile` queries each, of every head that shares a key head.
 struct Task {
-  int64_t entry, kv_head, first, last;
+  int64_t entry, kv_head, first, last, tile;
 };
 
 // The parts of a task's memory.
@@ -23,15 +23,15 @@ struct Memory {
 
   int64_t size;                      // elements of all parts together
 
-  Memory(const FastattnAttention& a, int64_t keys, T* data)
+  Memory(const FastattnAttention& a, int64_t keys, int64_t tile, T* data)
       : q_width(round_up(lanes_for<Step>(a.head_dim), kLanes<T>)), v_width(round_up(a.v_dim, kLanes<T>)) {
     int64_t taken = 0;
     const auto take = [&](int64_t count) { return data == nullptr ? (taken += count, data) : data + ((taken += count) - count); };
     rows = take(kKeys * q_width);
     panels = take(keys * q_width);
     values = take(keys / Step::kParts * v_width);
-    q = take(kQueries * q_width);
-    out = take(kQueries * v_width);
+    q = take(tile * q_width);
+    out = take(tile * v_width);
     scores = take(kTileRows * kKeys);
     size = taken;
   }
@@ -46,21 +46,21 @@ class Forward {
 
   // Returns false if memory runs out.
   bool run() {
-    const int64_t row = task_.first * kQueries, row_end = least(task_.last * kQueries, entry_.q_len);
+    const int64_t row = task_.first * task_.tile, row_end = least(task_.last * task_.tile, entry_.q_len);
     Range keys = problem_.visible(entry_, row, row_end);
     keys.begin = keys.begin / kKeys * kKeys;
     keys.end = round_up(keys.end, kKeys);
     if (problem_.o.table != nullptr) keys = {0, round_up(entry_.kv_len, kKeys)};
-    T* data = scratch<T>(Memory<T, Step>(a_, keys.end - keys.begin, nullptr).size);
+    T* data = scratch<T>(Memory<T, Step>(a_, keys.end - keys.begin, task_.tile, nullptr).size);
     if (data == nullptr) return false;
-    Memory<T, Step> memory(a_, keys.end - keys.begin, data);
+    Memory<T, Step> memory(a_, keys.end - keys.begin, task_.tile, data);
     memory_ = &memory;
     first_key_ = keys.begin;
     pack(keys);
     for (int64_t member = 0; member < problem_.group(); member++) {
       const int64_t head = task_.kv_head * problem_.group() + member;
       const Scores<T> scores(problem_, entry_, head);
-      for (int64_t tile = task_.first; tile < task_.last; tile++) query_tile(scores, head, tile * kQueries);
+      for (int64_t tile = task_.first; tile < task_.last; tile++) query_tile(scores, head, tile * task_.tile);
     }
     return true;
   }
@@ -79,10 +79,10 @@ class Forward {
   }
 
   void query_tile(const Scores<T>& scores, int64_t head, int64_t row) {
-    const int64_t count = least(kQueries, entry_.q_len - row);
+    const int64_t count = least(task_.tile, entry_.q_len - row);
     RowStates<T> states(count);
-    Range visible[kQueries];
-    RowKeys keys[kQueries];
+    Range visible[kMostQueries];
+    RowKeys keys[kMostQueries];
     const Rows<T> q = problem_.q_rows(a_.q, entry_, head, a_.head_dim);
     if (entry_.kv_len <= kKeys) {
       q_ = Step::place(q, row, count, memory_->q, memory_->q_width);
@@ -91,7 +91,7 @@ class Forward {
       q_ = {memory_->q, memory_->q_width};
     }
     problem_.q_rows(a_.out, entry_, head, a_.v_dim).expect(row, count);
-    bool begun[kQueries / kTileRows + 1] = {};  // whether `out` holds something for a group of rows
+    bool begun[kMostQueries / kTileRows + 1] = {};  // whether `out` holds something for a group of rows
     for (int64_t i = 0; i < count; i++) visible[i] = problem_.visible(entry_, row + i);
     if (problem_.o.seed != nullptr) {
       for (int64_t i = 0; i < count; i++) keys[i] = dropout_row_keys(problem_.o, entry_.number, head, row + i);
@@ -194,7 +194,7 @@ class Forward {
   // Normalises the rows of a tile and writes out, lse and statistics.
   void finish(const Scores<T>& scores, int64_t head, int64_t row, int64_t count, const RowStates<T>& states) {
     // Separate loops, so that slow steps of one row, such as its logarithm, overlap with those of others.
-    T maximum[kQueries], total[kQueries], factor[kQueries];
+    T maximum[kMostQueries], total[kMostQueries], factor[kMostQueries];
     for (int64_t i = 0; i < count; i++) {
       maximum[i] = states.maximum[i];
       total[i] = sum_lanes(states.sum[i]);
@@ -239,16 +239,26 @@ class Forward {
   bool poisoned_ = false;
 };
 
+// The queries of a tile. Each tile reads all keys and values that it sees, so it is taller where the caches do not keep
+// them. Rows do not depend on their tile. The tiles of a block mask must end at multiples of kKeys.
+template <class T>
+int64_t tile_of(const Problem<T>& problem, const Entry& entry, int64_t pieces) {
+  const FastattnAttention& a = problem.a;
+  const bool kept = a.left != FASTATTN_OPEN || entry.kv_len * (a.head_dim + a.v_dim) * int64_t(sizeof(T)) <= kKept;
+  return kept || problem.o.table != nullptr || entry.q_len / pieces < kMostQueries ? kQueries : kMostQueries;
+}
+
 // Calls `visit` with every task, those with the most work first. A head is divided into `pieces`.
 template <class T, class Visit>
 void for_tasks(const Problem<T>& problem, int64_t pieces, Visit visit) {
   for (int64_t piece = pieces - 1; piece >= 0; piece--) {
     for (int64_t number = 0; number < problem.entries(); number++) {
-      const int64_t queries = problem.entry(number).q_len, tiles = (queries + kQueries - 1) / kQueries;
+      const Entry entry = problem.entry(number);
+      const int64_t queries = entry.q_len, tile = tile_of(problem, entry, pieces), tiles = (queries + tile - 1) / tile;
       if (queries < problem.o.least_queries) continue;
       const int64_t first = tiles * piece / pieces, last = tiles * (piece + 1) / pieces;
       if (first == last) continue;
-      for (int64_t head = 0; head < problem.a.kv_heads; head++) visit(Task{number, head, first, last});
+      for (int64_t head = 0; head < problem.a.kv_heads; head++) visit(Task{number, head, first, last, tile});
     }
   }
 }

@@ -10,11 +10,11 @@ namespace {
 // which stays divided into lanes until the end. There is room after the last row for whole vectors of rows.
 template <class T>
 struct RowStates {
-  T maximum[kQueries + kLanes<T>];
-  Vec<T> sum[kQueries];
+  T maximum[kMostQueries + kLanes<T>];
+  Vec<T> sum[kMostQueries];
 
   explicit RowStates(int64_t rows) {
-    for (T& x : maximum) x = -kInfinity<T>;
+    for (int64_t r = 0; r < rows + kLanes<T>; r++) maximum[r] = -kInfinity<T>;
     for (int64_t r = 0; r < rows; r++) sum[r] = Vec<T>{};
   }
 };

@@ -109,6 +109,27 @@ def test_packed_results_do_not_depend_on_the_number_of_threads(threads, team):
     assert all(map(torch.equal, results[0] * 2, results[1] + results[2]))
 
 
+LONG = {"lengths": (400, 1100), "dims": (256, 256), "heads": (2, 1), "batch": 1}
+"""A head whose keys and values are so many bytes that more queries share a visit to them, where threads are few."""
+
+
+@pytest.mark.parametrize("name", ["causal", "mask", "slopes and sinks", "dropout"])
+def test_results_of_long_heads_do_not_depend_on_the_number_of_threads(name, threads, team):
+    options = {
+        "causal": {"causal": True, "softcap": 2.0},
+        "mask": {"mask": torch.arange(1100) % 3 != 0, "window": (None, 300)},
+        "slopes and sinks": {"alibi_slopes": torch.tensor([0.1, 0.0]), "sinks": torch.tensor([0.5, -1.0])},
+        "dropout": {"dropout_p": 0.3},
+    }[name]
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        torch.manual_seed(3)
+        q, k, v = make_qkv("cpu", **LONG)
+        results.append(attention(q, k, v, return_lse=True, backend="cpu", **options))
+    assert all(map(torch.equal, results[0] * 2, results[1] + results[2]))
+
+
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_cached_results_do_not_depend_on_the_number_of_threads(q_len, threads, team):
     results = []
@@ -194,6 +215,13 @@ def test_every_variant_keeps_to_the_rule(dims, dtype, variant):
     bias = torch.randn(4, 65, 100).requires_grad_()
     check_attention(q, k, v, backend="cpu", causal=True, bias=bias, softcap=10.0, dropout_p=0.1)
     check_attention(q, k, v, backend="cpu", window=(40, 3), mask=torch.rand(100) < 0.8, lse_gradient=True)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=DTYPE_NAMES.get)
+def test_every_variant_keeps_to_the_rule_for_long_heads(dtype, threads, variant):
+    threads(1)
+    q, k, v = make_qkv("cpu", dtype=dtype, **LONG)
+    check_attention(q, k, v, backend="cpu", causal=True, dropout_p=0.1)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=DTYPE_NAMES.get)
