@@ -1,5 +1,6 @@
 """The interpreter that tests use computes what Triton's own computes, and leaves `triton.language` as it was."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,22 @@ def test_the_same_bits_as_without_it(device, dtype):
         assert TritonSemantic.broadcast_impl_value is not ours
         assert all(map(torch.equal, quick, run()))
     assert TritonSemantic.broadcast_impl_value is ours
+
+
+@pytest.mark.parametrize("columns", [3, 16, 70])
+def test_products_round_alike_in_every_order(columns):
+    """A product and the transposed one; OpenBLAS of a processor with FMA rounds them differently at such widths."""
+    a, b, start = (
+        np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((64, 48), (48, 70), (64, 70))
+    )
+    b, start = b[:, :columns], start[:, :columns]
+    dot = interpreter.interpreter_builder.create_dot
+    one, other = (
+        dot(*(interpreter.TensorHandle(x, tl.float32) for x in group), None, None).data
+        for group in ((a, b, start), (b.T, a.T, start.T))
+    )
+    assert one.dtype == np.float32
+    np.testing.assert_array_equal(one, other.T)
 
 
 def test_the_language_is_as_before_after_a_launch(device):
