@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,6 +175,14 @@ def terms(
     )  # fmt: skip
 
 
+class Facts(NamedTuple):
+    """What a launch config is looked up by."""
+
+    architecture: str
+    head_dim: int
+    element_size: int
+
+
 class Call:
     """Values that the launchers of the forward and the backward pass derive from the same arguments."""
 
@@ -197,7 +206,7 @@ class Call:
             options.left, options.right,
         )  # fmt: skip
         self.constants = (dot_precision(q.dtype), head_dim, v_dim)
-        self._facts = (architecture(q.device), max(head_dim, v_dim), q.element_size())
+        self._facts = Facts(architecture(q.device), max(head_dim, v_dim), q.element_size())
         self._indirect = bool(operands.block_mask)
         read = [x.shape[2] == 1 for x in (operands.mask, operands.bias) if x is not None]
         mask = operands.mask is not None and operands.mask.shape[2] != 1
@@ -206,7 +215,7 @@ class Call:
 
     def key_passes(self) -> tuple[config.Kernel, ...]:
         """The kernels for the gradients of keys and values: one for both, or one each."""
-        return config.key_passes(*self._facts[:2])
+        return config.key_passes(self._facts.architecture, self._facts.head_dim)
 
     def configure(self, kernel: config.Kernel, unit: int) -> config.LaunchConfig:
         """The launch config of one of the call's kernels; ``unit`` comes from `stride_unit`."""

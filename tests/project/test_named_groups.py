@@ -46,7 +46,6 @@ TEXTS = {
 OTHERS = {
     "fastattn/compat/score_mod.py": {"(*node.args, 0)"},  # of a node in a graph of PyTorch's operators
     "fastattn/spec/checks.py": {"FLOAT_DTYPES"},
-    "kernels/launch.py": {"self._facts"},  # of the GPU and the sizes, from which a launch config is looked up
 }
 
 
