@@ -5,14 +5,18 @@
 #include "dropout.h"
 #include "operand.h"
 
+#ifndef FASTATTN_KEPT  // a test sets fewer, so that few keys reach the other branch
+#define FASTATTN_KEPT (2 << 20)
+#endif
+
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-constexpr int64_t kQueries = 64;       // rows of q that are computed together for a block of keys
-constexpr int64_t kMostQueries = 192;  // the same in the forward pass of heads with more keys than the caches keep
-constexpr int64_t kKeys = 128;         // a block of keys; the tile size of a block mask
-constexpr int64_t kKept = 2 << 20;     // bytes of keys and values that the caches keep from one tile of queries to the next
-constexpr int64_t kShort = 256;        // rows of a head that stay in the second level of cache until they are read
+constexpr int64_t kQueries = 64;          // rows of q that are computed together for a block of keys
+constexpr int64_t kMostQueries = 192;     // the same in the forward pass of heads with more keys than the caches keep
+constexpr int64_t kKeys = 128;            // a block of keys; the tile size of a block mask
+constexpr int64_t kKept = FASTATTN_KEPT;  // bytes of keys and values that stay in the caches from one tile of queries to the next
+constexpr int64_t kShort = 256;           // rows of a head that stay in the second level of cache until they are read
 template <class T>
 constexpr T kInfinity = T(__builtin_inf());
 
