@@ -59,7 +59,7 @@ def descriptors() -> dict[str, Call]:
         for name in ("global_scratch_align", "num_ctas", "profile_scratch_align"):
             setattr(built, name, 1)
         for name in ("profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "arg_annotations",
-                     "kernel_signature"):  # fmt: skip
+                     "kernel_signature", "gsan_enabled"):  # fmt: skip
             setattr(built, name, 0)
         built.global_scratch_size, built.launch = bytes_per_program, lambda *_: None
         return lambda repeat: built(132, 1, 1, 0, 1, None, None, None, None)
@@ -134,8 +134,12 @@ def times(seconds: float) -> dict[str, dict[str, tuple[float, ...]]]:
         for case, call in calls().items():
             both = {"fastattn": as_it_is(call), "triton-binder": bound_anew(call)}
             found[case] = {name: tuple(timing) for name, timing in Device().host_time(both, seconds).items()}
-        found[DESCRIPTORS] = {name: tuple(t) for name, t in Device().host_time(descriptors(), seconds).items()}
     return found
+
+
+def descriptor_times(seconds: float) -> dict[str, tuple[float, ...]]:
+    """Provider -> the fields of its Timing, of `DESCRIPTORS`."""
+    return {name: tuple(timing) for name, timing in Device().host_time(descriptors(), seconds).items()}
 
 
 def elsewhere(expression: str) -> Any:
@@ -157,6 +161,7 @@ def measure(bench: Bench) -> None:
         counted = {case: dict.fromkeys(("fastattn", "triton-binder"), (1, 1, 1)) for case in calls()}
     else:
         found, counted = elsewhere(f"times({bench.seconds})"), elsewhere("counts()")
+        found[DESCRIPTORS] = elsewhere(f"descriptor_times({bench.seconds})")
     for case, by_provider in found.items():
         if case == DESCRIPTORS:
             for provider, timing in by_provider.items():

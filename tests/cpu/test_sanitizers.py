@@ -37,7 +37,8 @@ def build(folder: Path, compiler: str, *flags: str) -> Path:
 
 def compile_program(folder: Path, compiler: str, *flags: str) -> Path:
     shared = [compiler, "-std=c++17", "-pthread", "-g0", f"-I{ROOT}/csrc/cpu", *flags]
-    engine = ["-DFASTATTN_ONE_ENGINE", "-DFASTATTN_VARIANT=baseline", "-DFASTATTN_EMULATE_DOTS", "-DFASTATTN_KEPT=65536"]
+    engine = ["ONE_ENGINE", "VARIANT=baseline", "EMULATE_DOTS", "KEPT=65536"]
+    engine = [f"-DFASTATTN_{name}" for name in engine]
     objects = [folder / f"{source.stem}.o" for source in SOURCES]
     commands = [[*shared, *engine, "-c", str(s), "-o", str(o)] for s, o in zip(SOURCES, objects, strict=True)]
     with ThreadPoolExecutor(2) as pool:
