@@ -245,20 +245,20 @@ def append_rows(
     table, table_stride, page, capacity = pages_of(k_cache, block_table)
     cfg = config.lookup("append", launch.architecture(k.device), max(head_dim, v.shape[3]), k.element_size())
     programs = launch.tiles(new_len * kv_heads, cfg.block_m, cu_seqlens_q) * memory_entries
-    turning, asking, positions, rotated, pairs = NOTHING_TURNS, (0, 0), 0, 0, False
-    strided = [k, v]
-    if rotary is not None and q is not None and turned_q is not None:
+    if rotary is None:
+        unit = cache_unit(k_cache, v_cache, k, v)
+        turning, asking, positions, rotated, pairs = NOTHING_TURNS, (0, 0), 0, 0, False
+    else:
+        assert q is not None and turned_q is not None
         q, asking = launch.unit_last(q), (q.shape[1], q.shape[2])
-        strided += [q, turned_q]
+        unit = cache_unit(k_cache, v_cache, k, v, q, turned_q)
+        turning = Turning(
+            rotary.cos.contiguous(), rotary.sin.contiguous(), launch.rows(q, unit), launch.rows(turned_q, unit)
+        )
         positions, rotated, pairs = rotary.cos.shape[0], 2 * rotary.cos.shape[1], rotary.interleaved
         programs += launch.tiles(q.shape[1] * q.shape[2], cfg.block_m, cu_seqlens_q) * memory_entries
     if programs == 0:
         return
-    unit = cache_unit(k_cache, v_cache, *strided)
-    if rotary is not None:
-        turning = Turning(
-            rotary.cos.contiguous(), rotary.sin.contiguous(), launch.rows(q, unit), launch.rows(turned_q, unit)
-        )
     with replay.on_device(k):
         arguments = (
             cache_rows(k_cache, unit, k_scale), cache_rows(v_cache, unit, v_scale), launch.rows(k, unit),

@@ -209,9 +209,10 @@ class Call:
         self._facts = Facts(architecture(q.device), max(head_dim, v_dim), q.element_size())
         self._indirect = bool(operands.block_mask)
         read = [x.shape[2] == 1 for x in (operands.mask, operands.bias) if x is not None]
-        mask = operands.mask is not None and operands.mask.shape[2] != 1
-        self._reads_row, self._reads_ahead = True in read, "" if unit is None else "mask" if mask else "bias"
-        self._reads_late = False in read and unit is None
+        self._reads_row, self._reads_late = True in read, False in read and unit is None
+        has_mask = operands.mask is not None and operands.mask.shape[2] != 1
+        of_both = "mask" if has_mask else "bias"
+        self._reads_ahead = "" if unit is None else of_both
 
     def key_passes(self) -> tuple[config.Kernel, ...]:
         """The kernels for the gradients of keys and values: one for both, or one each."""

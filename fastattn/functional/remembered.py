@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 from fastattn import backends, ops
 from fastattn.spec import AttentionSpec, Operands, Options
+from fastattn.spec.checks import check_scale
 
 _Key = tuple[Any, ...]
-_SCALE_IN_KEY = 9
 _MOST = 1024  # then all are forgotten, so that lengths that change with every call do not fill the memory
 
 
@@ -119,7 +119,8 @@ def remember(key: _Key | None, spec: AttentionSpec, backend: str) -> None:
         missing = 0 if as_it_is else 4 - len(given)
     if len(_calls) >= _MOST:
         _calls.clear()
-    torch_options: dict[str, Any] = {} if key[_SCALE_IN_KEY] is None else {"scale": spec.options.scale}
+    usual = check_scale(None, spec.q.shape[3])
+    torch_options: dict[str, Any] = {} if spec.options.scale == usual else {"scale": spec.options.scale}
     if spec.q.shape[1] != spec.k.shape[1]:
         torch_options["enable_gqa"] = True
     _calls[key] = _Call(backend, spec.options, (None,) * missing, torch_options)

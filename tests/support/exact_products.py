@@ -1,8 +1,8 @@
 """Matrix products of Triton's interpreter that give the same bits on every processor and in every order.
 
 The interpreter multiplies by numpy, whose library adds up in an order that depends on the processor and on the shape.
-So q k^T of the forward pass and k q^T of the backward pass may differ in float32, where a GPU adds up along the head
-dim in both. Here a product and its accumulator are added up in float64 and rounded once.
+So q k^T of the forward pass and k q^T of the backward pass may differ in float32, and a test would judge numpy instead
+of a kernel. Here a product and its accumulator are added up in float64 and rounded once.
 """
 
 from typing import Any
