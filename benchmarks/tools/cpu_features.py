@@ -2,8 +2,8 @@
 
 `python -m benchmarks.tools.cpu_features [FEATURE ...]`: float32, one thread, 8 heads of 64, 1024 tokens, rates per
 allowed pair. The suite `cpu` measures a feature some minutes before or after causal attention, and the rate of a
-virtual machine moves by more than a feature costs. A feature's share of the causal rate is therefore
-the median over pairs of calls here.
+virtual machine moves by more than a feature costs. So here a feature's share of the causal rate is the median over
+pairs of calls.
 """
 
 import argparse
@@ -48,8 +48,10 @@ def share(feature: tuple[Call, float], causal: tuple[Call, float]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("features", nargs="*", choices=FEATURES, help="default: all", metavar="FEATURE")
+    parser.add_argument("features", nargs="*", metavar="FEATURE", help="default: all")
     names = parser.parse_args(argv).features or list(FEATURES)
+    if unknown := [name for name in names if name not in FEATURES]:
+        parser.error(f"FEATURE: expected one of {', '.join(FEATURES)}, got {unknown[0]}")
     torch.set_num_threads(1)
     causal = {mode: prepare(PLAIN["causal"], mode) for mode in MODES}
     variant = library.load().fastattn_cpu_variant().decode()
