@@ -294,12 +294,13 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     if runner.refuse_unknown(device, stamp):
         return 2
     deadline = device.clock() + args.minutes * 60 - runner.RESERVE
+    dead: list[str] = []
     if device.torch_device == "cuda":
         faulthandler.dump_traceback_later(args.minutes * 60 + 60, exit=True)
         jobs = (os.cpu_count() or 1) * 3 // 4 if args.compile_jobs is None else args.compile_jobs
         if jobs:
             words = ["benchmarks.tools.gpu_tune", "--match", args.match]
-            print(f"compiled ahead in {runner.run_shares(words, jobs, args.minutes * 60 * 0.4):.0f} s")
+            print(f"compiled ahead in {runner.run_shares(words, jobs, args.minutes * 60 * 0.4, dead.append):.0f} s")
     tuner = Tuner(device, runner.output(args, device), deadline, args.seconds, stamp)
     progress = runner.Progress(len(chosen), device.clock, deadline)
     for group, pool in chosen:
@@ -313,8 +314,8 @@ def main(argv: Sequence[str] | None = None, device: Device | None = None) -> int
     faulthandler.cancel_dump_traceback_later()
     path = tuner.output / device.folder / "tune.csv"
     results.archive(path.parent)
-    print(f"{progress.done} of {len(chosen)} searches\n{table(results.read(path))}\nrows in {path}")
-    return 0
+    print(f"{progress.done} of {len(chosen)} searches\n{table(results.read(path))}\nrows in {path}", *dead, sep="\n")
+    return 1 if dead else 0
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def test_compiling_processes_that_fail_are_counted(capsys):
     assert "2 of 2 compiling processes failed: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [runner, gpu_check, gpu_first])
+@pytest.mark.parametrize("module", [runner, gpu_check, gpu_first, gpu_tune])
 def test_compiling_processes_that_die_fail_the_run(module, tmp_path, monkeypatch, capsys):
     """It goes on, because what is not compiled ahead is compiled when it is measured, and ends with exit code 1."""
 
