@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
-from fastattn.spec.checks import check_integers, readable
+from fastattn.spec.checks import check_integers, check_window, readable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,6 +45,13 @@ def instance(name: str, value: object, *kinds: type) -> None:
         expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise TypeError(f"{name}: expected {expected}, got {got}")
+
+
+def window(name: str, value: object) -> None:
+    """Check a window as `fastattn.attention` takes it, or None; not a list, which could change later."""
+    instance(name, value, tuple, type(None))
+    assert isinstance(value, tuple) or value is None
+    check_window(value, causal=False)
 
 
 def tokens(name: str, value: object) -> None:

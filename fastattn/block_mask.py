@@ -104,7 +104,7 @@ class BlockMask:
                 f"key_documents: expected the batch and device of documents, {tuple(documents.shape)} on "
                 f"{documents.device}, got {tuple(keys.shape)} on {keys.device}"
             )
-        rows, cols = (x.view(-1, x.shape[-1]) for x in (documents, keys))
+        rows, cols = (x[None] if x.ndim == 1 else x for x in (documents, keys))
         index = torch.arange(max(rows.shape[1], cols.shape[1]), device=rows.device)
 
         def strip(first: int, last: int) -> Tensor:
@@ -138,7 +138,7 @@ class BlockMask:
         sizes = [n for n in shape if isinstance(n, int) and n >= 0] if isinstance(shape, (tuple, list)) else []
         if len(sizes) != 4 or len(shape) != 4 or any(isinstance(n, bool) for n in sizes):
             raise ValueError(f"shape: expected (B, H, Lq, Lk), got {shape}")
-        batch, heads, _, kv_len = shape
+        batch, heads, q_len, kv_len = shape
 
         def index(first: int, last: int, dim: int) -> Tensor:
             return torch.arange(first, last, device=device).view([-1 if d == dim else 1 for d in range(4)])
@@ -162,7 +162,7 @@ class BlockMask:
                     f"predicate: expected a result that broadcasts to {full}, got {tuple(keep.shape)}"
                 ) from None
 
-        return cls._build(strip, shape, torch.device(device))
+        return cls._build(strip, (batch, heads, q_len, kv_len), torch.device(device))
 
     @classmethod
     def from_flex(cls, block_mask: Any) -> "BlockMask":

@@ -14,8 +14,9 @@ from fastattn.distributed.comm import Ranks
 from fastattn.distributed.context import attention_of_heads
 from fastattn.distributed.cost import Link, Strategy
 from fastattn.distributed.layout import Balance, length_of
-from fastattn.distributed.shards import cut_of, next_labels, positions, shard, unshard
+from fastattn.distributed.shards import cut_of, positions, shard, unshard
 from fastattn.functional import divided
+from fastattn.nn.model import next_labels
 
 
 def context_parallel(

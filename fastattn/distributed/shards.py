@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fastattn.distributed.comm import Ranks
 from fastattn.distributed.layout import Balance, Piece, check_balance, length_of, pieces, placed
+from fastattn.nn.model import IGNORED, next_labels
 
 
 def shard(
@@ -137,14 +138,3 @@ def shard_batch(
     if "shift_labels" in whole:
         parts["num_items_in_batch"] = (whole["shift_labels"] != IGNORED).sum() / mesh.size()
     return parts
-
-
-IGNORED = -100
-"""The label that the loss ignores; PyTorch's default."""
-
-
-def next_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The label that follows each token's; `IGNORED` after the last token of each document. labels: whole, (..., L)."""
-    if cu_seqlens is not None and labels.shape[-1]:
-        labels = labels.index_fill(-1, cu_seqlens[:-1].long().clamp(max=labels.shape[-1] - 1), IGNORED)
-    return torch.nn.functional.pad(labels[..., 1:], (0, min(labels.shape[-1], 1)), value=IGNORED)

@@ -119,7 +119,7 @@ class TransformerConfig(_Data):
         check.number("dropout", self.dropout, "[0, 1)")
         if self.softcap is not None:
             check.number("softcap", self.softcap)
-        check_window(self.window)
+        check.window("window", self.window)
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(f"d_model: expected a multiple of num_heads == {self.num_heads}, got {self.d_model}")
         if self.num_heads % self.kv_heads:
@@ -204,17 +204,6 @@ class EncoderDecoderConfig(_Data):
             raise ValueError(
                 f"decoder.d_model: expected encoder.d_model == {self.encoder.d_model}, got {self.decoder.d_model}"
             )
-
-
-def check_window(window: object) -> None:
-    """Check that window is None or (left, right), each an integer or None."""
-    if window is None:
-        return
-    if not isinstance(window, tuple) or len(window) != 2:
-        raise TypeError(f"window: expected (left, right) or None, got {window!r}")
-    for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
-            raise TypeError(f"window: expected integers or None, got {window!r}")
 
 
 _KINDS: dict[str, Any] = {

@@ -24,6 +24,9 @@ from fastattn.nn.stack import Decoder, Encoder, whole_length
 
 __all__ = ["CausalLM", "EncoderDecoder"]
 
+IGNORED = -100
+"""The label that the loss ignores; PyTorch's default."""
+
 
 class CausalLM(Pretrained):
     """A decoder-only language model like GPT and Llama.
@@ -239,17 +242,22 @@ def next_token_loss(logits: Tensor, tokens: Tensor, labels: Tensor, cu_seqlens: 
     if labels.shape != tokens.shape:
         raise ValueError(f"labels.shape: expected tokens.shape == {tuple(tokens.shape)}, got {tuple(labels.shape)}")
     division = divided.current()
-    if cu_seqlens is not None and division is None:  # nothing precedes the first element of a sequence
-        labels = labels.index_fill(0, cu_seqlens[:-1].long().clamp(max=labels.shape[0] - 1), -100)
-    if division is None:
-        logits, labels = logits[..., :-1, :], labels[..., 1:]
-    else:
-        labels = division.next_labels(labels, cu_seqlens)
+    labels = (next_labels if division is None else division.next_labels)(labels, cu_seqlens)
+    # Labels move and logits stay, because a part of the logits would be a copy.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits, labels = logits.flatten(0, -2), labels.flatten().long()
     if division is None:
-        return F.cross_entropy(logits, labels, ignore_index=-100)
-    return division.mean(F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), (labels != -100).sum())
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED)
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return division.mean(total, (labels != IGNORED).sum())
+
+
+def next_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The label that follows each token's; `IGNORED` after the last token of each sequence. labels: whole, (..., L)."""
+    following = F.pad(labels, (0, 1), value=IGNORED)
+    if cu_seqlens is not None:  # nothing precedes the first token of a sequence; one that is empty may begin at L
+        following = following.index_fill(-1, cu_seqlens.long(), IGNORED)
+    return following[..., 1:]
 
 
 def _embedding(vocab_size: int, d_model: int, init_std: float) -> nn.Embedding:

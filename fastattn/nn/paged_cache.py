@@ -44,7 +44,7 @@ class SlidingWindowCache(KVCache):
     ) -> None:
         check.integer("window", window, least=0)
         check.integer("chunk", chunk)
-        _check_page_size(page_size)
+        check.integer("page_size", page_size)
         self.window, self.page_size = window, page_size
         self.chunk = chunk
         # `window + chunk` positions can touch as many pages
@@ -114,7 +114,7 @@ class PagedCache(KVCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_page_size(page_size)
+        check.integer("page_size", page_size)
         if num_pages is not None:
             check.integer("num_pages", num_pages)
         for name, value in (("batch", batch), ("capacity", capacity)):  # the pool's size follows from them
@@ -215,9 +215,3 @@ class PagedCache(KVCache):
             self.block_table = self.block_table.new_zeros(len(sources), self.block_table.shape[1])
         self._write_table()
         self._reserved = 0
-
-
-def _check_page_size(page_size: int) -> None:
-    check.integer("page_size", page_size)
-    if page_size < 1:
-        raise ValueError(f"page_size: expected at least 1, got {page_size}")

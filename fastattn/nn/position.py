@@ -87,9 +87,9 @@ class PositionalEncoding(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in ("sinusoidal", "learned"):
-            raise ValueError(f"expected kind to be 'sinusoidal' or 'learned', got {kind!r}")
-        if d_model <= 0 or max_len <= 0:
-            raise ValueError(f"expected d_model and max_len to be positive, got {d_model} and {max_len}")
+            raise ValueError(f"kind: expected 'sinusoidal' or 'learned', got {kind!r}")
+        check.integer("d_model", d_model)
+        check.integer("max_len", max_len)
         self.kind = kind
         self.batch_first = batch_first
         self.dropout = nn.Dropout(dropout)
@@ -141,14 +141,17 @@ class PositionalEncoding(nn.Module):
         """
         max_len, d_model = self.table.shape
         if x.dim() not in (2, 3) or x.shape[-1] != d_model:
-            raise ValueError(f"expected x to be 2-D or 3-D with x.shape[-1] == {d_model}, got {tuple(x.shape)}")
+            raise ValueError(f"x.shape: expected 2 or 3 dimensions, the last of {d_model}, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x.dtype: expected a floating dtype, got {x.dtype}; InputEmbedding embeds tokens")
         seq_dim = 1 if x.dim() == 3 and self.batch_first else 0
         L = x.shape[seq_dim]
         division = divided.current()
         whole = L if division is None else division.whole(L)
         if offset < 0 or offset + whole > max_len:
-            text = f"expected 0 <= offset and offset + length <= max_len == {max_len}, got {offset} + {whole}"
-            raise ValueError(text)
+            raise ValueError(
+                f"offset: expected 0 or more, and offset + length <= max_len == {max_len}, got {offset} + {whole}"
+            )
         if division is None:
             encoding = self._exact_table(x)[offset : offset + L].to(x.dtype)  # (L, d_model)
         else:

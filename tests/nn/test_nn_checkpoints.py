@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn.nn as fnn
+from fastattn.nn.model import next_token_loss
 from fastattn.testing import assert_parity
 
 SIZES = {"d_model": 16, "num_layers": 2, "num_heads": 2, "dim_feedforward": 24}
@@ -191,8 +193,33 @@ def test_the_loss_of_packed_sequences_does_not_cross_them():
         return sum(model(s[None], labels=s[None]) * (len(s) - 1) for s in sequences if len(s) > 1) / 8
 
     actual, eager = model(packed, labels=packed, cu_seqlens=offsets), one_by_one()
+    # Empty sequences change nothing, also after the last token.
+    for starts in ([0, 0, 4, 5, 11], [0, 4, 4, 5, 11], [0, 4, 5, 11, 11, 11]):
+        with_empty = model(packed, labels=packed, cu_seqlens=torch.tensor(starts, dtype=torch.int32))
+        torch.testing.assert_close(with_empty, actual, rtol=0, atol=0)
     model.double()
     assert_parity(actual, one_by_one(), eager)
+
+
+class Copied(TorchDispatchMode):
+    """The number of elements of each copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.clone.default:
+            self.elements.append(out.numel())
+        return out
+
+
+def test_the_loss_does_not_copy_the_logits():
+    logits, tokens = torch.randn(2, 7, 500, requires_grad=True), torch.randint(500, (2, 7))
+    with Copied() as copied:
+        next_token_loss(logits, tokens, tokens, None)
+    assert max(copied.elements, default=0) < 500
 
 
 def test_labels_that_do_not_fit_are_refused():

@@ -410,7 +410,7 @@ BAD_SETTINGS = {
         "bias": ["no", 0],
         "position": [fnn.RoPE, "rope"],
         "qk_norm": [1],
-        "window": [5, (1,), (1.5, None), [3, 0]],
+        "window": [5, (1,), (1.5, None), [3, 0], (-1, 0), (-5, 2)],
         "softcap": [0.0, -1.0, INF, "5"],
         "sinks": [1],
         "dropout": [1.0, -0.1, NAN, None],

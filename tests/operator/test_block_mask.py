@@ -74,6 +74,8 @@ def test_documents():
     queries = ids[:, :4]
     assert torch.equal(BlockMask.from_documents(queries, ids).to_dense(), same[:, :, :4])
     assert torch.equal(BlockMask.from_documents(ids[0]).to_dense(), same[:1])
+    assert BlockMask.from_documents(ids[0, :0]).shape == (1, 1, 0, 0)
+    assert BlockMask.from_documents(ids[0], ids[0, :0]).shape == (1, 1, 6, 0)
 
 
 def test_predicate():
@@ -88,6 +90,7 @@ def test_predicate():
     i, j = torch.arange(200)[:, None], torch.arange(300)
     expected = torch.stack([(j <= i) | (j < n) for n in (3, 150)])[:, None]
     assert torch.equal(block_mask.to_dense(), expected) and seen == [128, 72]
+    assert BlockMask.from_predicate(lambda b, h, i, j: j <= i, [1, 1, 5, 5]).shape == (1, 1, 5, 5)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
