@@ -49,13 +49,13 @@ def _shard(module: nn.Module, options: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` for parameters that are each divided in their own way, or not at all.
 
     PyTorch's function needs all of them on one mesh; under `tensor_parallel_plan` some are DTensors and some are not.
 
     Args:
-        parameters: those of a model; parameters without a gradient do not count.
+        parameters: those of a model, or one; parameters without a gradient do not count.
         max_norm: the largest 2-norm of all gradients together. If it is larger, this scales them in place.
 
     Returns:
@@ -63,7 +63,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """
     parts: list[Tensor] = []
     squares: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
-    for gradient in (p.grad for p in parameters if p.grad is not None):
+    given = [parameters] if isinstance(parameters, Tensor) else parameters
+    for gradient in (p.grad for p in given if p.grad is not None):
         groups: tuple[dist.ProcessGroup, ...] = ()
         own = gradient
         if isinstance(gradient, DTensor):
@@ -82,5 +83,6 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
             dist.all_reduce(square, group=group)
         total = square + total.to(square)
     norm = total.sqrt()
-    torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
+    if parts:
+        torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
     return norm

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn.distributed import clip_grad_norm_
 from fastattn.testing import assert_parity
 from tests.support import ranks_data_parallel as work
 from tests.support.ranks_tensor_parallel import train_step
@@ -68,3 +69,15 @@ def test_gradients_are_clipped_together(ranks, way):
         assert_parity(norm, exact_norm, eager_norm, "norm")
         for name, gradient in gradients.items():
             assert_parity(gradient, exact[name], eager[name], name)
+
+
+@pytest.mark.parametrize("count", [None, 0, 2], ids=["one tensor", "none", "two"])
+def test_clipping_takes_the_parameters_that_torch_takes(count):
+    def clipped(function):
+        parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(count or 1)]
+        for parameter in parameters:
+            parameter.grad = torch.tensor([3.0, 4.0, 0.0])
+        norm = function(parameters[0] if count is None else parameters[:count], 1.0)
+        return norm, [parameter.grad for parameter in parameters]
+
+    torch.testing.assert_close(clipped(clip_grad_norm_), clipped(torch.nn.utils.clip_grad_norm_), rtol=0, atol=0)

@@ -130,7 +130,7 @@ def test_errors(shape, offset, message):
 
 
 def test_integers_are_refused():
-    with pytest.raises(TypeError, match="x.dtype: expected a floating dtype, got torch.int64; InputEmbedding"):
+    with pytest.raises(TypeError, match=r"x\.dtype: expected a floating dtype, got torch\.int64; InputEmbedding"):
         fnn.PositionalEncoding(8, 10)(torch.zeros(5, 8, dtype=torch.int64))
 
 
