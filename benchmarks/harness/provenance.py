@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import tokenize
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -52,8 +52,13 @@ def digest(root: Path = ROOT) -> str:
 
 def code_digest(root: Path = ROOT, without: Collection[str] = ()) -> str:
     """A digest of the Triton kernels' code: comments, docstrings, empty lines and files ``without`` do not count."""
+    return digest_of(path for path in (root / "kernels").glob("*.py") if path.name not in without)
+
+
+def digest_of(paths: Iterable[Path]) -> str:
+    """A digest of the code of some Python files, whose names differ."""
     hasher = hashlib.sha256()
-    for path in sorted(path for path in (root / "kernels").glob("*.py") if path.name not in without):
+    for path in sorted(paths):
         hasher.update(path.name.encode() + b"\0" + code(path.read_text(encoding="utf-8")).encode() + b"\0")
     return hasher.hexdigest()[:12]
 

@@ -13,6 +13,12 @@ HERE = results.HERE / "resources"
 RENEW = "make resources"
 TRITONS = ("3.6.0", "3.7.1", "3.9.0")
 """The Tritons of the oldest supported PyTorch and of `constraints.txt`, and the newest one."""
+ARCH = "sm_90"
+OTHERS = ("sm_80", "sm_100", "gfx942")
+TABLES = (*((ARCH, version) for version in TRITONS), *((arch, TRITONS[1]) for arch in OTHERS))
+"""(target, Triton version) of each table: all cases for Hopper, a few for the others, whose tiles are untuned."""
+DECIDE = ("calls", "compile_report", "resources", "sass", "static_model", "tile_search")
+"""Modules of `benchmarks.tools` that decide what the rows are."""
 
 
 def path(arch: str, version: str, folder: Path = HERE) -> Path:
@@ -38,7 +44,16 @@ def write(arch: str, version: str, rows: list[results.Row], folder: Path = HERE)
     results.upsert(path(arch, version, folder), rows)
     commit, dirty = provenance.revision()
     made = {"arch": arch, "triton": version, "commit": commit, "dirty": dirty, "digest": provenance.code_digest()}
-    results.upsert(folder / "sources.csv", [made])
+    results.upsert(folder / "sources.csv", [made | {"inputs": inputs()}])
+
+
+def inputs(root: Path = provenance.ROOT) -> str:
+    """A digest of all code that decides what the rows are: the kernels, what launches, compiles and reads them."""
+    tools = (root / "benchmarks" / "tools" / f"{name}.py" for name in DECIDE)
+    digests = map(
+        provenance.digest_of, ((root / "kernels").glob("*.py"), (root / "fastattn" / "spec").glob("*.py"), tools)
+    )
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
 
 
 def sample(rows: list[results.Row], seed: str) -> list[results.Row]:

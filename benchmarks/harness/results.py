@@ -39,7 +39,7 @@ COMPILED_FIELDS = (
     "serialised", "smallest_n", "mma_sync", "prefetch", "size", "instructions", "share", "smaller", "code",
 )  # fmt: skip
 SOURCES_KEY = ("arch", "triton")
-SOURCES_FIELDS = (*SOURCES_KEY, "commit", "dirty", "digest")
+SOURCES_FIELDS = (*SOURCES_KEY, "commit", "dirty", "digest", "inputs")
 
 LAYOUTS = {
     "parity": (CHECK_KEY, CHECK_FIELDS), "tune": (TUNE_KEY, TUNE_FIELDS),

@@ -13,6 +13,7 @@ import argparse
 import functools
 import hashlib
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -30,8 +31,6 @@ from .calls import FEATURES
 from .compile_report import Case, Result
 
 HEAD_DIMS = (64, 128, 256)
-ARCH = "sm_90"
-"""The target of the table. tests/kernels/test_compile_report.py has a sample of the others, whose tiles are untuned."""
 
 
 def share(result: Result) -> float:
@@ -99,14 +98,24 @@ def with_triton(version: str, *arguments: str) -> int:
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}).returncode
 
 
-def cases() -> list[Case]:
-    """Every row of a table."""
-    return compile_report.all_cases([ARCH], list(config.KERNELS), list(HEAD_DIMS), list(FEATURES))
+def cases(arch: str = resources.ARCH) -> list[Case]:
+    """Every row of a table: of other targets than Hopper everything at once, and usual steps over a cache."""
+    if arch == resources.ARCH:
+        return compile_report.all_cases([arch], list(config.KERNELS), list(HEAD_DIMS), list(FEATURES))
+    everything = compile_report.all_cases([arch], list(config.KERNELS), [64], ["everything"])
+    steps = compile_report.all_cases([arch], ["decode", "combine", "append"], [64, 128], ["plain", "paged", "chunk"])
+    return everything + steps
+
+
+def archs(version: str) -> list[str]:
+    """The targets of which there is a table by this Triton."""
+    return [arch for arch, of_version in resources.TABLES if of_version == version]
 
 
 def some(names: list[str]) -> list[Case]:
-    """Of ``cases`` those named ``kernel,feature,head dim``."""
-    return [case for case in cases() if ",".join(key_of(case)) in names]
+    """Of all cases those named ``target,kernel,feature,head dim``."""
+    every = itertools.chain.from_iterable(map(cases, dict.fromkeys(arch for arch, _ in resources.TABLES)))
+    return [case for case in every if ",".join(named(case)) in names]
 
 
 def key_of(case: Case) -> tuple[str, ...]:
@@ -114,22 +123,36 @@ def key_of(case: Case) -> tuple[str, ...]:
     return case.kernel, case.feature, str(case.dim)
 
 
+def named(case: Case) -> tuple[str, ...]:
+    """The target, and the key of its row there."""
+    return case.arch, *key_of(case)
+
+
 def stale(version: str, chosen: list[Case], folder: Path = resources.HERE) -> list[Case]:
     """The cases whose row is missing or of other code."""
-    codes = {resources.key(row): row["code"] for row in results.read(resources.path(ARCH, version, folder))}
-    return [case for case in chosen if codes.get(key_of(case)) != code_of(case)]
+    known = stored(version, chosen, folder)
+    return [case for case in chosen if known.get(named(case), {}).get("code") != code_of(case)]
+
+
+def stored(version: str, chosen: list[Case], folder: Path) -> dict[tuple[str, ...], results.Row]:
+    """The rows of the tables that the cases are in, by what they are `named`."""
+    targets = {case.arch for case in chosen}
+    tables = {arch: results.read(resources.path(arch, version, folder)) for arch in targets}
+    return {(arch, *resources.key(row)): row for arch, rows in tables.items() for row in rows}
 
 
 def renew(chosen: list[Case], folder: Path, jobs: int, memory: Path | None, afresh: bool) -> None:
-    """Write the table of the Triton that is imported."""
+    """Write the tables of the Triton that is imported."""
     version = triton.__version__
-    known = {} if afresh else {resources.key(row): row for row in results.read(resources.path(ARCH, version, folder))}
-    with_stored = [(case, memory, known.get(key_of(case))) for case in chosen]
+    known = {} if afresh else stored(version, chosen, folder)
+    with_stored = [(case, memory, known.get(named(case))) for case in chosen]
     label = f"Triton {version}: "
     rows = compile_report.in_processes(_row_of, with_stored, jobs, label)
-    changed = sum(row != known.get(resources.key(row)) for row in rows)
+    changed = sum(row != known.get(named(case)) for case, row in zip(chosen, rows, strict=True))
     print(f"{label}{changed} of {len(rows)} rows are new or changed", file=sys.stderr)
-    resources.write(ARCH, version, rows, folder)
+    for arch in dict.fromkeys(case.arch for case in chosen):
+        own = [row for case, row in zip(chosen, rows, strict=True) if case.arch == arch]
+        resources.write(arch, version, own, folder)
 
 
 def _row_of(arguments: tuple[Case, Path | None, results.Row | None]) -> results.Row:
@@ -146,15 +169,16 @@ def main() -> None:
     parser.add_argument("--memory", type=Path, help="what was compiled once is taken from this folder, and kept there")
     parser.add_argument("--stale", action="store_true", help="compile nothing, list what is out of date")
     parser.add_argument("--afresh", action="store_true", help="compile what the table has already, too")
-    parser.add_argument("--only", nargs="+", metavar="KERNEL,FEATURE,DIM", help="a table of these rows alone")
+    parser.add_argument("--only", nargs="+", metavar="TARGET,KERNEL,FEATURE,DIM", help="tables of these alone")
     args = parser.parse_args()
     if launch.INTERPRETED.value:
         sys.exit("expected TRITON_INTERPRET to be unset: interpreted kernels are not compiled")
     if args.here:
-        chosen = some(args.only) if args.only else cases()
+        every = itertools.chain.from_iterable(map(cases, archs(triton.__version__)))
+        chosen = some(args.only) if args.only else list(every)
         if args.stale:
             for case in stale(triton.__version__, chosen, args.output):
-                print(triton.__version__, *key_of(case))
+                print(triton.__version__, *named(case))
         else:
             renew(chosen, args.output, args.jobs, args.memory, args.afresh)
         return

@@ -18,7 +18,7 @@ ARM_COMPILER, ARM = "aarch64-linux-gnu-g++", next(filter(shutil.which, ("qemu-aa
 
 
 def build(folder: Path, compiler: str, flags: tuple[str, ...], of_sources: tuple[str, ...] = ()) -> Path:
-    """The program with one engine, for the instruction set that ``flags`` name; ``of_sources`` are for the engine alone.
+    """The program with one engine, for the instruction set that ``flags`` name. ``of_sources`` are the engine's alone.
 
     Compiled once and kept, by everything that goes into it.
     """

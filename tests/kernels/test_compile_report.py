@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MEMORY = ROOT / ".cache" / "compiled"
-"""What compiled once is not compiled again: kept by the kernel's intermediate code and the compiler's version."""
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -21,14 +19,6 @@ def run(tmp_path, *arguments):
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     command = [sys.executable, "-m", "benchmarks.tools.compile_report", "--jobs", "1", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def report(tmp_path, *arguments):
-    """Rows of the report."""
-    path = tmp_path / "report.json"
-    done = run(tmp_path, "--json", str(path), "--memory", str(MEMORY), *arguments)
-    assert path.exists(), done.stdout + done.stderr
-    return json.loads(path.read_text())
 
 
 @pytest.mark.slow
@@ -44,32 +34,6 @@ def test_the_report_has_a_row_for_each_target(tmp_path):
     for row in rows:
         assert not row["error"] and row["spills"] == 0 < row["registers"], row
         assert f"{row['arch']:7} {row['kernel']:8}   64 plain" in done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
-def test_everything_at_once_compiles(arch, tmp_path):
-    rows = report(tmp_path, "--arch", arch, "--dims", "64", "--features", "everything")
-    assert {row["kernel"] for row in rows} >= {"forward", "dkdv", "dq", "dbias", "decode"}
-    for row in rows:
-        assert not row["error"], row
-
-
-OUTSIDE_LOOPS = {("decode", "chunk", 64): ("sm_80",), ("decode", "chunk", 128): ("sm_100",)}
-"""Kernels of a cache with spills, none of which is in a loop, by (kernel, feature, head dim)."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
-def test_the_cache_kernels_spill_nothing(arch, tmp_path):
-    kernels, features = ("decode", "combine", "append"), ("plain", "paged", "chunk")
-    rows = report(tmp_path, "--arch", arch, "--dims", "64", "128", "--kernel", *kernels, "--features", *features)
-    assert len(rows) == 2 * (3 + 1 + 2)
-    for row in rows:
-        listed = arch in OUTSIDE_LOOPS.get((row["kernel"], row["feature"], row["dim"]), ())
-        assert not row["error"] and (row["spills"] > 0) == listed, row
-        if listed:
-            assert row["local"] == row["local_edge"] == 0, row
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
-"""Every kernel compiles for Hopper with every feature, and fits its registers at the shipped launch configs.
+"""Every kernel compiles for Hopper with every feature, and fits its registers at the shipped launch configs. The other
+targets have everything at once and steps over a cache.
 
-What they need stands in a stored table, which is held to the limits here. Its rows have to be of the present kernels'
+What they need stands in stored tables, which are held to the limits here. Their rows have to be of the present kernels'
 intermediate code, and a sample of them, another one after each change to the kernels, is compiled again and has to be
 found as it stands.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -23,7 +23,7 @@ from fastattn.spec import CacheSpec, Operands, Options
 CACHE = ("decode", "combine", "append")
 ATTENTION = ("forward", "dkdv", "dk", "dv", "dq")
 MEMORY = provenance.ROOT / ".cache" / "compiled"
-"""What was compiled, or found current, is kept until the kernels change."""
+"""What was compiled is kept until the kernels change."""
 
 # What is not as it should be, by name: a row that joins or leaves these fails a test.
 SERIALISED = {
@@ -48,6 +48,8 @@ OF_A_CACHE = {
 """Kernels of a cache that access spilled registers in their loop, and on which Triton: the model lacks them."""
 OUTSIDE_LOOPS = {("decode", "plain", "64"): ("3.7.1",), ("decode", "chunk", "128"): ("3.9.0",)}
 """Kernels of a cache with spills, none of which is in a loop."""
+OF_OTHER_TARGETS = {("decode", "chunk", "64"): "sm_80", ("decode", "chunk", "128"): "sm_100"}
+"""Kernels of a cache with spills, which nothing tells from those in a loop there."""
 NOT_AHEAD = {
     **dict.fromkeys([("dk", "block_mask", "256"), ("dq", "block_mask", "256")], "twice the stages have no room"),
     **{("dk", f"{x}_aligned", "256"): "a third stage has no room beside its tiles" for x in ("mask", "bias")},
@@ -57,30 +59,41 @@ NOT_AHEAD = {
 """Where a tile is loaded in the iteration that needs it, and why."""
 
 
-def table(version):
+def table(version, arch=resources.ARCH):
     """Rows of one file."""
-    return results.read(resources.path(tool.ARCH, version))
+    return results.read(resources.path(arch, version))
 
 
 def describe(version, row):
     return f"Triton {version}: {row}"
 
 
-@pytest.mark.parametrize("version", resources.TRITONS)
-def test_the_table_is_of_the_present_kernels(version):
-    stored, present = resources.stamp(tool.ARCH, version)["digest"], provenance.code_digest()
-    assert stored == present, f"kernels/ has changed since the table was made: `{resources.RENEW}` renews it"
+def test_the_tables_are_of_the_present_kernels():
+    present = provenance.code_digest()
+    stored = {resources.stamp(*names)["digest"] for names in resources.TABLES}
+    assert stored == {present}, f"kernels/ has changed since the table was made: `{resources.RENEW}` renews it"
 
 
-@pytest.mark.parametrize("version", resources.TRITONS)
-def test_every_case_compiles_and_fits(version):
-    rows = table(version)
-    expected = [tool.key_of(case) for case in tool.cases()]
+@pytest.mark.parametrize(("arch", "version"), resources.TABLES)
+def test_every_case_compiles_and_fits(arch, version):
+    rows = table(version, arch)
+    expected = [tool.key_of(case) for case in tool.cases(arch)]
     assert [resources.key(row) for row in rows] == expected, f"`{resources.RENEW}` renews the table"
     for row in rows:
         assert not row["error"], describe(version, row)
-        assert 0 < int(row["registers"]) <= 255, describe(version, row)
-        assert int(row["shared"]) <= compile_report.SHARED_LIMIT[tool.ARCH], describe(version, row)
+        assert 0 < int(row["registers"]) <= (512 if arch == "gfx942" else 255), describe(version, row)
+        assert int(row["shared"]) <= compile_report.SHARED_LIMIT[arch], describe(version, row)
+
+
+@pytest.mark.parametrize(("arch", "version"), resources.TABLES[len(resources.TRITONS) :])
+def test_the_other_targets_have_every_kernel_and_spill_nothing_over_a_cache(arch, version):
+    rows = table(version, arch)
+    everything = {row["kernel"] for row in rows if row["feature"] == "everything"}
+    assert everything >= {"forward", "dkdv", "dq", "dbias", "decode"}
+    steps = [row for row in rows if row["feature"] != "everything"]
+    assert len(steps) == 2 * (3 + 1 + 2)
+    for row in steps:
+        assert (row["spills"] != "0") == (OF_OTHER_TARGETS.get(resources.key(row)) == arch), describe(version, row)
 
 
 def test_the_table_covers_every_kernel_feature_and_head_dim():
@@ -150,53 +163,45 @@ def output(*arguments):
     return result.stdout
 
 
-def sources():
-    """Digest of what decides which rows are stale: the kernels, what launches and compiles them, and the table."""
-    folders = (("kernels", "*.py"), ("benchmarks/tools", "*.py"), ("fastattn/spec", "*.py"))
-    paths = [path for folder, names in folders for path in sorted((provenance.ROOT / folder).glob(names))]
-    digest = hashlib.sha256(triton.__version__.encode())
-    for path in (*paths, resources.path(tool.ARCH, triton.__version__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:24]
-
-
 @pytest.mark.slow
 def test_every_row_is_of_the_present_intermediate_code():
+    """Who made the tables looked at each row. The code is made again if anything that decides it has changed since."""
     if triton.__version__ not in resources.TRITONS:
         pytest.skip(f"no table of Triton {triton.__version__}")
-    found_current = MEMORY / f"table-{sources()}"
-    if not found_current.exists():
+    if {resources.stamp(*names)["inputs"] for names in resources.TABLES} != {resources.inputs()}:
         assert output("--stale", "--triton", triton.__version__) == "", f"`{resources.RENEW}` renews the table"
-        MEMORY.mkdir(parents=True, exist_ok=True)
-        found_current.touch()
 
 
-def drawn(version, rows):
-    """The sample of one version: each takes a third of the kernels, which the digest draws."""
-    turns = len(resources.TRITONS)
-    return resources.sample(rows, provenance.code_digest())[resources.TRITONS.index(version) :: turns]
+def drawn(arch, version):
+    """The sample of one table: the three of Hopper take a third of the kernels each, which the digest draws, the three
+    of other targets likewise.
+    """
+    rows = resources.sample(table(version, arch), provenance.code_digest())
+    return rows[resources.TABLES.index((arch, version)) % 3 :: 3]
 
 
 def test_the_samples_have_every_kernel_between_them():
-    found = [row["kernel"] for version in resources.TRITONS for row in drawn(version, table(version))]
-    assert sorted(found) == sorted(config.KERNELS)
+    drawn_of = {names: [row["kernel"] for row in drawn(*names)] for names in resources.TABLES}
+    hopper = [kernel for (arch, _), kernels in drawn_of.items() if arch == resources.ARCH for kernel in kernels]
+    assert sorted(hopper) == sorted(config.KERNELS)
+    others = {kernel for (arch, _), kernels in drawn_of.items() if arch != resources.ARCH for kernel in kernels}
+    assert others >= {"forward", "dkdv", "dq", "dbias", *CACHE}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", resources.TRITONS)
-def test_a_sample_compiles_to_the_stored_rows(version, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("arch", "version"), resources.TABLES)
+def test_a_sample_compiles_to_the_stored_rows(arch, version, tmp_path, monkeypatch):
     if tool.python_path(version) is None:
         pytest.skip(
             f"no Triton {version} here; `make test` installs the oldest and the newest beside that of the torch"
         )
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    rows = table(version)
-    chosen = drawn(version, rows)
-    names = [",".join(resources.key(row)) for row in chosen]
+    chosen = drawn(arch, version)
+    names = [",".join((arch, *resources.key(row))) for row in chosen]
     options = ("--jobs", "1", "--output", str(tmp_path), "--memory", str(MEMORY))
     assert tool.with_triton(version, *options, "--only", *names) == 0
-    again = {resources.key(row): row for row in results.read(resources.path(tool.ARCH, version, tmp_path))}
+    again = {resources.key(row): row for row in results.read(resources.path(arch, version, tmp_path))}
     assert chosen
     for row in chosen:  # line numbers are part of what ptxas reads, and move the number of instructions by one or two
         assert again[resources.key(row)] | {"size": row["size"]} == row
@@ -292,4 +297,20 @@ def test_what_is_stale(tmp_path, monkeypatch):
     )
     rows = [dict(zip(results.COMPILED_KEY, tool.key_of(case), strict=True)) for case in (append, combine)]
     resources.write("sm_90", "3.7.1", [rows[0] | {"code": "code append"}, rows[1] | {"code": "other"}], tmp_path)
-    assert tool.stale("3.7.1", [append, combine, delta], tmp_path) == [combine, delta]
+    other = compile_report.Case("sm_80", "append", 64, "plain")
+    assert tool.stale("3.7.1", [append, combine, delta, other], tmp_path) == [combine, delta, other]
+
+
+def test_what_the_rows_are_made_from(tmp_path):
+    """An edit of any of it, but not of a comment, makes the code of every row again."""
+    places = ["kernels/a.py", "fastattn/spec/b.py", *(f"benchmarks/tools/{name}.py" for name in resources.DECIDE)]
+    for place in places:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text("x = 1\n")
+    seen = {resources.inputs(tmp_path)}
+    (tmp_path / "kernels" / "a.py").write_text("x = 1  # one\n")
+    assert seen == {resources.inputs(tmp_path)}
+    for place in places:
+        (tmp_path / place).write_text("x = 2\n")
+        seen.add(resources.inputs(tmp_path))
+    assert len(seen) == 1 + len(places)
