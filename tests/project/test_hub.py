@@ -216,16 +216,21 @@ def why_not():
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}")
-def test_transformers_loads_it_from_a_folder(layout, monkeypatch):
+@pytest.mark.parametrize("path", [False, True], ids=["any name", "the folder's path"])
+def test_transformers_loads_it_from_a_folder(path, layout, monkeypatch):
     """And runs it: what it cannot load, it may replace."""
-    monkeypatch.setenv("LOCAL_KERNELS", f"{NAME}={layout}")
+    monkeypatch.chdir(layout.parents[1])
+    folder = str(layout.relative_to(layout.parents[1]))
+    name = folder if path else NAME
+    monkeypatch.setenv("LOCAL_KERNELS", f"{name}={folder}")
     model = make_llama()
-    assert_equal_to_eager(model, NAME)
+    assert_equal_to_eager(model, name)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = json.loads((layout / "build" / "torch-cpu" / "metadata.json").read_text())["id"]
-    assert model.config._attn_implementation == NAME
-    assert ALL_ATTENTION_FUNCTIONS[NAME].__module__ == f"{name}.integrations.hub"
+    device = "cuda" if torch.version.cuda else "rocm" if torch.version.hip else "cpu"  # as this PyTorch was built
+    module = json.loads((layout / "build" / f"torch-{device}" / "metadata.json").read_text())["id"]
+    assert model.config._attn_implementation == name
+    assert ALL_ATTENTION_FUNCTIONS[name].__module__ == f"{module}.integrations.hub"
 
 
 @pytest.mark.skipif(no_library() is not None, reason=f"{no_library()}")
