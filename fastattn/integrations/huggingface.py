@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from fastattn.functional import attention, attention_varlen, divided
 from fastattn.integrations.huggingface_eager import attention_with_weights, weights_are_collected
-from fastattn.integrations.huggingface_mask import PatternMask, hands_masks_on, pattern_mask, without_packing
+from fastattn.integrations.huggingface_mask import (
+    PatternMask,
+    documents_of,
+    hands_masks_on,
+    of_tensors,
+    pattern_mask,
+    without_packing,
+)
 from fastattn.integrations.huggingface_paged import admit, paged_attention
 
 NAME = "fastattn"
@@ -134,13 +141,12 @@ def mask(
         attention_mask: bool (B, seen), False where there is padding.
         allow_is_causal_skip: not needed: a causal mask costs nothing.
         allow_is_bidirectional_skip: whether to return None if nothing is forbidden.
-        use_vmap: the pattern is a function of single indices.
+        use_vmap: the pattern is a function of single indices, as a caller's or Gemma 3's own may be.
         device: of the mask.
         kwargs: ``config`` of the model, ``dtype`` and the other arguments of ``transformers.masking_utils.sdpa_mask``.
 
     Returns:
-        (B, 1, Lq, Lk), True takes part: a `PatternMask`, or a dense bool mask if the pattern takes single indices or
-        under tracing. Models that do not declare that they pass masks on unchanged get the float mask of their eager
+        (B, 1, Lq, Lk), True takes part: a `PatternMask`, or a dense bool mask under tracing. Models that do not declare that they pass masks on unchanged get the float mask of their eager
         code. None: nothing is forbidden.
     """
     from transformers import masking_utils
@@ -151,11 +157,9 @@ def mask(
     function: Any = masking_utils.causal_mask_function if mask_function is None else mask_function
     if (division := divided.current()) is not None:
         function = without_packing(function)
-    dense = use_vmap or is_tracing(q_offset if isinstance(q_offset, Tensor) else attention_mask)
-    if declared and not dense:
-        found = pattern_mask(
-            batch_size, q_length, kv_length, int(q_offset), kv_offset, function, attention_mask, device
-        )
+    if declared and not is_tracing(q_offset if isinstance(q_offset, Tensor) else attention_mask):
+        pattern = of_tensors(function) if use_vmap else function
+        found = pattern_mask(batch_size, q_length, kv_length, int(q_offset), kv_offset, pattern, attention_mask, device)
         if not allow_is_bidirectional_skip:
             return found
         length = kv_length if division is None else division.whole(kv_length)
@@ -248,17 +252,16 @@ def attention_forward(
         return paged_attention(cache, module, query, key, value, passed, options), None
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, shared by the batch
-    if attention_mask is None:
+    division, mask = divided.current(), attention_mask
+    if cu_seq_lens_q is not None and division is None:
+        mask = _within(mask, is_causal, sliding_window, cu_seq_lens_q, cu_seq_lens_k, query, key)
+    if mask is None:
         options = _implied(query.shape[2], key.shape[2], is_causal, sliding_window)
     else:
-        options = _given(attention_mask)
-    division = divided.current()
+        options = _given(mask)
     if division is not None and cu_seq_lens_q is not None:
         if not {*options} <= {"causal", "window", "q_offset"} or query.shape[0] != 1:
             divided.refuse("attention_mask", "padding, or another pattern than causal order and a window")
-    elif cu_seq_lens_q is not None:
-        mask = _stated(options, query, key) if attention_mask is None else attention_mask
-        options = _given(_within(mask, cu_seq_lens_q, cu_seq_lens_k, query, key))
     if position_bias is not None:
         options["bias"] = position_bias + options["bias"] if "bias" in options else position_bias
     options |= {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout if module.training else 0.0}
@@ -320,18 +323,21 @@ def _stated(options: dict[str, Any], query: Tensor, key: Tensor) -> PatternMask:
     return pattern_mask(*sizes, 0, pattern, None, query.device)
 
 
-def _within(mask: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """The mask that also forbids pairs across packed sequences."""
+def _within(
+    mask: Tensor | None, is_causal: bool | None, sliding_window: int | None, cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor | None, query: Tensor, key: Tensor,
+) -> Tensor:  # fmt: skip
+    """The mask, or what a call without one means, that also forbids pairs across packed sequences."""
     if query.shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q: expected a batch of 1, all sequences in one row, got {query.shape[0]}")
     ends = (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
-    documents = [
-        torch.searchsorted(end.to(x.device, torch.int64), torch.arange(x.shape[2], device=x.device), right=True)
-        for end, x in zip(ends, (query, key), strict=True)
-    ]
+    if mask is None:
+        mask = _stated(_implied(query.shape[2], key.shape[2], is_causal, sliding_window), query, key)
     if isinstance(mask, PatternMask):
-        return mask.within(documents[0], documents[1], ends)
-    same = documents[0][:, None] == documents[1]
+        return mask.within(*ends)
+    _given(mask)  # or an error
+    rows, columns = (documents_of(end, x.shape[2], x.device) for end, x in zip(ends, (query, key), strict=True))
+    same = rows[:, None] == columns
     return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -torch.inf)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_map
 
 from fastattn.block_mask import BLOCK, BlockMask
@@ -58,9 +59,15 @@ class PatternMask(Tensor):
             )
 
         def dense(x: Any) -> Any:
-            return x.dense() if isinstance(x, PatternMask) else x
+            if not isinstance(x, PatternMask):
+                return x
+            with enable_reentrant_dispatch():  # vmap, which a predicate may use, does not work in a dispatch
+                return x.dense()
 
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"PatternMask(shape={tuple(self.shape)}, device={self.device})"
 
     def _same(self) -> "PatternMask":
         """Another tensor for the same mask, which shares all results made for it."""
@@ -98,20 +105,28 @@ class PatternMask(Tensor):
             "block_mask": self._make("block", lambda: BlockMask.from_predicate(self._predicate, shape, self.device))
         }
 
-    def within(self, query_documents: Tensor, key_documents: Tensor, source: tuple[Tensor, Tensor]) -> "PatternMask":
-        """The mask that also forbids pairs across documents.
+    def within(self, query_ends: Tensor, key_ends: Tensor) -> "PatternMask":
+        """The mask that also forbids pairs across packed sequences, which end there. The same tensors again give the
+        same mask."""
 
-        Args:
-            query_documents, key_documents: (Lq,) and (Lk,), the document of each query and each key.
-            source: the tensors that the documents come from; the same tensors again give the same mask.
-        """
+        def make() -> tuple["PatternMask", tuple[Tensor, Tensor]]:
+            rows, columns = (
+                documents_of(ends, self.shape[dim], self.device) for dim, ends in ((2, query_ends), (3, key_ends))
+            )
 
-        def both(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return self._predicate(b, h, i, j) & (query_documents[i] == key_documents[j])
+            def both(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return self._predicate(b, h, i, j) & (rows[i] == columns[j])
 
-        shape: Any = tuple(self.shape)
-        name = ("within", *map(id, source))  # the mask keeps the tensors alive, so no other tensor can get their ids
-        return self._make(name, lambda: (PatternMask(shape, self.device, both, None), source))[0]
+            shape: Any = tuple(self.shape)
+            return PatternMask(shape, self.device, both, None), (query_ends, key_ends)
+
+        # what is made keeps the tensors alive, so no other tensor can get their ids
+        return self._make(("within", id(query_ends), id(key_ends)), make)[0]
+
+
+def documents_of(ends: Tensor, length: int, device: torch.device) -> Tensor:
+    """(length,): the number of the packed sequence of each place; ``ends`` (sequences + 1,) begins with 0."""
+    return torch.searchsorted(ends.to(device, torch.int64), torch.arange(length, device=device), right=True)
 
 
 def _is_whole(mask: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
@@ -157,6 +172,21 @@ def pattern_mask(
             plain = None if starts is None else plain | {"kv_start": starts}
     shape = (batch_size, 1, q_length, kv_length)
     return PatternMask(shape, torch.device(device), predicate, plain)
+
+
+def of_tensors(mask_function: Callable[..., Any]) -> Predicate:
+    """The predicate that asks a function of single indices, by `torch.vmap`, as transformers does."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    over_all: Any = mask_function
+    for dim in (3, 2, 1, 0):
+        over_all = torch.vmap(over_all, tuple(0 if place == dim else None for place in range(4)))
+
+    def predicate(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        with TransformGetItemToIndex():  # a tensor may be indexed by a single index, which vmap alone refuses
+            return over_all(*(index.flatten() for index in (b, h, i, j)))
+
+    return predicate
 
 
 def _left_padding(tokens: Tensor) -> Tensor | None:

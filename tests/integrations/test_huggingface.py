@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
 
 import fastattn  # noqa: E402
+from fastattn import BlockMask  # noqa: E402
 from benchmarks.harness.models import Float64  # noqa: E402
 from fastattn.integrations import huggingface, huggingface_eager  # noqa: E402
 from fastattn.integrations.huggingface_mask import PatternMask  # noqa: E402
@@ -24,7 +26,7 @@ from fastattn.testing import assert_parity  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, WINDOW = 99, 12, 4
 LENGTHS = (12, 9, 5)  # of the sequences of a batch; the window is shorter than each
-DECODERS = ("llama", "gpt2", "mistral", "gemma2", "gpt_oss")
+DECODERS = ("llama", "gpt2", "mistral", "gemma2", "gpt_oss", "llama4")
 ENCODER_DECODERS = ("t5", "bart", "whisper")
 MODELS = (*DECODERS, *ENCODER_DECODERS, "bert")
 
@@ -63,6 +65,17 @@ def built(name):
                 num_experts_per_tok=2,
                 experts_implementation="eager",
                 rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            )
+        ),
+        "llama4": lambda: t.Llama4ForCausalLM(  # a layer with chunks, one without
+            t.Llama4TextConfig(
+                **decoder,
+                intermediate_size_mlp=48,
+                num_local_experts=2,
+                num_experts_per_tok=1,
+                moe_layers=[],
+                attention_chunk_size=WINDOW,
+                no_rope_layers=[1, 0],
             )
         ),
         "gpt2": lambda: t.GPT2LMHeadModel(
@@ -366,8 +379,12 @@ def test_learned_queries_are_shared_by_the_batch():
 def described(**changes):
     """The mask of a causal layer with 200 tokens, by what transformers says about it."""
     own = transformers.masking_utils
-    window, packed = changes.pop("window", None), changes.pop("packed", None)
+    window, packed, blocks = (changes.pop(name, None) for name in ("window", "packed", "blocks"))
     pattern = own.causal_mask_function if window is None else own.sliding_window_causal_mask_function(window)
+    if blocks is not None:
+        pattern = own.or_masks(pattern, own.blockwise_overlay(blocks))
+    if (size := changes.pop("chunk", None)) is not None:
+        pattern = own.chunked_causal_mask_function(size, torch.tensor([0, 60]))
     if packed is not None:
         pattern = own.packed_sequence_compatibility_function(pattern, packed, own.find_packed_sequence_indices(packed))
     call = {"batch_size": 2, "q_length": 200, "kv_length": 200, "mask_function": pattern} | changes
@@ -376,6 +393,8 @@ def described(**changes):
 
 PACKED = torch.cat([torch.arange(50), torch.arange(150)]).expand(2, -1)
 PADDED = torch.arange(200) >= torch.tensor([[0], [60]])
+IMAGES = torch.full((2, 200), -1)  # text; two images, and one
+IMAGES[0, 20:70], IMAGES[0, 70:90], IMAGES[1, 100:180] = 0, 1, 0
 PATTERNS = {
     "causal": ({}, {"causal", "q_offset"}),
     "window": ({"window": 9}, {"causal", "q_offset", "window"}),
@@ -403,7 +422,14 @@ PATTERNS = {
     "padding shorter than a cache": ({"kv_length": 260, "attention_mask": PADDED}, {"causal", "q_offset", "kv_start"}),
     "packed": ({"packed": PACKED}, {"block_mask"}),
     "packed with a window": ({"packed": PACKED, "window": 9}, {"block_mask"}),
-}
+    "image blocks": ({"blocks": IMAGES}, {"block_mask"}),
+    "image blocks, a window and padding": ({"blocks": IMAGES, "window": 9, "attention_mask": PADDED}, {"block_mask"}),
+    "single indices": ({"blocks": IMAGES, "window": 9, "use_vmap": True}, {"block_mask"}),
+    "single indices behind a cache": (
+        {"blocks": IMAGES, "q_length": 150, "q_offset": 50, "attention_mask": PADDED, "use_vmap": True}, {"block_mask"}
+    ),
+    "chunks": ({"chunk": 50, "attention_mask": PADDED}, {"block_mask"}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -422,6 +448,78 @@ def test_mask_says_what_transformers_own_says(name):
     assert_parity(result(mask, q, k, k), result(expected, *(x.double() for x in (q, k, k))), result(expected, q, k, k))
     if "block_mask" in operands:
         assert mask.operands()["block_mask"] is mask[:, :, :, :].operands()["block_mask"]  # shared by the layers
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+@functools.cache
+def with_images(name):
+    """A small Gemma 3, with a layer of each kind, or PaliGemma."""
+    text = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if name == "gemma3":
+        text |= {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]}
+        config = transformers.Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4)
+        model: Any = transformers.Gemma3ForConditionalGeneration(config)
+    else:
+        config = transformers.PaliGemmaConfig(text_config=text | {"model_type": "gemma"}, vision_config=VISION)
+        model = transformers.PaliGemmaForConditionalGeneration(config)
+    return model.eval()
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["", "left padding"])
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+def test_image_blocks_are_block_masks(name, padding, monkeypatch):
+    """Tokens of an image see all of it, and PaliGemma's prompt all of itself, in every kind of layer."""
+    masks = []
+
+    def seen(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return huggingface.attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "fastattn", seen)
+    model, ids = with_images(name), torch.randint(3, VOCAB, (2, 200))
+    kinds = torch.zeros_like(ids)
+    if name == "gemma3":
+        kinds[0, 70:150], kinds[1, 80:100], kinds[1, 101:160] = 1, 1, 1
+    else:
+        kinds[:, 90:] = 1  # the answer, in causal order
+    tokens = torch.arange(200) >= torch.tensor([[0], [60 * padding]])
+    inputs = {"input_ids": ids, "token_type_ids": kinds, "attention_mask": tokens.long()}
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        with Float64():
+            exact = copy.deepcopy(model).double()(**inputs, use_cache=False).logits[tokens]
+        results = []
+        for implementation in ("eager", "fastattn"):
+            model.set_attn_implementation(implementation)
+            results.append(model(**inputs, use_cache=False).logits[tokens])
+    assert_parity(results[1], exact, results[0], intermediate=exact.abs().max())
+    assert len(masks) == 2 and all(set(mask.operands()) == {"block_mask"} for mask in masks)
+
+
+def test_packed_sequences_are_prepared_once_for_all_layers(monkeypatch):
+    """By `position_ids`, and by their ends too, as transformers' collator for flattened rows gives them."""
+    made, make = [], BlockMask.from_predicate
+    monkeypatch.setattr(BlockMask, "from_predicate", lambda *args: made.append(1) or make(*args))
+    model = transformers.LlamaModel(transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        attn_implementation="fastattn",
+    ))  # fmt: skip
+    ids, positions = torch.randint(3, VOCAB, (1, 300)), torch.cat([torch.arange(130), torch.arange(170)])[None]
+    ends = torch.tensor([0, 130, 300], dtype=torch.int32)
+    ending = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 170, "max_length_k": 170}
+    outputs = []
+    for given in ({"position_ids": positions}, {"position_ids": positions, **ending}):
+        outputs.append(model(ids, use_cache=False, **given).last_hidden_state)
+        assert made == [1]
+        made.clear()
+    assert torch.equal(*outputs)
 
 
 def test_mask_of_both_sides():
