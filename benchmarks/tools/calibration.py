@@ -7,7 +7,7 @@ the tutorial's larger tiles the best predicted one counts, as its autotuner take
 
 Only for Hopper. For an A100 the model lacks the rates of its multiprocessor (mma.sync for every product, half the rate
 of float32); for a B200 the products that one thread starts out of tensor memory, their queue, and that memory's rate.
-`compile_report` has the registers and spills of kernels for those.
+`loop_counts` has what can be counted of kernels for those.
 """
 
 import re

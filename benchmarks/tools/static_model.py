@@ -8,6 +8,7 @@ below 15 %. Beside published rates it predicts too much: `calibration` states by
 
     python -m benchmarks.tools.static_model --dims 64 128 256 --features plain causal
 
+Only for Hopper (sm_90): `calibration` says what the model lacks of others, `loop_counts` counts the loops of those.
 `--store` keeps the shares for the first run on a GPU, which prints them with its measurements.
 """
 
