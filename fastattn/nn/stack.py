@@ -69,10 +69,9 @@ class _Stack(nn.Module):
         if rope is not None:
             rotary = rope.tables(positions(x, cu_seqlens, cache), self.config.dim_per_head, x.dtype)
         elif self.position is not None:
-            if cu_seqlens is None:
-                length, most = whole_length(x) + (0 if cache is None else cache.length), self.position.table.shape[0]
-                if length > most:
-                    raise ValueError(f"x: expected at most max_len == {most} positions, got {length}")
+            length, most = _positions_needed(x, cu_seqlens, cache), self.position.table.shape[0]
+            if length > most:
+                raise ValueError(f"x: expected at most max_len == {most} positions, got {length}")
             x = x + self.position.at(positions(x, cu_seqlens, cache), x)
         x = self.dropout(x)
         for block in self.blocks:
@@ -254,6 +253,15 @@ def whole_length(x: Tensor) -> int:
     """The whole length of x (N, L, ...); under context parallelism this process holds a part of it."""
     division = divided.current()
     return x.shape[1] if division is None else division.whole(x.shape[1])
+
+
+def _positions_needed(x: Tensor, cu_seqlens: Tensor | None, cache: KVCache | None) -> int:
+    """How many positions x needs, as far as the host knows without waiting."""
+    if cu_seqlens is None:
+        return whole_length(x) + (0 if cache is None else cache.length)
+    if not check.readable(cu_seqlens) or cu_seqlens.shape[0] < 2:
+        return 0
+    return int(cu_seqlens.diff().max())
 
 
 def _for_keys(keep: Tensor | None) -> Tensor | None:

@@ -479,6 +479,10 @@ def bad_calls():
         "x.shape": (lambda: encoder(x[0]), ValueError),
         "x.shape, packed": (lambda: encoder(x, cu_seqlens=starts), ValueError),
         "x: expected at most max_len": (lambda: lm(torch.zeros(1, 17, dtype=torch.long)), ValueError),
+        "x: expected at most max_len == 16 positions, got 17": (
+            lambda: lm(torch.zeros(20, dtype=torch.long), cu_seqlens=torch.tensor([0, 3, 20], dtype=torch.int32)),
+            ValueError,
+        ),
         "lengths.shape": (lambda: encoder(x, lengths=lens[:2]), ValueError),
         "lengths.dtype": (lambda: encoder(x, lengths=lens.float()), TypeError),
         "lengths: expected 0 to": (lambda: encoder(x, lengths=lens + 1), ValueError),

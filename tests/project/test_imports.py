@@ -46,6 +46,22 @@ def test_import_needs_torch_alone():
     )
 
 
+def test_packages_are_imported_when_first_used():
+    fresh(
+        """
+        import sys, fastattn
+        later = ["compat", "distributed", "testing", "integrations.huggingface", "integrations.diffusers"]
+        assert not any(f"fastattn.{name}" in sys.modules for name in later)
+        assert fastattn.distributed.job and fastattn.testing.assert_parity and fastattn.compat.flash_attn
+        assert fastattn.integrations.huggingface.register and fastattn.integrations.diffusers.register
+        assert fastattn.integrations.huggingface_weights.load
+        for module in (fastattn, fastattn.integrations):
+            assert not hasattr(module, "absent")
+        """,
+        blocked=OPTIONAL,
+    )
+
+
 def test_cpu_call_works_without_triton():
     fresh(
         """
@@ -145,7 +161,8 @@ def test_import_changes_nothing_in_torch():
 ROOMS_OF_BACKENDS = ("cpu", "cuda", "reference", "torch_sdpa", "triton")
 ARROWS = {
     "__init__": {
-        *("backends", "backends.reference", "block_mask", "flops", "functional", "inference", "integrations", "nn")
+        *("backends", "backends.reference", "block_mask", "flops", "functional", "inference", "integrations", "nn"),
+        *("compat", "distributed", "testing"),  # when first used
     },
     "__main__": {"", "backends", "backends.cpu", "spec"},
     "_check": {"spec"},
