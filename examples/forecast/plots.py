@@ -57,7 +57,7 @@ def _plot_forecasts(problem: Problem, results: Sequence[Result]) -> Figure:
     figure, axes = plt.subplots(2, 1, figsize=(10, 7.5), sharex=True, sharey=True, layout="constrained")
     groups = ((models + signal, "models"), (baselines, "baselines"))
     for axis, (group, title) in zip(axes, groups, strict=True):
-        _plot_group(axis, problem, group)
+        _plot_group(axis, problem, group, _colours(results))
         axis.set_title(title, loc="left", fontweight="bold")
         axis.set_ylabel(_label("value", problem.series.unit))
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -79,18 +79,24 @@ def _time_axis(axis: Axes, problem: Problem) -> None:
         axis.set_xlabel(f"{problem.series.step} of the series")
 
 
-def _plot_group(axis: Axes, problem: Problem, group: Sequence[Result]) -> None:
+def _colours(results: Sequence[Result]) -> dict[str, str]:
+    """Name -> the colour of a method in all figures of a series; models and baselines count apart."""
+    groups = ([result.name for result in results if result.learned == learned] for learned in (True, False))
+    return {name: COLOURS[index % len(COLOURS)] for group in groups for index, name in enumerate(group)}
+
+
+def _plot_group(axis: Axes, problem: Problem, group: Sequence[Result], colours: dict[str, str]) -> None:
     test, series = problem.tests["test"], problem.series
     chosen = np.arange(0, len(test.origins), test.horizon)  # one forecast after the other, without overlap
     steps = test.origins[chosen, None] + np.arange(test.horizon)  # (n, horizon)
     times = series.time_axis(steps)
     actual = targets(test.values, test.origins[chosen], test.horizon)
     axis.plot(times.ravel(), actual.ravel(), color="0.6", linewidth=0.8, marker=".", markersize=4, label="actual")
-    for index, result in enumerate(group):
+    for result in group:
         x, y = times, result.forecasts[chosen]
         if test.horizon > 1:  # NaN lifts the pen between two forecasts
             x, y = np.pad(x, ((0, 0), (0, 1)), mode="edge"), np.pad(y, ((0, 0), (0, 1)), constant_values=np.nan)
-        style = {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.5, "label": result.name}
+        style = {"color": colours[result.name], "linewidth": 1.5, "label": result.name}
         if result.name == NOISE_FLOOR:
             style |= {"color": "black", "linestyle": "--", "linewidth": 1.1, "label": "true signal"}
         elif test.horizon == 1 and result.name in ("last value", "seasonal naive"):
@@ -110,14 +116,14 @@ def _plot_future(problem: Problem, results: Sequence[Result]) -> Figure:
     figure, axes = plt.subplots(
         rows, 2, figsize=(10, 1.2 + 2.9 * rows), sharex=True, sharey=True, layout="constrained", squeeze=False
     )
-    length = len(series.values)
+    length, colours = len(series.values), _colours(results)
     past = np.arange(max(0, length - max(2 * horizon, 2 * series.season, 20)), length)
     ahead_steps = np.arange(length - 1, length + horizon)  # from the last value, so that the line has no gap
     for index, axis in enumerate(axes.flat):
         if index >= len(shown):
             axis.set_visible(False)
             continue
-        result, colour = shown[index], COLOURS[index % len(COLOURS)]
+        result, colour = shown[index], colours[shown[index].name]
         assert result.ahead is not None
         future = np.concatenate([series.values[-1:], result.ahead.future])
         width = np.concatenate([[0.0], result.ahead.half_widths])
@@ -142,11 +148,11 @@ def _plot_future(problem: Problem, results: Sequence[Result]) -> Figure:
 
 def _plot_losses(problem: Problem, results: Sequence[Result]) -> Figure:
     """Per epoch at the first seed; a dot marks the epoch that was kept."""
-    learned = [result for result in results if result.learned]
+    learned, colours = [result for result in results if result.learned], _colours(results)
     figure, axes = plt.subplots(1, 2, figsize=(10, 5.6), sharey=True, layout="constrained")
     for index, result in enumerate(learned):
         outcome = result.outcomes[0]
-        colour, best = COLOURS[index % len(COLOURS)], outcome.history.best_epoch
+        colour, best = colours[result.name], outcome.history.best_epoch
         style = "-" if index < len(COLOURS) else "--"
         for axis, losses in zip(axes, (outcome.history.train, outcome.history.validation), strict=True):
             if losses:

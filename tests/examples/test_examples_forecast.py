@@ -251,6 +251,12 @@ def test_part_one_text_and_figures(cli, tmp_path):
     assert "On the fresh series: no network wins: last value beats" in text
     assert "0.0600 -> 0.0700   +17%  LSTM, the tutorial's -> LSTM, standardised" in text
     assert len(cli.plots.plot_all(problem, results, tmp_path)) == 3
+    forecasts, losses = (
+        {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
+        for figure in (cli.plots._plot_forecasts(problem, results), cli.plots._plot_losses(problem, results))
+    )
+    shared = forecasts.keys() & losses.keys()  # a method has one colour in all figures
+    assert len(shared) == 3 and all(forecasts[name] == losses[name] for name in shared)
     assert json.dumps(cli.report.problem_metrics(problem, results), allow_nan=False)
 
 
