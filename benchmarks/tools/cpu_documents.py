@@ -4,8 +4,11 @@
 registers compute whole vectors of keys for groups of rows, so a short document computes more pairs than it allows:
 "products" is the limit if only products took time. "and memory" adds the time of one pass over the tensors, by
 `torch.addcmul`, which reads three and writes one; it adds two for a backward pass, which reads five and writes three.
+"batch" is the rate of `fastattn.attention` on a batch of sequences of that length, which packs nothing.
 """
 
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -52,25 +55,27 @@ def bound(lengths: Sequence[int], tile: Tile, mode: str) -> float:
 
 
 class Case:
-    """Documents of these lengths, packed, and what their calls and a pass over their tensors took, seconds."""
+    """Documents of these lengths, packed or as a batch, and what their calls and a pass over their tensors took,
+    seconds."""
 
-    def __init__(self, lengths: Sequence[int]):
+    def __init__(self, lengths: Sequence[int], packed: bool = True):
         starts = torch.tensor([0, *lengths]).cumsum(0).int()
-        shape = (int(starts[-1]), HEADS, HEAD_DIM)
+        shape = (int(starts[-1]), HEADS, HEAD_DIM) if packed else (len(lengths), HEADS, lengths[0], HEAD_DIM)
         self.inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
         self.plain = [x.detach() for x in self.inputs]
         self.gradient, self.target = torch.randn(shape), torch.empty(shape)
-        self.options = {
-            "cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths),
-            "causal": True, "backend": "cpu",
-        }  # fmt: skip
+        self.call = functools.partial(fastattn.attention, causal=True, backend="cpu")
+        if packed:
+            self.call = functools.partial(
+                fastattn.attention_varlen, cu_seqlens_q=starts, cu_seqlens_k=starts, causal=True, backend="cpu"
+            )
         self.pairs = sum(n * (n + 1) // 2 for n in lengths)
         self.times: dict[str, list[float]] = {name: [] for name in (*MODES, "pass")}
 
     def run(self) -> None:
-        out = fastattn.attention_varlen(*self.inputs, **self.options)
+        out = self.call(*self.inputs)
         self.time("backward", lambda: torch.autograd.grad(out, self.inputs, self.gradient))
-        self.time("forward", lambda: fastattn.attention_varlen(*self.plain, **self.options))
+        self.time("forward", lambda: self.call(*self.plain))
         self.time("pass", lambda: torch.addcmul(*self.plain, out=self.target))
 
     def time(self, name: str, call: Callable[[], object]) -> None:
@@ -83,17 +88,21 @@ class Case:
         return statistics.median(self.times[name]) / self.pairs
 
 
-def measure(lengths: Sequence[int], tile: Tile) -> dict[str, tuple[float, float, float]]:
-    """(share of the rate of one causal sequence, the most that products allow, and that memory allows beside them)."""
+def measure(lengths: Sequence[int], tile: Tile) -> dict[str, tuple[float, ...]]:
+    """(share of the rate of one causal sequence, the most that products allow, and that memory allows beside them, and
+    the share of a batch; NaN for documents of different lengths)."""
     own, one = Case(lengths), Case([TOKENS])
+    batch = None if len(set(lengths)) > 1 else Case(lengths, packed=False)
     end = time.perf_counter() + SECONDS
     while len(own.times["forward"]) < 3 or time.perf_counter() < end:
-        for case in (own, one):
-            case.run()
+        for case in (own, one, batch):
+            if case:
+                case.run()
     found = {}
     for mode in MODES:
         products, reading = bound(lengths, tile, mode), PASSES[mode] * own.of("pass") / one.of(mode)
-        found[mode] = one.of(mode) / own.of(mode), products, 1 / (1 / products + reading)
+        as_batch = one.of(mode) / batch.of(mode) if batch else math.nan
+        found[mode] = one.of(mode) / own.of(mode), products, 1 / (1 / products + reading), as_batch
     return found
 
 
@@ -103,12 +112,12 @@ def main() -> None:
     if variant not in TILES:
         raise SystemExit(f"expected a processor whose kernels are {', '.join(TILES)}, got {variant}")
     print(f"share of the rate of one causal sequence of {TOKENS} tokens, {variant}, one thread")
-    print("documents of    " + "".join(f"{mode:>9} products and memory" for mode in MODES))
+    print("documents of    " + "".join(f"{mode:>9} products and memory batch" for mode in MODES))
     mixed = document_lengths(TOKENS)
     named = {str(n): [n] * (TOKENS // n) for n in (17, 43, 100)} | {f"{TOKENS // len(mixed)}, mixed": mixed}
     for name, lengths in named.items():
         columns = measure(lengths, TILES[variant]).values()
-        print(f"{name:16}" + "".join("{:9.2f} {:8.2f} {:10.2f}".format(*column) for column in columns))
+        print(f"{name:16}" + "".join("{:9.2f} {:8.2f} {:10.2f} {:5.2f}".format(*column) for column in columns))
 
 
 if __name__ == "__main__":

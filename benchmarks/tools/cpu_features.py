@@ -1,9 +1,9 @@
 """The rate of every feature beside that of plain causal attention on this CPU, the two in turns.
 
-`python -m benchmarks.tools.cpu_features [FEATURE ...]`: float32, one thread, 8 heads of 64, 1024 tokens, rates per
-allowed pair. The suite `cpu` measures a feature some minutes before or after causal attention, and the rate of a
-virtual machine moves by more than a feature costs. So here a feature's share of the causal rate is the median over
-pairs of calls.
+`python -m benchmarks.tools.cpu_features [--variant avx2] [FEATURE ...]`: float32, one thread, 8 heads of 64, 1024
+tokens, rates per allowed pair. The suite `cpu` measures a feature some minutes before or after causal attention, and
+the rate of a virtual machine moves by more than a feature costs. So here a feature's share of the causal rate is the
+median over pairs of calls.
 """
 
 import argparse
@@ -49,9 +49,13 @@ def share(feature: tuple[Call, float], causal: tuple[Call, float]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("features", nargs="*", metavar="FEATURE", help="default: all")
-    names = parser.parse_args(argv).features or list(FEATURES)
+    parser.add_argument("--variant", help="of the kernels: avx2, for instance; default: the best of this processor")
+    arguments = parser.parse_args(argv)
+    names = arguments.features or list(FEATURES)
     if unknown := [name for name in names if name not in FEATURES]:
         parser.error(f"FEATURE: expected one of {', '.join(FEATURES)}, got {unknown[0]}")
+    if arguments.variant and not library.load().fastattn_cpu_use_variant(arguments.variant.encode()):
+        parser.error(f"--variant: not compiled, or not what this processor has: {arguments.variant}")
     torch.set_num_threads(1)
     causal = {mode: prepare(PLAIN["causal"], mode) for mode in MODES}
     variant = library.load().fastattn_cpu_variant().decode()

@@ -60,8 +60,9 @@ bool backward_as(
   }
   const bool done = team.run(tasks, [&](int64_t number) {
     const Turns own(results.turns, number, pieces > 1 ? heads : 1);
-    const Task task{number % heads / a.kv_heads, number % a.kv_heads, number / heads};
-    return Backward<T, Step>(problem, g, results, task, own).run();
+    const auto task_of = [&](int64_t n) { return Task{n % heads / a.kv_heads, n % a.kv_heads, n / heads}; };
+    const Task next = number + team.threads() < tasks ? task_of(number + team.threads()) : kNoTask;
+    return Backward<T, Step>(problem, g, results, task_of(number), next, own).run();
   });
   if (!done) return false;
   add_learned(problem, g, results);

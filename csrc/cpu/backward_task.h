@@ -3,6 +3,7 @@
 
 #include "backward_memory.h"
 #include "softmax.h"
+#include "upcoming.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
@@ -10,9 +11,10 @@ namespace {
 template <class T, class Step>
 class Backward {
  public:
+  // `next`: the task that this thread probably takes after this one, or kNoTask.
   Backward(const Problem<T>& problem, const FastattnGradients& g, const Results<T>& results, const Task& task,
-           const Turns& turns)
-      : problem_(problem), a_(problem.a), o_(problem.o), g_(g), results_(results), task_(task),
+           const Task& next, const Turns& turns)
+      : problem_(problem), a_(problem.a), o_(problem.o), g_(g), results_(results), task_(task), next_(next),
         entry_(problem.entry(task.entry)), keep_scale_(problem.keep_scale()),
         threshold_(dropout_threshold(problem.a.dropout_p)), turns_(turns), bias_(problem, g, entry_, turns),
         q_steps_(lanes_for<Step>(problem.a.head_dim)), v_steps_(lanes_for<Step>(problem.a.v_dim)) {
@@ -36,6 +38,31 @@ class Backward {
   }
 
  private:
+  // What is read and written after a member of the group, if both are short.
+  Upcoming<T> upcoming() const {
+    Upcoming<T> rows;
+    const bool same = member_ + 1 < problem_.group();
+    if (!problem_.is_short(entry_) || (!same && next_.entry < 0)) return rows;
+    const Entry e = same ? entry_ : problem_.entry(next_.entry);
+    if (!problem_.is_short(e)) return rows;
+    const int64_t kv_head = same ? task_.kv_head : next_.kv_head;
+    const int64_t head = kv_head * problem_.group() + (same ? member_ + 1 : 0);
+    if (!same) {
+      rows.add(problem_.k_rows(a_.k, e, kv_head, a_.head_dim), e.kv_len);
+      rows.add(problem_.k_rows(a_.v, e, kv_head, a_.v_dim), e.kv_len);
+    }
+    rows.add(problem_.q_rows(a_.q, e, head, a_.head_dim), e.q_len);
+    rows.add(problem_.q_rows(g_.dout, e, head, a_.v_dim), e.q_len);
+    rows.add(problem_.q_rows(a_.out, e, head, a_.v_dim), e.q_len);
+    rows.add(problem_.q_rows(g_.dq, e, head, a_.head_dim), e.q_len);
+    if (!same) {
+      rows.add(problem_.k_rows(g_.dk, e, kv_head, a_.head_dim), e.kv_len);
+      rows.add(problem_.k_rows(g_.dv, e, kv_head, a_.v_dim), e.kv_len);
+    }
+    rows.divide(4 * ((entry_.q_len + kTileRows - 1) / kTileRows));
+    return rows;
+  }
+
   void pack_keys() {
     const Rows<T> k = problem_.k_rows(a_.k, entry_, task_.kv_head, a_.head_dim);
     const Rows<T> v = problem_.k_rows(a_.v, entry_, task_.kv_head, a_.v_dim);
@@ -69,6 +96,7 @@ class Backward {
     const Scores<T> scores(problem_, entry_, head);
     head_ = head;
     pack_queries();
+    upcoming_ = upcoming();
     fill(memory_->dq, entry_.q_len * memory_->q_width, T(0));
     dslope_ = 0.0;
     bias_.begin(member_, head, memory_->dbias);
@@ -285,7 +313,8 @@ class Backward {
 
   // Prefetches a third of what a later group of rows will read, as in forward.cpp.
   template <int third>
-  void prefetch_ahead(const Scores<T>& scores, int64_t row, int64_t key) const {
+  void prefetch_ahead(const Scores<T>& scores, int64_t row, int64_t key) {
+    upcoming_.fetch();
     if (!scores.may_forbid()) return;
     const int64_t next = row + kTermsAhead;
     for (int64_t r = next + kTileRows * third / 3; r < least(next + kTileRows * (third + 1) / 3, entry_.q_len); r++) {
@@ -359,10 +388,11 @@ class Backward {
 
   // sums (keys x width) += weights^T (keys x rows) values (rows x width).
   void add_to_keys(const T* weights, const T* values, T* sums, int64_t width, int64_t count, int64_t key,
-                   const Range* visible, int begin, int end) const {
+                   const Range* visible, int begin, int end) {
     int64_t low = 0, high = 0;  // the rows that see some of the keys of this step
     for (int k = begin; k < end; k += kTileRows) {
       const int keys = int(least(kTileRows, end - k));
+      upcoming_.fetch();
       while (low < count && visible[low].end <= key + k) low++;
       while (high < count && visible[high].begin < key + k + keys) high++;
       if (low >= high) continue;
@@ -386,8 +416,9 @@ class Backward {
   const FastattnOperands& o_;
   const FastattnGradients& g_;
   const Results<T>& results_;
-  Task task_;
+  Task task_, next_;
   Entry entry_;
+  Upcoming<T> upcoming_;
   T keep_scale_;
   uint32_t threshold_;
   const Turns& turns_;

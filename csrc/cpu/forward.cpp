@@ -4,6 +4,7 @@
 // of q at a time over blocks of 128 keys. Within a block it takes as many rows as a tile of registers has, so that
 // their scores (rows x 128) never leave the first level of cache.
 #include "softmax.h"
+#include "upcoming.h"
 #include "variant.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
@@ -40,9 +41,10 @@ struct Memory {
 template <class T, class Step>
 class Forward {
  public:
-  Forward(const Problem<T>& problem, const Task& task)
-      : problem_(problem), a_(problem.a), task_(task), entry_(problem.entry(task.entry)),
-        q_steps_(lanes_for<Step>(problem.a.head_dim)) {}
+  // `next`: the task that this thread probably takes after this one, or null.
+  Forward(const Problem<T>& problem, const Task& task, const Task* next)
+      : problem_(problem), a_(problem.a), task_(task), next_(next), entry_(problem.entry(task.entry)),
+        short_(problem.is_short(entry_)), q_steps_(lanes_for<Step>(problem.a.head_dim)) {}
 
   // Returns false if memory runs out.
   bool run() {
@@ -60,12 +62,33 @@ class Forward {
     for (int64_t member = 0; member < problem_.group(); member++) {
       const int64_t head = task_.kv_head * problem_.group() + member;
       const Scores<T> scores(problem_, entry_, head);
+      upcoming_ = upcoming(member);
       for (int64_t tile = task_.first; tile < task_.last; tile++) query_tile(scores, head, tile * task_.tile);
     }
     return true;
   }
 
  private:
+  // What is read and written after a member of the group, if both are short.
+  Upcoming<T> upcoming(int64_t member) const {
+    Upcoming<T> rows;
+    if (!short_) return rows;
+    const bool same = member + 1 < problem_.group();
+    if (!same && next_ == nullptr) return rows;
+    const Entry e = same ? entry_ : problem_.entry(next_->entry);
+    if (!problem_.is_short(e)) return rows;
+    const int64_t kv_head = same ? task_.kv_head : next_->kv_head;
+    const int64_t head = kv_head * problem_.group() + (same ? member + 1 : 0);
+    if (!same) {
+      rows.add(problem_.k_rows(a_.k, e, kv_head, a_.head_dim), e.kv_len);
+      rows.add(problem_.k_rows(a_.v, e, kv_head, a_.v_dim), e.kv_len);
+    }
+    rows.add(problem_.q_rows(a_.q, e, head, a_.head_dim), e.q_len);
+    rows.add(problem_.q_rows(a_.out, e, head, a_.v_dim), e.q_len);
+    rows.divide(3 * ((entry_.q_len + kTileRows - 1) / kTileRows));
+    return rows;
+  }
+
   void pack(Range keys) {
     const Rows<T> k = problem_.k_rows(a_.k, entry_, task_.kv_head, a_.head_dim);
     const Rows<T> v = problem_.k_rows(a_.v, entry_, task_.kv_head, a_.v_dim);
@@ -90,7 +113,7 @@ class Forward {
       Step::read(q, row, count, memory_->q, memory_->q_width);
       q_ = {memory_->q, memory_->q_width};
     }
-    problem_.q_rows(a_.out, entry_, head, a_.v_dim).expect(row, count);
+    if (!short_) problem_.q_rows(a_.out, entry_, head, a_.v_dim).expect(row, count);
     bool begun[kMostQueries / kTileRows + 1] = {};  // whether `out` holds something for a group of rows
     for (int64_t i = 0; i < count; i++) visible[i] = problem_.visible(entry_, row + i);
     if (problem_.o.seed != nullptr) {
@@ -172,7 +195,8 @@ class Forward {
   // Prefetches a third of what a later group of rows of the tile at `tile` will read, or one of the first groups for
   // the next block. Thirds, since more lines than a processor can wait for at once would delay the loads of a product.
   template <int third>
-  void prefetch_ahead(const Scores<T>& scores, int64_t tile, int64_t at, int64_t count, int64_t key) const {
+  void prefetch_ahead(const Scores<T>& scores, int64_t tile, int64_t at, int64_t count, int64_t key) {
+    upcoming_.fetch();
     if (!scores.may_forbid()) return;
     for (int64_t r = at + kTileRows * third / 3; r < at + kTileRows * (third + 1) / 3; r++) {
       const int64_t next = r + kTermsAhead;
@@ -231,7 +255,10 @@ class Forward {
   const Problem<T>& problem_;
   const FastattnAttention& a_;
   Task task_;
+  const Task* next_;
   Entry entry_;
+  bool short_;
+  Upcoming<T> upcoming_;
   int64_t q_steps_;  // lanes that are summed for a score
   Memory<T, Step>* memory_ = nullptr;
   Lanes<T> q_{};  // the rows of a tile of queries
@@ -277,7 +304,10 @@ bool forward_as(const FastattnAttention& a, const FastattnOperands& o, const Tea
   if (tasks == nullptr) return false;
   int64_t at = 0;
   for_tasks(problem, pieces, [&](Task task) { tasks[at++] = task; });
-  return team.run(count, [&](int64_t task) { return Forward<T, Step>(problem, tasks[task]).run(); });
+  return team.run(count, [&](int64_t task) {
+    const int64_t next = task + team.threads();
+    return Forward<T, Step>(problem, tasks[task], next < count ? tasks + next : nullptr).run();
+  });
 }
 
 }  // namespace

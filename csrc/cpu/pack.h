@@ -7,10 +7,9 @@
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
 
-// Rows of elements in memory: each has `width` elements, `step` apart, and rows are `stride` apart. `next` is the
-// distance from a row to one that is read soon, or 0 if that is not known.
+// Rows of elements in memory: each has `width` elements, `step` apart, and rows are `stride` apart.
 struct Placement {
-  int64_t stride, width, step, next = 0;
+  int64_t stride, width, step;
 };
 
 // How rows of an element type are read to and written from the compute type.
@@ -66,7 +65,6 @@ template <class Element>
 inline void prefetch_after(const Element* row, Placement place) {
   for (int64_t i = 0; i < place.width; i += 64 / int64_t(sizeof(Element))) {
     __builtin_prefetch(row + kRowsAhead * place.stride + i);
-    if (place.next != 0) __builtin_prefetch(row + place.next + i, 0, 2);
   }
 }
 

@@ -103,29 +103,23 @@ struct Problem {
     return common({keys.begin - key, keys.end - key}, {0, kKeys});
   }
 
-  // `next`: the distance in heads to the one that this thread probably reads next, or 0.
-  Rows<T> rows(
-      const FastattnView& view, int64_t batch, int64_t head, int64_t first, int64_t width, int64_t next) const {
+  Rows<T> rows(const FastattnView& view, int64_t batch, int64_t head, int64_t first, int64_t width) const {
     const int64_t base = batch * view.stride[0] + head * view.stride[1] + first * view.stride[2];
-    return {format, view.data, base, {view.stride[2], width, view.stride[3], next * view.stride[1]}};
-  }
-
-  // `next` for `rows`: a task is one key head, and threads take tasks in turn.
-  int64_t next_of(int64_t head, int64_t heads, int64_t away, int64_t length) const {
-    return length <= kShort && head + away < heads ? away : 0;
+    return {format, view.data, base, {view.stride[2], width, view.stride[3]}};
   }
   Rows<T> q_rows(const FastattnView& view, const Entry& e, int64_t head, int64_t width) const {
-    const int64_t away = group() > 1 ? 1 : a.team.threads;
-    return rows(view, e.batch, head, e.q_first, width, next_of(head, a.q_heads, away, e.q_len));
+    return rows(view, e.batch, head, e.q_first, width);
   }
   Rows<T> k_rows(const FastattnView& view, const Entry& e, int64_t head, int64_t width) const {
-    const int64_t next = next_of(head, a.kv_heads, a.team.threads, e.kv_len);
-    Rows<T> found = rows(view, o.block_table == nullptr ? e.k_batch : 0, head, e.k_first, width, next);
+    Rows<T> found = rows(view, o.block_table == nullptr ? e.k_batch : 0, head, e.k_first, width);
     if (o.block_table != nullptr) {
       found.pages = {o.block_table + e.number * o.table_stride, o.pages, o.page_size, view.stride[0]};
     }
     return found;
   }
+
+  // Whether the rows of a head stay in the second level of cache until they are used.
+  bool is_short(const Entry& e) const { return e.q_len <= kShort && e.kv_len <= kShort; }
 
   // The index of a head's row in lse, and in each half of the statistics.
   int64_t row_index(const Entry& e, int64_t head, int64_t row) const {

@@ -29,9 +29,10 @@ def run(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, statistics = forward_results(call.q, call.v)
     if call.operands.cu_seqlens_q is not None:
         rows = unwritten(call.operands.cu_seqlens_q, call.backend)
-        out[:, :, rows].zero_()
-        lse[..., rows].fill_(-torch.inf)
-        statistics[..., rows].zero_()
+        if rows.start < call.q.shape[2]:
+            out[:, :, rows].zero_()
+            lse[..., rows].fill_(-torch.inf)
+            statistics[..., rows].zero_()
     with without_autocast(call.q.device):
         backends.module(call.backend).forward(
             out, lse, statistics, call.q, call.k, call.v, call.operands, call.options
@@ -55,9 +56,10 @@ def differentiate(call: Backward) -> Gradients:
     if starts_q is not None and starts_k is not None:
         rows, keys = unwritten(starts_q, call.backend), unwritten(starts_k, call.backend)
         if call.operands.seqused_k is not None:  # rows between sequences too
-            keys = slice(None)
+            keys = slice(0, None)
         for gradient, own in ((gradients.dq, rows), (gradients.dk, keys), (gradients.dv, keys)):
-            gradient[:, :, own].zero_()
+            if own.start < gradient.shape[2]:
+                gradient[:, :, own].zero_()
     statistics = call.statistics.contiguous()  # vmap expands tensors that all entries share
     with without_autocast(call.q.device):
         backends.module(call.backend).backward(

@@ -25,6 +25,7 @@ from fastattn.spec.checks import (
     check_softcap,
     check_window,
     known,
+    readable,
 )
 from fastattn.spec.operands import Operands, Options
 
@@ -131,8 +132,10 @@ def make_spec(
     batch, q_heads, q_len, head_dim = q.shape
     kv_len = k.shape[2]
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        given_starts = cu_seqlens_q
         cu_seqlens_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
-        cu_seqlens_k = check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k)
+        same = cu_seqlens_k is given_starts and readable(cu_seqlens_q) and kv_len == q_len
+        cu_seqlens_k = cu_seqlens_q if same else check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k)
         if cu_seqlens_k.shape != cu_seqlens_q.shape:
             raise ValueError(
                 f"cu_seqlens_k.shape: expected cu_seqlens_q.shape == {tuple(cu_seqlens_q.shape)}, "

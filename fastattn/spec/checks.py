@@ -1,6 +1,5 @@
 """Checks of single arguments: each raises an error that names the argument, the expected and the given value."""
 
-import itertools
 import math
 import warnings
 
@@ -216,7 +215,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, packed: Tensor) -> Te
         )
     if readable(cu_seqlens):
         values, total = cu_seqlens.tolist(), packed.shape[2]
-        if values[0] != 0 or values[-1] > total or any(a > b for a, b in itertools.pairwise(values)):
+        if values[0] != 0 or values[-1] > total or values != sorted(values):
             raise ValueError(f"{name}: expected to rise from 0 to at most {total}, the number of rows, got {values}")
     return cu_seqlens.contiguous()
 

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.tools import cpu_features
+from fastattn.backends.cpu import library
 
 
 def test_share_per_operation(monkeypatch):
@@ -26,3 +27,17 @@ def test_features_are_all_or_those_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         lines("masks")
     assert "FEATURE: expected one of window 256" in capsys.readouterr().err
+
+
+def test_a_named_variant_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(cpu_features, "prepare", lambda changes, mode: mode)
+    monkeypatch.setattr(cpu_features, "share", lambda feature, causal: 0.5)
+    best = library.load().fastattn_cpu_variant()
+    try:
+        cpu_features.main(["--variant", "baseline", "mask"])
+    finally:
+        library.load().fastattn_cpu_use_variant(best)
+    assert "tokens, baseline, one thread" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cpu_features.main(["--variant", "avx3"])
+    assert "not what this processor has: avx3" in capsys.readouterr().err

@@ -228,6 +228,9 @@ BAD = {
     "device": ({"cu_seqlens_q": ONE.to("meta")}, ValueError, "cu_seqlens_q.device: expected cpu, got meta"),
     "not from 0": ({"cu_seqlens_q": ONE + 1}, ValueError, r"cu_seqlens_q: expected to rise from 0 to at most 4, the"),
     "too far": ({"cu_seqlens_k": ONE * 2}, ValueError, r"cu_seqlens_k: .*got \[0, 8\]"),
+    "too far for the keys alone": (
+        {"k": torch.randn(3, 2, 8), "v": torch.randn(3, 2, 8)}, ValueError, r"cu_seqlens_k: .* at most 3, .*\[0, 4\]"
+    ),
     "falling": (
         {"cu_seqlens_q": torch.tensor([0, 3, 1]), "cu_seqlens_k": torch.tensor([0, 1, 2])}, ValueError, "expected to r"
     ),
