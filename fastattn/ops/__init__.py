@@ -2,7 +2,7 @@
 
 from fastattn.ops.attention import attention
 from fastattn.ops.autograd import attend, draw_seed, seed_of_part
-from fastattn.ops.direct import without_autocast
+from fastattn.ops.direct import Way, way, without_autocast
 from fastattn.ops.kvcache import attention_kvcache, turns_in_append
 from fastattn.ops.plain import decompositions
 from fastattn.ops.schema import Backward, CacheCall, DoubleBackward, Forward, flatten, unflatten
@@ -13,6 +13,7 @@ __all__ = [
     "CacheCall",
     "DoubleBackward",
     "Forward",
+    "Way",
     "add_second_derivative",
     "attend",
     "attention",
@@ -23,5 +24,6 @@ __all__ = [
     "seed_of_part",
     "turns_in_append",
     "unflatten",
+    "way",
     "without_autocast",
 ]

@@ -15,7 +15,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks  # pyright: igno
 from torch.autograd import forward_ad
 
 from fastattn.ops import batching, implementations
-from fastattn.ops.direct import DIRECT, Way, way
+from fastattn.ops.direct import DIRECT, Way, watched, way
 from fastattn.ops.schema import (
     LIBRARY,
     Backward,
@@ -55,9 +55,15 @@ def seed_of_part(
     return torch.cat([seed, seed.new_tensor([batch, head, *rows, *keys])])
 
 
-def attend(call: Forward) -> tuple[Tensor, Tensor]:
-    """(out, lse) of ``call``, on any backend but torch's, with as little dispatching as possible."""
-    if call.backend in DIRECT and (direct := way((call.q, call.k, call.v, *call.operands))) is not Way.DISPATCHER:
+def attend(call: Forward, known: Way | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``call``, on any backend but torch's, with as little dispatching as possible.
+
+    ``known``: the way of an earlier call whose tensors were of the same kinds, if nobody transforms this one.
+    """
+    direct = Way.DISPATCHER
+    if call.backend in DIRECT:
+        direct = way((call.q, call.k, call.v, *call.operands)) if known is None or watched() else known
+    if direct is not Way.DISPATCHER:
         if direct is Way.AUTOGRAD:
             learned = (call.operands.bias, call.operands.alibi_slopes, call.operands.sinks)
             return _record(_AttentionAtOnce, call, call.q, call.k, call.v, *learned)

@@ -58,15 +58,19 @@ def _is_plain(x: Tensor) -> bool:
     return keys in _plain
 
 
+def watched() -> bool:
+    """Whether somebody wants to see the operators that are called; the dispatch keys do not show it."""
+    return _profiler_enabled() or _len_torch_function_stack() > 0
+
+
 def way(operands: Iterable[object]) -> Way:
     """The way for a call with these operands; an operand may be a tensor, a list of tensors or anything else."""
     if (
         torch.compiler.is_compiling()
+        or watched()
         or _len_torch_dispatch_stack()
-        or _len_torch_function_stack()
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or _profiler_enabled()
         or _get_tracing_state() is not None
     ):
         return Way.DISPATCHER

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
@@ -91,12 +92,15 @@ def test_a_known_call_has_the_backend_of_its_gradients():
         ({"return_lse": 0}, TypeError, "return_lse: expected a bool"),
         ({"return_lse": 1}, TypeError, "return_lse: expected a bool"),
         ({"window": (True, 0)}, TypeError, r"window"),
+        ({"window": 3}, TypeError, r"window"),
         ({"backend": "fast"}, ValueError, "backend: expected one of"),
         ({"mask": torch.ones(5, 5)}, TypeError, "mask.dtype: expected bool"),
         ({"k": torch.ones(2, 2, 5, 8, dtype=torch.float64)}, TypeError, "k.dtype: expected q.dtype"),
         ({"k": torch.ones(2, 2, 5, 8, device="meta")}, ValueError, "k.device: expected q.device"),
         ({"k": torch.ones(2, 2, 5, 8).to_sparse()}, TypeError, "k: expected a dense strided tensor"),
         ({"k": torch.ones(2, 2, 5, 8).tolist()}, TypeError, "k: expected a Tensor, got list"),
+        ({"v": torch.ones(2, 2, 5, 8).numpy()}, TypeError, "v: expected a Tensor, got ndarray"),
+        ({"v": torch.nested.nested_tensor([torch.ones(2, 5, 8)] * 2)}, TypeError, "v: expected a dense strided tensor"),
     ],
 )
 def test_what_resembles_a_known_call_is_refused_all_the_same(change: dict[str, Any], error: type, text: str):
@@ -144,12 +148,58 @@ def test_so_many_calls_are_remembered_and_no_more(monkeypatch: pytest.MonkeyPatc
         assert len(remembered._calls) <= 4
 
 
+@needs_cpu_library
+def test_calls_alike_in_shape_are_told_apart():
+    """By dtype, strides and what needs a gradient; each is known, however they take turns."""
+    torch.manual_seed(0)
+    spread = [torch.randn(2, 5, 2, 8).transpose(1, 2) for _ in "qkv"]
+    every: list[list[Tensor]] = [inputs(), spread, inputs(dtype=torch.bfloat16), inputs(requires_grad=True)]
+    for tensors in every:
+        fastattn.attention(*tensors, softcap=2.0)
+    before = {key: len(alike) for key, alike in remembered._calls.items()}
+    for tensors in every * 2:
+        out = fastattn.attention(*tensors, softcap=2.0)
+        assert torch.equal(out, fastattn.attention(*tensors, softcap=2.0, backend="cpu"))
+        assert out.requires_grad == tensors[0].requires_grad
+    assert {key: len(alike) for key, alike in remembered._calls.items()} == before
+
+
+def test_a_known_call_with_a_parameter_or_a_subclass_goes_the_full_way():
+    class Named(Tensor):
+        pass
+
+    q, k, v = inputs()
+    expected = twice(q, k, v)
+    assert type(fastattn.attention(q.as_subclass(Named), k, v)) is Named
+    out = fastattn.attention(torch.nn.Parameter(q), k, v)
+    assert out.requires_grad and torch.equal(out, expected)
+
+
+def test_without_pytorchs_guards_every_call_goes_the_full_way(monkeypatch: pytest.MonkeyPatch):
+    q, k, v = inputs()
+    expected = twice(q, k, v)
+    monkeypatch.setattr(remembered, "_calls", {})
+    monkeypatch.setattr(remembered, "TensorGuards", None)
+    assert torch.equal(twice(q, k, v), expected)
+    assert not remembered._calls
+
+
 class Seen(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class SeenFunctions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -165,6 +215,22 @@ def test_modes_and_profiles_see_the_operator():
     assert "fastattn::attention_forward" in {event.key for event in profile.key_averages()}
     for actual, wanted in zip(fastattn.attention(q, k, v, return_lse=True, backend="cpu"), expected, strict=True):
         assert torch.equal(actual, wanted)
+
+
+@needs_cpu_library
+def test_modes_and_profiles_see_the_operator_of_a_known_call():
+    q, k, v = inputs()
+    expected = twice(q, k, v, window=(2, 2))
+    with Seen() as seen:
+        out = fastattn.attention(q, k, v, window=(2, 2))
+    assert torch.equal(out, expected)
+    assert "fastattn.attention_forward.default" in seen.names
+    with torch.profiler.profile() as profile:
+        fastattn.attention(q, k, v, window=(2, 2))
+    assert "fastattn::attention_forward" in {event.key for event in profile.key_averages()}
+    with SeenFunctions() as functions:
+        fastattn.attention(q, k, v, window=(2, 2))
+    assert "fastattn.attention_forward.default" in functions.names
 
 
 @needs_cpu_library
