@@ -264,11 +264,16 @@ def explain_call(args: argparse.Namespace, device: torch.device) -> Explanation:
         )  # fmt: skip
     refuse(args, "a call without --cache", "cache_len", "pages", "cache_dtype", "mask_start", "rotary")
     terms |= {"q_offset": args.q_offset, "dropout_p": 0.0 if args.dropout is None else args.dropout}
-    tensors = empty(args.q), empty(key_shape), empty(args.v or key_shape)
+    shapes = {"q": args.q, "k": key_shape, "v": args.v or key_shape}
+    tensors = [empty(sizes) for sizes in shapes.values()]
     if args.varlen is not None:
         refuse(args, "--varlen", "mask", "bias")
-        starts = empty((args.varlen + 1,), torch.int32)
-        return backends.explain(make_spec(*tensors, cu_seqlens_q=starts, cu_seqlens_k=starts, **terms), args.backend)
+        for name, sizes in shapes.items():
+            if sizes[0] != 1:
+                raise ValueError(f"--{name}: expected B == 1 with --varlen, got {sizes[0]}")
+        starts = empty((args.varlen + 1,), torch.int32)  # not explain_varlen, which views its tensors: see above
+        spec = make_spec(*tensors, cu_seqlens_q=starts, cu_seqlens_k=starts, **terms)
+        return backends.explain(spec, args.backend)
     return fastattn.explain(*tensors, mask=mask, bias=bias, backend=args.backend, **terms)
 
 

@@ -195,6 +195,7 @@ def test_explain_needs_no_memory(capsys):
     ("arguments", "message"),
     [
         ("--varlen 3 --mask 1,1,1,128", "--varlen has no --mask"),
+        ("--varlen 3 --k 2,8,128,64", "--k: expected B == 1 with --varlen, got 2"),
         ("--cache 1,512,8,64 --dropout 0.1", "--cache has no --dropout"),
         ("--cache-len 3", "a call without --cache has no --cache-len"),
         ("--mask-start 0", "a call without --cache has no --mask-start"),
