@@ -99,7 +99,7 @@ def create_block_mask(
         mask_mod: (b, h, q_idx, kv_idx) -> bool, called with one position at a time, under vmap.
         B, H: None if the mask is the same for all.
         Q_LEN, KV_LEN: the lengths.
-        device: None is the accelerator, or the CPU.
+        device: None is the accelerator that this process can use, or the CPU.
         BLOCK_SIZE, _compile, separate_full_blocks, compute_dq_write_order, dq_kv_order: ignored.
 
     Returns:
@@ -111,7 +111,7 @@ def create_block_mask(
     from torch.nn.attention.flex_attention import create_mask
 
     if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     where = torch.device(device)
 
     def strip(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

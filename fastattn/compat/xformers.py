@@ -245,7 +245,9 @@ class _Lengths:
     @classmethod
     def of(cls, lengths: Sequence[int], device: Any) -> "_Lengths":
         starts = cumulative(torch.tensor(list(lengths), dtype=torch.int64))
-        return cls(starts.to(device or torch.accelerator.current_accelerator() or "cpu"), starts.tolist())
+        return cls(
+            starts.to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu"), starts.tolist()
+        )
 
 
 @dataclass

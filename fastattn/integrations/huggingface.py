@@ -146,8 +146,8 @@ def mask(
         kwargs: ``config`` of the model, ``dtype`` and the other arguments of ``transformers.masking_utils.sdpa_mask``.
 
     Returns:
-        (B, 1, Lq, Lk), True takes part: a `PatternMask`, or a dense bool mask under tracing. Models that do not declare that they pass masks on unchanged get the float mask of their eager
-        code. None: nothing is forbidden.
+        (B, 1, Lq, Lk), True takes part: a `PatternMask`, or a dense bool mask under tracing. Models that do not declare
+        that they pass masks on unchanged get the float mask of their eager code. None: nothing is forbidden.
     """
     from transformers import masking_utils
     from transformers.utils.import_utils import is_tracing
@@ -259,9 +259,9 @@ def attention_forward(
         options = _implied(query.shape[2], key.shape[2], is_causal, sliding_window)
     else:
         options = _given(mask)
-    if division is not None and cu_seq_lens_q is not None:
-        if not {*options} <= {"causal", "window", "q_offset"} or query.shape[0] != 1:
-            divided.refuse("attention_mask", "padding, or another pattern than causal order and a window")
+    divided_ends = division is not None and cu_seq_lens_q is not None
+    if divided_ends and (not {*options} <= {"causal", "window", "q_offset"} or query.shape[0] != 1):
+        divided.refuse("attention_mask", "padding, or another pattern than causal order and a window")
     if position_bias is not None:
         options["bias"] = position_bias + options["bias"] if "bias" in options else position_bias
     options |= {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout if module.training else 0.0}

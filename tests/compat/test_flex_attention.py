@@ -280,6 +280,16 @@ def test_other_arguments():
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_without_a_usable_accelerator_a_mask_is_on_the_cpu(monkeypatch):
+    """As with a CUDA build of PyTorch where no GPU is."""
+
+    def built_for(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
+    assert ours.create_block_mask(causal, None, None, LQ, LK).device.type == "cpu"
+
+
 def test_under_compile():
     torch._dynamo.reset()
     q, k, v = qkv(kv_heads=H)

@@ -257,6 +257,16 @@ def test_own_classes():
     check((xops.memory_efficient_attention(q, k, k, mask),), q, k, k, diagonal(bands, 17, PACKED_PLACES))
 
 
+def test_without_a_usable_accelerator_a_mask_is_on_the_cpu(monkeypatch):
+    """As with a CUDA build of PyTorch where no GPU is."""
+
+    def built_for(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
+    assert xops.BlockDiagonalMask.from_seqlens([2, 3]).q_seqinfo.seqstart.device.type == "cpu"
+
+
 def test_dropout_is_applied_as_given():
     q = torch.randn(1, 6, H, K)
     torch.manual_seed(1)

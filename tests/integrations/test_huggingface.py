@@ -17,8 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
 
 import fastattn  # noqa: E402
-from fastattn import BlockMask  # noqa: E402
 from benchmarks.harness.models import Float64  # noqa: E402
+from fastattn import BlockMask  # noqa: E402
 from fastattn.integrations import huggingface, huggingface_eager  # noqa: E402
 from fastattn.integrations.huggingface_mask import PatternMask  # noqa: E402
 from fastattn.testing import assert_parity  # noqa: E402
