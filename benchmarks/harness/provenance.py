@@ -63,6 +63,7 @@ def digest_of(paths: Iterable[Path]) -> str:
     return hasher.hexdigest()[:12]
 
 
+@functools.cache
 def code(source: str) -> str:
     """A Python file without comments, strings that stand alone, and empty lines; the same on every Python."""
     lines = source.splitlines()

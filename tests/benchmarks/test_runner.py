@@ -108,7 +108,6 @@ def test_a_call_that_fails_when_repeated_costs_no_other(tmp_path, monkeypatch):
 def test_figures_of_unknown_code_are_not_measured(module, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(provenance, "revision", lambda: ("unknown", "unknown"))
     monkeypatch.setattr(gpu_tune, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(gpu_tune, "groups", list)
     assert module.main(["--output", str(tmp_path)], device=PretendedGpu()) == 2
     assert "export FASTATTN_COMMIT=" in capsys.readouterr().out and not list(tmp_path.rglob("*.csv"))
 

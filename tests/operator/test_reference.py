@@ -3,6 +3,7 @@
 Every other backend is held to `reference.attention`. Nothing here calls what it tests through the helper that uses it.
 """
 
+import itertools
 import math
 
 import pytest
@@ -156,8 +157,17 @@ def finite_lse(lse):
     return torch.where(lse == -INF, 0.0, lse)
 
 
-@pytest.mark.parametrize("bias_shape", [None, (2, 2, 4, 5), (1, 2, 1, 5), (1, 1, 4, 1)], ids=str)
-@pytest.mark.parametrize("case", GRADCHECK_CASES)
+BIAS_SHAPES = ((2, 2, 4, 5), (1, 2, 1, 5), (1, 1, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("case", "bias_shape"),
+    [
+        *((case, None) for case in GRADCHECK_CASES),
+        *itertools.product(("empty_rows", "mask_causal_scale", "dropout"), BIAS_SHAPES),
+    ],
+    ids=str,
+)
 def test_gradcheck_of_the_operator(case, bias_shape):
     """Finite differences of out and lse in float64, by q, k, v and bias, with grouped heads."""
     options = gradcheck_options(case)

@@ -38,14 +38,6 @@ def fresh(code, blocked=()):
 OPTIONAL = ("triton", "transformers", "matplotlib", "numpy")
 
 
-def test_import_needs_torch_alone():
-    fresh(
-        "import fastattn.integrations.huggingface, fastattn.integrations.huggingface_weights, fastattn.nn\n"
-        "import fastattn.testing, fastattn.backends.reference",
-        blocked=OPTIONAL,
-    )
-
-
 def test_packages_are_imported_when_first_used():
     fresh(
         """
@@ -62,25 +54,17 @@ def test_packages_are_imported_when_first_used():
     )
 
 
-def test_cpu_call_works_without_triton():
+def test_torch_alone_is_needed():
     fresh(
         """
         import torch, fastattn
+        import fastattn.integrations.huggingface, fastattn.integrations.huggingface_weights, fastattn.nn
+        import fastattn.testing, fastattn.backends.reference
         q = torch.randn(1, 2, 5, 8, requires_grad=True)
         out = fastattn.attention(q, q, q, causal=True)
         out.sum().backward()
         assert out.shape == q.shape and q.grad is not None
         assert "triton" in str(fastattn.explain(q, q, q))
-        """,
-        blocked=OPTIONAL,
-    )
-
-
-def test_asking_for_triton_without_it_says_so():
-    fresh(
-        """
-        import torch, fastattn
-        q = torch.randn(1, 2, 5, 8)
         try:
             fastattn.attention(q, q, q, backend="triton")
         except ValueError as error:
@@ -92,50 +76,31 @@ def test_asking_for_triton_without_it_says_so():
     )
 
 
-def test_import_leaves_optional_packages_alone():
+def test_import_leaves_optional_packages_and_the_environment_alone():
     loaded = fresh(
         """
-        import sys, torch
-        before = set(sys.modules)
+        import os, sys, torch
+        modules, environment = set(sys.modules), dict(os.environ)
         import fastattn
-        print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+        print(*{name.partition(".")[0] for name in set(sys.modules) - modules})
+        import fastattn.nn
+        assert dict(os.environ) == environment
         """
     )
     assert not set(loaded.split()) & set(OPTIONAL)
 
 
-def test_import_does_not_touch_cuda():
+def test_import_changes_nothing_in_torch_and_does_not_touch_cuda():
+    """New attributes are allowed (importing a submodule sets one on its parent), replaced ones are not."""
     fresh(
         """
-        import torch
+        import torch, torch.nn.functional, torch.nn.attention
 
         def started(*args, **kwargs):
             raise AssertionError("importing fastattn asked the CUDA driver")
 
         torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = started
         torch.cuda.get_device_capability = torch.cuda.get_device_properties = started
-        import fastattn, fastattn.nn
-        assert not torch.cuda.is_initialized()
-        """
-    )
-
-
-def test_import_sets_no_environment_variable():
-    fresh(
-        """
-        import os, torch
-        before = dict(os.environ)
-        import fastattn, fastattn.nn
-        assert dict(os.environ) == before
-        """
-    )
-
-
-def test_import_changes_nothing_in_torch():
-    """New attributes are allowed (importing a submodule sets one on its parent), replaced ones are not."""
-    fresh(
-        """
-        import torch, torch.nn.functional, torch.nn.attention
 
         def snapshot():
             modules = (torch, torch.nn, torch.nn.functional, torch.nn.attention, torch.nn.modules.activation,
@@ -153,6 +118,7 @@ def test_import_changes_nothing_in_torch():
         assert not [key for key in before if after.get(key) is not before[key] and key[1] not in ignored]
         assert state == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().tolist())
         assert settings == (torch.get_num_threads(), torch.get_float32_matmul_precision())
+        assert not torch.cuda.is_initialized()
         """
     )
 
