@@ -177,19 +177,19 @@ def interpreted(**fixed):
 COMMON = {"window": None, "alibi": False, "softcap": None, "sinks": False, "packed": 0, "block_mask": None}
 
 
-@examples(14)
+@examples(8)
 @given(case=interpreted(**COMMON))
 def test_triton(device, case):
     check(case, device, "triton")
 
 
-@examples(14)
+@examples(12)
 @given(case=interpreted())
 def test_triton_with_everything(device, case):
     check(case, device, "triton")
 
 
-@examples(10)
+@examples(8)
 @given(case=interpreted().filter(lambda case: case.packed or case.block_mask))
 def test_triton_packed_or_with_a_block_mask(device, case):
     check(case, device, "triton")

@@ -1,8 +1,8 @@
 """Triton's interpreter in a fraction of the time, with the same results bit by bit.
 
 It spends most of its time on what does not depend on the data: it looks through all of `triton.language` whenever a
-kernel calls a helper, describes the type and shape of every value anew, and checks every sum of integers for an
-overflow that it then tells nobody about. Here it does each once.
+kernel calls a helper, describes the type and shape of every value anew, checks every sum of integers for an overflow
+that it then tells nobody about, and copies tensors on themselves. Here it does each once, or not.
 """
 
 import builtins
@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
@@ -34,6 +35,8 @@ def install() -> None:
         _replace(tl.block_type, "to_ir", _block_type_to_ir(tl.block_type.to_ir))
         _replace(tl.tensor, "__init__", _tensor)
         _replace(tl.dtype, "__eq__", _equal(tl.dtype.__eq__))
+        if not torch.cuda.is_available():  # kernels write to the tensors themselves: nothing has to be copied back
+            _replace(interpreter.GridExecutor, "_restore_args_dev", lambda *arguments: None)
         _replace(TritonSemantic, "cast", _cast(TritonSemantic.cast))
         _replace(TritonSemantic, "broadcast_impl_value", _broadcast(TritonSemantic.broadcast_impl_value))
         _replace(TritonSemantic, "computation_type_impl", _result_type(TritonSemantic.computation_type_impl))
