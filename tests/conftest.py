@@ -1,6 +1,7 @@
 """Shared by all tests: where kernels run, and NaN in every buffer that nothing has written yet."""
 
 import importlib.util
+import itertools
 import os
 
 import pytest
@@ -11,6 +12,23 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Of two processes each begins with its half: files with slow tests are the first there, so that in the end they
+    share short ones.
+    """
+    if os.environ.get("PYTEST_XDIST_WORKER_COUNT") != "2":
+        return
+    of_file = {}
+    for item in items:
+        of_file.setdefault(item.path, []).append(item)
+    slow = [tests for tests in of_file.values() if any(item.get_closest_marker("slow") for item in tests)]
+    first, second = (list(itertools.chain.from_iterable(slow[n::2])) for n in (0, 1))
+    others = [item for tests in of_file.values() if tests not in slow for item in tests]
+    middle = max(len(items) // 2 - len(first), 0)
+    items[:] = [*first, *others[:middle], *second, *others[middle:]]
 
 
 @pytest.fixture(scope="session", autouse=True)
