@@ -328,9 +328,14 @@ def test_float32_is_exact_by_default():
 FAR_APART = """
     import mmap
     import torch
-    from fastattn.testing import check_attention
+    from fastattn.testing import calls, check_attention
     from tests.support import quick_interpreter
 
+    def with_ones_in_place(v):
+        v.detach()[..., -1] = 1.0
+        return v.detach()
+
+    calls.with_ones = with_ones_in_place  # a copy would have all of the memory that is reserved
     quick_interpreter.install()
     FAR = (1 << 31) + 8
     memory = []
