@@ -36,6 +36,8 @@ class _Call(NamedTuple):
     backend: str
     way: ops.Way
     options: Options
+    repeat: Callable[..., tuple[Tensor, Tensor]] | None
+    """(out, lse) from q, k, v and the mask, where nobody watches or records"""
     mask_index: tuple[None, ...]
     """gives the mask the dimensions of size 1 that it lacks"""
     torch_options: dict[str, Any]
@@ -77,7 +79,10 @@ def attention(
         return None, None
     for guard_q, guard_k, guard_v, guard_mask, call in alike:
         if guard_q(q) and guard_k(k) and guard_v(v) and (guard_mask is None or guard_mask(mask)):
-            backend, way, options, mask_index, torch_options = call
+            backend, way, options, repeat, mask_index, torch_options = call
+            if repeat is not None and not ops.watched():
+                out, lse = repeat(q, k, v, mask)
+                return key, (out, lse) if return_lse else out
             if mask is not None and mask_index:
                 mask = mask[mask_index]
             if backend == "torch":
@@ -129,17 +134,25 @@ def remember(key: _Key | None, spec: AttentionSpec, backend: str) -> None:
         torch_options["scale"] = spec.options.scale
     if q.shape[1] != k.shape[1]:
         torch_options["enable_gqa"] = True
-    guard_q, guard_k, guard_v = (_guard(x, x.shape, [None, None, None, 1]) for x in (q, k, v))
-    guard_mask = None if mask is None else _guard(mask, given, [None] * len(given))
+    repeat = None
+    if backend == "cpu" and way is ops.Way.AT_ONCE:
+        repeat = ops.repeated(ops.Forward(q, k, v, Operands(mask), spec.options, backend))
+    guard_q, guard_k, guard_v = (
+        _guard(x, x.shape, [None, None, None, 1] if repeat is None else x.stride()) for x in (q, k, v)
+    )
+    guard_mask = None
+    if mask is not None:
+        free = [None] * len(given)
+        guard_mask = _guard(mask, given, free if repeat is None else mask.stride()[4 - len(given) :])
     if len(_calls) >= _MOST:
         _calls.clear()
-    call = _Call(backend, way, spec.options, (None,) * missing, torch_options)
+    call = _Call(backend, way, spec.options, repeat, (None,) * missing, torch_options)
     others = _calls.get(key, ())[: _MOST_ALIKE - 1]
     _calls[key] = ((guard_q, guard_k, guard_v, guard_mask, call), *others)
 
 
-def _guard(x: Tensor, sizes: Sequence[int], strides: list[int | None]) -> _Guard:
+def _guard(x: Tensor, sizes: Sequence[int], strides: Sequence[int | None]) -> _Guard:
     """Whether another object is a tensor of the same kind as x, of these sizes and strides; None allows any."""
     assert TensorGuards is not None
     guards: Any = TensorGuards  # its types leave the arguments out
-    return guards(x, dynamic_dims_sizes=[list(sizes)], dynamic_dims_strides=[strides]).check
+    return guards(x, dynamic_dims_sizes=[list(sizes)], dynamic_dims_strides=[list(strides)]).check

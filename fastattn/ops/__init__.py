@@ -2,7 +2,8 @@
 
 from fastattn.ops.attention import attention
 from fastattn.ops.autograd import attend, draw_seed, seed_of_part
-from fastattn.ops.direct import Way, way, without_autocast
+from fastattn.ops.direct import Way, watched, way, without_autocast
+from fastattn.ops.implementations import repeated
 from fastattn.ops.kvcache import attention_kvcache, turns_in_append
 from fastattn.ops.plain import decompositions
 from fastattn.ops.schema import Backward, CacheCall, DoubleBackward, Forward, flatten, unflatten
@@ -21,9 +22,11 @@ __all__ = [
     "decompositions",
     "draw_seed",
     "flatten",
+    "repeated",
     "seed_of_part",
     "turns_in_append",
     "unflatten",
+    "watched",
     "way",
     "without_autocast",
 ]

@@ -1,5 +1,6 @@
 """The implementations of the attention operators: they allocate the results and let a backend fill them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,22 @@ def run(call: Forward) -> tuple[Tensor, Tensor, Tensor]:
             out, lse, statistics, call.q, call.k, call.v, call.operands, call.options
         )  # fmt: skip
     return out, lse, statistics
+
+
+def repeated(call: Forward) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`run` on the cpu backend without operands but a mask, for tensors of the sizes, dtypes and strides of ``call``'s.
+
+    It takes q, k, v and a mask or None, outside of autocast, and gives out and lse.
+    """
+    check_scale_value(call.options.scale)
+    forward = backends.cpu.repeated_forward(call.options)
+
+    def run_again(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse, statistics = forward_results(q, v)
+        forward(out, lse, statistics, q, k, v, mask)
+        return out, lse
+
+    return run_again
 
 
 def backward(*args: Any) -> tuple[Tensor, ...]:

@@ -164,6 +164,36 @@ def test_calls_alike_in_shape_are_told_apart():
     assert {key: len(alike) for key, alike in remembered._calls.items()} == before
 
 
+@needs_cpu_library
+@pytest.mark.parametrize("shape", [(5, 5), (1, 5), (5, 1), (5,), (2, 1, 5), (2, 1, 1, 5), (2, 2, 5, 5)])
+def test_a_repeated_call_reads_its_own_tensors(shape: tuple[int, ...]):
+    """Other addresses, masks in other orders, and results that no later call writes to."""
+    torch.manual_seed(0)
+    kept = []
+    for _ in range(4):
+        q, k, v = (torch.randn(2, 2, 5, 8) for _ in "qkv")
+        mask = torch.rand(shape) > 0.3
+        backwards = mask.permute(*range(mask.ndim - 1, -1, -1)).contiguous().permute(*range(mask.ndim - 1, -1, -1))
+        for given in (mask, backwards, mask[..., :1].expand(shape)):
+            out, lse = fastattn.attention(q, k, v, mask=given, return_lse=True)
+            kept += zip(
+                (out, lse), fastattn.attention(q, k, v, mask=given, return_lse=True, backend="cpu"), strict=True
+            )
+    assert all(torch.equal(found, expected) for found, expected in kept)
+
+
+@needs_cpu_library
+def test_a_repeated_call_follows_the_number_of_threads():
+    q, k, v = inputs()
+    expected = twice(q, k, v, window=(2, 0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        assert torch.equal(fastattn.attention(q, k, v, window=(2, 0)), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_known_call_with_a_parameter_or_a_subclass_goes_the_full_way():
     class Named(Tensor):
         pass

@@ -6,6 +6,7 @@ returns.
 
 import ctypes
 import struct
+import sys
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ RMS_NORM = struct.Struct("@2q5q3q1d")
 GATE = struct.Struct("@2q5q3q")
 ROTATE = struct.Struct("@2q2q2q4q5q2q")
 _ABSENT = (0,) * 5
+_WORD = 8
+_BY_ADDRESS = struct.Struct("@3q32sq32sq32sq32s2q112s")
+"""ATTENTION, where what stands between two addresses is one piece."""
 
 # From this many query rows per key head on, a prompt goes to the kernel with taller tiles, which packs keys first.
 _TALL = 32
@@ -82,6 +86,31 @@ def pack_operands(
     )  # fmt: skip
     tensors = (mask, bias, slopes, sinks, q_offset, seed, cu_seqlens_q, cu_seqlens_k, seqused_k, kv_start)
     return packed, [x for x in tensors if x is not None] + blocks
+
+
+class Repeated:
+    """`pack_attention` and `pack_operands` of calls that differ in addresses alone: all else is packed once."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.kept: tuple[bytes, ...] | None = None
+
+    def pack(
+        self, out: Tensor, lse: Tensor, statistics: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[bytes, bytes | None]:  # fmt: skip
+        """The structs. ``mask`` may lack dimensions; it is the only operand."""
+        if self.kept is None:
+            _, _, _, of_q, _, of_k, _, of_v, _, of_out, _, _, numbers = _BY_ADDRESS.unpack(
+                pack_attention(out, lse, statistics, q, k, v, self.options)
+            )
+            operands = Operands(None if mask is None else mask[(None,) * (4 - mask.ndim)])
+            self.kept = of_q, of_k, of_v, of_out, numbers, (pack_operands(operands, q)[0] or b"")[_WORD:]
+        of_q, of_k, of_v, of_out, numbers, of_mask = self.kept
+        packed = _BY_ADDRESS.pack(
+            *team(), q.data_ptr(), of_q, k.data_ptr(), of_k, v.data_ptr(), of_v, out.data_ptr(), of_out,
+            lse.data_ptr(), statistics.data_ptr(), numbers,
+        )  # fmt: skip
+        return packed, None if mask is None else mask.data_ptr().to_bytes(_WORD, sys.byteorder) + of_mask
 
 
 def pack_gradients(gradients: Gradients, learned: list[Tensor | None], dout: Tensor, dlse: Tensor | None) -> bytes:
