@@ -265,8 +265,8 @@ class BlockMask:
 
     def __repr__(self) -> str:
         partial = len(self.tensors.pool) - 2
-        what = f"shape={self.shape}, sparsity={self.sparsity:.1%}, partial tiles={partial}, device={self.device}"
-        return f"BlockMask({what})"
+        known = "" if self.device.type == "meta" else f" sparsity={self.sparsity:.1%},"
+        return f"BlockMask(shape={self.shape},{known} partial tiles={partial}, device={self.device})"
 
 
 def of_tiles(shape: tuple[int, int, int, int], table: Tensor, pool: Tensor) -> BlockMask:

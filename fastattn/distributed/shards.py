@@ -28,11 +28,22 @@ def shard(
 
     Returns:
         A copy, of x's shape except in ``dim``.
+
+    Raises:
+        ValueError: ``x`` has no such dimension.
     """
+    dim = checked_dim(dim, x)
     peers = Ranks(mesh)
     own = cut_of(balance, x.shape[dim], peers.size, cu_seqlens)[peers.rank]
     index = torch.cat([torch.arange(x.shape[dim], device=x.device)[piece.positions] for piece in own])
     return x.index_select(dim, index)
+
+
+def checked_dim(dim: int, x: Tensor) -> int:
+    """``dim`` counted from the first dimension of ``x``."""
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim: expected a dimension of x, {-x.ndim} to {x.ndim - 1}, got {dim}")
+    return dim % x.ndim
 
 
 def cut_of(balance: Balance, total: int, ranks: int, cu_seqlens: Tensor | None) -> list[list[Piece]]:
@@ -71,11 +82,12 @@ def unshard(
         timeout: seconds to wait for a message; None is the process group's own.
 
     Raises:
-        ValueError: the parts have other lengths than `shard` cuts; every rank raises.
+        ValueError: ``x`` has no dimension ``dim``; or the parts have other lengths than `shard` cuts, and every rank
+            raises.
         RuntimeError: another rank raised, ended or made another call; the text names it.
     """
+    dim = checked_dim(dim, x)
     peers = Ranks(mesh, timeout)
-    dim = dim % x.ndim
     headers = peers.headers([x.shape[dim]], f"{(*x.shape[:dim], None, *x.shape[dim + 1 :])} {x.dtype}")
     lengths = [numbers[0] for numbers, _ in headers]
     cut = cut_of(balance, sum(lengths), peers.size, cu_seqlens)

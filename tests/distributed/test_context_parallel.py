@@ -1,6 +1,7 @@
 """Attention over a divided sequence is attention over the whole, by the one rule, on every rank and strategy."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,15 @@ def test_headers_are_exchanged_where_a_rank_has_a_new_one(ranks, size):
 
 
 # Errors
+
+
+@pytest.mark.parametrize("function", [fd.shard, fd.unshard])
+@pytest.mark.parametrize("dim", [-3, 2, 7])
+def test_a_dimension_that_x_does_not_have(function, dim):
+    """Named before anything is sent: no rank waits for another."""
+    no_mesh: Any = None
+    with pytest.raises(ValueError, match=f"^dim: expected a dimension of x, -2 to 1, got {dim}$"):
+        function(torch.zeros(4, 3), mesh=no_mesh, dim=dim)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def test_empty_and_full_tiles_are_not_stored():
     block_mask = BlockMask.from_documents(torch.arange(1024) // 256)
     assert block_mask.sparsity == 0.75 and len(block_mask.tensors.pool) == 2
     assert "sparsity=75.0%, partial tiles=0" in repr(block_mask)
+    assert "sparsity" not in repr(block_mask.to("meta"))  # it has no tiles to count
 
 
 def test_documents():
