@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SETUP_FILES := pyproject.toml setup.py constraints.txt
 CPU_LIBRARY := fastattn/libfastattn_cpu.so
+CPU_SOURCES := csrc/cpu setup.py fastattn/backends/cpu/library.py
+# Of several installs into an environment the first compiles the CPU library. The others find it, and nothing newer.
+CPU_IS_THERE = $(if $(shell find $(CPU_SOURCES) -newer $(CPU_LIBRARY) 2>/dev/null || echo none),,FASTATTN_BUILD_CPU=0)
 CPU_WHERE_POSSIBLE = $(if $(shell command -v c++ g++ clang++),$(CPU_LIBRARY))
 
 # Two more Tritons, that of the oldest supported PyTorch and the newest, for ahead-of-time compilation only. They are not
@@ -125,7 +128,7 @@ $(BIN)/python:
 
 # .stamp-test, .stamp-examples, .stamp-docs, .stamp-dev: the package with the extras of that name
 $(VENV)/.stamp-%: $(SETUP_FILES) | $(BIN)/python
-	$(PIP) --constraint constraints.txt --editable ".[$*]"
+	$(CPU_IS_THERE) $(PIP) --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 $(CURDIR)/.cache/triton-%/$(TRITON_STAMP): | $(BIN)/python
