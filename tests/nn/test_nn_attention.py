@@ -432,6 +432,41 @@ def test_nested_tensors_are_refused():
             layer(jagged, jagged, jagged, need_weights=need_weights)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_to_a_memory_projected_once_is_forward(bias):
+    ours, theirs = pair(E, H, batch_first=True, bias=bias)
+    ours.load_state_dict(theirs.state_dict())
+    exact, (x, memory) = copy.deepcopy(theirs).double(), (torch.randn(N, L, E), torch.randn(N, S, E))
+    with torch.no_grad():
+        result = ours.step_cross(x, *ours.keys_values(memory))
+        expected = exact(x.double(), memory.double(), memory.double())[0]
+        assert_parity(result, expected, theirs(x, memory, memory)[0])
+
+
+def test_a_step_is_of_the_first_layer_of_a_cache():
+    layer, x = fnn.MultiheadAttention(E, H, batch_first=True), torch.randn(N, L, E)
+    cache = fnn.KVCache(2, N, L, H, E // H)
+    empty = cache.k[1].clone()
+    out = layer.step(x, cache)
+    assert torch.equal(cache.k[1].nan_to_num(), empty.nan_to_num())
+    k, _ = layer.keys_values(x)
+    assert torch.equal(cache.k[0], k.transpose(1, 2)) and torch.equal(out, layer.step(x, cache, layer=0))
+
+
+@pytest.mark.parametrize(
+    "option", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 8}, {"vdim": 8}], ids=str
+)
+def test_what_caches_and_packed_sequences_do_not_support_is_refused(option):
+    layer, x = fnn.MultiheadAttention(E, H, batch_first=True, **option), torch.randn(L, E)
+    assert layer.takes_packed() == (not option)
+    bounds = torch.tensor([0, L], dtype=torch.int32)
+    if not option:
+        assert layer.packed(x, bounds).shape == (L, E)
+        return
+    with pytest.raises(ValueError, match=r"MultiheadAttention\.packed: expected no add_bias_kv, add_zero_attn, kdim"):
+        layer.packed(x, bounds)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_strided_nested_tensors_of_torch_encoder_are_served():
     layer = fnn.MultiheadAttention(E, H, batch_first=True).eval()
