@@ -22,7 +22,6 @@ TENSORS = {
     "fastattn/functional/sharded.py": {"DTensor.from_local(seed, mesh, placements).full_tensor()"},
     "fastattn/integrations/activate.py": {"state.view(torch.int64).reshape(-1)"},
     "fastattn/nn/block.py": {"cu_seqlens"},
-    "fastattn/nn/model.py": {"cu_seqlens"},
 }
 SHAPES = {
     "fastattn/__main__.py": {"args.cache", "args.q"},
