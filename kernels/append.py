@@ -1,4 +1,4 @@
-"""KV caches, contiguous or paged: their layout, and appending to them."""
+"""KV caches, contiguous or paged: their layout, reading them, and appending to them."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from fastattn.spec.operands import Rotary
 from . import config, launch, replay
 from .operands import Cache, Rows, Turning
 from .ranges import locate, rows_of
-from .tiles import cast, decode_size, decode_stride, head_rows
+from .tiles import cast, decode_size, decode_stride, first_column, head_rows, is_cut, piece_columns, pieces, scaled
 
 RUNTIME = (
     "table_stride", "entries", "kv_heads", "new_len", "capacity", "pages", "q_heads", "q_len", "positions",
@@ -18,9 +18,9 @@ NOTHING_TURNS = Turning(None, None, Rows(None, None), Rows(None, None))
 
 
 @triton.jit
-def columns(cache, UNIT: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Offsets of the elements of one row of an `operands.Cache`."""
-    cols = tl.arange(0, BLOCK_C)
+def columns(cache, UNIT: tl.constexpr, FIRST: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets of the elements ``FIRST .. FIRST + BLOCK_C`` of one row of an `operands.Cache`."""
+    cols = tl.arange(FIRST, FIRST + BLOCK_C)
     if cache.strides[3] is None:
         return cols
     else:
@@ -40,6 +40,51 @@ def scale_offsets(cache, head, page, slot):
     if cache.scale_strides[0] is not None:
         offset += page * decode_size(cache.scale_strides[0]) + slot * decode_size(cache.scale_strides[1])
     return offset
+
+
+@triton.jit
+def load_keys(
+    cache, kv_head, page, slot, col, start, end, CHECK: tl.constexpr, N_COLS: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Rows ``col .. col + BLOCK_R`` of one head, in pieces; with ``CHECK`` zero outside ``start .. end``."""
+    rows = cached_rows(cache, page, slot, UNIT) + kv_head * decode_stride(cache.strides[2], UNIT)
+    tile = ()
+    for i in tl.static_range(pieces(N_COLS)):
+        cols = columns(cache, UNIT, first_column(N_COLS, i), piece_columns(N_COLS, i))
+        ptrs = cache.ptr + (rows[:, None] + cols[None, :])
+        keys = (col + tl.arange(0, BLOCK_R))[:, None]
+        inside = (first_column(N_COLS, i) + tl.arange(0, piece_columns(N_COLS, i)))[None, :] < N_COLS
+        if CHECK and is_cut(N_COLS, i):
+            tile += (tl.load(ptrs, mask=(keys >= start) & (keys < end) & inside, other=0.0),)
+        elif CHECK:
+            tile += (tl.load(ptrs, mask=(keys >= start) & (keys < end), other=0.0),)
+        elif is_cut(N_COLS, i):
+            tile += (tl.load(ptrs, mask=inside, other=0.0),)
+        else:
+            tile += (tl.load(ptrs),)
+    return tile
+
+
+@triton.jit
+def load_scales(cache, kv_head, page, slot, col, start, end, CHECK: tl.constexpr, BLOCK: tl.constexpr):
+    """The scales of the keys ``col .. col + BLOCK`` of one head of a quantised cache; with ``CHECK`` 0 outside."""
+    ptrs = cache.scale + scale_offsets(cache, kv_head, page, slot)
+    if cache.scale_strides[0] is None:
+        return tl.zeros([BLOCK], tl.float32) + tl.load(ptrs)
+    elif CHECK:
+        keys = col + tl.arange(0, BLOCK)
+        return tl.load(ptrs, mask=(keys >= start) & (keys < end), other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def dequantised(tile, scales, dtype: tl.constexpr):
+    """Numbers of a quantised cache in the dtype of the queries: times their scales, or unchanged if these are None."""
+    wide = [piece.to(tl.float32) for piece in tile]
+    wide = wide if scales is None else scaled(wide, scales[:, None])
+    return [cast(piece, dtype) for piece in wide]
 
 
 @triton.jit
@@ -132,7 +177,7 @@ def copy_rows(
     if cache.scale is not None:
         tile = quantised(tile, cache, head, page, slot, inside)
     cached = cached_rows(cache, page, slot, UNIT) + head * decode_stride(cache.strides[2], UNIT)
-    tl.store(cache.ptr + (cached[:, None] + columns(cache, UNIT, BLOCK_C)[None, :]), tile, mask=mask)
+    tl.store(cache.ptr + (cached[:, None] + columns(cache, UNIT, 0, BLOCK_C)[None, :]), tile, mask=mask)
 
 
 @triton.jit

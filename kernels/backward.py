@@ -32,7 +32,17 @@ from .ranges import (
     unseen_before,
 )
 from .scores import base_2, finish_scores, from_natural, hide_unseen, load_statistics
-from .tiles import all_finite, cast, dot, head_rows, load_finite_rows, load_tile, store_tile
+from .tiles import (
+    add_products,
+    all_finite,
+    head_rows,
+    load_finite_rows,
+    load_tile,
+    products,
+    scaled,
+    store_tile,
+    zeros,
+)
 
 RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right")
 
@@ -48,8 +58,6 @@ def dkdv_kernel(
 
     ``dk`` or ``dv`` may hold None. The kernel then computes the other only, and the compiler drops unused code.
     """
-    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
-    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
     SPARSE: tl.constexpr = sparse.lines is not None
     STARTS: tl.constexpr = kv_start_ptr is not None
@@ -66,10 +74,9 @@ def dkdv_kernel(
     plane = row_count(packed, sequences, q_heads, q_len)
 
     cols = (col + tl.arange(0, BLOCK_N))[:, None]
-    k_tile = load_tile(k_ptr, col, k_stride, kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
-    v_tile = load_finite_rows(v_ptr, col, v_stride, kv_len, V_DIM, BLOCK_N, BLOCK_DV)
-    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    k_tile = load_tile(k_ptr, col, k_stride, kv_len, True, HEAD_DIM, BLOCK_N)
+    v_tile = load_finite_rows(v_ptr, col, v_stride, kv_len, V_DIM, BLOCK_N)
+    dk_acc, dv_acc = zeros(BLOCK_N, HEAD_DIM), zeros(BLOCK_N, V_DIM)
     offset = query_offset(q_offset, q_offset_ptr, batch, q_rows, kv_len)
     start, edges_left, right_start, edges, inner_start, inners = query_range(
         col, offset, left, right, q_rows, kv_len, READS_SCORES, BLOCK_M, BLOCK_N
@@ -96,37 +103,37 @@ def dkdv_kernel(
                 else:
                     row = tile_position(number, start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_M)
                 rows = tl.cast(row, tl.int32) + tl.arange(0, BLOCK_M)
-                q_tile = load_tile(q_ptr, row, q_stride, q_rows, EDGE == 1, HEAD_DIM, BLOCK_M, BLOCK_D)
+                q_tile = load_tile(q_ptr, row, q_stride, q_rows, EDGE == 1, HEAD_DIM, BLOCK_M)
                 edge: tl.constexpr = EDGE == 1 or CHECK_FULL_TILES
-                products = dot(k_tile, tl.trans(q_tile), None, PRECISION)
+                s = products(k_tile, q_tile, PRECISION)
                 queries = rows[None, :]
                 s, cap_gradient = finish_scores(
-                    products, queries, cols, q_rows, kv_len, offset, terms, slope, batch, head, edge
+                    s, queries, cols, q_rows, kv_len, offset, terms, slope, batch, head, edge
                 )
                 s = hide_unseen(
                     s, queries, cols, kv_len, offset, left, right, first_seen if STARTS else None, pool_tile, edge
                 )
-                dout_tile = load_tile(dout_ptr, row, dout_stride, q_rows, EDGE == 1, V_DIM, BLOCK_M, BLOCK_DV)
+                dout_tile = load_tile(dout_ptr, row, dout_stride, q_rows, EDGE == 1, V_DIM, BLOCK_M)
                 # Load what the first product does not need after it; otherwise it would occupy registers.
                 row_max, log_sum, delta = load_statistics(statistics_ptr + first_row, plane, rows, q_rows, EDGE == 1)
                 k0, k1 = rows, rows
                 if dropout.seed is not None:
                     k0, k1 = dropout_row_keys(dropout, batch, head, rows)
-                dp = dot(v_tile, tl.trans(dout_tile), None, PRECISION)
+                dp = products(v_tile, dout_tile, PRECISION)
                 p, factor = probabilities(
                     s, row_max[None, :], log_sum[None, :], k0[None, :], k1[None, :], cols, terms, dropout
                 )
                 ds = p * (dp * factor - delta[None, :])
                 if dv.ptr is not None:
-                    dv_acc = dot(cast(p * factor, dout_tile.dtype), dout_tile, dv_acc, PRECISION)
+                    dv_acc = add_products(dv_acc, p * factor, dout_tile, PRECISION)
                 if dk.ptr is not None:
-                    dk_acc = dot(cast(ds * cap_gradient, q_tile.dtype), q_tile, dk_acc, PRECISION)
+                    dk_acc = add_products(dk_acc, ds * cap_gradient, q_tile, PRECISION)
     if dk.ptr is not None:
         dk_ptr, dk_stride = head_rows(dk, entry, kv_head, k_first, UNIT)
-        store_tile(dk_ptr, dk_acc * terms.scale, col, dk_stride, kv_len, HEAD_DIM, BLOCK_N, BLOCK_D)
+        store_tile(dk_ptr, scaled(dk_acc, terms.scale), col, dk_stride, kv_len, HEAD_DIM)
     if dv.ptr is not None:
         dv_ptr, dv_stride = head_rows(dv, entry, kv_head, k_first, UNIT)
-        store_tile(dv_ptr, dv_acc, col, dv_stride, kv_len, V_DIM, BLOCK_N, BLOCK_DV)
+        store_tile(dv_ptr, dv_acc, col, dv_stride, kv_len, V_DIM)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -141,8 +148,6 @@ def dq_kernel(
     With ``dslopes_ptr`` it also computes this tile's share of the gradient of the head's ALiBi slope, with
     ``dsinks_ptr`` of its sink.
     """
-    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
-    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
     SPARSE: tl.constexpr = sparse.lines is not None
     STARTS: tl.constexpr = kv_start_ptr is not None
@@ -177,17 +182,17 @@ def dq_kernel(
     )
     if SPARSE:
         start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, row), BLOCK_N)
-    q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
-    dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+    q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M)
+    dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M)
     row_max, log_sum, delta = load_statistics(statistics_ptr + first_row, plane, rows, q_len, True)
-    dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq_acc = zeros(BLOCK_M, HEAD_DIM)
     dslope = tl.zeros([BLOCK_M], tl.float32)
     for PASS in tl.static_range(3):  # as in the forward kernel
         count = inners if PASS == 0 else edges
         if PASS == 2:
             again = not all_finite(dq_acc)
             count = tl.where(again, inners + edges, 0)
-            dq_acc, dslope = tl.where(again, 0.0, dq_acc), tl.where(again, 0.0, dslope)
+            dq_acc, dslope = [tl.where(again, 0.0, piece) for piece in dq_acc], tl.where(again, 0.0, dslope)
         for tile in tl.range(0, count, num_stages=1 if PASS == 2 else None):
             number, first, behind = tile_of_pass(tile, start, edges_left, inner_start, inners, PASS)
             pool_tile = None
@@ -207,9 +212,9 @@ def dq_kernel(
             if dslopes_ptr is not None:
                 distance = tl.abs(rows[:, None] + offset - (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :])
                 dslope -= tl.sum(ds * distance.to(tl.float32), 1)
-            dq_acc = dot(cast(ds * cap_gradient, k_tile.dtype), k_tile, dq_acc, PRECISION)
+            dq_acc = add_products(dq_acc, ds * cap_gradient, k_tile, PRECISION)
     dq_ptr, dq_stride = head_rows(dq, entry, head, q_first, UNIT)
-    store_tile(dq_ptr, dq_acc * terms.scale, row, dq_stride, q_len, HEAD_DIM, BLOCK_M, BLOCK_D)
+    store_tile(dq_ptr, scaled(dq_acc, terms.scale), row, dq_stride, q_len, HEAD_DIM)
     if dslopes_ptr is not None:
         tl.store(dslopes_ptr + tl.program_id(0), tl.sum(dslope, 0))
     if dsinks_ptr is not None:  # the sink is a score with value vector 0, so its dP is 0

@@ -27,8 +27,6 @@ def dbias_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the bias gradient, over all batch entries, heads, queries and keys that share it."""
-    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
-    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     heads = 1 if dbias.heads is None else decode_size(dbias.heads)
     n_rows = 1 if dbias.rows is None else decode_size(dbias.rows)
     n_cols = 1 if dbias.cols is None else decode_size(dbias.cols)
@@ -60,8 +58,8 @@ def dbias_kernel(
                 k0, k1 = rows, rows
                 if dropout.seed is not None:
                     k0, k1 = dropout_row_keys(dropout, batch, head, rows)
-                q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
-                dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
+                q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M)
+                dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M)
                 row_max, log_sum, delta = load_statistics(statistics_ptr + first_row, plane, rows, q_len, True)
                 first, last = visible_keys(row, offset, left, right, kv_len, BLOCK_M)
                 if kv_start_ptr is not None:

@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Literal
 
+from .tiles import padded_columns
+
 Kernel = Literal["forward", "dkdv", "dk", "dv", "dq", "dbias", "delta", "decode", "combine", "append"]
 KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dk", "dv", "dq", "dbias", "delta", "decode", "combine", "append")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
@@ -45,20 +47,22 @@ _SIXTEEN_BIT = {
         dkdv={64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
         dq={64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
         dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
-        decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2)},
+        decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2), 576: (16, 16, 4, 3)},
     ),
     # H100: 228 KB, wgmma on warp groups of 4 warps and 64 rows. With 3 stages a copy has a whole iteration to arrive;
 # with 2 the kernel waits as soon as it has issued the copy. Registers may spill outside the loops, where that costs
 # nothing. Inside, they may spill only if every smaller tile is predicted to be slower (tests/kernels). At D 256 the
-# accumulators of dk and dv do not fit into the registers together, so each has its own pass.
+# accumulators of dk and dv do not fit into the registers together, so each has its own pass; at D 192, too.
     "sm_90": _table(
-        forward={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
+        forward={
+            64: (128, 64, 8, 3), 96: (128, 64, 4, 3), 128: (128, 64, 8, 3), 192: (128, 64, 8, 3), 256: (128, 32, 8, 3),
+        },
         dkdv={64: (64, 128, 8, 3), 128: (64, 128, 8, 3)},
-        dk={256: (32, 128, 8, 3)},
-        dv={256: (32, 128, 8, 3)},
-        dq={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 3)},
+        dk={192: (64, 128, 8, 2), 256: (32, 128, 8, 3)},
+        dv={192: (64, 128, 8, 3), 256: (32, 128, 8, 3)},
+        dq={64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 192: (128, 64, 8, 2), 256: (128, 32, 8, 3)},
         dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (64, 32, 4, 1)},
-        decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 4), 256: (16, 32, 4, 3)},
+        decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 4), 256: (16, 32, 4, 3), 576: (16, 32, 8, 2)},
     ),
     # B200: accumulators live in tensor memory; Hopper's tiles are the safe start.
     "sm_100": _table(
@@ -66,7 +70,7 @@ _SIXTEEN_BIT = {
         dkdv={64: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (32, 32, 8, 1)},
         dq={64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
         dbias={64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (64, 32, 4, 1)},
-        decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 4), 256: (16, 32, 4, 3)},
+        decode={64: (16, 128, 4, 3), 128: (16, 64, 4, 4), 256: (16, 32, 4, 3), 576: (16, 32, 8, 2)},
     ),
     # MI300: 64 KB of LDS and 64-wide waves, so smaller tiles and no deep pipelines.
     "gfx942": _table(
@@ -74,7 +78,7 @@ _SIXTEEN_BIT = {
         dkdv={64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
         dq={64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 16, 4, 1)},
         dbias={64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
-        decode={64: (16, 64, 4, 1), 128: (16, 64, 4, 1), 256: (16, 32, 4, 1)},
+        decode={64: (16, 64, 4, 1), 128: (16, 64, 4, 1), 256: (16, 32, 4, 1), 576: (16, 16, 4, 1)},
     ),
     # Small tiles, so that even short sequences take every path: inner, diagonal and tail.
     "interpreter": _table(
@@ -84,7 +88,7 @@ _SIXTEEN_BIT = {
         dv={256: (32, 64, 1, 1)},
         dq={256: (64, 32, 1, 1)},
         dbias={256: (32, 64, 1, 1)},
-        decode={256: (16, 32, 1, 1)},
+        decode={256: (16, 32, 1, 1), 576: (16, 32, 1, 1)},
     ),
 }  # fmt: skip
 
@@ -94,9 +98,9 @@ _CROWDED = {
     "sm_90": _table(
         forward={64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (128, 16, 8, 3)},
         dkdv={64: (32, 128, 8, 3), 128: (32, 128, 8, 3)},
-        dk={256: (16, 128, 8, 3)},
-        dv={256: (16, 128, 8, 3)},
-        dq={64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (128, 16, 8, 3)},
+        dk={192: (32, 128, 8, 3), 256: (16, 128, 8, 3)},
+        dv={192: (32, 128, 8, 3), 256: (16, 128, 8, 3)},
+        dq={64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 192: (128, 32, 8, 3), 256: (128, 16, 8, 3)},
     ),
 }  # fmt: skip
 
@@ -107,7 +111,9 @@ LARGEST_AHEAD = {"sm_90": 2, "interpreter": 4}
 # lets the products of its usual tile wait for each other.
 _AHEAD: dict[str, dict[str, dict[str, dict[int, LaunchConfig]]]] = {
     "mask": {"sm_90": _table(dk={256: (32, 128, 8, 2)}, dq={128: (64, 64, 4, 3), 256: (128, 16, 8, 3)})},
-    "bias": {"sm_90": _table(dk={256: (32, 128, 8, 2)}, dq={256: (128, 16, 8, 3)})},
+    "bias": {
+        "sm_90": _table(dk={256: (32, 128, 8, 2)}, dv={192: (32, 128, 8, 3)}, dq={256: (128, 16, 8, 3)}),
+    },
 }
 
 # For 16-bit inputs with a mask or bias of one row for all queries: one warp group then keeps more in registers.
@@ -116,15 +122,23 @@ _ONE_ROW = {"sm_90": _table(forward={64: (64, 64, 4, 3)}, dq={64: (64, 64, 4, 3)
 # For 32-bit inputs whose half tile along both sides spills so much that it is predicted to be slower.
 _SINGLE = {
     "sm_90": _table(
-        forward={256: (32, 32, 8, 1)},
+        forward={192: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
         dkdv={128: (16, 64, 8, 1)},
-        dk={256: (16, 16, 8, 1)},
-        dq={128: (32, 32, 8, 1), 256: (16, 64, 8, 1)},
+        dk={192: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+        dv={192: (16, 64, 8, 1)},
+        dq={128: (32, 32, 8, 1), 192: (16, 64, 8, 1), 256: (16, 64, 8, 1)},
     ),
 }
 
 # For tiles whose place is loaded from memory, if twice the stages do not fit into shared memory.
-_INDIRECT = {"sm_90": _table(dk={256: (32, 128, 8, 3)}, dq={256: (128, 32, 8, 3)})}
+_INDIRECT = {
+    "sm_90": _table(
+        forward={192: (128, 32, 8, 5)},
+        dk={192: (32, 128, 8, 5), 256: (32, 128, 8, 3)},
+        dv={192: (32, 128, 8, 5)},
+        dq={192: (128, 32, 8, 5), 256: (128, 32, 8, 3)},
+    ),
+}  # fmt: skip
 
 # Padded head dims at which the forward kernel is `pipelined`, if nothing beside q, k and v takes registers.
 _PIPELINED = {"sm_90": (64, 128)}
@@ -135,6 +149,7 @@ _override: LaunchConfig | None = None
 def lookup(
     kernel: Kernel, architecture: str, head_dim: int, element_size: int, crowded: bool = False,
     ahead: Literal["", "mask", "bias"] = "", one_row: bool = False, rows: int = 1, indirect: bool = False,
+    in_pieces: bool = False,
 ) -> LaunchConfig:  # fmt: skip
     """The launch config for one kernel.
 
@@ -147,6 +162,9 @@ def lookup(
 
     ``indirect``: the kernel loads a tile's address from a block table or a block mask. Each load of a tile then waits
     for another load, which costs one pipeline stage per stage. Twice the stages keep the prefetch distance.
+
+    ``in_pieces``: D or Dv is (`tiles.pieces`). ptxas lets the products of pieces wait for each other where the
+    next product of queries and keys runs beside them.
     """
     if _override is not None:
         return _override
@@ -173,12 +191,12 @@ def lookup(
         config = dataclasses.replace(config, block_n=max(16, config.block_n // 2))
     if kernel == "decode" and rows > 2 * config.block_m:
         warps = 8 if head_dim > (64 if crowded or architecture == "sm_80" else 128) else 4  # 4 warps would spill
-        widest = 4096 // padded if crowded else 64
+        widest = max(16, 4096 // padded) if crowded or padded > 256 else 64
         config = LaunchConfig(64, min(config.block_n, widest), warps, min(config.num_stages, 2))
     if kernel == "decode" and element_size > 2:
         config = dataclasses.replace(config, block_n=min(config.block_n, 64))
     if kernel == "forward" and not indirect:
-        wins = padded in _PIPELINED.get(architecture, ()) and element_size == 2 and not crowded
+        wins = padded in _PIPELINED.get(architecture, ()) and element_size == 2 and not crowded and not in_pieces
         config = dataclasses.replace(config, pipelined=wins or architecture == "interpreter")
     if indirect and not crowded and (own := exception(_INDIRECT)):
         config = own
@@ -226,7 +244,7 @@ def search_space(kernel: Kernel, head_dim: int) -> list[LaunchConfig]:
     More than one warp for 8 rows of a program's own tile would have too little work. A decode step is memory-bound: its
     tiles have 16 rows, and at least 16 KB of keys and values are in flight.
     """
-    dim = max(64, 1 << (head_dim - 1).bit_length())
+    dim = max(64, padded_columns(head_dim))
     fits = []
     pipelined = (False, True) if kernel == "forward" else (False,)
     if kernel == "decode":

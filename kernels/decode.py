@@ -12,7 +12,15 @@ from fastattn.spec.cache import CacheSpec
 from fastattn.spec.operands import Operands, Rotary
 
 from . import config, launch, replay
-from .append import append_rows, cache_rows, cache_unit, cached_rows, columns, pages_of, scale_offsets
+from .append import (
+    append_rows,
+    cache_rows,
+    cache_unit,
+    dequantised,
+    load_keys,
+    load_scales,
+    pages_of,
+)  # fmt: skip
 from .operands import Partial
 from .ranges import first_key, locate, rows_of, skip_before, tile_position, tile_ranges
 from .scores import (
@@ -29,7 +37,7 @@ from .scores import (
     online_softmax,
     store_statistics,
 )
-from .tiles import cast, decode_stride, dot, finite
+from .tiles import add_products, cast, columns_of_pieces, decode_stride, finite, products
 
 RUNTIME = (
     "table_stride", "entries", "kv_heads", "group", "q_len", "added", "capacity", "pages", "splits", "left", "right",
@@ -64,46 +72,6 @@ def locate_keys(table_ptr, batch, col, start, end, pages, CHECK: tl.constexpr, P
 
 
 @triton.jit
-def load_keys(
-    cache, kv_head, page, slot, col, start, end, CHECK: tl.constexpr, N_COLS: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Rows ``col .. col + BLOCK_R`` of one head of the cache; with ``CHECK`` zero outside ``start .. end``."""
-    rows = cached_rows(cache, page, slot, UNIT) + kv_head * decode_stride(cache.strides[2], UNIT)
-    ptrs = cache.ptr + (rows[:, None] + columns(cache, UNIT, BLOCK_C)[None, :])
-    keys = (col + tl.arange(0, BLOCK_R))[:, None]
-    inside = tl.arange(0, BLOCK_C)[None, :] < N_COLS
-    if CHECK and N_COLS != BLOCK_C:
-        return tl.load(ptrs, mask=(keys >= start) & (keys < end) & inside, other=0.0)
-    elif CHECK:
-        return tl.load(ptrs, mask=(keys >= start) & (keys < end), other=0.0)
-    elif N_COLS != BLOCK_C:
-        return tl.load(ptrs, mask=inside, other=0.0)
-    else:
-        return tl.load(ptrs)
-
-
-@triton.jit
-def load_scales(cache, kv_head, page, slot, col, start, end, CHECK: tl.constexpr, BLOCK: tl.constexpr):
-    """The scales of the keys ``col .. col + BLOCK`` of one head of a quantised cache; with ``CHECK`` 0 outside."""
-    ptrs = cache.scale + scale_offsets(cache, kv_head, page, slot)
-    if cache.scale_strides[0] is None:
-        return tl.zeros([BLOCK], tl.float32) + tl.load(ptrs)
-    elif CHECK:
-        keys = col + tl.arange(0, BLOCK)
-        return tl.load(ptrs, mask=(keys >= start) & (keys < end), other=0.0)
-    else:
-        return tl.load(ptrs)
-
-
-@triton.jit
-def dequantised(tile, scales, dtype: tl.constexpr):
-    """Numbers of a quantised cache in the dtype of the queries: times their scales, or unchanged if these are None."""
-    wide = tile.to(tl.float32)
-    return cast(wide if scales is None else wide * scales[:, None], dtype)
-
-
-@triton.jit
 def head_row_offsets(x, batch, heads, rows, UNIT: tl.constexpr):
     """The offsets of rows (batch, heads[i], rows[i]) of an `operands.Rows`, in elements."""
     offset = batch * decode_stride(x.strides[0], UNIT) + heads * decode_stride(x.strides[1], UNIT)
@@ -123,8 +91,6 @@ def decode_kernel(
     ``splits`` partial results if ``partial`` is not None. With ``cu_seqlens_ptr`` the queries are packed. ``added``
     None means that each entry has appended as many keys as it has queries.
     """
-    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
-    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
     split, rest = tl.program_id(0) % splits, tl.program_id(0) // splits
     tile, tiles, batch, kv_head = locate(rest, cu_seqlens_ptr, entries, kv_heads, q_len * group, BLOCK_M, group)
@@ -155,21 +121,19 @@ def decode_kernel(
         own_start, edges_left, right_start, edges, inner_start, inners = skip_before(
             first_seen, own_start, edges_left, right_start, edges, inner_start, inners, BLOCK_N
         )
-    q_cols, v_cols = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
-    q_offsets = head_row_offsets(q, memory_entry, heads, q_first + rows, UNIT)
-    q_tile = tl.load(q.ptr + (q_offsets[:, None] + q_cols), mask=inside[:, None] & (q_cols < HEAD_DIM), other=0.0)
-    acc, row_max, row_sum = empty_softmax(BLOCK_M, BLOCK_DV)
+    q_cols, v_cols = columns_of_pieces(HEAD_DIM), columns_of_pieces(V_DIM)
+    at = head_row_offsets(q, memory_entry, heads, q_first + rows, UNIT)
+    q_tile = [tl.load(q.ptr + (at[:, None] + x), mask=inside[:, None] & (x < HEAD_DIM), other=0.0) for x in q_cols]
+    acc, row_max, row_sum = empty_softmax(BLOCK_M, V_DIM)
     for EDGE in tl.static_range(2):
         for number in tl.range(0, edges if EDGE else inners):
             col = tile_position(number, own_start, edges_left, right_start, inner_start, EDGE == 1, BLOCK_N)
             cols = (col + tl.arange(0, BLOCK_N))[None, :]
             page, slot = locate_keys(table_ptr, batch, col, start, end, pages, EDGE == 1, PAGE, BLOCK_N)
-            k_tile = load_keys(
-                k, kv_head, page, slot, col, start, end, EDGE == 1, HEAD_DIM, UNIT, BLOCK_N, BLOCK_D
-            )  # fmt: skip
+            k_tile = load_keys(k, kv_head, page, slot, col, start, end, EDGE == 1, HEAD_DIM, UNIT, BLOCK_N)
             if k.scale is not None:
-                k_tile = dequantised(k_tile, None, q_tile.dtype)
-            s = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+                k_tile = dequantised(k_tile, None, q_tile[0].dtype)
+            s = products(q_tile, k_tile, PRECISION)
             if k.scale is not None:  # after the product: there are fewer scores than numbers
                 s *= load_scales(k, kv_head, page, slot, col, start, end, EDGE == 1, BLOCK_N)[None, :]
             queries = rows[:, None]
@@ -178,14 +142,14 @@ def decode_kernel(
             )
             first = None if kv_start_ptr is None else first_seen
             s = hide_unseen(s, queries, cols, kv_len, offset, left, right, first, None, EDGE == 1)
-            v_tile = load_keys(v, kv_head, page, slot, col, start, end, EDGE == 1, V_DIM, UNIT, BLOCK_N, BLOCK_DV)
+            v_tile = load_keys(v, kv_head, page, slot, col, start, end, EDGE == 1, V_DIM, UNIT, BLOCK_N)
             if v.scale is not None:  # before the product: weights times a small scale could leave the range of float16
                 scales = load_scales(v, kv_head, page, slot, col, start, end, EDGE == 1, BLOCK_N)
-                v_tile = dequantised(v_tile, scales, q_tile.dtype)
+                v_tile = dequantised(v_tile, scales, q_tile[0].dtype)
             if EDGE or READS_SCORES:
                 s, v_tile = lose_rows(s, v_tile), finite(v_tile)
             p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, terms, EDGE == 1 or READS_SCORES)
-            acc = dot(cast(p, v_tile.dtype), v_tile, acc, PRECISION)
+            acc = add_products(acc, p, v_tile, PRECISION)
 
     if terms.slopes is not None:  # `finish_scores` has added this to every score of the row
         slope = tl.load(terms.slopes + batch * kv_heads * group + heads)
@@ -194,18 +158,20 @@ def decode_kernel(
         sink = from_natural(tl.load(terms.sinks + heads), terms)
         acc, row_max, row_sum = merge_sink(sink, acc, row_max, row_sum, terms)
     row_max, row_sum, empty = finish_softmax(row_max, row_sum)
-    acc = acc / row_sum[:, None]
+    acc = [piece / row_sum[:, None] for piece in acc]
     index = (memory_entry * kv_heads * group + heads) * q_len + (q_first + rows)
-    stored = inside[:, None] & (v_cols < V_DIM)
+    stored = [inside[:, None] & (x < V_DIM) for x in v_cols]
     if partial.out is None:
         offsets = head_row_offsets(out, memory_entry, heads, q_first + rows, UNIT)
-        tl.store(out.ptr + (offsets[:, None] + v_cols), cast(acc, out.ptr.dtype.element_ty), mask=stored)
+        for i in tl.static_range(len(acc)):
+            tl.store(out.ptr + (offsets[:, None] + v_cols[i]), cast(acc[i], out.ptr.dtype.element_ty), mask=stored[i])
         lse = natural(row_max, terms) + tl.log(row_sum)
         tl.store(lse_ptr + index, tl.where(empty, float("-inf"), lse), mask=inside)
     else:
         total = (tl.num_programs(0) // (tiles * splits)).to(tl.int64) * group * q_len
         index += tl.cast(split, tl.int64) * total
-        tl.store(partial.out + (index[:, None] * V_DIM + v_cols), acc, mask=stored)
+        for i in tl.static_range(len(acc)):
+            tl.store(partial.out + (index[:, None] * V_DIM + v_cols[i]), acc[i], mask=stored[i])
         row_max = tl.where(empty, float("-inf"), row_max)
         store_statistics(partial.statistics, total * splits, index, row_max, row_sum, inside)
 

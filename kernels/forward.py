@@ -37,7 +37,7 @@ from .scores import (
     start_again,
     store_statistics,
 )
-from .tiles import cast, dot, finite, head_rows, load_tile, store_tile
+from .tiles import add_products, finite, head_rows, load_tile, products, scaled, store_tile
 
 RUNTIME = ("sequences", "q_heads", "group", "q_len", "kv_len", "q_offset", "left", "right")
 
@@ -54,8 +54,6 @@ def forward_kernel(
     With ``PIPELINED`` inner tiles start the next tile's product of queries and keys before the softmax of this tile, so
     that tensor cores and exponentials work in parallel. The last iteration repeats a product that nothing reads.
     """
-    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
-    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     READS_SCORES: tl.constexpr = terms.mask.ptr is not None or terms.bias.ptr is not None
     SPARSE: tl.constexpr = sparse.lines is not None
     # Causal, window and the first key also cut tiles that a block mask calls full.
@@ -91,15 +89,15 @@ def forward_kernel(
     )
     if SPARSE:
         start, edges, inner_start, inners = sparse_range(sparse, sparse_line(sparse, batch, head, row), BLOCK_N)
-    q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M, BLOCK_D)
-    acc, row_max, row_sum = empty_softmax(BLOCK_M, BLOCK_DV)
+    q_tile = load_tile(q_ptr, row, q_stride, q_len, True, HEAD_DIM, BLOCK_M)
+    acc, row_max, row_sum = empty_softmax(BLOCK_M, V_DIM)
     for PASS in tl.static_range(3):  # inner tiles; edge tiles; all again, with checks, if the result is not finite
         count = inners if PASS == 0 else edges
         if PASS == 2:
             count, acc, row_max, row_sum = start_again(acc, row_max, row_sum, inners + edges)
         if PIPELINED and PASS == 0:  # checked, because there may be no inner tile
-            k_tile = load_tile(k_ptr, inner_start, k_stride, kv_len, True, HEAD_DIM, BLOCK_N, BLOCK_D)
-            ahead = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+            k_tile = load_tile(k_ptr, inner_start, k_stride, kv_len, True, HEAD_DIM, BLOCK_N)
+            ahead = products(q_tile, k_tile, PRECISION)
         for tile in tl.range(0, count, num_stages=1 if PASS == 2 else None):
             number, first, behind = tile_of_pass(tile, start, edges_left, inner_start, inners, PASS)
             pool_tile = None
@@ -111,24 +109,24 @@ def forward_kernel(
                 col = tile_position(number, first, behind, right_start, inner_start, PASS > 0, BLOCK_N)
             cols = (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :]
             k_col = tl.minimum(col + BLOCK_N, right_start - BLOCK_N) if PIPELINED and PASS == 0 else col
-            k_tile = load_tile(k_ptr, k_col, k_stride, kv_len, PASS > 0, HEAD_DIM, BLOCK_N, BLOCK_D)
-            products = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+            k_tile = load_tile(k_ptr, k_col, k_stride, kv_len, PASS > 0, HEAD_DIM, BLOCK_N)
+            s = products(q_tile, k_tile, PRECISION)
             if PIPELINED and PASS == 0:
-                products, ahead = ahead, products
+                s, ahead = ahead, s
             edge: tl.constexpr = PASS > 0 or CHECK_FULL_TILES
             queries = rows[:, None]
-            s, _ = finish_scores(products, queries, cols, q_len, kv_len, offset, terms, slope, batch, head, edge)
+            s, _ = finish_scores(s, queries, cols, q_len, kv_len, offset, terms, slope, batch, head, edge)
             first = None if kv_start_ptr is None else first_seen
             s = hide_unseen(s, queries, cols, kv_len, offset, left, right, first, pool_tile, edge)
             if PASS == 2:
-                s = lose_rows(s, load_tile(v_ptr, col, v_stride, kv_len, True, V_DIM, BLOCK_N, BLOCK_DV))
+                s = lose_rows(s, load_tile(v_ptr, col, v_stride, kv_len, True, V_DIM, BLOCK_N))
             p, acc, row_max, row_sum = online_softmax(s, acc, row_max, row_sum, terms, edge or READS_SCORES)
             if dropout.seed is not None:
                 p = tl.where(dropout_keep(k0[:, None], k1[:, None], cols, dropout), p, 0.0)
-            v_tile = load_tile(v_ptr, col, v_stride, kv_len, PASS > 0, V_DIM, BLOCK_N, BLOCK_DV)
+            v_tile = load_tile(v_ptr, col, v_stride, kv_len, PASS > 0, V_DIM, BLOCK_N)
             if PASS == 2:
                 v_tile = finite(v_tile)
-            acc = dot(cast(p, v_tile.dtype), v_tile, acc, PRECISION)
+            acc = add_products(acc, p, v_tile, PRECISION)
 
     shift = 0.0  # `finish_scores` has added this to every score of the row
     if slope is not None:
@@ -137,8 +135,8 @@ def forward_kernel(
         sink = from_natural(tl.load(terms.sinks + head), terms)
         acc, row_max, row_sum = merge_sink(sink, acc, row_max, row_sum, terms)
     row_max, row_sum, empty = finish_softmax(row_max, row_sum)
-    acc = acc * ((1.0 if dropout.seed is None else dropout.keep_scale) / row_sum)[:, None]
-    store_tile(out_ptr, acc, row, out_stride, q_len, V_DIM, BLOCK_M, BLOCK_DV)
+    acc = scaled(acc, ((1.0 if dropout.seed is None else dropout.keep_scale) / row_sum)[:, None])
+    store_tile(out_ptr, acc, row, out_stride, q_len, V_DIM)
     lse = natural(row_max, terms) + tl.log(row_sum) - shift
     tl.store(results.lse + first_row + rows, tl.where(empty, float("-inf"), lse), mask=rows < q_len)
     store_statistics(results.statistics + first_row, plane, rows, row_max, row_sum, rows < q_len)

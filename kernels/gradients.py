@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .dropout import dropout_keep
 from .scores import LOWEST, exponent, finish_scores, hide_unseen
-from .tiles import dot, finite, head_rows, load_tile
+from .tiles import finite, head_rows, load_tile, products
 
 
 @triton.jit(do_not_specialize=("q_heads", "q_len"))
@@ -19,16 +19,17 @@ def delta_kernel(
     A row whose result is not finite is lost, with all keys that it sees. The lowest number as its maximum makes their
     probabilities infinite, and leaves those of other keys at 0.
     """
-    BLOCK_DV: tl.constexpr = max(16, triton.next_power_of_2(V_DIM))
     tiles = tl.cdiv(q_len, BLOCK_M)
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     out_ptr, out_stride = head_rows(out, batch_head // q_heads, batch_head % q_heads, 0, UNIT)
     dout_ptr, dout_stride = head_rows(dout, batch_head // q_heads, batch_head % q_heads, 0, UNIT)
     row = tl.program_id(0) % tiles * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
-    out_tile = load_tile(out_ptr, row, out_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-    dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M, BLOCK_DV)
-    delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    out_tile = load_tile(out_ptr, row, out_stride, q_len, True, V_DIM, BLOCK_M)
+    dout_tile = load_tile(dout_ptr, row, dout_stride, q_len, True, V_DIM, BLOCK_M)
+    delta = tl.sum(out_tile[0].to(tl.float32) * dout_tile[0].to(tl.float32), 1)
+    if len(out_tile) == 2:
+        delta += tl.sum(out_tile[1].to(tl.float32) * dout_tile[1].to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + batch_head * q_len + rows, mask=rows < q_len, other=0.0)
     at, inside = batch_head * q_len + rows, rows < q_len
@@ -59,18 +60,16 @@ def tile_ds(
 ):  # fmt: skip
     """(dS, d capped / d uncapped, K) of one tile of queries by keys; ``CAREFUL`` handles keys and values that are not
     finite."""
-    BLOCK_D: tl.constexpr = q_tile.shape[1]
-    BLOCK_DV: tl.constexpr = dout_tile.shape[1]
     cols = (tl.cast(col, tl.int32) + tl.arange(0, BLOCK_N))[None, :]
-    k_tile = load_tile(k_ptr, col, k_stride, kv_len, EDGE, HEAD_DIM, BLOCK_N, BLOCK_D)
-    products = dot(q_tile, tl.trans(k_tile), None, PRECISION)
+    k_tile = load_tile(k_ptr, col, k_stride, kv_len, EDGE, HEAD_DIM, BLOCK_N)
+    s = products(q_tile, k_tile, PRECISION)
     queries = rows[:, None]
-    s, cap_gradient = finish_scores(products, queries, cols, q_len, kv_len, offset, terms, slope, batch, head, CHECK)
+    s, cap_gradient = finish_scores(s, queries, cols, q_len, kv_len, offset, terms, slope, batch, head, CHECK)
     s = hide_unseen(s, queries, cols, kv_len, offset, left, right, None, pool_tile, CHECK)
-    v_tile = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N, BLOCK_DV)
+    v_tile = load_tile(v_ptr, col, v_stride, kv_len, EDGE, V_DIM, BLOCK_N)
     if CAREFUL:  # `delta_kernel` makes their probabilities infinite in the rows that see them
         k_tile, v_tile = finite(k_tile), finite(v_tile)
-    dp = dot(dout_tile, tl.trans(v_tile), None, PRECISION)
+    dp = products(dout_tile, v_tile, PRECISION)
     p, factor = probabilities(s, row_max[:, None], log_sum[:, None], k0[:, None], k1[:, None], cols, terms, dropout)
     ds = p * (dp * factor - delta[:, None])
     return ds, cap_gradient, k_tile

@@ -12,7 +12,7 @@ from fastattn.spec.operands import Operands, Options
 from . import config, replay
 from .operands import Dropout, Packed, Rows, Scores, Sparse, Table, Terms
 from .scores import LOG2E
-from .tiles import INTERPRETED
+from .tiles import INTERPRETED, pieces
 
 SCORES_UNIT = 16
 """Strides of a mask or bias are multiples of this if 16-byte accesses read it, for elements of one byte or more."""
@@ -180,6 +180,7 @@ class Facts(NamedTuple):
 
     architecture: str
     head_dim: int
+    """the larger of D and Dv"""
     element_size: int
 
 
@@ -207,7 +208,7 @@ class Call:
         )  # fmt: skip
         self.constants = (dot_precision(q.dtype), head_dim, v_dim)
         self._facts = Facts(architecture(q.device), max(head_dim, v_dim), q.element_size())
-        self._indirect = bool(operands.block_mask)
+        self._indirect, self._in_pieces = bool(operands.block_mask), max(pieces(head_dim), pieces(v_dim)) > 1
         read = [x.shape[2] == 1 for x in (operands.mask, operands.bias) if x is not None]
         self._reads_row, self._reads_late = True in read, False in read and unit is None
         has_mask = operands.mask is not None and operands.mask.shape[2] != 1
@@ -224,7 +225,7 @@ class Call:
         crowded |= kernel == "dkdv" and (self.dropout.seed is not None or self.terms.softcap is not None)
         return config.lookup(
             kernel, *self._facts, crowded=crowded, ahead=self._reads_ahead, one_row=self._reads_row,
-            indirect=self._indirect,
+            indirect=self._indirect, in_pieces=self._in_pieces,
         )  # fmt: skip
 
 

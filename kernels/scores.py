@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .ranges import SPARSE_BLOCK
-from .tiles import all_finite, decode_size, decode_wide, is_finite
+from .tiles import all_finite, decode_size, decode_wide, finite_rows, scaled, zeros
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -128,7 +128,7 @@ def hide_unseen(s, rows, cols, kv_len, offset, left, right, first_seen, pool_til
 @triton.jit
 def lose_rows(s, v_tile):
     """The scores, with NaN where a row sees a key whose value is not finite."""
-    whole = tl.min(is_finite(v_tile), 1)[None, :]
+    whole = finite_rows(v_tile)[None, :]
     return tl.where((whole == 0) & (s > float("-inf")), float("nan"), s)
 
 
@@ -157,10 +157,10 @@ def exponent(s, row_max, terms):
 
 
 @triton.jit
-def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """(acc, row_max, row_sum) of no scores."""
+def empty_softmax(BLOCK_M: tl.constexpr, V_DIM: tl.constexpr):
+    """(acc, row_max, row_sum) of no scores; ``acc`` is in pieces."""
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    return tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), row_max, tl.zeros([BLOCK_M], tl.float32)
+    return zeros(BLOCK_M, V_DIM), row_max, tl.zeros([BLOCK_M], tl.float32)
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def online_softmax(s, acc, row_max, row_sum, terms, MAY_BE_EMPTY: tl.constexpr):
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MAY_BE_EMPTY else new_max
     p = tl.math.exp2(exponent(s, pivot[:, None], terms))
     alpha = tl.math.exp2(base_2(row_max - pivot, terms))
-    return p, acc * alpha[:, None], new_max, row_sum * alpha + tl.sum(p, 1)
+    return p, scaled(acc, alpha[:, None]), new_max, row_sum * alpha + tl.sum(p, 1)
 
 
 @triton.jit
@@ -183,7 +183,12 @@ def start_again(acc, row_max, row_sum, tiles):
     """(tiles, a new accumulator and running softmax) if ``acc`` is not finite, else (0, the present ones)."""
     lost = not all_finite(acc)
     row_max = tl.where(lost, float("-inf"), row_max)
-    return tl.where(lost, tiles, 0), tl.where(lost, 0.0, acc), row_max, tl.where(lost, 0.0, row_sum)
+    return (
+        tl.where(lost, tiles, 0),
+        [tl.where(lost, 0.0, piece) for piece in acc],
+        row_max,
+        tl.where(lost, 0.0, row_sum),
+    )
 
 
 @triton.jit
@@ -192,7 +197,7 @@ def merge_sink(sink, acc, row_max, row_sum, terms):
     new_max = tl.maximum(row_max, sink)
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
     alpha = tl.math.exp2(base_2(row_max - pivot, terms))
-    return acc * alpha[:, None], new_max, row_sum * alpha + tl.math.exp2(base_2(sink - pivot, terms))
+    return scaled(acc, alpha[:, None]), new_max, row_sum * alpha + tl.math.exp2(base_2(sink - pivot, terms))
 
 
 @triton.jit

@@ -34,6 +34,7 @@ class Feature:
     queries: int = 1  # for each key head of a KV cache there are twice as many rows
     quantised: torch.dtype | None = None  # a KV cache of this dtype, with a scale for each token and head
     rotary: bool = False  # positions of what a KV cache is given
+    narrow_values: bool = False  # Dv is two thirds of D, as in multi-head latent attention
     odd_dim: bool = False  # five columns fewer: no power of two, and rows that start at no multiple of 16 bytes
 
 
@@ -63,6 +64,7 @@ FEATURES = {
     "int8": Feature(quantised=torch.int8),
     "fp8": Feature(quantised=torch.float8_e4m3fn),
     "rotary": Feature(causal=True, rotary=True),
+    "narrow_values": Feature(causal=True, narrow_values=True),
     "odd_dim": Feature(odd_dim=True),
     "fp32": Feature(dtype=torch.float32),
     "everything": Feature(
@@ -72,6 +74,11 @@ FEATURES = {
 }  # fmt: skip
 CACHE_ONLY = ("paged", "chunk", "packed_cache", "tree", "int8", "fp8", "rotary")
 """Features that only calls over a KV cache have."""
+
+
+def value_dim(dim: int, feature: Feature) -> int:
+    """Dv of a call with head dim ``dim``."""
+    return dim * 2 // 3 if feature.narrow_values else dim
 
 
 def launch_cache_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
@@ -127,8 +134,9 @@ def launch_kernels(kernel: config.Kernel, dim: int, feature: Feature) -> None:
     batch, heads, kv_heads, length = 2, 4, 2, 1008 if feature.aligned else 1001
     dim -= 5 if feature.odd_dim else 0
     entries = 1 if feature.packed else batch
-    q, out = (empty(entries, heads, length, dim) for _ in range(2))
-    k, v = (empty(entries, kv_heads, length, dim) for _ in range(2))
+    v_dim = value_dim(dim, feature)
+    q, out = (empty(entries, heads, length, columns) for columns in (dim, v_dim))
+    k, v = (empty(entries, kv_heads, length, columns) for columns in (dim, v_dim))
     statistics = empty(2, entries, heads, length, dtype=torch.float32)
     given: dict[str, Any] = {}
     if feature.packed:

@@ -289,7 +289,7 @@ def all_cases(archs: list[str], kernels: list[config.Kernel], dims: list[int], f
             "dbias": FEATURES[feature].bias,
             "delta": simple,
             "decode": feature not in ("dropout", "dropout_part", "q_offset", "packed", "used_keys", "block_mask")
-            and not (FEATURES[feature].aligned or FEATURES[feature].rotary),
+            and not (FEATURES[feature].aligned or FEATURES[feature].rotary or FEATURES[feature].narrow_values),
             "combine": simple or feature in ("sinks", "packed_cache"),
             "append": simple or feature in ("paged", "packed_cache", "int8", "fp8", "rotary"),
         }

@@ -31,6 +31,8 @@ from .calls import FEATURES
 from .compile_report import Case, Result
 
 HEAD_DIMS = (64, 128, 256)
+IN_PIECES = {192: ("plain", "narrow_values")}
+"""Head dims in two pieces, with fewer features: the time of the tests is short."""
 
 
 def share(result: Result) -> float:
@@ -101,7 +103,14 @@ def with_triton(version: str, *arguments: str) -> int:
 def cases(arch: str = resources.ARCH) -> list[Case]:
     """Every row of a table: of other targets than Hopper everything at once, and usual steps over a cache."""
     if arch == resources.ARCH:
-        return compile_report.all_cases([arch], list(config.KERNELS), list(HEAD_DIMS), list(FEATURES))
+        everywhere = tuple(name for name in FEATURES if not FEATURES[name].narrow_values)
+        chosen = {**dict.fromkeys(HEAD_DIMS, everywhere), **IN_PIECES}
+        found = [
+            case
+            for dim, names in chosen.items()
+            for case in compile_report.all_cases([arch], list(config.KERNELS), [dim], list(names))
+        ]
+        return sorted(found, key=lambda case: (config.KERNELS.index(case.kernel), case.dim))
     everything = compile_report.all_cases([arch], list(config.KERNELS), [64], ["everything"])
     steps = compile_report.all_cases([arch], ["decode", "combine", "append"], [64, 128], ["plain", "paged", "chunk"])
     return everything + steps

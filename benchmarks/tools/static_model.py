@@ -48,8 +48,9 @@ _HALF_RATE = (
 )  # fmt: skip
 _ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 PRODUCTS: dict[config.Kernel, int] = {"forward": 2, "dkdv": 4, "dk": 3, "dv": 2, "dq": 3}
+OF_KEYS: dict[config.Kernel, int] = {"forward": 1, "dkdv": 2, "dk": 2, "dv": 1, "dq": 2}
+"""Of these products those over D columns; the others are over Dv."""
 BACKWARD: tuple[config.Kernel, ...] = ("dkdv", "dk", "dv", "dq")
-LOADED = 2  # tiles of rows that an iteration reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +146,11 @@ def resident_programs(registers: int, warps: int, shared: int) -> int:
 
 
 def predict(
-    loop: Loop, kernel: config.Kernel, block_m: int, block_n: int, dim: int, warps: int, registers: int, shared: int
-) -> Prediction:
-    """The model for one main loop of the ``forward``, ``dkdv`` or ``dq`` kernel with head dim ``dim`` for D and Dv."""
+    loop: Loop, kernel: config.Kernel, block_m: int, block_n: int, dim: int, warps: int, registers: int, shared: int,
+    v_dim: int | None = None,
+) -> Prediction:  # fmt: skip
+    """The model for one main loop of one of ``PRODUCTS`` with head dims D and Dv, by default the same."""
+    v_dim = dim if v_dim is None else v_dim
     resident = warps / 4
     walked = block_n if kernel in ("forward", "dq") else block_m
     hmma = sum(i.starts("HMMA") for i in loop) * HMMA_CYCLES
@@ -158,12 +161,13 @@ def predict(
         exponentials=sum(i.starts("MUFU") for i in loop) * EXPONENTIAL_CYCLES * resident,
         half_rate=sum(i.starts(*_HALF_RATE) for i in loop) * HALF_RATE_CYCLES * resident,
         shared=sum(map(shared_bytes, loop)) * warps / SHARED_BYTES,
-        l2=LOADED * walked * dim * 2 / L2_BYTES,
+        l2=walked * (dim + v_dim) * 2 / L2_BYTES,  # two tiles of rows in each iteration
         serial=walk(loop, warps),
         programs=programs,
         share=0.0,
     )
-    useful = PRODUCTS[kernel] * 2 * block_m * block_n * dim / FLOP_PER_CYCLE
+    columns = OF_KEYS[kernel] * dim + (PRODUCTS[kernel] - OF_KEYS[kernel]) * v_dim
+    useful = 2 * block_m * block_n * columns / FLOP_PER_CYCLE
     return dataclasses.replace(prediction, share=useful / prediction.cycles())
 
 
@@ -186,7 +190,8 @@ def rows(results: list[compile_report.Result], batch: int, heads: int, length: i
         if r.error or r.loop is None or r.kernel not in PRODUCTS:
             continue
         block_m, block_n, warps = r.tile()
-        p = predict(r.loop, r.kernel, block_m, block_n, r.dim, warps, r.registers, r.shared)
+        v_dim = calls.value_dim(r.dim, calls.FEATURES[r.feature])
+        p = predict(r.loop, r.kernel, block_m, block_n, r.dim, warps, r.registers, r.shared, v_dim)
         rows = block_m if r.kernel in ("forward", "dq") else block_n
         waves = wave_share(math.ceil(length / rows) * batch * heads, p.programs)
         if r.kernel in BACKWARD:

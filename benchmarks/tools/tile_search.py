@@ -50,8 +50,9 @@ def predicted(result: Result) -> static_model.Prediction | None:
     if result.error or result.loop is None or result.kernel not in static_model.PRODUCTS:
         return None
     return static_model.predict(
-        result.loop, result.kernel, *result.tile()[:2], result.dim, result.tile()[2], result.registers, result.shared
-    )
+        result.loop, result.kernel, *result.tile()[:2], result.dim, result.tile()[2], result.registers, result.shared,
+        calls.value_dim(result.dim, calls.FEATURES[result.feature]),
+    )  # fmt: skip
 
 
 def shape(candidate: LaunchConfig) -> tuple[int, int, int, bool]:

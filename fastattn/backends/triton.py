@@ -15,12 +15,18 @@ from fastattn.spec import UNDIVIDED, AttentionSpec, CacheSpec, Gradients, Operan
 _TRITON_MISSING = importlib.util.find_spec("triton") is None
 
 
+HEAD_DIMS = (256, 256)
+"""The largest D and Dv."""
+CACHED_HEAD_DIMS = (576, 512)
+"""The largest over a KV cache: those of multi-head latent attention, whose values are the first columns of the keys."""
+
+
 def reasons(spec: AttentionSpec) -> list[str]:
-    return _reasons(spec.q, spec.v.shape[3])
+    return _reasons(spec.q, spec.v.shape[3], HEAD_DIMS)
 
 
 def cache_reasons(spec: CacheSpec) -> list[str]:
-    reasons = _reasons(spec.q, spec.v_cache.shape[3])
+    reasons = _reasons(spec.q, spec.v_cache.shape[3], HEAD_DIMS if spec.num_splits == UNDIVIDED else CACHED_HEAD_DIMS)
     eight_bits = spec.k_cache.dtype == torch.float8_e4m3fn and spec.q.device.type == "cuda"
     if eight_bits and (target.rocm() or target.capability(spec.q.device) < (8, 9)):
         reasons.append("a float8_e4m3fn cache needs an NVIDIA GPU of compute capability 8.9 or newer")
@@ -103,7 +109,7 @@ def statistics_unit(operands: Operands) -> float:
     return 1.4426950408889634 if operands.bias is None and operands.alibi_slopes is None else 1.0
 
 
-def _reasons(q: Tensor, v_dim: int) -> list[str]:
+def _reasons(q: Tensor, v_dim: int, largest: tuple[int, int]) -> list[str]:
     reasons = []
     if _TRITON_MISSING:
         reasons.append("the triton package is not installed")
@@ -115,8 +121,9 @@ def _reasons(q: Tensor, v_dim: int) -> list[str]:
         reasons.append(f"runs on CUDA and ROCm devices, the tensors are on {q.device.type!r}")
     if q.dtype == torch.float64:
         reasons.append("it has no float64")
-    if q.shape[3] > 256 or v_dim > 256:
-        reasons.append(f"head dims up to 256, got D = {q.shape[3]}, Dv = {v_dim}")
+    if q.shape[3] > largest[0] or v_dim > largest[1]:
+        expected = "head dims up to 256" if largest == HEAD_DIMS else "D up to {} and Dv up to {}".format(*largest)
+        reasons.append(f"{expected}, got D = {q.shape[3]}, Dv = {v_dim}")
     return reasons
 
 

@@ -396,8 +396,8 @@ def test_one_buffer_may_hold_keys_and_values(k_cache, v_cache):
 
 
 def test_triton_says_why_not():
-    big = torch.zeros(2, 32, 2, 300)
-    with pytest.raises(ValueError, match="head dims up to 256, got D = 16, Dv = 300"):
+    big = torch.zeros(2, 32, 2, 600)
+    with pytest.raises(ValueError, match="D up to 576 and Dv up to 512, got D = 16, Dv = 600"):
         attention_with_kvcache(Q, CACHE, big, cache_lens=3, backend="triton")
     with pytest.raises(ValueError, match="float64"):
         attention_with_kvcache(Q.double(), CACHE.double(), CACHE.double(), cache_lens=3, backend="triton")

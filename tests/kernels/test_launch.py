@@ -83,7 +83,7 @@ def test_tiles_found_through_memory_take_more_stages(architecture):
 
 def test_the_next_product_starts_early_where_registers_allow():
     lookup = functools.partial(config.lookup, "forward", "sm_90")
-    assert all(lookup(dim, 2).pipelined for dim in (64, 96, 128))
+    assert all(lookup(dim, 2).pipelined for dim in (64, 97, 128))
     assert not lookup(256, 2).pipelined and not lookup(128, 4).pipelined
     assert not lookup(128, 2, crowded=True).pipelined and not lookup(128, 2, indirect=True).pipelined
     assert not any(config.lookup(kernel, "sm_90", 128, 2).pipelined for kernel in ("dkdv", "dq", "decode"))

@@ -54,6 +54,7 @@ NOT_AHEAD = {
     **dict.fromkeys([("dk", "block_mask", "256"), ("dq", "block_mask", "256")], "twice the stages have no room"),
     **{("dk", f"{x}_aligned", "256"): "a third stage has no room beside its tiles" for x in ("mask", "bias")},
     **{(kernel, "fp32", dim): "one stage" for kernel in ATTENTION for dim in ("64", "128", "256")},
+    **{(kernel, x, "192"): "a third stage has no room" for kernel in ("dk", "dq") for x in tool.IN_PIECES[192]},
     **{(kernel, "odd_dim", dim): "rows in pieces" for kernel in ("forward", "dq") for dim in ("64", "128", "256")},
 }
 """Where a tile is loaded in the iteration that needs it, and why."""
@@ -100,7 +101,7 @@ def test_the_table_covers_every_kernel_feature_and_head_dim():
     for version in resources.TRITONS:
         found = {(row["kernel"], row["feature"], row["head_dim"]) for row in table(version)}
         for dim in tool.HEAD_DIMS:
-            for feature in calls.FEATURES.keys() - {*calls.CACHE_ONLY}:
+            for feature in calls.FEATURES.keys() - {*calls.CACHE_ONLY, "narrow_values"}:
                 kernels = {"forward", "dq", *(("dkdv",) if dim <= 128 else ("dk", "dv"))}
                 assert {(kernel, feature, str(dim)) for kernel in kernels} <= found
             assert {kernel for kernel, _, at in found if at == str(dim)} >= {"dbias", "delta", *CACHE}
