@@ -61,8 +61,9 @@ bool backward_as(
   const bool done = team.run(tasks, [&](int64_t number) {
     const Turns own(results.turns, number, pieces > 1 ? heads : 1);
     const auto task_of = [&](int64_t n) { return Task{n % heads / a.kv_heads, n % a.kv_heads, n / heads}; };
-    const Task next = number + team.threads() < tasks ? task_of(number + team.threads()) : kNoTask;
-    return Backward<T, Step>(problem, g, results, task_of(number), next, own).run();
+    const int64_t after = number + team.threads();
+    const Task next = task_of(after);
+    return Backward<T, Step>(problem, g, results, task_of(number), after < tasks ? &next : nullptr, own).run();
   });
   if (!done) return false;
   add_learned(problem, g, results);

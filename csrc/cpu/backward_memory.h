@@ -16,7 +16,6 @@ constexpr int64_t kPitch = kKeys + 64 / sizeof(T);
 struct Task {
   int64_t entry, kv_head, piece;
 };
-constexpr Task kNoTask{-1, -1, -1};
 
 // Shared by all tasks of a call.
 template <class T>

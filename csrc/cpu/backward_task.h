@@ -11,9 +11,9 @@ namespace {
 template <class T, class Step>
 class Backward {
  public:
-  // `next`: the task that this thread probably takes after this one, or kNoTask.
+  // `next`: the task that this thread probably takes after this one, or null.
   Backward(const Problem<T>& problem, const FastattnGradients& g, const Results<T>& results, const Task& task,
-           const Task& next, const Turns& turns)
+           const Task* next, const Turns& turns)
       : problem_(problem), a_(problem.a), o_(problem.o), g_(g), results_(results), task_(task), next_(next),
         entry_(problem.entry(task.entry)), keep_scale_(problem.keep_scale()),
         threshold_(dropout_threshold(problem.a.dropout_p)), turns_(turns), bias_(problem, g, entry_, turns),
@@ -38,26 +38,23 @@ class Backward {
   }
 
  private:
-  // What is read and written after a member of the group, if both are short.
+  // What is read and written after a member of the group.
   Upcoming<T> upcoming() const {
     Upcoming<T> rows;
-    const bool same = member_ + 1 < problem_.group();
-    if (!problem_.is_short(entry_) || (!same && next_.entry < 0)) return rows;
-    const Entry e = same ? entry_ : problem_.entry(next_.entry);
-    if (!problem_.is_short(e)) return rows;
-    const int64_t kv_head = same ? task_.kv_head : next_.kv_head;
-    const int64_t head = kv_head * problem_.group() + (same ? member_ + 1 : 0);
-    if (!same) {
-      rows.add(problem_.k_rows(a_.k, e, kv_head, a_.head_dim), e.kv_len);
-      rows.add(problem_.k_rows(a_.v, e, kv_head, a_.v_dim), e.kv_len);
+    const auto then = following(problem_, task_, entry_, member_, next_);
+    if (!then) return rows;
+    const Entry& e = then->entry;
+    if (then->other_keys) {
+      rows.add(problem_.k_rows(a_.k, e, then->kv_head, a_.head_dim), e.kv_len);
+      rows.add(problem_.k_rows(a_.v, e, then->kv_head, a_.v_dim), e.kv_len);
     }
-    rows.add(problem_.q_rows(a_.q, e, head, a_.head_dim), e.q_len);
-    rows.add(problem_.q_rows(g_.dout, e, head, a_.v_dim), e.q_len);
-    rows.add(problem_.q_rows(a_.out, e, head, a_.v_dim), e.q_len);
-    rows.add(problem_.q_rows(g_.dq, e, head, a_.head_dim), e.q_len);
-    if (!same) {
-      rows.add(problem_.k_rows(g_.dk, e, kv_head, a_.head_dim), e.kv_len);
-      rows.add(problem_.k_rows(g_.dv, e, kv_head, a_.v_dim), e.kv_len);
+    rows.add(problem_.q_rows(a_.q, e, then->head, a_.head_dim), e.q_len);
+    rows.add(problem_.q_rows(g_.dout, e, then->head, a_.v_dim), e.q_len);
+    rows.add(problem_.q_rows(a_.out, e, then->head, a_.v_dim), e.q_len);
+    rows.add(problem_.q_rows(g_.dq, e, then->head, a_.head_dim), e.q_len);
+    if (then->other_keys) {
+      rows.add(problem_.k_rows(g_.dk, e, then->kv_head, a_.head_dim), e.kv_len);
+      rows.add(problem_.k_rows(g_.dv, e, then->kv_head, a_.v_dim), e.kv_len);
     }
     rows.divide(4 * ((entry_.q_len + kTileRows - 1) / kTileRows));
     return rows;
@@ -416,7 +413,8 @@ class Backward {
   const FastattnOperands& o_;
   const FastattnGradients& g_;
   const Results<T>& results_;
-  Task task_, next_;
+  Task task_;
+  const Task* next_;
   Entry entry_;
   Upcoming<T> upcoming_;
   T keep_scale_;

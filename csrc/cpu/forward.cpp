@@ -69,22 +69,18 @@ class Forward {
   }
 
  private:
-  // What is read and written after a member of the group, if both are short.
+  // What is read and written after a member of the group.
   Upcoming<T> upcoming(int64_t member) const {
     Upcoming<T> rows;
-    if (!short_) return rows;
-    const bool same = member + 1 < problem_.group();
-    if (!same && next_ == nullptr) return rows;
-    const Entry e = same ? entry_ : problem_.entry(next_->entry);
-    if (!problem_.is_short(e)) return rows;
-    const int64_t kv_head = same ? task_.kv_head : next_->kv_head;
-    const int64_t head = kv_head * problem_.group() + (same ? member + 1 : 0);
-    if (!same) {
-      rows.add(problem_.k_rows(a_.k, e, kv_head, a_.head_dim), e.kv_len);
-      rows.add(problem_.k_rows(a_.v, e, kv_head, a_.v_dim), e.kv_len);
+    const auto then = following(problem_, task_, entry_, member, next_);
+    if (!then) return rows;
+    const Entry& e = then->entry;
+    if (then->other_keys) {
+      rows.add(problem_.k_rows(a_.k, e, then->kv_head, a_.head_dim), e.kv_len);
+      rows.add(problem_.k_rows(a_.v, e, then->kv_head, a_.v_dim), e.kv_len);
     }
-    rows.add(problem_.q_rows(a_.q, e, head, a_.head_dim), e.q_len);
-    rows.add(problem_.q_rows(a_.out, e, head, a_.v_dim), e.q_len);
+    rows.add(problem_.q_rows(a_.q, e, then->head, a_.head_dim), e.q_len);
+    rows.add(problem_.q_rows(a_.out, e, then->head, a_.v_dim), e.q_len);
     rows.divide(3 * ((entry_.q_len + kTileRows - 1) / kTileRows));
     return rows;
   }

@@ -1,10 +1,34 @@
 // The rows that a thread takes up after the present head, prefetched between products.
 #pragma once
 
+#include <optional>
+
 #include "problem.h"
 
 namespace fastattn::cpu::FASTATTN_VARIANT {
 namespace {
+
+// A head that a thread takes up after the present one.
+struct Following {
+  Entry entry;
+  int64_t kv_head, head;
+  bool other_keys;  // than the present head's
+};
+
+// After a member of a task's group: the next member, or the first of the task `next`, which may be null. Nothing if one
+// of the two heads is long.
+template <class T, class Task>
+std::optional<Following> following(
+    const Problem<T>& problem, const Task& task, const Entry& entry, int64_t member, const Task* next) {
+  if (!problem.is_short(entry)) return std::nullopt;
+  if (member + 1 < problem.group()) {
+    return Following{entry, task.kv_head, task.kv_head * problem.group() + member + 1, false};
+  }
+  if (next == nullptr) return std::nullopt;
+  const Entry e = problem.entry(next->entry);
+  if (!problem.is_short(e)) return std::nullopt;
+  return Following{e, next->kv_head, next->kv_head * problem.group(), true};
+}
 
 // Rows of tensors in the order in which they are needed. All at once they would be more lines than a processor can wait
 // for, and its loads would wait for them; a few before each product load while it computes.
