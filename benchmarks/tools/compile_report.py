@@ -136,18 +136,24 @@ class Compiled:
     code: str
 
 
-def compile_kernel(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
-    """Compile, in this process, what Triton is about to compile."""
+def compile_with_log(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> tuple[Any, str]:
+    """Compile, in this process, what Triton is about to compile; also what ptxas says."""
     knobs.compilation.always_compile = True  # a kernel from Triton's cache comes without ptxas's log
-    knobs.compilation.store_binary_only = target.backend == "cuda"
     knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         kernel = triton.compile(source, target, options)
+    return kernel, log.getvalue()
+
+
+def compile_kernel(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
+    """What is to be known of a kernel, compiled in this process."""
+    knobs.compilation.store_binary_only = target.backend == "cuda"
+    kernel, log = compile_with_log(source, target, options)
     code = kernel.asm.get("amdgcn", "")
     if target == TARGETS["sm_90"]:
         code = sass.disassemble(kernel.asm["cubin"])
-    return Compiled(describe_config(kernel), kernel.metadata.shared, log.getvalue(), code)
+    return Compiled(describe_config(kernel), kernel.metadata.shared, log, code)
 
 
 def fingerprint(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> str:

@@ -9,14 +9,11 @@ for an A100 it lacks the rates of mma.sync, and for a B200 the products that one
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import sys
 from typing import Any
 
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -52,13 +49,9 @@ COLUMNS = {
 
 def compile_kernel(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> tuple[Compiled, int]:
     """As `compile_report.compile_kernel`, but with every target's disassembly, and the columns of tensor memory."""
-    knobs.compilation.always_compile = True  # a kernel from Triton's cache comes without ptxas's log
-    knobs.nvidia.dump_ptxas_log = True
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):
-        kernel = triton.compile(source, target, options)
+    kernel, log = compile_report.compile_with_log(source, target, options)
     code = sass.disassemble(kernel.asm["cubin"])
-    made = Compiled(compile_report.describe_config(kernel), kernel.metadata.shared, log.getvalue(), code)
+    made = Compiled(compile_report.describe_config(kernel), kernel.metadata.shared, log, code)
     return made, getattr(kernel.metadata, "tmem_size", 0)
 
 
