@@ -27,8 +27,7 @@ def make_rows(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "gate", lambda device: [])  # once is enough: test_red_parity_records_nothing
         for suite, match in (
-            ("forward", "L=1024"), ("backward", "L=1024"),
-            ("features", "L=1024"), ("features", "L=16384 forward"),
+            ("forward", "L=1024"), ("backward", "L=1024"), ("features", "L=1024"), ("features", "L=16384 forward"),
             ("layers", "L=1024"), ("layers", "training step"), ("memory", "L=1024"), ("memory", "L=2048"),
             ("overhead", ""), ("launch", ""), ("cpu", "L=128"), ("cpu", "decode, 8/8"), ("decode", "L=1024"),
             ("generation", "64 tokens"), ("huggingface", "L=2048"), ("scaling", ""),
